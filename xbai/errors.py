@@ -1,0 +1,27 @@
+"""Errors that are meant for the person at the keyboard."""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """Something the user can put right: one line naming the key, file or line, and what would be right."""
+
+
+def exit_on_user_error(main: Callable[P, T]) -> Callable[P, T]:
+    """Decorate an entry point: a `UserError` becomes its one line on stderr and exit status 2."""
+
+    @functools.wraps(main)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            sys.stderr.write(f"error: {error}\n")
+            raise SystemExit(2) from None
+
+    return wrapper

@@ -1,0 +1,37 @@
+"""The self-supervised process reward model: head, step rule, score and loss, in pure torch."""
+
+from xbai.sprm.head import ScoreHead, SPRMConfig, load_score_head, load_sprm_config, save_score_head
+from xbai.sprm.loss import (
+    StepCounts,
+    auc,
+    count_by_class,
+    counted_steps,
+    scale_gradient,
+    sprm_loss,
+    sprm_metrics,
+)
+from xbai.sprm.score import AGGREGATIONS, aggregate, trajectory_scores
+from xbai.sprm.steps import StepRule, find_response_start, step_feature_mask
+from xbai.sprm.tap import HiddenStateTap
+
+__all__ = [
+    "AGGREGATIONS",
+    "HiddenStateTap",
+    "SPRMConfig",
+    "ScoreHead",
+    "StepCounts",
+    "StepRule",
+    "aggregate",
+    "auc",
+    "count_by_class",
+    "counted_steps",
+    "find_response_start",
+    "load_score_head",
+    "load_sprm_config",
+    "save_score_head",
+    "scale_gradient",
+    "sprm_loss",
+    "sprm_metrics",
+    "step_feature_mask",
+    "trajectory_scores",
+]

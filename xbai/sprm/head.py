@@ -1,0 +1,111 @@
+"""The score head (SPRM) and its files beside a model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xbai.errors import UserError
+from xbai.files import atomic_write
+from xbai.sprm.steps import StepRule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SCORE_MODULE_FILE = "score_module.pt"
+SPRM_CONFIG_FILE = "sprm_config.json"
+
+
+@dataclass(frozen=True)
+class SPRMConfig:
+    """Everything besides the weights that decides a score; defaults are the published form (section 3.2)."""
+
+    step_rule: StepRule
+    dropout: float = 0.5
+    normalize_features: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form, read back by `from_dict`."""
+        return {
+            "step_rule": self.step_rule.to_dict(),
+            "dropout": self.dropout,
+            "normalize_features": self.normalize_features,
+        }
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> SPRMConfig:
+        """The inverse of `to_dict`."""
+        return cls(**{**value, "step_rule": StepRule.from_dict(value["step_rule"])})
+
+
+class ScoreHead(nn.Sequential):
+    """Linear(c, 2c), ReLU, Dropout, Linear(2c, 1), in float32; state-dict keys `0.*` and `3.*` as published."""
+
+    def __init__(self, hidden_size: int, dropout: float = 0.5, normalize_features: bool = False) -> None:
+        super().__init__(
+            nn.Linear(hidden_size, 2 * hidden_size),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(2 * hidden_size, 1),
+        )
+        self.hidden_size = hidden_size
+        self.normalize_features = normalize_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [..., c] to step logits [...]; their sigmoid is the step score."""
+        features = features.to(self[0].weight.dtype)
+        if self.normalize_features:
+            features = F.rms_norm(features, (self.hidden_size,), eps=1e-6)
+        return super().forward(features).squeeze(-1)
+
+
+def save_score_head(folder: str | Path, state_dict: dict[str, Tensor], config: SPRMConfig) -> None:
+    """Write `score_module.pt` and `sprm_config.json` into a model folder."""
+    folder = Path(folder)
+    with atomic_write(folder / SCORE_MODULE_FILE) as stream:
+        torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}, stream)
+    with atomic_write(folder / SPRM_CONFIG_FILE, "w") as stream:
+        json.dump(config.to_dict(), stream, indent=2)
+
+
+def load_sprm_config(folder: str | Path, tokenizer: PreTrainedTokenizerBase, lang: str | None = None) -> SPRMConfig:
+    """Read `sprm_config.json`; without one, the published form with the rule of `lang` (default `en`).
+
+    A `lang` given explicitly must match the rule that travels with the model.
+    """
+    path = Path(folder) / SPRM_CONFIG_FILE
+    if not path.exists():
+        return SPRMConfig(StepRule.from_tokenizer(tokenizer, lang or "en"))
+    try:
+        config = SPRMConfig.from_dict(json.loads(path.read_text()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a valid SPRM configuration ({error})") from error
+    if lang is not None and lang != config.step_rule.lang:
+        raise UserError(f"{path}: the head was trained with lang={config.step_rule.lang}, not lang={lang}")
+    return config
+
+
+def load_score_head(path: str | Path, hidden_size: int, config: SPRMConfig) -> ScoreHead:
+    """Load `score_module.pt` (given itself or by its folder) as a head in evaluation mode.
+
+    Raises:
+        UserError: the file is missing, has other keys, or belongs to a model of another hidden size.
+    """
+    path = Path(path)
+    path = path / SCORE_MODULE_FILE if path.is_dir() else path
+    if not path.exists():
+        raise UserError(f"{path}: no such file; a reflective model folder holds {SCORE_MODULE_FILE} (see model_merger)")
+    state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    head = ScoreHead(hidden_size, config.dropout, config.normalize_features)
+    expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    if found != expected:
+        raise UserError(f"{path}: expected a score head of shapes {expected}, found {found}")
+    head.load_state_dict({name: tensor.float() for name, tensor in state_dict.items()})
+    return head.eval()

@@ -1,0 +1,139 @@
+"""The self-supervised process-reward loss (arXiv 2507.01951, section 3.3).
+
+Every step of a trajectory carries the label of its final answer, and counts only where the head already agrees with
+that label. Denominators are global (all micro-batches of all ranks), so that local sums add up to the global mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xbai.sprm.score import trajectory_scores
+
+POSITIVE_CLASS_WEIGHT = 1.5
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Counted steps of right (positive) and of wrong (negative) trajectories in the global mini-batch."""
+
+    positive: float
+    negative: float
+
+    def class_weights(self, class_balance: bool) -> tuple[float, float]:
+        """Weight of one positive and of one negative step: 1.5 Q/(P+Q) and P/(P+Q), or 1 and 1 when not balanced."""
+        total = self.positive + self.negative
+        if not class_balance or total == 0:
+            return 1.0, 1.0
+        return POSITIVE_CLASS_WEIGHT * self.negative / total, self.positive / total
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.scale, None
+
+
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """Identity whose gradient is multiplied by `scale`: how much of the score loss reaches the backbone."""
+    return _ScaleGradient.apply(x, scale)
+
+
+def counted_steps(
+    step_logits: Tensor, feature_mask: Tensor, labels: Tensor, graded: Tensor, agreement_weighting: bool
+) -> Tensor:
+    """The steps with w_n = 1.
+
+    Args:
+        step_logits: [batch, time] raw head outputs.
+        feature_mask: [batch, time] bool, True at the steps.
+        labels: [batch], 1 for a right and 0 for a wrong final answer.
+        graded: [batch] bool; trajectories that could not be graded count nowhere.
+        agreement_weighting: count only steps where the head agrees with the label (score > 0.5 and right, or
+            score < 0.5 and wrong).
+
+    Returns:
+        [batch, time] bool.
+    """
+    counted = feature_mask & graded.bool()[:, None]
+    if not agreement_weighting:
+        return counted
+    right = (labels > 0.5)[:, None]
+    return counted & torch.where(right, step_logits > 0, step_logits < 0)
+
+
+def count_by_class(counted: Tensor, labels: Tensor) -> Tensor:
+    """[2] float32: counted steps of right and of wrong trajectories (to be summed over ranks)."""
+    steps = counted.sum(-1).float()
+    right = (labels > 0.5).float()
+    return torch.stack([(steps * right).sum(), (steps * (1 - right)).sum()])
+
+
+def sprm_loss(
+    step_logits: Tensor, counted: Tensor, labels: Tensor, counts: StepCounts, class_balance: bool = True
+) -> Tensor:
+    """This micro-batch's share of the class-balanced mean of w_n * BCE(score_n, y).
+
+    Args:
+        step_logits: [batch, time] raw head outputs.
+        counted: [batch, time] bool, from `counted_steps`.
+        labels: [batch], 1 right, 0 wrong.
+        counts: counted steps of the global mini-batch.
+        class_balance: weigh the classes by their frequency.
+
+    Returns:
+        Scalar; the shares of all micro-batches and ranks add up to the weighted mean. 0 where nothing counts.
+    """
+    positive, negative = counts.class_weights(class_balance)
+    right = (labels > 0.5)[:, None].expand_as(step_logits)
+    # Logits off the mask may be anything, and 0 * nan would poison the sum.
+    logits = step_logits.float().masked_fill(~counted, 0.0)
+    per_step = F.binary_cross_entropy_with_logits(logits, right.float(), reduction="none")
+    weights = torch.where(right, positive, negative) * counted
+    total = positive * counts.positive + negative * counts.negative
+    return (per_step * weights).sum() / max(total, 1e-8) if total > 0 else (per_step * weights).sum() * 0.0
+
+
+def auc(scores: Tensor, labels: Tensor) -> float:
+    """Area under the ROC curve of `scores` [n] against `labels` [n] in {0, 1}; ties count half; nan with one class."""
+    right = labels > 0.5
+    positives, negatives = int(right.sum()), int((~right).sum())
+    if positives == 0 or negatives == 0:
+        return float("nan")
+    _, ranks_of, tied = torch.unique(scores, return_inverse=True, return_counts=True)
+    mean_rank = tied.cumsum(0).double() - (tied.double() - 1) / 2
+    rank_sum = mean_rank[ranks_of][right].sum()
+    return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def sprm_metrics(step_logits: Tensor, feature_mask: Tensor, labels: Tensor, graded: Tensor) -> dict[str, float]:
+    """How well the head tells right from wrong on a whole batch ([batch, time] and [batch], see `counted_steps`).
+
+    Returns:
+        `steps_agree` (share of steps whose score falls on the label's side of 0.5), `score_right`, `score_wrong` (mean
+        trajectory scores), `score_gap` (their difference), `auc`, `steps_per_response`. A value that the batch cannot
+        define (no right trajectory, say) is nan.
+    """
+    graded = graded.bool() & feature_mask.any(-1)
+    step_logits, feature_mask, labels = step_logits[graded], feature_mask[graded], labels[graded]
+    steps = counted_steps(step_logits, feature_mask, labels, torch.ones_like(labels, dtype=torch.bool), False)
+    agreeing = counted_steps(step_logits, feature_mask, labels, torch.ones_like(labels, dtype=torch.bool), True)
+    scores, right = trajectory_scores(step_logits, feature_mask), labels > 0.5
+    score_right, score_wrong = float(scores[right].mean()), float(scores[~right].mean())
+    return {
+        "steps_agree": float(agreeing.sum() / steps.sum()),
+        "steps_per_response": float(steps.sum(-1).float().mean()),
+        "score_right": score_right,
+        "score_wrong": score_wrong,
+        "score_gap": score_right - score_wrong,
+        "auc": auc(scores, labels),
+    }

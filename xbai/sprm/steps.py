@@ -1,0 +1,162 @@
+"""Which positions of a response are reasoning steps. Training and serving both ask this one module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from xbai.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+STEP_TEXT_EN = ".\n\n"
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+
+
+@dataclass(frozen=True)
+class StepRule:
+    """The tokens that end a step, and where to look for them. Travels with the model.
+
+    Attributes:
+        lang: `en` (one delimiter token) or `zh` (a family of newline and full-stop tokens).
+        step_ids: token ids that end a step.
+        think_open_id, think_close_id: ids of `<think>` and `</think>`; None where the tokenizer has no single token.
+        generation_prompt_ids: what the chat template puts before a response, to find where one begins in a bare text.
+    """
+
+    lang: str
+    step_ids: tuple[int, ...]
+    think_open_id: int | None = None
+    think_close_id: int | None = None
+    generation_prompt_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, lang: str = "en") -> StepRule:
+        """Derive the rule from a tokenizer.
+
+        Raises:
+            UserError: unknown `lang`, or a tokenizer that has no token of the kind the rule needs.
+        """
+        if lang not in _STEP_IDS:
+            raise UserError(f"step rule: lang={lang!r} is unknown, use one of {sorted(_STEP_IDS)}")
+        return cls(
+            lang=lang,
+            step_ids=_STEP_IDS[lang](tokenizer),
+            think_open_id=_single_id(tokenizer, THINK_OPEN),
+            think_close_id=_single_id(tokenizer, THINK_CLOSE),
+            generation_prompt_ids=_generation_prompt_ids(tokenizer),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form, read back by `from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> StepRule:
+        """The inverse of `to_dict`."""
+        return cls(
+            **{
+                **value,
+                "step_ids": tuple(value["step_ids"]),
+                "generation_prompt_ids": tuple(value.get("generation_prompt_ids", ())),
+            }
+        )
+
+
+def _step_ids_en(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    ids = tokenizer.encode(STEP_TEXT_EN, add_special_tokens=False)
+    if not ids or tokenizer.decode(ids[:1]) != STEP_TEXT_EN:
+        raise UserError(
+            f"step rule: the tokenizer has no single token for {STEP_TEXT_EN!r} (it gives {len(ids)} tokens); "
+            "use lang=zh, whose steps end at any short newline or full-stop token, or add the token to the vocabulary"
+        )
+    return (ids[0],)
+
+
+def _step_ids_zh(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    ids = sorted(tokenizer.get_vocab().values())
+    texts = tokenizer.batch_decode([[i] for i in ids])
+    found = tuple(i for i, text in zip(ids, texts) if _is_zh_delimiter(text))
+    if not found:
+        raise UserError("step rule: no token of the vocabulary holds a newline or '。', so lang=zh finds no steps")
+    return found
+
+
+def _is_zh_delimiter(text: str) -> bool:
+    others = sum(c not in "\n。" for c in text)
+    return 0 < len(text) <= 3 and others < len(text) and others <= 1
+
+
+_STEP_IDS = {"en": _step_ids_en, "zh": _step_ids_zh}
+
+
+def _single_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return ids[0] if len(ids) == 1 else None
+
+
+def _generation_prompt_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    if not getattr(tokenizer, "chat_template", None):
+        return ()
+    messages = [{"role": "user", "content": "x"}]
+    bare = tokenizer.apply_chat_template(messages, tokenize=False)
+    opened = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tuple(tokenizer.encode(opened.removeprefix(bare), add_special_tokens=False)) if opened != bare else ()
+
+
+def find_response_start(ids: Sequence[int], rule: StepRule) -> int:
+    """Where the response begins in a whole conversation whose prompt length is unknown.
+
+    Returns:
+        The index after the last generation prompt; 0 (all of it is response) where there is none.
+    """
+    needle = torch.tensor(rule.generation_prompt_ids, dtype=torch.long)
+    haystack = torch.as_tensor(ids, dtype=torch.long)
+    if len(needle) == 0 or len(haystack) < len(needle):
+        return 0
+    matches = (haystack.unfold(0, len(needle), 1) == needle).all(-1).nonzero()
+    return int(matches[-1]) + len(needle) if len(matches) else 0
+
+
+def step_feature_mask(input_ids: Tensor, response_mask: Tensor, rule: StepRule) -> Tensor:
+    """Mark the position just before each step token: its hidden state is the feature of the step.
+
+    Only step tokens inside the response count, and there only those between `<think>` and `</think>` (the whole
+    response where either tag is missing or repeated). Of consecutive step tokens the first counts; one right after
+    `<think>`, or at the response's very first position, does not.
+
+    Args:
+        input_ids: [batch, time] token ids.
+        response_mask: [batch, time], True on response tokens (a contiguous run per row).
+        rule: the model's step rule.
+
+    Returns:
+        [batch, time] bool mask of feature positions.
+    """
+    response = response_mask.bool()
+    is_step = torch.isin(input_ids, torch.tensor(rule.step_ids, device=input_ids.device)) & response
+    region = response & _thinking_region(input_ids, response, rule)
+    follows_step, follows_region = _shift_right(is_step), _shift_right(region)
+    counted = is_step & region & ~follows_step & follows_region
+    if rule.think_open_id is not None:
+        counted &= ~_shift_right(input_ids == rule.think_open_id)
+    return torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], dim=1)
+
+
+def _thinking_region(input_ids: Tensor, response: Tensor, rule: StepRule) -> Tensor:
+    if rule.think_open_id is None or rule.think_close_id is None:
+        return torch.ones_like(response)
+    opens = (input_ids == rule.think_open_id) & response
+    closes = (input_ids == rule.think_close_id) & response
+    inside = opens.cumsum(1) > closes.cumsum(1)
+    well_formed = (opens.sum(1) == 1) & (closes.sum(1) == 1) & inside.any(1)
+    return inside | ~well_formed[:, None]
+
+
+def _shift_right(mask: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(mask[:, :1]), mask[:, :-1]], dim=1)
