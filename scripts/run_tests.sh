@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Installs what is missing, then lints and tests; fast tests first. Extra arguments go to pytest.
+#
+#   bash scripts/run_tests.sh               everything
+#   bash scripts/run_tests.sh -m "not slow" the fast ones
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash scripts/setup.sh
+bin=${XBAI_VENV:-.venv}/bin
+# More than one thread a process slows small models down, and two processes share two cores.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} RAY_USAGE_STATS_ENABLED=0
+
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+if (($#)); then
+    exec "$bin/python" -m pytest "$@"
+fi
+"$bin/python" -m pytest -x -q -m "not slow"
+"$bin/python" -m pytest -x -q -m slow

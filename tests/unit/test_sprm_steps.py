@@ -1,0 +1,105 @@
+"""The step rule against a plain, token-by-token reading of its definition."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xbai.errors import UserError
+from xbai.sprm import StepRule, find_response_start, step_feature_mask
+
+STEP, OTHER_STEP, OPEN, CLOSE, WORD = 1, 2, 3, 4, 5
+RULE = StepRule("zh", (STEP, OTHER_STEP), OPEN, CLOSE)
+
+
+def plain_feature_positions(ids: list[int], start: int, stop: int, rule: StepRule) -> list[int]:
+    response = range(start, stop)
+    opens = [t for t in response if ids[t] == rule.think_open_id]
+    closes = [t for t in response if ids[t] == rule.think_close_id]
+    if len(opens) == len(closes) == 1 and opens[0] < closes[0]:
+        first, last = opens[0] + 1, closes[0]
+    else:
+        first, last = start, stop
+    positions = []
+    for t in range(first, last):
+        if ids[t] not in rule.step_ids or t == start:
+            continue
+        if ids[t - 1] in rule.step_ids or ids[t - 1] == rule.think_open_id:
+            continue
+        positions.append(t - 1)
+    return positions
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.sampled_from([STEP, OTHER_STEP, OPEN, CLOSE, WORD, WORD]), min_size=1, max_size=24), st.data())
+def test_mask_equals_plain_definition(ids, data):
+    start = data.draw(st.integers(0, len(ids)))
+    stop = data.draw(st.integers(start, len(ids)))
+    padded = torch.tensor([ids + [STEP] * 3])
+    response = torch.zeros_like(padded, dtype=torch.bool)
+    response[0, start:stop] = True
+    mask = step_feature_mask(padded, response, RULE)
+    assert mask[0].nonzero().flatten().tolist() == plain_feature_positions(ids, start, stop, RULE)
+
+
+def test_rows_do_not_influence_each_other():
+    rows = torch.randint(1, 6, (64, 30), generator=torch.Generator().manual_seed(0))
+    response = torch.ones_like(rows, dtype=torch.bool)
+    together = step_feature_mask(rows, response, RULE)
+    alone = torch.cat([step_feature_mask(rows[i : i + 1], response[:1], RULE) for i in range(64)])
+    assert torch.equal(together, alone)
+
+
+def test_a_rule_without_tags_reads_the_whole_response():
+    ids = torch.tensor([[WORD, OPEN, WORD, STEP, CLOSE, WORD, STEP]])
+    mask = step_feature_mask(ids, torch.ones_like(ids, dtype=torch.bool), StepRule("en", (STEP,)))
+    assert mask[0].nonzero().flatten().tolist() == [2, 5]
+
+
+@pytest.mark.parametrize(("ids", "start"), [([7, 8, 9], 2), ([7, 8, 9, 7, 8, 9], 5), ([9, 7], 0), ([8], 0), ([], 0)])
+def test_response_starts_after_the_last_generation_prompt(ids, start):
+    assert find_response_start(ids, StepRule("en", (1,), generation_prompt_ids=(7, 8))) == start
+
+
+class FakeTokenizer:
+    """The few methods a rule needs, over an explicit vocabulary of whole texts."""
+
+    chat_template = None
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts = texts
+
+    def get_vocab(self) -> dict[str, int]:
+        return {text: i for i, text in enumerate(self.texts)}
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return [self.texts.index(text)] if text in self.texts else [self.texts.index(c) for c in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(self.texts[i] for i in ids)
+
+    def batch_decode(self, rows: list[list[int]]) -> list[str]:
+        return [self.decode(row) for row in rows]
+
+
+def test_en_rule_is_the_single_delimiter_token():
+    rule = StepRule.from_tokenizer(FakeTokenizer(["a", ".\n\n", "<think>", *"</think>"]), "en")
+    assert (rule.step_ids, rule.think_open_id, rule.think_close_id) == ((1,), 2, None)
+    assert StepRule.from_dict(rule.to_dict()) == rule
+
+
+def test_en_rule_without_the_token_names_the_alternative():
+    with pytest.raises(UserError, match="lang=zh"):
+        StepRule.from_tokenizer(FakeTokenizer([".", "\n", *"<think>/"]), "en")
+
+
+def test_zh_rule_is_the_short_delimiter_family():
+    yes = ["\n", "。", "\n\n", "。\n\n", "a\n", "!。", "\n。\n"]
+    no = ["a", "ab\n", "\n\n\n\n", "ab", "。ab"]
+    rule = StepRule.from_tokenizer(FakeTokenizer(yes + no + [*"<think>/"]), "zh")
+    assert rule.step_ids == tuple(range(len(yes)))
+
+
+def test_unknown_language_is_named():
+    with pytest.raises(UserError, match="lang='fr'"):
+        StepRule.from_tokenizer(FakeTokenizer(["a"]), "fr")
