@@ -1,0 +1,63 @@
+"""Metrics reach their files, and a resumed run leaves no duplicated step."""
+
+import json
+
+import pytest
+
+from verl.utils.tracking import METRICS_FILE, Tracking
+from xbai.errors import UserError
+
+
+def _rows(folder):
+    return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+
+
+def _track(folder, backends=("file",), resume_step=0):
+    return Tracking("project", "experiment", backends, folder, {"seed": 1}, resume_step)
+
+
+def test_file_drops_nan_and_is_readable_at_once(tmp_path):
+    with _track(tmp_path) as tracking:
+        tracking.log({"reward": 0.5, "auc": float("nan")}, step=1)
+        assert _rows(tmp_path) == [{"step": 1, "reward": 0.5}]
+
+
+def test_resume_drops_repeated_steps_and_half_a_line(tmp_path):
+    with _track(tmp_path) as tracking:
+        for step in (1, 2, 3):
+            tracking.log({"reward": float(step)}, step)
+    with (tmp_path / METRICS_FILE).open("a") as stream:
+        stream.write('{"step": 4, "rew')
+    with _track(tmp_path, resume_step=2) as tracking:
+        tracking.log({"reward": 30.0}, 3)
+    assert [(row["step"], row["reward"]) for row in _rows(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_a_fresh_run_starts_an_empty_file(tmp_path):
+    for value in (1.0, 2.0):
+        with _track(tmp_path) as tracking:
+            tracking.log({"reward": value}, 1)
+    assert _rows(tmp_path) == [{"step": 1, "reward": 2.0}]
+
+
+def test_tensorboard_writes_scalars(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with _track(tmp_path, ["tensorboard"]) as tracking:
+        tracking.log({"reward": 0.25}, 7)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("reward")] == [(7, 0.25)]
+
+
+def test_wandb_logs_offline_without_a_key(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with _track(tmp_path, ["wandb"]) as tracking:
+        tracking.log({"reward": 0.25}, 1)
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert (tmp_path / "wandb_run_id.txt").read_text()
+
+
+def test_unknown_logger_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"trainer\.logger.*'mlflow'"):
+        _track(tmp_path, ["mlflow"])

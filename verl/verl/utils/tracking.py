@@ -1,0 +1,180 @@
+"""Where a run's metrics go: console, jsonl file, tensorboard, wandb."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from xbai.errors import UserError
+from xbai.files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Backend(ABC):
+    """One destination of metrics."""
+
+    @abstractmethod
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record the metrics of one step."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Flush and let go."""
+
+
+class ConsoleBackend(Backend):
+    """One log record a step, the metrics grouped by the part of their name before the slash."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        groups: dict[str, list[str]] = {}
+        for name, value in metrics.items():
+            group, _, short = name.rpartition("/")
+            groups.setdefault(group, []).append(f"{short} {value:.4g}")
+        lines = [f"  {group or 'other'}: {', '.join(values)}" for group, values in groups.items()]
+        logger.info("\n".join([f"step {step}", *lines]))
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class FileBackend(Backend):
+    """Appends `{"step": n, name: value, ...}` lines; a resumed run first drops the steps it is about to repeat."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        kept = (
+            [line for line in _complete_lines(path) if json.loads(line)["step"] <= resume_step] if resume_step else []
+        )
+        with atomic_write(path, "w") as stream:
+            stream.writelines(f"{line}\n" for line in kept)
+        self._stream = path.open("a")
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._stream.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """The lines of `path` that end in a newline: a killed run may leave half of one."""
+    if not path.exists():
+        return []
+    return [line.rstrip("\n") for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+class TensorboardBackend(Backend):
+    """Event files below `folder`."""
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(log_dir=str(folder), purge_step=resume_step + 1 if resume_step else None)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbBackend(Backend):
+    """A wandb run that a resumed training continues; offline without an API key or a connection, or by WANDB_MODE."""
+
+    def __init__(
+        self, project: str, experiment: str, folder: Path, config: Mapping[str, Any] | None, resume_step: int
+    ) -> None:
+        import wandb
+
+        id_file = folder / "wandb_run_id.txt"
+        run_id = id_file.read_text().strip() if resume_step and id_file.exists() else uuid.uuid4().hex[:8]
+        settings = {
+            "project": project,
+            "name": experiment,
+            "dir": str(folder),
+            "config": dict(config or {}),
+            "id": run_id,
+            "resume": "allow",
+        }
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        try:
+            self._run = wandb.init(**settings, mode=mode)
+        except wandb.errors.CommError as error:
+            logger.warning("wandb is not reachable (%s): logging offline, `wandb sync` uploads it later", error)
+            self._run = wandb.init(**settings, mode="offline")
+        with atomic_write(id_file, "w") as stream:
+            stream.write(run_id)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+BACKENDS = ("console", "file", "tensorboard", "wandb")
+
+
+class Tracking:
+    """Sends each step's metrics to every chosen backend.
+
+    Args:
+        backends: names out of `BACKENDS`.
+        output_dir: holds `metrics.jsonl` and the tensorboard and wandb files.
+        config: recorded where the backend can.
+        resume_step: the last step that stands; what an interrupted run logged after it is dropped. 0 starts afresh.
+
+    Raises:
+        UserError: an unknown backend.
+    """
+
+    def __init__(
+        self,
+        project_name: str,
+        experiment_name: str,
+        backends: Sequence[str],
+        output_dir: str | Path,
+        config: Mapping[str, Any] | None = None,
+        resume_step: int = 0,
+    ) -> None:
+        folder = Path(output_dir)
+        build = {
+            "console": ConsoleBackend,
+            "file": lambda: FileBackend(folder / METRICS_FILE, resume_step),
+            "tensorboard": lambda: TensorboardBackend(folder / "tensorboard", resume_step),
+            "wandb": lambda: WandbBackend(project_name, experiment_name, folder, config, resume_step),
+        }
+        if unknown := [name for name in backends if name not in build]:
+            raise UserError(f"trainer.logger: unknown logger {unknown[0]!r}, use some of {', '.join(BACKENDS)}")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._backends: list[Backend] = [build[name]() for name in backends]
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record one step; a value that is nan (undefined for this batch) is left out."""
+        defined = {name: float(value) for name, value in metrics.items() if not math.isnan(value)}
+        for backend in self._backends:
+            backend.log(defined, step)
+
+    def close(self) -> None:
+        """Flush and close every backend."""
+        for backend in self._backends:
+            backend.close()
+
+    def __enter__(self) -> Tracking:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
