@@ -1,0 +1,161 @@
+"""FSDP2 on NCCL or gloo: process groups, sharding, gradient norms, whole tensors for weight sync, offloading."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+
+from verl.workers.actor.joint_model import JointModel
+from xbai.errors import UserError
+
+# A warning about in-place changes of a module's output, which nothing here makes.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
+def local_device() -> torch.device:
+    """The device of this rank: its GPU (by `LOCAL_RANK`, else the first visible one), or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+def init_distributed(timeout_minutes: float = 30) -> torch.device:
+    """Join the process group that the usual variables (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`) describe.
+
+    CPU tensors travel by gloo and GPU tensors by NCCL.
+
+    Returns:
+        This rank's device, made the current one.
+    """
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    return device
+
+
+def create_mesh(fsdp_size: int = -1) -> DeviceMesh:
+    """The data-parallel mesh over all ranks.
+
+    Args:
+        fsdp_size: ranks that share one sharded copy of the model; -1 for all of them (plain FSDP). A smaller number
+            gives HSDP: sharded inside a group, replicated over groups.
+
+    Raises:
+        UserError: `fsdp_size` does not divide the number of ranks.
+    """
+    world, device_type = dist.get_world_size(), local_device().type
+    if fsdp_size <= 0 or fsdp_size == world:
+        return init_device_mesh(device_type, (world,), mesh_dim_names=("fsdp",))
+    if world % fsdp_size:
+        raise UserError(f"fsdp_config.fsdp_size={fsdp_size} must divide the number of ranks, {world}")
+    return init_device_mesh(device_type, (world // fsdp_size, fsdp_size), mesh_dim_names=("ddp", "fsdp"))
+
+
+def shard_model(
+    model: JointModel, mesh: DeviceMesh, fsdp_config: DictConfig, param_dtype: torch.dtype | None = None
+) -> JointModel:
+    """Shard in place: one group for each decoder layer, one for the score head, one for the rest.
+
+    Args:
+        model: whole on every rank, with the same weights.
+        mesh: from `create_mesh`.
+        fsdp_config: reads `reshard_after_forward` (default true) and `offload_policy` (default false).
+        param_dtype: what backbone and LM head compute in (None: the dtype they are stored in). Gradients are reduced,
+            outputs given and the head computed in float32 whatever it is.
+
+    Raises:
+        UserError: `offload_policy` without a GPU to offload from.
+    """
+    offload = fsdp_config.get("offload_policy", False)
+    if offload and local_device().type == "cpu":
+        raise UserError("fsdp_config.offload_policy=true needs a GPU to offload from; set it to false on CPU")
+    options = {"mesh": mesh, "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
+    if not offload:
+        model.to(local_device())
+    compute = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+    for layer in model.lm.model.layers:
+        reshard = fsdp_config.get("reshard_after_forward", True)
+        fully_shard(layer, mp_policy=compute, reshard_after_forward=reshard, **options)
+    if model.score_head is not None:
+        full_precision = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+        fully_shard(model.score_head, mp_policy=full_precision, **options)
+    outermost = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    return fully_shard(model, mp_policy=outermost, **options)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what a forward pass without a backward pass left gathered, so that parameters are their shards again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """2-norm of all gradients over all ranks, the same scalar on each; 0 without gradients. A collective."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> None:
+    """Scale gradients whose total norm is `norm` (from `grad_norm`) down to `max_norm`."""
+    torch.nn.utils.clip_grads_with_norm_(list(parameters), max_norm, norm)
+
+
+def named_full_tensors(model: JointModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Gather the weights one parameter at a time, for weight sync: never more than one of them is whole.
+
+    A collective: every rank must run the iterator to its end.
+
+    Args:
+        model: sharded or plain.
+        dtype: cast the policy's weights to this on the way (the head stays float32).
+
+    Yields:
+        `(name, tensor)` with the names of the Hugging Face checkpoint, and `score_head.*`. A tied `lm_head.weight` is
+        left out, as in that checkpoint.
+    """
+    reshard(model)
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach()
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        is_policy = name.startswith("lm.")
+        yield name.removeprefix("lm."), tensor.to(dtype) if is_policy and dtype is not None else tensor
+
+
+def offload_parameters(model: nn.Module) -> None:
+    """Move a sharded model to CPU memory until `load_parameters`."""
+    reshard(model)
+    model.to("cpu")
+
+
+def load_parameters(model: nn.Module) -> None:
+    """Move a sharded model back to this rank's device."""
+    model.to(local_device())
+
+
+def move_optimizer(optimizer: torch.optim.Optimizer, device: torch.device | str) -> None:
+    """Move an optimiser's moments to `device`; step counters stay where the optimiser put them."""
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.dim() > 0:
+                state[key] = value.to(device)

@@ -1,0 +1,107 @@
+"""Loading a model folder as the trainer's joint model."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from verl.workers.actor.joint_model import JointModel
+from xbai.errors import UserError
+from xbai.sprm import ScoreHead, SPRMConfig, load_score_head
+from xbai.sprm.head import SCORE_MODULE_FILE
+
+HEAD_SEED = 0
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of a configuration value: `float32`, `bfloat16`, `float16` or `fp32`, `bf16`, `fp16`.
+
+    Raises:
+        UserError: another name.
+    """
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    names |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name not in names:
+        raise UserError(f"dtype {name!r} is unknown, use one of {', '.join(names)}")
+    return names[name]
+
+
+def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, with a padding token.
+
+    Raises:
+        UserError: the folder is missing or has no tokenizer.
+    """
+    _check_model_folder(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: no tokenizer that transformers can load ({reason})") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def build_joint_model(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    sprm_config: SPRMConfig | None = None,
+    score_model_path: str | Path | None = None,
+    channel: int | None = None,
+    trust_remote_code: bool = False,
+    gradient_checkpointing: bool = False,
+) -> JointModel:
+    """Load the LM of a Hugging Face folder and, when `sprm_config` is given, a score head, on the CPU.
+
+    Args:
+        path: model folder.
+        dtype: of the LM's weights; the head is float32.
+        sprm_config: from `load_sprm_config`; None builds a model without a head.
+        score_model_path: `score_module.pt` or its folder; None takes the model folder's, and where that has none a
+            fresh head, initialised alike on every rank.
+        channel: the hidden size that the configuration expects, checked against the model's.
+        trust_remote_code: passed on to transformers.
+        gradient_checkpointing: recompute each decoder layer in the backward pass.
+
+    Raises:
+        UserError: no such folder, no model in it, a head that does not fit.
+    """
+    _check_model_folder(path)
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=_attention(dtype), trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: no causal LM that transformers can load ({reason})") from error
+    if gradient_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    hidden_size = lm.config.hidden_size
+    if channel is not None and channel != hidden_size:
+        raise UserError(f"actor_rollout_ref.score.channel={channel}, but the hidden size of {path} is {hidden_size}")
+    if sprm_config is None:
+        return JointModel(lm)
+    if score_model_path is None and not (Path(path) / SCORE_MODULE_FILE).exists():
+        return JointModel(lm, _fresh_head(hidden_size, sprm_config))
+    return JointModel(lm, load_score_head(score_model_path or path, hidden_size, sprm_config))
+
+
+def _check_model_folder(path: str | Path) -> None:
+    if not (Path(path) / "config.json").exists():
+        raise UserError(f"{path}: not a model folder (no config.json); set actor_rollout_ref.model.path to one")
+
+
+def _attention(dtype: torch.dtype) -> str:
+    has_flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if has_flash and dtype != torch.float32 else "sdpa"
+
+
+def _fresh_head(hidden_size: int, config: SPRMConfig) -> ScoreHead:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(HEAD_SEED)
+        return ScoreHead(hidden_size, config.dropout, config.normalize_features)
