@@ -1,0 +1,221 @@
+"""Make 10, the embedded task: put + or - between the given numbers, in order, so that the result is 10.
+
+Problems, the teacher whose text the tiny model learns from, and the data files are all made here, from a seed. The teacher
+is noisy on purpose: it gives up after a few attempts, claims success falsely and slips in its arithmetic, so that about
+half of its answers are wrong and there is something for the score head to tell apart and for RL to mend.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import typer
+
+from xbai.errors import UserError
+from xbai.files import atomic_write
+from xbai.grading.make10 import TARGET, grade_make10
+
+DATA_SOURCE = "make10"
+LARGEST_PARTIAL = 20
+LARGEST_NUMBER = 9
+MIN_PATTERNS = 3
+MIN_SOLUTIONS = 1
+
+Numbers = tuple[int, ...]
+Pattern = str
+"""The signs between the numbers, such as `+-+-`."""
+
+
+def question_text(numbers: Numbers) -> str:
+    """What the user asks."""
+    return f"Make {TARGET} from {' '.join(map(str, numbers))}"
+
+
+def expression(numbers: Numbers, pattern: Pattern) -> str:
+    """The numbers with the signs between them."""
+    return str(numbers[0]) + "".join(f"{sign}{number}" for sign, number in zip(pattern, numbers[1:]))
+
+
+def valid_patterns(numbers: Numbers) -> dict[Pattern, int]:
+    """Every sign pattern whose partial results all lie within 0..20, with its final result."""
+    results = {"": numbers[0]}
+    for number in numbers[1:]:
+        results = {
+            pattern + sign: partial
+            for pattern, value in results.items()
+            for sign, partial in (("+", value + number), ("-", value - number))
+            if 0 <= partial <= LARGEST_PARTIAL
+        }
+    return results
+
+
+def is_fair(numbers: Numbers) -> bool:
+    """Whether the problem can be solved and can be missed: enough patterns to try, some but not all of them right."""
+    results = valid_patterns(numbers)
+    solutions = sum(result == TARGET for result in results.values())
+    return len(results) >= MIN_PATTERNS and MIN_SOLUTIONS <= solutions < len(results)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Writes one noisy solution: attempts, each one step that ends in a verdict, then the answer.
+
+    Attributes:
+        attempt_weights: relative frequency of giving up after 1, 2, ... attempts.
+        missed_hit_rate: how often a hit is taken for a miss.
+        false_yes_rate: how often the last attempt, a miss, is claimed to be a hit (else it is called close).
+        slip_rate: chance that an operation's result is off by one or two.
+    """
+
+    attempt_weights: tuple[int, ...] = (25, 25, 18, 14, 10, 8)
+    missed_hit_rate: float = 0.02
+    false_yes_rate: float = 0.25
+    slip_rate: float = 0.005
+
+    def solve(self, numbers: Numbers, rng: random.Random) -> str:
+        """The text of one response, right or wrong."""
+        limit = rng.choices(range(1, len(self.attempt_weights) + 1), self.attempt_weights)[0]
+        patterns = rng.sample(sorted(valid_patterns(numbers)), k=len(valid_patterns(numbers)))[:limit]
+        steps = []
+        for attempt, pattern in enumerate(patterns, start=1):
+            chain, result = self._calculate(numbers, pattern, rng)
+            verdict = self._verdict(result, attempt == len(patterns), rng)
+            steps.append(f"{chain} {verdict}.\n\n")
+            if verdict != "no":
+                break
+        answer = expression(numbers, pattern)
+        return f"<think>\n{''.join(steps)}So {answer}.\n\n</think>\n\nThe answer is \\boxed{{{answer}}}."
+
+    def _calculate(self, numbers: Numbers, pattern: Pattern, rng: random.Random) -> tuple[str, int]:
+        value, chain = numbers[0], str(numbers[0])
+        for sign, number in zip(pattern, numbers[1:]):
+            value += number if sign == "+" else -number
+            if rng.random() < self.slip_rate:
+                value += rng.choice((-2, -1, 1, 2))
+            value = min(max(value, 0), LARGEST_PARTIAL)
+            chain += f"{sign}{number}={value}"
+        return chain, value
+
+    def _verdict(self, result: int, last: bool, rng: random.Random) -> str:
+        if result == TARGET:
+            return "no" if not last and rng.random() < self.missed_hit_rate else "yes"
+        if not last:
+            return "no"
+        return "yes" if rng.random() < self.false_yes_rate else "close"
+
+
+@dataclass(frozen=True)
+class SplitSizes:
+    """Rows of each file; no problem stands in two files, and within the last three each row is a problem of its own."""
+
+    sft: int = 12_800
+    sft_problems: int = 9_000
+    train: int = 4_000
+    validation: int = 100
+    test: int = 400
+
+
+def sample_problems(count: int, rng: random.Random, length: int = 5) -> list[Numbers]:
+    """`count` different fair problems.
+
+    Raises:
+        UserError: there are not that many.
+    """
+    found: dict[Numbers, None] = {}
+    for _ in range(50 * count + 1000):
+        if len(found) == count:
+            return list(found)
+        numbers = tuple(rng.randint(1, LARGEST_NUMBER) for _ in range(length))
+        if numbers not in found and is_fair(numbers):
+            found[numbers] = None
+    raise UserError(
+        f"make10: cannot find {count} different problems of {length} numbers; ask for fewer or for longer ones"
+    )
+
+
+def training_row(numbers: Numbers, split: str, index: int) -> dict[str, Any]:
+    """One problem in the trainer's row layout; the ground truth is the numbers."""
+    return {
+        "data_source": DATA_SOURCE,
+        "prompt": [{"role": "user", "content": question_text(numbers)}],
+        "ability": "arithmetic",
+        "reward_model": {"style": "rule", "ground_truth": " ".join(map(str, numbers))},
+        "extra_info": {"split": split, "index": index},
+    }
+
+
+def sft_row(numbers: Numbers, teacher: Teacher, rng: random.Random, index: int) -> dict[str, Any]:
+    """One problem with a response of the teacher and whether its answer is right."""
+    row = training_row(numbers, "sft", index)
+    response = teacher.solve(numbers, rng)
+    return {**row, "response": response, "correct": grade_make10(response, row["reward_model"]["ground_truth"])}
+
+
+@dataclass(frozen=True)
+class SplitFiles:
+    """Where `write_splits` puts each part."""
+
+    folder: Path
+    sft: Path = field(init=False)
+    train: Path = field(init=False)
+    validation: Path = field(init=False)
+    test: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name, file in {
+            "sft": "make10_sft.parquet",
+            "train": "make10_train.parquet",
+            "validation": "make10_val.parquet",
+            "test": "make10_test.jsonl",
+        }.items():
+            object.__setattr__(self, name, Path(self.folder) / file)
+
+
+def write_splits(out_dir: str | Path, seed: int = 0, sizes: SplitSizes | None = None, length: int = 5) -> SplitFiles:
+    """Write the SFT, RL training, validation and test files, all from `seed`.
+
+    Args:
+        out_dir: folder for the files.
+        seed: the same seed gives the same bytes of text.
+        sizes: rows of each file.
+        length: numbers in a problem.
+
+    Returns:
+        The paths written.
+    """
+    sizes, rng, files = sizes or SplitSizes(), random.Random(seed), SplitFiles(Path(out_dir))
+    counts = (sizes.sft_problems, sizes.train, sizes.validation, sizes.test)
+    problems: Iterator[Numbers] = iter(sample_problems(sum(counts), rng, length))
+    sft, train, validation, test = ([next(problems) for _ in range(count)] for count in counts)
+
+    teacher = Teacher()
+    _write_parquet(files.sft, [sft_row(sft[i % len(sft)], teacher, rng, i) for i in range(sizes.sft)])
+    _write_parquet(files.train, [training_row(numbers, "train", i) for i, numbers in enumerate(train)])
+    _write_parquet(files.validation, [training_row(numbers, "val", i) for i, numbers in enumerate(validation)])
+    with atomic_write(files.test, "w") as stream:
+        for numbers in test:
+            line = {"prompt": question_text(numbers), "answer": " ".join(map(str, numbers))}
+            stream.write(json.dumps(line) + "\n")
+    return files
+
+
+def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    with atomic_write(path) as stream:
+        pd.DataFrame(rows).to_parquet(stream)
+
+
+def main(out: Path = typer.Option(..., help="folder for the files"), seed: int = 0, length: int = 5) -> None:
+    """Write the Make 10 data files."""
+    files = write_splits(out, seed, length=length)
+    for path in (files.sft, files.train, files.validation, files.test):
+        typer.echo(path)
+
+
+if __name__ == "__main__":
+    typer.run(main)
