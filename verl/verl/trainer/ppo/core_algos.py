@@ -1,0 +1,336 @@
+"""The algorithms as pure functions: advantages, policy loss, loss aggregation, KL estimates and controllers.
+
+B is responses, R response tokens. Losses are sums over local tokens divided by **global** denominators, so that the
+values of all micro-batches and ranks add up to the loss of the global mini-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from verl.utils.torch_functional import masked_sum
+from xbai.errors import UserError
+
+
+class Groups(NamedTuple):
+    """Which responses belong to one prompt, with the statistics of their gradable members."""
+
+    of_row: Tensor
+    """[B] int64 group of each response."""
+    graded: Tensor
+    """[B] bool."""
+    size: Tensor
+    """[G] float gradable responses of each group."""
+
+    @classmethod
+    def from_uids(cls, uids: Sequence[str] | np.ndarray, graded: Tensor) -> Groups:
+        """Group responses by the uid of their prompt."""
+        _, inverse = np.unique(np.asarray(uids), return_inverse=True)
+        of_row = torch.as_tensor(inverse, device=graded.device).flatten()
+        size = torch.zeros(int(of_row.max()) + 1, device=graded.device).index_add(0, of_row, graded.float())
+        return cls(of_row, graded.bool(), size)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """[B] to [G], over gradable responses."""
+        return torch.zeros_like(self.size).index_add(0, self.of_row, values.float().masked_fill(~self.graded, 0.0))
+
+    def centred(self, values: Tensor) -> Tensor:
+        """[B] values less their group's mean; 0 for responses that could not be graded."""
+        mean = self.sum(values) / self.size.clamp(min=1)
+        return (values.float() - mean[self.of_row]).masked_fill(~self.graded, 0.0)
+
+
+def compute_grpo_outcome_advantage(
+    rewards: Tensor, uids: Sequence[str] | np.ndarray, graded: Tensor, norm_by_std: bool = True, eps: float = 1e-6
+) -> Tensor:
+    """GRPO (arXiv 2402.03300): outcome reward less its prompt's mean, over the standard deviation.
+
+    Args:
+        rewards: [B] outcome rewards.
+        uids: [B] prompt of each response.
+        graded: [B] bool; the others stay out of the statistics and get 0.
+        norm_by_std: divide by the (unbiased) standard deviation; false is the form of Dr. GRPO (arXiv 2503.20783).
+        eps: added to the standard deviation.
+
+    Returns:
+        [B] advantages; 0 where a prompt has a single gradable response.
+    """
+    groups = Groups.from_uids(uids, graded)
+    centred = groups.centred(rewards)
+    if not norm_by_std:
+        return centred
+    std = (groups.sum(centred.square()) / (groups.size - 1).clamp(min=1)).sqrt()
+    return centred / (std[groups.of_row] + eps)
+
+
+def compute_rloo_outcome_advantage(rewards: Tensor, uids: Sequence[str] | np.ndarray, graded: Tensor) -> Tensor:
+    """RLOO (arXiv 2402.14740): outcome reward less the mean of the prompt's **other** gradable responses; [B]."""
+    groups = Groups.from_uids(uids, graded)
+    size = groups.size[groups.of_row]
+    return groups.centred(rewards) * size / (size - 1).clamp(min=1)
+
+
+def compute_remax_outcome_advantage(rewards: Tensor, baselines: Tensor, graded: Tensor) -> Tensor:
+    """ReMax (arXiv 2310.10505): outcome reward less `baselines` [B], that of the prompt's greedy response; [B]."""
+    return (rewards - baselines).float().masked_fill(~graded.bool(), 0.0)
+
+
+def discounted_returns(token_level_rewards: Tensor, response_mask: Tensor, gamma: float) -> Tensor:
+    """[B, R] sum of the rewards from each token on, discounted; right-padded rows, 0 on padding."""
+    rewards = token_level_rewards.float() * response_mask
+    returns, running = torch.empty_like(rewards), torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        running = rewards[:, t] + gamma * running
+        returns[:, t] = running
+    return returns * response_mask
+
+
+def whiten(values: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
+    """`values` with mean 0 and variance 1 over `mask`; 0 off it."""
+    count = mask.sum()
+    mean = masked_sum(values, mask) / count.clamp(min=1)
+    variance = masked_sum((values - mean).square(), mask) / (count - 1).clamp(min=1)
+    return ((values - mean) * torch.rsqrt(variance + eps)).masked_fill(~mask.bool(), 0.0)
+
+
+def compute_reinforce_plus_plus_advantage(
+    token_level_rewards: Tensor, response_mask: Tensor, graded: Tensor, gamma: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """REINFORCE++ (arXiv 2501.03262): discounted returns, whitened over all gradable tokens; advantages, returns."""
+    mask = response_mask.bool() & graded.bool()[:, None]
+    returns = discounted_returns(token_level_rewards, mask, gamma)
+    return whiten(returns, mask), returns
+
+
+def compute_gae_advantage(
+    token_level_rewards: Tensor, values: Tensor, response_mask: Tensor, graded: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates (arXiv 1506.02438), whitened over all gradable tokens.
+
+    Args:
+        token_level_rewards, values, response_mask: [B, R], rows right-padded.
+        graded: [B] bool.
+        gamma, lam: discount and trace decay.
+
+    Returns:
+        Advantages and returns (targets of the critic), [B, R].
+    """
+    mask = response_mask.bool() & graded.bool()[:, None]
+    values = values.float().masked_fill(~mask, 0.0)
+    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    deltas = token_level_rewards.float() * mask + gamma * next_values - values
+    advantages = discounted_returns(deltas, mask, gamma * lam)
+    return whiten(advantages, mask), advantages + values
+
+
+class AdvantageInputs(NamedTuple):
+    """What the estimators choose from."""
+
+    token_level_rewards: Tensor
+    """[B, R]; an outcome reward sits on the last response token."""
+    response_mask: Tensor
+    """[B, R]."""
+    graded: Tensor
+    """[B] bool."""
+    uids: Sequence[str] | np.ndarray
+    """[B] prompt of each response."""
+    values: Tensor | None = None
+    """[B, R], for gae."""
+    baselines: Tensor | None = None
+    """[B] rewards of greedy responses, for remax."""
+
+
+def _grpo(inputs: AdvantageInputs, config: DictConfig) -> tuple[Tensor, Tensor]:
+    norm_by_std = config.get("norm_adv_by_std_in_grpo", True)
+    rewards = inputs.token_level_rewards.sum(-1)
+    return _spread(compute_grpo_outcome_advantage(rewards, inputs.uids, inputs.graded, norm_by_std), inputs)
+
+
+def _rloo(inputs: AdvantageInputs, config: DictConfig) -> tuple[Tensor, Tensor]:
+    rewards = inputs.token_level_rewards.sum(-1)
+    return _spread(compute_rloo_outcome_advantage(rewards, inputs.uids, inputs.graded), inputs)
+
+
+def _remax(inputs: AdvantageInputs, config: DictConfig) -> tuple[Tensor, Tensor]:
+    rewards = inputs.token_level_rewards.sum(-1)
+    return _spread(compute_remax_outcome_advantage(rewards, inputs.baselines, inputs.graded), inputs)
+
+
+def _reinforce_plus_plus(inputs: AdvantageInputs, config: DictConfig) -> tuple[Tensor, Tensor]:
+    rewards, mask, graded = inputs.token_level_rewards, inputs.response_mask, inputs.graded
+    return compute_reinforce_plus_plus_advantage(rewards, mask, graded, config.get("gamma", 1.0))
+
+
+def _gae(inputs: AdvantageInputs, config: DictConfig) -> tuple[Tensor, Tensor]:
+    rewards, mask, graded = inputs.token_level_rewards, inputs.response_mask, inputs.graded
+    return compute_gae_advantage(rewards, inputs.values, mask, graded, config.get("gamma", 1.0), config.get("lam", 1.0))
+
+
+def _spread(advantages: Tensor, inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
+    per_token = advantages[:, None] * inputs.response_mask
+    return per_token, per_token
+
+
+ADVANTAGE_ESTIMATORS: dict[str, Callable[[AdvantageInputs, DictConfig], tuple[Tensor, Tensor]]] = {
+    "grpo": _grpo,
+    "rloo": _rloo,
+    "remax": _remax,
+    "reinforce_plus_plus": _reinforce_plus_plus,
+    "gae": _gae,
+}
+
+
+def compute_advantages(inputs: AdvantageInputs, algorithm: DictConfig) -> tuple[Tensor, Tensor]:
+    """Advantages and returns [B, R] by `algorithm.adv_estimator`; 0 for responses that could not be graded.
+
+    Raises:
+        UserError: unknown estimator.
+    """
+    name = algorithm.adv_estimator
+    if name not in ADVANTAGE_ESTIMATORS:
+        raise UserError(f"algorithm.adv_estimator={name} is unknown, use one of {', '.join(ADVANTAGE_ESTIMATORS)}")
+    return ADVANTAGE_ESTIMATORS[name](inputs, algorithm)
+
+
+class PolicyLoss(NamedTuple):
+    """Per-token outcome of the clipped objective, each [B, R]."""
+
+    loss: Tensor
+    clipped: Tensor
+    """bool: the ratio left the clip range in the direction the advantage pushes."""
+    dual_clipped: Tensor
+    """bool: the ratio passed `clip_ratio_c` under a negative advantage."""
+    approx_kl: Tensor
+    """old minus new log-probability (the k1 estimate of KL(old, new))."""
+
+
+def compute_policy_loss(
+    old_log_probs: Tensor, log_probs: Tensor, advantages: Tensor, clip_low: float, clip_high: float, clip_c: float
+) -> PolicyLoss:
+    """PPO's clipped objective with an asymmetric range (DAPO, arXiv 2503.14476) and dual clip (arXiv 1912.09729).
+
+    Args:
+        old_log_probs, log_probs, advantages: [B, R].
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        clip_c: upper bound (> 1) of the ratio in the loss of tokens with a negative advantage.
+    """
+    log_ratio = log_probs - old_log_probs
+    ratio = log_ratio.exp()
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    pessimistic, bound = torch.maximum(plain, clipped), -advantages * clip_c
+    negative = advantages < 0
+    loss = torch.where(negative, torch.minimum(pessimistic, bound), pessimistic)
+    return PolicyLoss(loss, clipped > plain, negative & (pessimistic > bound), -log_ratio)
+
+
+LOSS_AGG_MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
+
+
+@dataclass(frozen=True)
+class Denominators:
+    """Of the global mini-batch: response tokens, and responses with at least one token, that count in the loss."""
+
+    tokens: float
+    sequences: float
+
+
+def agg_loss(loss_mat: Tensor, mask: Tensor, mode: str, denominators: Denominators) -> Tensor:
+    """This micro-batch's share of the mean of `loss_mat` [B, R] over `mask` [B, R]; 0 where nothing counts.
+
+    Args:
+        loss_mat: per-token losses; values off the mask may be anything.
+        mask: the tokens that count.
+        mode: `token-mean`, or the mean over responses of their tokens' sum or mean.
+        denominators: of the global mini-batch, with the same mask.
+
+    Raises:
+        UserError: unknown mode.
+    """
+    if mode not in LOSS_AGG_MODES:
+        raise UserError(f"actor.loss_agg_mode={mode} is unknown, use one of {', '.join(LOSS_AGG_MODES)}")
+    if mode == "token-mean":
+        return masked_sum(loss_mat, mask) / max(denominators.tokens, 1)
+    per_response = loss_mat.masked_fill(~mask.bool(), 0.0).sum(-1)
+    if mode == "seq-mean-token-mean":
+        per_response = per_response / mask.sum(-1).clamp(min=1)
+    return per_response.sum() / max(denominators.sequences, 1)
+
+
+KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "kl": lambda log_ratio: log_ratio,
+    "abs": lambda log_ratio: log_ratio.abs(),
+    "mse": lambda log_ratio: 0.5 * log_ratio.square(),
+    # Both clamps only keep a diverged token finite.
+    "low_var_kl": lambda log_ratio: ((-log_ratio).clamp(-20, 20).exp() - 1 + log_ratio.clamp(-20, 20)).clamp(-10, 10),
+}
+_KL_ALIASES = {"k1": "kl", "k2": "mse", "k3": "low_var_kl"}
+
+
+def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, kind: str) -> Tensor:
+    """Per-token estimate of KL(policy, reference) from sampled tokens.
+
+    Args:
+        log_probs, ref_log_probs: [B, R].
+        kind: `kl` (k1), `abs`, `mse` (k2) or `low_var_kl` (k3, non-negative and unbiased; Schulman 2020).
+
+    Raises:
+        UserError: another kind. `full` needs both models' whole distributions, which are never kept.
+    """
+    kind = _KL_ALIASES.get(kind, kind)
+    if kind not in KL_ESTIMATORS:
+        raise UserError(f"KL estimate {kind!r} is not available from log-probs, use one of {', '.join(KL_ESTIMATORS)}")
+    return KL_ESTIMATORS[kind](log_probs - ref_log_probs)
+
+
+class KLController(Protocol):
+    """Gives the coefficient of the KL penalty in the reward."""
+
+    value: float
+
+    def update(self, current_kl: float, n_steps: int) -> None:
+        """Take note of the KL measured over `n_steps` responses."""
+
+
+class FixedKLController:
+    """A constant coefficient."""
+
+    def __init__(self, kl_coef: float) -> None:
+        self.value = kl_coef
+
+    def update(self, current_kl: float, n_steps: int) -> None:
+        """Nothing to adapt."""
+
+
+class AdaptiveKLController:
+    """Moves the coefficient towards a target KL (arXiv 1909.08593, section 2.2)."""
+
+    def __init__(self, kl_coef: float, target_kl: float, horizon: float) -> None:
+        self.value = kl_coef
+        self._target, self._horizon = target_kl, horizon
+
+    def update(self, current_kl: float, n_steps: int) -> None:
+        """Raise the coefficient where `current_kl` is over the target, lower it where under."""
+        error = float(np.clip(current_kl / self._target - 1, -0.2, 0.2))
+        self.value *= 1 + error * n_steps / self._horizon
+
+
+def get_kl_controller(kl_ctrl: DictConfig) -> KLController:
+    """The controller of `algorithm.kl_ctrl`.
+
+    Raises:
+        UserError: unknown type, or an adaptive one without a positive horizon and target.
+    """
+    if kl_ctrl.type == "fixed":
+        return FixedKLController(kl_ctrl.kl_coef)
+    if kl_ctrl.type != "adaptive":
+        raise UserError(f"algorithm.kl_ctrl.type={kl_ctrl.type} is unknown, use fixed or adaptive")
+    if kl_ctrl.horizon <= 0 or kl_ctrl.target_kl <= 0:
+        raise UserError("algorithm.kl_ctrl.type=adaptive needs kl_ctrl.horizon and kl_ctrl.target_kl above 0")
+    return AdaptiveKLController(kl_ctrl.kl_coef, kl_ctrl.target_kl, kl_ctrl.horizon)

@@ -1,0 +1,142 @@
+"""The optimisers and schedules of policy and score head, stepped together or not at all."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from verl.utils.fsdp import clip_gradients, grad_norm
+from verl.workers.actor.joint_model import JointModel
+from xbai.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+EIGHT_BIT_OPTIMIZERS = ("AdamW8bit", "Adam8bit")
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], config: DictConfig) -> Optimizer:
+    """The optimiser of one `optim` section: reads `name`, `lr`, `weight_decay`, `betas`.
+
+    Raises:
+        UserError: unknown name, or an 8-bit one without torchao.
+    """
+    name = config.get("name", "AdamW")
+    options = {
+        "lr": config.lr,
+        "betas": tuple(config.get("betas", (0.9, 0.999))),
+        "weight_decay": config.get("weight_decay", 0.01),
+    }
+    if name == "AdamW":
+        return torch.optim.AdamW(parameters, **options)
+    if name in EIGHT_BIT_OPTIMIZERS:
+        return _eight_bit_class(name)(parameters, **options)
+    raise UserError(f"optim.name={name} is unknown, use AdamW, {' or '.join(EIGHT_BIT_OPTIMIZERS)}")
+
+
+def _eight_bit_class(name: str) -> type[Optimizer]:
+    try:
+        # Not bitsandbytes: its kernels take no DTensor, which is what FSDP2's parameters are.
+        from torchao import optim
+    except ImportError as error:
+        raise UserError(f"optim.name={name} needs torchao (pip install torchao); or use optim.name=AdamW") from error
+    return getattr(optim, name)
+
+
+def lr_factor(step: int, warmup_steps: int, total_steps: int, config: DictConfig) -> float:
+    """The learning rate at `step` (0-based) relative to its peak.
+
+    Args:
+        step: optimiser schedule step.
+        warmup_steps: linear from 0 over these.
+        total_steps: where the cosine ends; it stays there afterwards.
+        config: `warmup_style` (constant | cosine), `min_lr_ratio` and `num_cycles` (0.5: one fall) for cosine.
+
+    Raises:
+        UserError: unknown `warmup_style`.
+    """
+    style = config.get("warmup_style", "constant")
+    if style not in ("constant", "cosine"):
+        raise UserError(f"optim.warmup_style={style} is unknown, use constant or cosine")
+    if step < warmup_steps:
+        return step / warmup_steps
+    if style == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    cosine = 0.5 * (1 + math.cos(2 * math.pi * config.get("num_cycles", 0.5) * progress))
+    lowest = config.get("min_lr_ratio") or 0.0
+    return lowest + (1 - lowest) * cosine
+
+
+def build_schedule(optimizer: Optimizer, config: DictConfig) -> LambdaLR:
+    """Warm-up and decay of one `optim` section; `total_training_steps` in it is what ratio and cosine refer to.
+
+    Raises:
+        UserError: a ratio or a cosine without `total_training_steps`.
+    """
+    total_steps = config.get("total_training_steps") or -1
+    warmup_steps = config.get("lr_warmup_steps", -1)
+    warmup_steps = -1 if warmup_steps is None else warmup_steps
+    ratio = config.get("lr_warmup_steps_ratio", 0.0)
+    needs_total = config.get("warmup_style", "constant") == "cosine" or (warmup_steps < 0 and ratio > 0)
+    if needs_total and total_steps <= 0:
+        raise UserError("optim.warmup_style=cosine and lr_warmup_steps_ratio need optim.total_training_steps")
+    if warmup_steps < 0:
+        warmup_steps = int(ratio * max(total_steps, 0))
+    return LambdaLR(optimizer, lambda step: lr_factor(step, warmup_steps, total_steps, config))
+
+
+class JointOptimizer:
+    """One optimiser and schedule for the policy and, when the model has a head, one each for the head.
+
+    A mapping from part (`policy`, `score`) to its optimiser and schedule is what checkpoints and offloading iterate.
+
+    Args:
+        model: sharded or plain.
+        policy_config: `actor.optim`.
+        score_config: `score.optim`; required when the model has a head.
+    """
+
+    def __init__(self, model: JointModel, policy_config: DictConfig, score_config: DictConfig | None = None) -> None:
+        parts = {"policy": (model.lm, policy_config)}
+        if model.score_head is not None:
+            parts["score"] = (model.score_head, score_config)
+        self._parameters = {name: list(module.parameters()) for name, (module, _) in parts.items()}
+        self.optimizers = {name: build_optimizer(self._parameters[name], config) for name, (_, config) in parts.items()}
+        self.schedules = {name: build_schedule(self.optimizers[name], config) for name, (_, config) in parts.items()}
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+
+    def step(self, max_norm: float) -> dict[str, float]:
+        """Clip policy and head to `max_norm` each and update both; where either gradient is not finite, neither.
+
+        Returns:
+            Gradient norms before clipping, `grad_norm/policy` and `grad_norm/score`, and `skipped` (0 or 1). The same
+            on every rank.
+        """
+        norms = {name: grad_norm(parameters) for name, parameters in self._parameters.items()}
+        finite = all(bool(norm.isfinite()) for norm in norms.values())
+        if finite:
+            for name, norm in norms.items():
+                clip_gradients(self._parameters[name], max_norm, norm)
+                self.optimizers[name].step()
+        else:
+            logger.warning("gradient not finite (%s): update skipped", {n: float(v) for n, v in norms.items()})
+        self.zero_grad()
+        return {f"grad_norm/{name}": float(norm) for name, norm in norms.items()} | {"skipped": float(not finite)}
+
+    def advance_schedules(self) -> dict[str, float]:
+        """Move every schedule on by one; returns the learning rates that were in force, `lr/policy` and `lr/score`."""
+        rates = {f"lr/{name}": schedule.get_last_lr()[0] for name, schedule in self.schedules.items()}
+        for schedule in self.schedules.values():
+            schedule.step()
+        return rates
