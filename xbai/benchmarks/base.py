@@ -1,0 +1,171 @@
+"""What every benchmark does: read its file, phrase a question for the model, say how an answer is graded."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from xbai.errors import UserError
+from xbai.grading import GradeRequest
+
+Row = dict[str, Any]
+Message = dict[str, str]
+"""`{"role": ..., "content": ...}`."""
+
+PROMPT_FIELDS = ("prompt", "problem", "question", "model_input")
+ANSWER_FIELDS = ("answer", "expected_answer", "ground_truth")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a benchmark.
+
+    Attributes:
+        index: position in the file, from 0.
+        prompt: what the file asks (of a chat, the last user message).
+        answer: the right answer as the file gives it, a string or a number.
+        meta: the file's other fields; `messages` where the file holds a whole chat.
+    """
+
+    index: int
+    prompt: str
+    answer: str | int | float
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class Benchmark(ABC):
+    """A task with checkable answers.
+
+    Attributes:
+        name: as on the command line.
+        data_source: names the grader (see `xbai.grading`).
+        lang: language of the questions, `en` or `zh`.
+        instruction: what is added to a question.
+        instruction_marks: texts of which any one in a question says that it carries its instruction already.
+    """
+
+    name: str
+    data_source: str
+    lang: str = "en"
+    instruction: str = ""
+    instruction_marks: tuple[str, ...] = ()
+
+    def read(self, path: str | Path) -> list[Question]:
+        """Read a .jsonl, .json or .parquet file.
+
+        Raises:
+            UserError: no such file, another kind of file, or a row without prompt or answer (with its place).
+        """
+        questions = [self.question_from_row(index, row, place) for index, (row, place) in enumerate(_rows(Path(path)))]
+        if not questions:
+            raise UserError(f"{path}: holds no questions")
+        return questions
+
+    def question_from_row(self, index: int, row: Row, place: str) -> Question:
+        """One row of a file as a question; `place` says where it stands, for errors."""
+        prompt_field, prompt = _first_present(row, PROMPT_FIELDS, place)
+        meta = {name: value for name, value in row.items() if name not in (*PROMPT_FIELDS, *ANSWER_FIELDS)}
+        if not isinstance(prompt, str):
+            meta["messages"] = _checked_messages(prompt, f"{place}: {prompt_field!r}")
+            prompt = next(message["content"] for message in reversed(prompt) if message["role"] == "user")
+        return Question(index, prompt, self.answer_from_row(row, place), meta)
+
+    def answer_from_row(self, row: Row, place: str) -> str | int | float:
+        """The right answer of a row, a string or a number."""
+        reward_model = row.get("reward_model")
+        if isinstance(reward_model, dict) and not any(row.get(name) is not None for name in ANSWER_FIELDS):
+            row = {"ground_truth": reward_model.get("ground_truth")}
+        answer_field, answer = _first_present(row, ANSWER_FIELDS, place)
+        answer = answer.get("target") if isinstance(answer, dict) else answer
+        if not isinstance(answer, str | int | float) or str(answer).strip() == "":
+            raise UserError(f"{place}: {answer_field!r} must be a string or a number, not {answer!r}")
+        return answer
+
+    def messages(self, question: Question) -> list[Message]:
+        """The chat to open: the file's own where it holds one, else the question with this benchmark's instruction."""
+        if "messages" in question.meta:
+            return question.meta["messages"]
+        if not self.instruction or any(mark in question.prompt for mark in self.instruction_marks):
+            return [{"role": "user", "content": question.prompt}]
+        return [{"role": "user", "content": f"{question.prompt}\n{self.instruction}"}]
+
+    def grade_request(self, question: Question, response: str) -> GradeRequest:
+        """What to hand to `GraderPool` for a response to `question`."""
+        return GradeRequest(self.data_source, response, question.answer)
+
+
+class MathBenchmark(Benchmark):
+    """Questions whose answer is asked for in a box."""
+
+    instruction = "Please reason step by step, and put your final answer within \\boxed{}."
+    instruction_marks = ("\\boxed",)
+
+
+def _rows(path: Path) -> Iterator[tuple[Row, str]]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if path.suffix not in _READERS:
+        raise UserError(f"{path}: unknown kind of file; use one of {', '.join(_READERS)}")
+    for row, place in _READERS[path.suffix](path):
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: expected an object with fields such as 'prompt' and 'answer'")
+        yield row, place
+
+
+def _read_lines(path: Path) -> Iterator[tuple[Any, str]]:
+    with path.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                yield _parse(line, f"{path}:{number}"), f"{path}:{number}"
+
+
+def _read_json(path: Path) -> Iterator[tuple[Any, str]]:
+    text = path.read_text(encoding="utf-8")
+    if not text.lstrip().startswith("["):
+        yield from _read_lines(path)
+        return
+    for number, row in enumerate(_parse(text, str(path)), start=1):
+        yield row, f"{path}: item {number}"
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[Any, str]]:
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: not a parquet file ({error})") from error
+    for number, row in enumerate(rows, start=1):
+        yield row, f"{path}: row {number}"
+
+
+_READERS = {".jsonl": _read_lines, ".json": _read_json, ".parquet": _read_parquet}
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}: not valid JSON ({error})") from error
+
+
+def _first_present(row: Row, names: tuple[str, ...], place: str) -> tuple[str, Any]:
+    for name in names:
+        if row.get(name) is not None:
+            return name, row[name]
+    raise UserError(f"{place}: has none of the fields {', '.join(names)} (it has: {', '.join(row)})")
+
+
+def _checked_messages(prompt: Any, place: str) -> list[Message]:
+    well_formed = isinstance(prompt, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in prompt
+    )
+    if not well_formed or not any(message["role"] == "user" for message in prompt):
+        raise UserError(f"{place} must be a text or a list of {{role, content}} messages with one by the user")
+    return [{"role": message["role"], "content": message["content"]} for message in prompt]

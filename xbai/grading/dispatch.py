@@ -1,0 +1,75 @@
+"""What is to be graded, and which grader does it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from xbai.errors import UserError
+
+Grader = Callable[["GradeRequest"], float]
+AnswerCheck = Callable[[str, str], bool]
+
+ANSWER_CHECKS = {
+    "make10": "xbai.grading.make10:grade_make10",
+    "aime": "xbai.grading.math:grade_math",
+    "math": "xbai.grading.math:grade_math",
+    "gsm8k": "xbai.grading.math:grade_math",
+    "deepscaler": "xbai.grading.math:grade_math",
+    "numina": "xbai.grading.math:grade_math",
+    "openr1": "xbai.grading.math:grade_math",
+    "ceval": "xbai.grading.choice:grade_choice",
+}
+"""Prefix of a data source's name to the check of its answers."""
+
+
+@dataclass(frozen=True)
+class GradeRequest:
+    """One response to grade.
+
+    Attributes:
+        data_source: names the grader by its beginning (`aime24`, `HuggingFaceH4/MATH-500`, ...; see `ANSWER_CHECKS`).
+        response: the model's text, thinking included.
+        ground_truth: the right answer: a string, a number, or either as `{"target": ...}`.
+        extra_info: whatever else a grader of one's own wants to know.
+    """
+
+    data_source: str
+    response: str
+    ground_truth: Any
+    extra_info: dict[str, Any] | None = None
+
+    @property
+    def target(self) -> str:
+        """The right answer as text."""
+        truth = self.ground_truth["target"] if isinstance(self.ground_truth, dict) else self.ground_truth
+        if isinstance(truth, float) and truth.is_integer():
+            truth = int(truth)
+        return str(truth)
+
+
+def answer_check(data_source: str) -> AnswerCheck:
+    """The check for a data source, imported on first use: (response, right answer) to whether it is right.
+
+    Raises:
+        UserError: no grader goes by this name.
+    """
+    name = data_source.rsplit("/", 1)[-1].lower()
+    for prefix, location in ANSWER_CHECKS.items():
+        if name.startswith(prefix):
+            module, function = location.split(":")
+            return getattr(importlib.import_module(module), function)
+    known = ", ".join(f"{prefix}*" for prefix in ANSWER_CHECKS)
+    raise UserError(
+        f"data_source {data_source!r}: no grader for it; known are {known}; set custom_reward_function for your own"
+    )
+
+
+def grade(request: GradeRequest) -> float:
+    """1.0 for a right answer, 0.0 for a wrong one.
+
+    May take for ever on a hostile answer: batches go through `GraderPool`, whose processes can be killed.
+    """
+    return float(answer_check(request.data_source)(request.response, request.target))

@@ -1,0 +1,50 @@
+"""The process behind `GraderPool`: reads requests from an inherited pipe until the pool closes it."""
+
+from __future__ import annotations
+
+import resource
+import signal
+from multiprocessing.connection import Connection
+
+from xbai.errors import UserError
+from xbai.grading.custom import CustomGrader
+from xbai.grading.dispatch import Grader, GradeRequest, answer_check, grade
+
+STARTED, GRADED, RAISED, REFUSED, MEMORY = "started", "graded", "raised", "refused", "memory"
+
+ORPHAN_GRACE_S = 30.0
+"""A worker whose pool was killed ends itself this long after the time limit."""
+
+
+def main(file_descriptor: int) -> None:
+    """Serve the pool at the other end of the pipe."""
+    connection = Connection(file_descriptor)
+    grader, timeout_s, memory_bytes = connection.recv()
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    while True:
+        try:
+            request = connection.recv()
+        except EOFError:
+            return
+        # Nothing handles this signal in Python, so that it ends even a process that is stuck inside a C call.
+        signal.setitimer(signal.ITIMER_REAL, timeout_s + ORPHAN_GRACE_S)
+        connection.send(_answer(connection, grader, request))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _answer(connection: Connection, grader: Grader, request: GradeRequest) -> tuple[str, float | str]:
+    try:
+        # Imports first: the clock starts with the message below.
+        if grader is grade:
+            answer_check(request.data_source)
+        elif isinstance(grader, CustomGrader):
+            grader.load()
+        connection.send((STARTED, ""))
+        return GRADED, float(grader(request))
+    except UserError as error:
+        return REFUSED, str(error)
+    except MemoryError:
+        return MEMORY, ""
+    except Exception as error:
+        return RAISED, f"{type(error).__name__}: {error}"[:500]
