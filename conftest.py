@@ -1,5 +1,86 @@
-"""Makes `import verl` mean the package in every test, whichever is collected first."""
+"""Fixtures that several test folders share: a tiny tokenizer and random Qwen3 models that use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 # The folder `verl/` holds both the package and its tests, and pytest's importlib mode would take the folder itself for
 # a namespace package `verl` as it imports `verl/tests/...`, unless the real one is loaded already.
 import verl  # noqa: F401
+from xbai.sprm import ScoreHead, SPRMConfig, StepRule, save_score_head
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes plus the tokens that matter: `.\\n\\n`, think tags and Qwen's chat markers; it can encode any text."""
+    vocabulary = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("<think>", "</think>", ".\n\n")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+@pytest.fixture(scope="session")
+def make_tiny_model(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """`make_tiny_model(tied=False, seed=0) -> folder`: a random 4-layer Qwen3 with tokenizer and score head."""
+
+    def make(tied: bool = False, seed: int = 0) -> Path:
+        generator_state = torch.get_rng_state()
+        torch.manual_seed(seed)
+        config = Qwen3Config(
+            vocab_size=len(tiny_tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=32,
+            max_position_embeddings=512,
+            tie_word_embeddings=tied,
+            initializer_range=0.15,
+            bos_token_id=None,
+            eos_token_id=tiny_tokenizer.eos_token_id,
+            pad_token_id=tiny_tokenizer.pad_token_id,
+        )
+        folder = tmp_path_factory.mktemp("tied" if tied else "untied")
+        Qwen3ForCausalLM(config).save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        save_score_head(folder, ScoreHead(64).state_dict(), SPRMConfig(StepRule.from_tokenizer(tiny_tokenizer)))
+        torch.set_rng_state(generator_state)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(make_tiny_model: Callable[..., Path]) -> Path:
+    """A random Qwen3 with untied embeddings, its tokenizer and a random score head. Do not write into it."""
+    return make_tiny_model()
+
+
+@pytest.fixture(scope="session")
+def tied_model_dir(make_tiny_model: Callable[..., Path]) -> Path:
+    """The same with tied embeddings."""
+    return make_tiny_model(tied=True)

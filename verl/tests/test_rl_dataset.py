@@ -1,0 +1,119 @@
+"""Prompts from parquet: what is read, dropped, refused, and where a resumed loader goes on."""
+
+import logging
+
+import datasets
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, create_dataloader
+from xbai.errors import UserError
+
+
+def _config(**changes):
+    defaults = {
+        "prompt_key": "prompt",
+        "max_prompt_length": 64,
+        "filter_overlong_prompts": True,
+        "truncation": "error",
+        "return_raw_chat": False,
+    }
+    return OmegaConf.create({**defaults, **changes})
+
+
+@pytest.fixture
+def write_rows(tmp_path):
+    def write(texts, name="rows.parquet"):
+        prompts = [None if text is None else [{"role": "user", "content": text}] for text in texts]
+        rows = {
+            "data_source": ["make10"] * len(texts),
+            "prompt": prompts,
+            "reward_model": [{"style": "rule", "ground_truth": str(i)} for i in range(len(texts))],
+        }
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / name)
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_item_is_the_chat_prompt(write_rows, tiny_tokenizer):
+    item = RLHFDataset(write_rows(["hi"]), tiny_tokenizer, _config(return_raw_chat=True))[0]
+    assert tiny_tokenizer.decode(item["input_ids"]) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert item["raw_prompt_ids"] == item["input_ids"].tolist()
+    assert item["raw_prompt"] == [{"role": "user", "content": "hi"}]
+    assert item["reward_model"]["ground_truth"] == "0"
+
+
+def test_overlong_prompts_are_dropped_and_counted(write_rows, tiny_tokenizer, caplog):
+    with caplog.at_level(logging.INFO):
+        dataset = RLHFDataset(write_rows(["short", "x" * 80, "short too"]), tiny_tokenizer, _config())
+    assert [dataset[i]["index"] for i in range(len(dataset))] == [0, 2]
+    assert "1 of 3 prompts dropped" in caplog.text
+
+
+@pytest.mark.parametrize(("truncation", "kept"), [("left", slice(-64, None)), ("right", slice(0, 64))])
+def test_truncation_keeps_one_end(write_rows, tiny_tokenizer, truncation, kept):
+    path, text = write_rows(["a" * 50 + "b" * 50]), "a" * 50 + "b" * 50
+    whole = RLHFDataset(path, tiny_tokenizer, _config(max_prompt_length=500))[0]["raw_prompt_ids"]
+    dataset = RLHFDataset(path, tiny_tokenizer, _config(filter_overlong_prompts=False, truncation=truncation))
+    assert dataset[0]["raw_prompt_ids"] == whole[kept]
+    assert text[:5] in tiny_tokenizer.decode(whole)
+
+
+def test_truncation_error_names_the_row(write_rows, tiny_tokenizer):
+    dataset = RLHFDataset(write_rows(["hi", "x" * 80]), tiny_tokenizer, _config(filter_overlong_prompts=False))
+    with pytest.raises(UserError, match="row 1 has"):
+        dataset[1]
+
+
+def test_row_without_prompt_is_named(write_rows, tiny_tokenizer):
+    path = write_rows(["hi", "there", None])
+    with pytest.raises(UserError, match=r"rows\.parquet:2: 'prompt'"):
+        RLHFDataset(path, tiny_tokenizer, _config())
+
+
+def test_missing_column_and_missing_file(write_rows, tiny_tokenizer):
+    with pytest.raises(UserError, match="no column 'question'"):
+        RLHFDataset(write_rows(["hi"]), tiny_tokenizer, _config(prompt_key="question"))
+    with pytest.raises(UserError, match=r"nowhere\.parquet does not exist"):
+        RLHFDataset("nowhere.parquet", tiny_tokenizer, _config())
+
+
+def test_collate_pads_on_the_left(write_rows, tiny_tokenizer):
+    dataset = RLHFDataset(
+        [write_rows(["hi"], "a.parquet"), write_rows(["hello"], "b.parquet")], tiny_tokenizer, _config()
+    )
+    batch = collate_fn([dataset[0], dataset[1]], pad_token_id=9)
+    assert batch["index"].tolist() == [0, 1]
+    assert batch["input_ids"][0, :3].tolist() == [9, 9, 9]
+    assert batch["attention_mask"].sum(-1).tolist() == [len(ids) for ids in batch["raw_prompt_ids"]]
+    assert torch.equal(batch["position_ids"][0], (batch["attention_mask"][0].cumsum(0) - 1).clamp(min=0))
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_loader_resumes_exactly_at_every_step(write_rows, tiny_tokenizer, shuffle):
+    dataset = RLHFDataset(write_rows([str(i) for i in range(7)]), tiny_tokenizer, _config())
+
+    def fresh():
+        return create_dataloader(dataset, 2, shuffle=shuffle, seed=3)
+
+    def indices(loader, epochs):
+        return [batch["index"].tolist() for _ in range(epochs) for batch in loader]
+
+    loader, states, seen = fresh(), [], []
+    for _ in range(2):
+        for batch in loader:
+            seen.append(batch["index"].tolist())
+            states.append(loader.state_dict())
+    assert len(seen) == 6 and (seen[:3] != seen[3:]) == shuffle
+    for step, state in enumerate(states, start=1):
+        resumed = fresh()
+        resumed.load_state_dict(state)
+        assert indices(resumed, 2 if step <= 3 else 1) == seen[step:]
+
+
+def test_batch_larger_than_the_data(write_rows, tiny_tokenizer):
+    dataset = RLHFDataset(write_rows(["hi"]), tiny_tokenizer, _config())
+    with pytest.raises(UserError, match=r"data\.train_batch_size=2"):
+        create_dataloader(dataset, 2, shuffle=True, seed=0)

@@ -1,0 +1,156 @@
+"""Prompts for reinforcement learning, from parquet files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from omegaconf import DictConfig, ListConfig
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import RandomSampler
+from transformers import PreTrainedTokenizerBase
+
+from verl.protocol import object_array
+from xbai.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def file_list(files: str | Sequence[str] | None) -> list[str]:
+    """`data.train_files` and `data.val_files` as a list: they may be one path, several, or nothing."""
+    if files is None:
+        return []
+    return [files] if isinstance(files, str) else list(files)
+
+
+class RLHFDataset(Dataset):
+    """Rows of parquet files with their prompts as token ids.
+
+    An item holds `input_ids`, `attention_mask` and `position_ids` [prompt tokens], `raw_prompt_ids` (the same ids as a
+    list), `index` (row number over all files), every other column of the row but the prompt, and the messages as
+    `raw_prompt` when `config.return_raw_chat`.
+
+    Args:
+        data_files: one path or several.
+        tokenizer: with a chat template.
+        config: reads `prompt_key max_prompt_length filter_overlong_prompts truncation return_raw_chat`.
+
+    Raises:
+        UserError: a missing file, a row without a usable prompt (named by file and row), an overlong prompt with
+            `truncation=error`, no row left.
+    """
+
+    def __init__(
+        self, data_files: str | Sequence[str] | ListConfig, tokenizer: PreTrainedTokenizerBase, config: DictConfig
+    ) -> None:
+        self.tokenizer, self.config = tokenizer, config
+        if tokenizer.chat_template is None:
+            raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template, which prompts need")
+        parts = [_read_parquet(file, config.prompt_key) for file in file_list(data_files)]
+        rows = datasets.concatenate_datasets(parts)
+        self._rows = rows.add_column("index", range(len(rows))) if "index" not in rows.column_names else rows
+        if config.filter_overlong_prompts:
+            self._drop_overlong()
+        if not len(self._rows):
+            raise UserError(f"{', '.join(file_list(data_files))}: no prompt of up to {config.max_prompt_length} tokens")
+
+    def _drop_overlong(self) -> None:
+        limit = self.config.max_prompt_length
+        lengths = [len(self._token_ids(messages)) for messages in self._rows[self.config.prompt_key]]
+        kept = [row for row, length in enumerate(lengths) if length <= limit]
+        logger.info("%d of %d prompts dropped: longer than %d tokens", len(lengths) - len(kept), len(lengths), limit)
+        self._rows = self._rows.select(kept)
+
+    def _token_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        row = self._rows[item]
+        messages = row.pop(self.config.prompt_key)
+        ids = self._truncate(self._token_ids(messages), row["index"])
+        if self.config.return_raw_chat:
+            row["raw_prompt"] = messages
+        return {
+            **row,
+            "input_ids": torch.tensor(ids),
+            "attention_mask": torch.ones(len(ids), dtype=torch.long),
+            "position_ids": torch.arange(len(ids)),
+            "raw_prompt_ids": ids,
+        }
+
+    def _truncate(self, ids: list[int], index: int) -> list[int]:
+        limit = self.config.max_prompt_length
+        if len(ids) <= limit:
+            return ids
+        if self.config.truncation == "error":
+            raise UserError(
+                f"data.max_prompt_length={limit}: the prompt of row {index} has {len(ids)} tokens; raise the limit, "
+                "or set data.filter_overlong_prompts=true or data.truncation=left|right"
+            )
+        return ids[-limit:] if self.config.truncation == "left" else ids[:limit]
+
+
+def _read_parquet(file: str, prompt_key: str) -> datasets.Dataset:
+    if not Path(file).is_file():
+        raise UserError(f"data files: {file} does not exist")
+    rows = datasets.load_dataset("parquet", data_files=str(file), split="train")
+    if prompt_key not in rows.column_names:
+        raise UserError(f"{file}: no column {prompt_key!r} (data.prompt_key); it has {', '.join(rows.column_names)}")
+    for number, messages in enumerate(rows[prompt_key]):
+        if not _is_chat(messages):
+            raise UserError(
+                f"{file}:{number}: {prompt_key!r} must be a non-empty list of {{role, content}} messages, "
+                f"found {messages!r:.60}"
+            )
+    return rows
+
+
+def _is_chat(messages: Any) -> bool:
+    return (
+        isinstance(messages, list)
+        and len(messages) > 0
+        and all(isinstance(m, dict) and m.get("role") and isinstance(m.get("content"), str) for m in messages)
+    )
+
+
+def collate_fn(items: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor | np.ndarray]:
+    """Stack items: tensors [rows, longest prompt], padded on the left, everything else as arrays of objects."""
+    width = max(len(item["input_ids"]) for item in items)
+    fill = {"input_ids": pad_token_id, "attention_mask": 0, "position_ids": 0}
+
+    def padded(key: str) -> Tensor:
+        return torch.stack([torch.nn.functional.pad(i[key], (width - len(i[key]), 0), value=fill[key]) for i in items])
+
+    # Files may have different optional columns; a row that lacks one has None there.
+    others = dict.fromkeys(key for item in items for key in item if key not in fill)
+    return {key: padded(key) for key in fill} | {key: object_array(item.get(key) for item in items) for key in others}
+
+
+def create_dataloader(dataset: RLHFDataset, batch_size: int, *, shuffle: bool, seed: int) -> StatefulDataLoader:
+    """Endlessly restartable batches of whole size, whose `state_dict` resumes at the very next one.
+
+    Raises:
+        UserError: fewer rows than one batch.
+    """
+    if len(dataset) < batch_size:
+        raise UserError(f"data.train_batch_size={batch_size} is more than the {len(dataset)} prompts of the data")
+    generator = torch.Generator()
+    generator.manual_seed(seed)
+    return StatefulDataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=RandomSampler(dataset, generator=generator) if shuffle else None,
+        collate_fn=lambda items: collate_fn(items, dataset.tokenizer.pad_token_id),
+        drop_last=True,
+    )
