@@ -1,0 +1,129 @@
+"""Worker groups on a real Ray: dispatch, padding, and what happens when a worker fails or dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+import ray
+import torch
+
+from verl import DataProto
+from verl.single_controller import (
+    Dispatch,
+    RayClassWithInitArgs,
+    RayResourcePool,
+    RayWorkerGroup,
+    Worker,
+    WorkerLostError,
+    register,
+)
+from xbai.errors import UserError
+
+pytestmark = pytest.mark.slow
+
+
+class Doubler(Worker):
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+
+    @register(Dispatch.ONE_TO_ALL)
+    def environment(self, key: str) -> str:
+        return os.environ[key]
+
+    @register(Dispatch.DP_COMPUTE_PROTO)
+    def multiply(self, data: DataProto, repeat: int = 1) -> DataProto:
+        columns = {"y": data.batch["x"] * self.factor, "rank": torch.full((len(data),), self.rank)}
+        return DataProto.from_dict(columns).repeat(repeat)
+
+    @register(Dispatch.DP_COMPUTE_METRIC)
+    def total(self, data: DataProto) -> float:
+        return float(data.batch["x"].sum())
+
+    @register(Dispatch.ALL_TO_ALL)
+    def echo(self, value: str) -> str:
+        return value
+
+    @register(Dispatch.RANK_ZERO, blocking=False)
+    def later(self) -> int:
+        return self.rank
+
+    @register()
+    def refuse(self) -> None:
+        raise UserError("model.path: no such folder")
+
+    @register()
+    def all_reduce(self) -> float:
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo")
+        value = torch.ones(1)
+        torch.distributed.all_reduce(value)
+        return float(value)
+
+    @register()
+    def sleep_on_other_ranks(self, rank: int) -> None:
+        time.sleep(0 if self.rank == rank else 600)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    # Ray would have the workers import this module by a name that only pytest knows.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def group() -> Iterator[RayWorkerGroup]:
+    pool = RayResourcePool([2], use_gpu=False, cpus_per_process=0.5)
+    group = RayWorkerGroup(pool, RayClassWithInitArgs(Doubler, 2), name="doubler", worker_env={"COLOUR": "green"})
+    yield group
+    group.shutdown()
+    pool.release()
+
+
+def test_dispatch_and_collect(group: RayWorkerGroup):
+    assert group.environment("RANK") == ["0", "1"]
+    assert group.environment("WORLD_SIZE") == ["2", "2"]
+    assert group.environment("COLOUR") == ["green", "green"]
+    assert group.environment("OMP_WAIT_POLICY") == ["PASSIVE", "PASSIVE"]
+    assert group.echo(["a", "b"]) == ["a", "b"]
+    assert group.later().get() == 0
+    assert group.all_reduce() == [2.0, 2.0]
+    for rows in (1, 2, 3, 4):
+        doubled = group.multiply(DataProto.from_dict({"x": torch.arange(rows)}), repeat=3)
+        assert doubled.batch["y"].tolist() == [2 * i for i in range(rows) for _ in range(3)]
+        assert set(doubled.batch["rank"].tolist()) == ({0} if rows == 1 else {0, 1})
+    future = group.multiply.remote(DataProto.from_dict({"x": torch.arange(2)}))
+    assert future.get().batch["y"].tolist() == [0, 2]
+    assert group.total(DataProto.from_dict({"x": torch.arange(4)})) == [1.0, 5.0]
+    with pytest.raises(ValueError, match="3 rows do not divide into 2"):
+        group.total(DataProto.from_dict({"x": torch.arange(3)}))
+    with pytest.raises(UserError, match=r"^model.path: no such folder$"):
+        group.refuse()
+
+
+@pytest.mark.parametrize("when", ["working", "idle", "in a collective"])
+def test_a_killed_worker_is_named_at_once(group: RayWorkerGroup, when: str):
+    victim = group.worker_infos[1]
+    group.all_reduce()
+    start = time.monotonic()
+    if when == "working":
+        future = group.sleep_on_other_ranks.remote(rank=0)
+        os.kill(victim.pid, signal.SIGKILL)
+    else:
+        os.kill(victim.pid, signal.SIGKILL)
+        future = group.environment.remote("RANK") if when == "idle" else group.all_reduce.remote()
+    with pytest.raises(WorkerLostError, match=rf"rank 1 of doubler \(pid {victim.pid} on node .*\) died in"):
+        future.get()
+    assert time.monotonic() - start < 15
+
+
+def test_no_room_in_the_cluster_is_one_clear_line():
+    with pytest.raises(UserError, match=r"no room for \[2\] processes"):
+        RayResourcePool([2], use_gpu=False, cpus_per_process=8, timeout_s=1).placement_groups()

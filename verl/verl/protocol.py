@@ -1,0 +1,302 @@
+"""The batch that travels between the driver and the workers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from xbai.files import atomic_write
+
+Index = slice | list[int] | np.ndarray | Tensor
+
+
+def object_array(values: Iterable[Any]) -> np.ndarray:
+    """A 1-D object array; `np.array(values, dtype=object)` would make lists of equal length two-dimensional."""
+    return np.fromiter(values, dtype=object)
+
+
+@dataclass(eq=False)
+class DataProtoItem:
+    """One row of a `DataProto`."""
+
+    batch: TensorDict | None
+    non_tensor_batch: dict[str, Any]
+    meta_info: dict[str, Any]
+
+
+@dataclass(eq=False)
+class DataProto:
+    """Rows with tensor columns, object columns, and facts about the whole batch.
+
+    Attributes:
+        batch: tensors of shape [rows, ...]; None when there is no tensor column.
+        non_tensor_batch: NumPy arrays (mostly of objects) of shape [rows, ...].
+        meta_info: anything that belongs to the batch and not to a row.
+
+    Methods named as verbs of change (`union`, `pop`, `rename`, `reorder`) work in place, the others return a new batch.
+    """
+
+    batch: TensorDict | None = None
+    non_tensor_batch: dict[str, np.ndarray] = field(default_factory=dict)
+    meta_info: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.check_consistency()
+
+    @classmethod
+    def from_single_dict(
+        cls, data: Mapping[str, Tensor | np.ndarray], meta_info: dict[str, Any] | None = None
+    ) -> DataProto:
+        """Sort the columns of `data` into tensors and arrays."""
+        tensors = {key: value for key, value in data.items() if isinstance(value, Tensor)}
+        return cls.from_dict(tensors, {key: data[key] for key in data if key not in tensors}, meta_info)
+
+    @classmethod
+    def from_dict(
+        cls,
+        tensors: Mapping[str, Tensor] | None = None,
+        non_tensors: Mapping[str, np.ndarray | Sequence[Any]] | None = None,
+        meta_info: dict[str, Any] | None = None,
+    ) -> DataProto:
+        """Build a batch of columns that share their first dimension; plain sequences become object arrays.
+
+        Raises:
+            ValueError: columns of different lengths.
+        """
+        lengths = {key: len(value) for key, value in {**(tensors or {}), **(non_tensors or {})}.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"columns differ in length: {lengths}")
+        batch = TensorDict(dict(tensors), batch_size=[next(iter(lengths.values()))]) if tensors else None
+        arrays = {
+            key: value if isinstance(value, np.ndarray) else object_array(value)
+            for key, value in (non_tensors or {}).items()
+        }
+        return cls(batch, arrays, meta_info or {})
+
+    def check_consistency(self) -> None:
+        """Raise a ValueError when the columns are not arrays of one length."""
+        for key, value in self.non_tensor_batch.items():
+            if not isinstance(value, np.ndarray):
+                raise ValueError(f"non_tensor_batch[{key!r}] is a {type(value).__name__}, not a NumPy array")
+            if len(value) != len(self):
+                raise ValueError(f"non_tensor_batch[{key!r}] has {len(value)} rows, the batch {len(self)}")
+
+    def __len__(self) -> int:
+        if self.batch is not None:
+            return self.batch.batch_size[0]
+        return len(next(iter(self.non_tensor_batch.values()), ()))
+
+    def __getitem__(self, index: int | Index) -> DataProto | DataProtoItem:
+        """One row for an int; a batch for a slice, a list or array of row numbers, or a bool mask."""
+        if isinstance(index, int | np.integer):
+            row = None if self.batch is None else self.batch[int(index)]
+            return DataProtoItem(
+                row, {key: value[index] for key, value in self.non_tensor_batch.items()}, self.meta_info
+            )
+        return self.select_idxs(index)
+
+    def select_idxs(self, index: Index) -> DataProto:
+        """The rows of a slice (views), of row numbers, or of a bool mask (copies)."""
+        if not isinstance(index, slice):
+            index = torch.as_tensor(index)
+            index = index if index.dtype == torch.bool else index.long()
+        batch = None if self.batch is None else self.batch[index]
+        rows = index if isinstance(index, slice) else index.numpy()
+        arrays = {key: value[rows] for key, value in self.non_tensor_batch.items()}
+        return DataProto(batch, arrays, dict(self.meta_info))
+
+    def slice(self, start: int | None = None, end: int | None = None, step: int | None = None) -> DataProto:
+        """Rows `start:end:step`."""
+        return self[slice(start, end, step)]
+
+    def to(self, device: str | torch.device) -> DataProto:
+        """Move the tensors to `device`, in place."""
+        if self.batch is not None:
+            self.batch = self.batch.to(device)
+        return self
+
+    def select(
+        self,
+        batch_keys: Iterable[str] | None = None,
+        non_tensor_batch_keys: Iterable[str] | None = None,
+        meta_info_keys: Iterable[str] | None = None,
+        deepcopy: bool = False,
+    ) -> DataProto:
+        """A batch of the named columns (None: all of that kind), sharing their data unless `deepcopy`."""
+        batch = self.batch
+        if batch is not None and batch_keys is not None:
+            batch = batch.select(*batch_keys)
+        non_tensors = _pick(self.non_tensor_batch, non_tensor_batch_keys)
+        selected = DataProto(batch, non_tensors, _pick(self.meta_info, meta_info_keys))
+        return copy.deepcopy(selected) if deepcopy else selected
+
+    def pop(
+        self,
+        batch_keys: Iterable[str] = (),
+        non_tensor_batch_keys: Iterable[str] = (),
+        meta_info_keys: Iterable[str] = (),
+    ) -> DataProto:
+        """Take the named columns out of this batch and return them as one.
+
+        Raises:
+            KeyError: a column that is not there.
+        """
+        tensors = {key: self.batch.pop(key) for key in batch_keys}
+        arrays = {key: self.non_tensor_batch.pop(key) for key in non_tensor_batch_keys}
+        return DataProto.from_dict(tensors, arrays, {key: self.meta_info.pop(key) for key in meta_info_keys})
+
+    def rename(self, old_keys: str | Sequence[str], new_keys: str | Sequence[str]) -> DataProto:
+        """Rename tensor columns in place."""
+        old_keys = [old_keys] if isinstance(old_keys, str) else list(old_keys)
+        new_keys = [new_keys] if isinstance(new_keys, str) else list(new_keys)
+        if len(old_keys) != len(new_keys):
+            raise ValueError(f"{len(old_keys)} columns cannot take {len(new_keys)} names")
+        columns = [self.batch.pop(key) for key in old_keys]
+        self.batch.update(dict(zip(new_keys, columns)))
+        return self
+
+    def union(self, other: DataProto) -> DataProto:
+        """Add the columns and facts of `other` in place.
+
+        Raises:
+            ValueError: different lengths, or a column or fact that both have with different values.
+        """
+        if len(self) and len(other) and len(self) != len(other):
+            raise ValueError(f"cannot unite batches of {len(self)} and {len(other)} rows")
+        if other.batch is not None:
+            mine = {} if self.batch is None else self.batch
+            _check_same("batch", mine, other.batch)
+            self.batch = other.batch.clone(recurse=False) if self.batch is None else self.batch.update(other.batch)
+        for name in ("non_tensor_batch", "meta_info"):
+            _check_same(name, getattr(self, name), getattr(other, name))
+            getattr(self, name).update(getattr(other, name))
+        return self
+
+    def reorder(self, indices: Tensor) -> None:
+        """Permute the rows in place."""
+        reordered = self.select_idxs(indices)
+        self.batch, self.non_tensor_batch = reordered.batch, reordered.non_tensor_batch
+
+    def repeat(self, repeat_times: int = 2, interleave: bool = True) -> DataProto:
+        """Each row `repeat_times` times: next to itself (interleave), or the whole batch again and again."""
+        rows = torch.arange(len(self))
+        return self.select_idxs(rows.repeat_interleave(repeat_times) if interleave else rows.repeat(repeat_times))
+
+    def chunk(self, chunks: int) -> list[DataProto]:
+        """Cut into `chunks` equal consecutive parts.
+
+        Raises:
+            ValueError: the rows do not divide.
+        """
+        if len(self) % chunks:
+            raise ValueError(f"{len(self)} rows do not divide into {chunks} equal chunks")
+        size = len(self) // chunks
+        return [self.slice(i * size, (i + 1) * size) for i in range(chunks)]
+
+    def split(self, split_size: int) -> list[DataProto]:
+        """Cut into consecutive parts of `split_size` rows, the last one perhaps shorter."""
+        return [self.slice(start, start + split_size) for start in range(0, len(self), split_size)]
+
+    @staticmethod
+    def concat(data: Sequence[DataProto]) -> DataProto:
+        """Stack batches of the same columns; `meta_info` is that of the first."""
+        batch = None if data[0].batch is None else torch.cat([part.batch for part in data], dim=0)
+        keys = data[0].non_tensor_batch.keys()
+        arrays = {key: np.concatenate([part.non_tensor_batch[key] for part in data]) for key in keys}
+        return DataProto(batch, arrays, dict(data[0].meta_info))
+
+    def make_iterator(
+        self, mini_batch_size: int, epochs: int = 1, seed: int | None = None, shuffle: bool = False
+    ) -> Iterator[DataProto]:
+        """Mini-batches of all rows, `epochs` times, in a new order each time when `shuffle`.
+
+        Raises:
+            ValueError: the rows do not divide.
+        """
+        generator = torch.Generator()
+        if seed is not None:
+            generator.manual_seed(seed)
+        for _ in range(epochs):
+            rows = torch.randperm(len(self), generator=generator) if shuffle else slice(None)
+            yield from self.select_idxs(rows).chunk(_exact_quotient(len(self), mini_batch_size))
+
+    def save_to_disk(self, filepath: str | Path) -> None:
+        """Write the batch, on the CPU, to a file (never half of it)."""
+        with atomic_write(filepath) as stream:
+            pickle.dump(self, stream, protocol=5)
+
+    @staticmethod
+    def load_from_disk(filepath: str | Path) -> DataProto:
+        """The inverse of `save_to_disk`; like every pickle, only for files one trusts."""
+        with Path(filepath).open("rb") as stream:
+            return pickle.load(stream)
+
+    def __getstate__(self) -> tuple:
+        # NumPy arrays travel as out-of-band buffers (one copy into Ray's object store), and a view of a large tensor
+        # takes only its own rows along, where a pickled tensor takes its whole storage.
+        tensors = None if self.batch is None else {key: _to_bytes(value) for key, value in self.batch.items()}
+        return len(self), tensors, self.non_tensor_batch, self.meta_info
+
+    def __setstate__(self, state: tuple) -> None:
+        rows, tensors, self.non_tensor_batch, self.meta_info = state
+        columns = None if tensors is None else {key: _from_bytes(*value) for key, value in tensors.items()}
+        self.batch = None if columns is None else TensorDict(columns, batch_size=[rows])
+
+
+def pad_dataproto_to_divisor(data: DataProto, size_divisor: int) -> tuple[DataProto, int]:
+    """Append copies of the first rows until `size_divisor` divides the length; returns the batch and how many."""
+    pad_size = -len(data) % size_divisor
+    if pad_size == 0:
+        return data, 0
+    if len(data) == 0:
+        raise ValueError("an empty batch cannot be padded")
+    return data.select_idxs(torch.arange(len(data) + pad_size) % len(data)), pad_size
+
+
+def unpad_dataproto(data: DataProto, pad_size: int) -> DataProto:
+    """Drop the last `pad_size` rows."""
+    return data.slice(0, len(data) - pad_size) if pad_size else data
+
+
+def _pick(values: dict[str, Any], keys: Iterable[str] | None) -> dict[str, Any]:
+    return dict(values) if keys is None else {key: values[key] for key in keys}
+
+
+def _exact_quotient(rows: int, size: int) -> int:
+    if rows % size:
+        raise ValueError(f"{rows} rows do not divide into mini-batches of {size}")
+    return rows // size
+
+
+def _check_same(name: str, mine: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    for key in other.keys():  # noqa: SIM118 (iterating a TensorDict iterates its rows)
+        if key in mine.keys() and not _same(mine[key], other[key]):  # noqa: SIM118
+            raise ValueError(f"{name}[{key!r}] differs between the two batches that are to be united")
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.to(a.device))
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return a.shape == b.shape and all(map(_same, a.flat, b.flat))
+    return type(a) is type(b) and a == b
+
+
+def _to_bytes(tensor: Tensor) -> tuple[np.ndarray, torch.dtype, torch.Size]:
+    # NumPy has no bfloat16, raw bytes fit every dtype.
+    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return raw.numpy(), tensor.dtype, tensor.shape
+
+
+def _from_bytes(raw: np.ndarray, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    # Copied because the buffers that Ray hands out are read-only memory.
+    return torch.from_numpy(raw.copy()).view(dtype).view(shape)

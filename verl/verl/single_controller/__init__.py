@@ -1,0 +1,17 @@
+"""One driver, many worker processes: methods of a worker class called on all ranks at once, over Ray."""
+
+from verl.single_controller.decorator import Dispatch, register
+from verl.single_controller.resource_pool import RayResourcePool
+from verl.single_controller.worker import Worker
+from verl.single_controller.worker_group import RayClassWithInitArgs, RayWorkerGroup, WorkerFuture, WorkerLostError
+
+__all__ = [
+    "Dispatch",
+    "RayClassWithInitArgs",
+    "RayResourcePool",
+    "RayWorkerGroup",
+    "Worker",
+    "WorkerFuture",
+    "WorkerLostError",
+    "register",
+]

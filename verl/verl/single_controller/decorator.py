@@ -1,0 +1,123 @@
+"""Which methods of a worker the driver can call, and how their arguments and results are dealt out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, TypeVar
+
+from verl.protocol import DataProto, pad_dataproto_to_divisor, unpad_dataproto
+
+F = TypeVar("F", bound=Callable)
+
+REGISTRATION_ATTRIBUTE = "_registration"
+
+
+class Dispatch(Enum):
+    """How one call on the driver becomes calls on the ranks, and their results one result.
+
+    ONE_TO_ALL: every rank gets the same arguments; the list of all results, rank 0's first.
+    ALL_TO_ALL: every argument is a list with one entry per rank; the list of all results.
+    RANK_ZERO: only rank 0 is called; its result.
+    DP_COMPUTE_PROTO: every `DataProto` argument is cut into one chunk per rank, padded with copies of its first rows
+        where it does not divide; the results are stacked and the rows that come of the padding dropped (a method may
+        return k rows for each row). For methods that treat rows independently.
+    DP_COMPUTE_METRIC: the same without padding, for methods where an extra row would count; rows must divide.
+    Arguments that are not a `DataProto` go to every rank unchanged.
+    """
+
+    ONE_TO_ALL = "one_to_all"
+    ALL_TO_ALL = "all_to_all"
+    RANK_ZERO = "rank_zero"
+    DP_COMPUTE_PROTO = "dp_compute_proto"
+    DP_COMPUTE_METRIC = "dp_compute_metric"
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What `register` was told about a method."""
+
+    dispatch_mode: Dispatch
+    blocking: bool
+
+
+@dataclass(frozen=True)
+class RankCalls:
+    """The arguments of each called rank, and how to make one result of theirs."""
+
+    arguments: list[tuple[tuple, dict[str, Any]]]
+    collect: Callable[[list[Any]], Any]
+
+
+def register(dispatch_mode: Dispatch = Dispatch.ONE_TO_ALL, blocking: bool = True) -> Callable[[F], F]:
+    """Make a worker's method callable on its worker group.
+
+    Args:
+        dispatch_mode: how arguments and results are dealt out.
+        blocking: whether the call on the group waits for the result or returns a `WorkerFuture`.
+    """
+
+    def decorate(method: F) -> F:
+        setattr(method, REGISTRATION_ATTRIBUTE, Registration(dispatch_mode, blocking))
+        return method
+
+    return decorate
+
+
+def registered_methods(cls: type) -> dict[str, Registration]:
+    """The registered methods of a class and its bases, by name."""
+    found = ((name, getattr(getattr(cls, name), REGISTRATION_ATTRIBUTE, None)) for name in dir(cls))
+    return {name: registration for name, registration in found if registration is not None}
+
+
+def dispatch(mode: Dispatch, world_size: int, args: tuple, kwargs: dict[str, Any]) -> RankCalls:
+    """Deal the arguments of one call out to the ranks.
+
+    Raises:
+        ValueError: an argument that does not fit `mode`.
+    """
+    if mode is Dispatch.RANK_ZERO:
+        return RankCalls([(args, kwargs)], lambda results: results[0])
+    if mode is Dispatch.ONE_TO_ALL:
+        return RankCalls([(args, kwargs)] * world_size, list)
+    if mode is Dispatch.ALL_TO_ALL:
+        return RankCalls(_per_rank(lambda value: _checked_list(value, world_size), world_size, args, kwargs), list)
+    return _dispatch_data_parallel(world_size, args, kwargs, pad=mode is Dispatch.DP_COMPUTE_PROTO)
+
+
+def _dispatch_data_parallel(world_size: int, args: tuple, kwargs: dict[str, Any], pad: bool) -> RankCalls:
+    lengths = {len(value) for value in (*args, *kwargs.values()) if isinstance(value, DataProto)}
+    if len(lengths) != 1:
+        raise ValueError(f"expected batches of one length, got lengths {sorted(lengths)}")
+    rows = lengths.pop()
+    padding = -rows % world_size if pad else 0
+
+    def cut(value: Any) -> list[Any]:
+        if not isinstance(value, DataProto):
+            return [value] * world_size
+        return (pad_dataproto_to_divisor(value, world_size)[0] if pad else value).chunk(world_size)
+
+    def collect(results: list[Any]) -> Any:
+        if not isinstance(results[0], DataProto):
+            return results
+        stacked = DataProto.concat(results)
+        return unpad_dataproto(stacked, padding * (len(stacked) // (rows + padding)))
+
+    return RankCalls(_per_rank(cut, world_size, args, kwargs), collect)
+
+
+def _per_rank(
+    cut: Callable[[Any], list[Any]], world_size: int, args: tuple, kwargs: dict[str, Any]
+) -> list[tuple[tuple, dict[str, Any]]]:
+    columns, named = [cut(value) for value in args], {key: cut(value) for key, value in kwargs.items()}
+    return [
+        (tuple(column[rank] for column in columns), {key: value[rank] for key, value in named.items()})
+        for rank in range(world_size)
+    ]
+
+
+def _checked_list(value: Any, world_size: int) -> list[Any]:
+    if not isinstance(value, list) or len(value) != world_size:
+        raise ValueError(f"expected a list with one entry for each of {world_size} ranks, got {value!r:.80}")
+    return value

@@ -1,0 +1,39 @@
+"""The base class of everything that runs in a worker process."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """Where a worker runs."""
+
+    rank: int
+    pid: int
+    node: str
+
+
+class Worker:
+    """One rank of a worker group; its group sets the environment torch.distributed reads before the process starts."""
+
+    @property
+    def rank(self) -> int:
+        """This worker's number in its group."""
+        return int(os.environ["RANK"])
+
+    @property
+    def world_size(self) -> int:
+        """How many workers the group has."""
+        return int(os.environ["WORLD_SIZE"])
+
+    @property
+    def local_rank(self) -> int:
+        """This worker's number on its node."""
+        return int(os.environ["LOCAL_RANK"])
+
+    def worker_info(self) -> WorkerInfo:
+        """Rank, process id and host name, for messages about this worker."""
+        return WorkerInfo(self.rank, os.getpid(), socket.gethostname())

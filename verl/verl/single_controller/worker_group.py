@@ -1,0 +1,204 @@
+"""Workers of one class, one process a rank, called together."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from verl.single_controller.decorator import RankCalls, Registration, dispatch, registered_methods
+from verl.single_controller.resource_pool import RayResourcePool
+from verl.single_controller.worker import Worker, WorkerInfo
+from xbai.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+LOST = (RayActorError, ObjectLostError)
+LOST_PEER_GRACE_S = 5.0
+
+
+class WorkerLostError(RuntimeError):
+    """A worker process died, or its node went away."""
+
+
+class RayClassWithInitArgs:
+    """A worker class and the arguments to construct it with on every rank."""
+
+    def __init__(self, cls: type[Worker], *args: Any, **kwargs: Any) -> None:
+        self.cls, self.args, self.kwargs = cls, args, kwargs
+
+
+class WorkerFuture:
+    """The result of a call that may still run on the workers."""
+
+    def __init__(self, group: RayWorkerGroup, method: str, refs: list[ray.ObjectRef], collect: Callable) -> None:
+        self._group, self._method, self._refs, self._collect = group, method, refs, collect
+
+    def get(self) -> Any:
+        """Wait for all ranks and return the collected result.
+
+        Raises:
+            WorkerLostError: a worker died; raised as soon as that is known, while other ranks may still run.
+            Exception: whatever the method raised on a rank.
+        """
+        waiting = {ref: rank for rank, ref in enumerate(self._refs)}
+        results: list[Any] = [None] * len(self._refs)
+        while waiting:
+            for ref in ray.wait(list(waiting), num_returns=1)[0]:
+                rank = waiting.pop(ref)
+                results[rank] = self._result(ref, rank, waiting)
+        return self._collect(results)
+
+    def _result(self, ref: ray.ObjectRef, rank: int, waiting: Mapping[ray.ObjectRef, int]) -> Any:
+        try:
+            return ray.get(ref)
+        except LOST as error:
+            raise self._group.lost(rank, self._method, error) from None
+        except RayTaskError as error:
+            self._raise_if_lost(waiting)
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            logger.error("%s failed in %s", self._group.describe(rank), self._method)
+            raise
+
+    def _raise_if_lost(self, waiting: Mapping[ray.ObjectRef, int]) -> None:
+        """When a process dies, its peers' collectives may fail before Ray notices: give the death time to show."""
+        if not waiting:
+            return
+        ended, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=LOST_PEER_GRACE_S, fetch_local=False)
+        for ref in ended:
+            try:
+                ray.get(ref)
+            except LOST as error:
+                raise self._group.lost(waiting[ref], self._method, error) from None
+            except RayTaskError:
+                continue
+
+
+class GroupMethod:
+    """A registered method of all workers: call it, or `.remote(...)` for a future."""
+
+    def __init__(self, group: RayWorkerGroup, name: str, registration: Registration) -> None:
+        self._group, self._name, self._registration = group, name, registration
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        future = self.remote(*args, **kwargs)
+        return future.get() if self._registration.blocking else future
+
+    def remote(self, *args: Any, **kwargs: Any) -> WorkerFuture:
+        """Start the call on the ranks and return at once."""
+        calls = dispatch(self._registration.dispatch_mode, self._group.world_size, args, kwargs)
+        return self._group.start(self._name, calls)
+
+
+class RayWorkerGroup:
+    """One Ray actor for each process of a resource pool; the class's registered methods are attributes of the group."""
+
+    def __init__(
+        self,
+        resource_pool: RayResourcePool,
+        ray_cls_with_init: RayClassWithInitArgs,
+        name: str = "",
+        worker_env: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start the workers and wait until they are constructed.
+
+        Args:
+            resource_pool: where they run.
+            ray_cls_with_init: their class and its arguments.
+            name: what they are called in messages, say the role.
+            worker_env: environment variables of the worker processes, set before they start; they override the
+                number of OpenMP threads that is derived from the machine.
+
+        Raises:
+            UserError: the cluster has no room.
+            WorkerLostError: a worker died while it was being made.
+        """
+        self.name = name or ray_cls_with_init.cls.__name__
+        self.world_size = resource_pool.world_size
+        self._infos: list[WorkerInfo] | None = None
+        self._workers = _spawn(resource_pool, ray_cls_with_init, _cpu_env(resource_pool) | dict(worker_env or {}))
+        refs = [worker.worker_info.remote() for worker in self._workers]
+        try:
+            self._infos = WorkerFuture(self, "__init__", refs, list).get()
+        except Exception:
+            self.shutdown()
+            raise
+        for method, registration in registered_methods(ray_cls_with_init.cls).items():
+            setattr(self, method, GroupMethod(self, method, registration))
+
+    @property
+    def worker_infos(self) -> list[WorkerInfo]:
+        """Rank, process id and node of every worker."""
+        return list(self._infos or [])
+
+    def start(self, method: str, calls: RankCalls) -> WorkerFuture:
+        """Start `method` on the first ranks, one for each entry of `calls.arguments`."""
+        refs = [
+            getattr(worker, method).remote(*args, **kwargs)
+            for worker, (args, kwargs) in zip(self._workers, calls.arguments)
+        ]
+        return WorkerFuture(self, method, refs, calls.collect)
+
+    def describe(self, rank: int) -> str:
+        """A worker by rank, role, process id and node."""
+        if not self._infos:
+            return f"worker rank {rank} of {self.name}"
+        info = self._infos[rank]
+        return f"worker rank {rank} of {self.name} (pid {info.pid} on node {info.node})"
+
+    def lost(self, rank: int, method: str, error: RayError) -> WorkerLostError:
+        """The error that says which worker died, in which method, and what Ray knows about it."""
+        reason = " ".join(str(error).split())
+        return WorkerLostError(f"{self.describe(rank)} died in {method}; Ray says: {reason}")
+
+    def shutdown(self) -> None:
+        """End all worker processes, at once."""
+        for worker in self._workers:
+            ray.kill(worker, no_restart=True)
+        self._workers = []
+
+
+def _spawn(pool: RayResourcePool, init: RayClassWithInitArgs, env: dict[str, str]) -> list[ActorHandle]:
+    groups = pool.placement_groups()
+    address, port = ray.get(_free_address.options(scheduling_strategy=_in_bundle(groups[0], 0)).remote())
+    common = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "WORLD_SIZE": str(pool.world_size)} | env
+    actor_class, workers = ray.remote(init.cls), []
+    for group, count in zip(groups, pool.process_on_nodes):
+        for local_rank in range(count):
+            ranks = {"RANK": str(len(workers)), "LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(count)}
+            options = actor_class.options(
+                **pool.worker_resources,
+                scheduling_strategy=_in_bundle(group, local_rank),
+                runtime_env={"env_vars": common | ranks},
+            )
+            workers.append(options.remote(*init.args, **init.kwargs))
+    return workers
+
+
+def _cpu_env(pool: RayResourcePool) -> dict[str, str]:
+    """Threads for processes that compute on the CPU: together they use each core once, and wait without spinning."""
+    if pool.use_gpu:
+        return {}
+    threads = max(1, (os.cpu_count() or 1) // max(pool.process_on_nodes))
+    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def _in_bundle(group: PlacementGroup, index: int) -> PlacementGroupSchedulingStrategy:
+    return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+
+
+@ray.remote(num_cpus=0)
+def _free_address() -> tuple[str, int]:
+    """Where rank 0's torch.distributed store can listen; runs in rank 0's bundle."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return ray.util.get_node_ip_address(), probe.getsockname()[1]
