@@ -54,7 +54,7 @@ def lr_factor(step: int, warmup_steps: int, total_steps: int, config: DictConfig
 
     Args:
         step: optimiser schedule step.
-        warmup_steps: linear from 0 over these.
+        warmup_steps: linear over these, from 1 / warmup_steps to 1.
         total_steps: where the cosine ends; it stays there afterwards.
         config: `warmup_style` (constant | cosine), `min_lr_ratio` and `num_cycles` (0.5: one fall) for cosine.
 
@@ -65,7 +65,7 @@ def lr_factor(step: int, warmup_steps: int, total_steps: int, config: DictConfig
     if style not in ("constant", "cosine"):
         raise UserError(f"optim.warmup_style={style} is unknown, use constant or cosine")
     if step < warmup_steps:
-        return step / warmup_steps
+        return (step + 1) / warmup_steps
     if style == "constant":
         return 1.0
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))

@@ -1,0 +1,151 @@
+"""The loss of the joint update: policy gradient - entropy + KL to the reference + score loss.
+
+Which steps count in the score loss, and how many there are of each class, follows from the head's evaluation-mode
+logits **before** the update (`old_step_logits`), as PPO's ratio refers to the log-probs before it. The published form
+asks the head in the middle of the update instead; doing it beforehand makes every denominator known from the data
+alone, so that the loss does not depend on how a mini-batch is split over micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from omegaconf import DictConfig
+from tensordict import TensorDict
+from torch import Tensor
+
+from verl.trainer.ppo.core_algos import Denominators, agg_loss, compute_policy_loss, kl_penalty
+from verl.workers.actor.joint_model import JointOutput
+from xbai.sprm import StepCounts, count_by_class, counted_steps, sprm_loss
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The loss's part of `actor_rollout_ref`, resolved."""
+
+    clip_low: float
+    clip_high: float
+    clip_c: float
+    agg_mode: str
+    entropy_coeff: float
+    use_kl_loss: bool
+    kl_loss_coef: float
+    kl_loss_type: str
+    use_score: bool
+    score_loss_coef: float
+    backbone_grad_scale: float
+    agreement_weighting: bool
+    class_balance: bool
+
+    @classmethod
+    def from_config(cls, config: DictConfig) -> LossConfig:
+        """Read `actor.*`, `use_score` and `score.*`; `clip_ratio` stands in where a side of its own is null."""
+        actor, score = config.actor, config.get("score") or DictConfig({})
+        clip_low, clip_high = actor.get("clip_ratio_low"), actor.get("clip_ratio_high")
+        return cls(
+            clip_low=actor.clip_ratio if clip_low is None else clip_low,
+            clip_high=actor.clip_ratio if clip_high is None else clip_high,
+            clip_c=actor.get("clip_ratio_c", 3.0),
+            agg_mode=actor.get("loss_agg_mode", "token-mean"),
+            entropy_coeff=actor.get("entropy_coeff", 0.0),
+            use_kl_loss=actor.get("use_kl_loss", False),
+            kl_loss_coef=actor.get("kl_loss_coef", 0.0),
+            kl_loss_type=actor.get("kl_loss_type", "low_var_kl"),
+            use_score=config.get("use_score", False),
+            score_loss_coef=score.get("loss_coef", 1.0),
+            backbone_grad_scale=score.get("backbone_grad_scale", 1e-4),
+            agreement_weighting=score.get("agreement_weighting", True),
+            class_balance=score.get("class_balance", True),
+        )
+
+    def batch_keys(self) -> list[str]:
+        """The tensors that the update needs."""
+        keys = ["input_ids", "attention_mask", "position_ids", "response_mask", "old_log_probs", "advantages", "graded"]
+        if self.use_kl_loss:
+            keys.append("ref_log_prob")
+        if self.use_score:
+            keys += ["correct", "step_feature_mask", "old_step_logits"]
+        return keys
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What the loss of the global mini-batch is divided by."""
+
+    denominators: Denominators
+    steps: StepCounts
+
+    @classmethod
+    def from_tensor(cls, totals: Tensor) -> Totals:
+        """From the sum of `local_totals` over ranks."""
+        tokens, sequences, positive, negative = totals.tolist()
+        return cls(Denominators(tokens, sequences), StepCounts(positive, negative))
+
+
+def loss_mask(batch: TensorDict) -> Tensor:
+    """[B, R] bool: response tokens of the trajectories that could be graded."""
+    return batch["response_mask"].bool() & batch["graded"].bool()[:, None]
+
+
+def steps_that_count(batch: TensorDict, config: LossConfig) -> Tensor:
+    """[B, T] bool: the steps with w_n = 1, by the logits before the update."""
+    features = batch["step_feature_mask"].bool()
+    return counted_steps(
+        batch["old_step_logits"], features, batch["correct"], batch["graded"], config.agreement_weighting
+    )
+
+
+def local_totals(batch: TensorDict, config: LossConfig) -> Tensor:
+    """[4] float64: tokens, responses, positive and negative steps of this rank that count; to be summed over ranks."""
+    mask = loss_mask(batch)
+    classes = torch.zeros(2)
+    if config.use_score:
+        classes = count_by_class(steps_that_count(batch, config), batch["correct"])
+    policy = torch.stack([mask.sum(), mask.any(-1).sum()])
+    return torch.cat([policy.double(), classes.to(policy.device).double()])
+
+
+def joint_loss(
+    output: JointOutput, batch: TensorDict, totals: Totals, config: LossConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One micro-batch's share of the loss.
+
+    Args:
+        output: of the joint model on `batch`.
+        batch: a micro-batch with the keys of `LossConfig.batch_keys`.
+        totals: of the global mini-batch.
+        config: coefficients and switches.
+
+    Returns:
+        Scalar loss, and detached scalar metrics; both are shares, which add up over micro-batches and ranks.
+    """
+    mask, denominators = loss_mask(batch), totals.denominators
+    # Off the mask the log-probs are of padding or of nothing; equal ones keep exp() finite there.
+    old_log_probs = torch.where(mask, batch["old_log_probs"], output.log_probs.detach())
+    policy = compute_policy_loss(
+        old_log_probs, output.log_probs, batch["advantages"], config.clip_low, config.clip_high, config.clip_c
+    )
+    loss = pg_loss = agg_loss(policy.loss, mask, config.agg_mode, denominators)
+    metrics = {
+        "pg_loss": pg_loss,
+        "pg_clipfrac": agg_loss(policy.clipped.float(), mask, "token-mean", denominators),
+        "pg_clipfrac_lower": agg_loss(policy.dual_clipped.float(), mask, "token-mean", denominators),
+        "ppo_kl": agg_loss(policy.approx_kl, mask, "token-mean", denominators),
+    }
+    if config.entropy_coeff != 0:
+        metrics["entropy_loss"] = agg_loss(output.entropy, mask, config.agg_mode, denominators)
+        loss = loss - config.entropy_coeff * metrics["entropy_loss"]
+    if config.use_kl_loss:
+        ref_log_probs = torch.where(mask, batch["ref_log_prob"], output.log_probs.detach())
+        per_token = kl_penalty(output.log_probs, ref_log_probs, config.kl_loss_type)
+        metrics["kl_loss"] = agg_loss(per_token, mask, config.agg_mode, denominators)
+        loss = loss + config.kl_loss_coef * metrics["kl_loss"]
+    if config.use_score:
+        counted = steps_that_count(batch, config)
+        metrics["score_loss"] = sprm_loss(
+            output.step_logits, counted, batch["correct"], totals.steps, config.class_balance
+        )
+        loss = loss + config.score_loss_coef * metrics["score_loss"]
+    metrics["loss"] = loss
+    return loss, {name: value.detach() for name, value in metrics.items()}
