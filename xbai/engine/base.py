@@ -1,0 +1,280 @@
+"""What an engine is: requests in, completions out, scores and weight updates; validation common to all of them."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from xbai.engine.scorer import HEAD_PREFIX, PromptTooLong, Scored, Scorer
+from xbai.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from xbai.sprm import StepRule
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample `n` completions of a prompt.
+
+    Attributes:
+        max_tokens: clamped to what `max_model_len` leaves after the prompt.
+        temperature: 0 is greedy.
+        top_k: -1 or 0 keeps every token.
+        repetition_penalty: divides (multiplies, when negative) the logits of tokens seen in prompt or response.
+        stop: strings that end a completion and are cut from its text.
+        seed: sample i draws from a stream derived from (seed, i); None takes the engine's seed, or a fresh stream.
+        log_probs: return each token's log-prob under softmax(logits / temperature), before penalties, top-k and top-p
+            (at temperature 0: under softmax(logits)).
+    """
+
+    n: int = 1
+    max_tokens: int = 1024
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    ignore_eos: bool = False
+    log_probs: bool = False
+
+    def __post_init__(self) -> None:
+        """Reject values that no engine could honour."""
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
+        for valid, message in (
+            (self.n >= 1, f"n={self.n}: at least 1"),
+            (self.max_tokens >= 1, f"max_tokens={self.max_tokens}: at least 1"),
+            (0 <= self.temperature < float("inf"), f"temperature={self.temperature}: 0 (greedy) or a positive number"),
+            (0 < self.top_p <= 1, f"top_p={self.top_p}: above 0 and at most 1"),
+            (self.top_k >= -1, f"top_k={self.top_k}: a positive count, or -1 for all tokens"),
+            (0 < self.repetition_penalty < float("inf"), f"repetition_penalty={self.repetition_penalty}: above 0"),
+            (all(self.stop), "stop: an empty string would end every completion"),
+        ):
+            if not valid:
+                raise UserError(f"sampling: {message}")
+
+
+@dataclass
+class Completion:
+    """One sampled response; `token_ids` include the end-of-sequence token or the one completing a stop string."""
+
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    log_probs: list[float] | None = None
+    step_scores: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One of a request's `n` completions to be: what an implementation schedules."""
+
+    request_id: str
+    index: int
+    prompt_ids: list[int]
+    params: SamplingParams
+    seed: int | None
+
+    @property
+    def key(self) -> str:
+        """Unique among the unfinished samples."""
+        return f"{self.request_id}/{self.index}"
+
+
+@dataclass
+class _Request:
+    samples: list[Sample]
+    return_scores: bool
+    completions: dict[int, Completion] = field(default_factory=dict)
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """The seed of a request's sample `index`: 63 bits, well mixed, the same on every platform."""
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class Engine(ABC):
+    """A model that generates with continuous batching, scores, and takes new weights.
+
+    Not thread-safe: one thread owns an engine.
+
+    Attributes:
+        tokenizer: the model's tokenizer.
+        max_model_len: most tokens of prompt plus response.
+        step_rule: the score head's step rule; None for an engine without scores.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+        max_model_len: int,
+        scorer: Scorer | None,
+        seed: int | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.max_model_len = max_model_len
+        self.scorer = scorer
+        self._requests: dict[str, _Request] = {}
+        self._seeds = None if seed is None else random.Random(seed)
+
+    @property
+    def step_rule(self) -> StepRule | None:
+        """The rule that finds the steps, None without a score head."""
+        return self.scorer.step_rule if self.scorer else None
+
+    def add_request(
+        self, request_id: str, prompt_ids: list[int], params: SamplingParams, return_scores: bool = False
+    ) -> None:
+        """Queue a request; `step` returns its completions once all `n` are finished.
+
+        Raises:
+            PromptTooLong: the prompt leaves no room for a response.
+            UserError: an empty prompt, an id outside the vocabulary, or scores asked of an engine without a head.
+            ValueError: a request of this id is unfinished.
+        """
+        if request_id in self._requests:
+            raise ValueError(f"request {request_id!r} is still unfinished")
+        self._check_ids(prompt_ids, most=self.max_model_len - 1)
+        if return_scores:
+            self._require_scorer()
+        params = replace(params, max_tokens=min(params.max_tokens, self.max_model_len - len(prompt_ids)))
+        seed = params.seed
+        if seed is None and self._seeds is not None:
+            seed = self._seeds.getrandbits(62)
+        samples = [
+            Sample(request_id, i, list(prompt_ids), params, None if seed is None else sample_seed(seed, i))
+            for i in range(params.n)
+        ]
+        self._requests[request_id] = _Request(samples, return_scores)
+        self._enqueue(samples)
+
+    def step(self) -> list[tuple[str, list[Completion]]]:
+        """Run one iteration of the scheduler; the requests it finished, with their completions in sample order."""
+        finished: list[str] = []
+        for sample, completion in self._advance():
+            request = self._requests[sample.request_id]
+            request.completions[sample.index] = completion
+            if len(request.completions) == len(request.samples):
+                finished.append(sample.request_id)
+        done = {request_id: self._requests.pop(request_id) for request_id in finished}
+        self._add_scores([request for request in done.values() if request.return_scores])
+        return [(i, [request.completions[s.index] for s in request.samples]) for i, request in done.items()]
+
+    def abort(self, request_id: str) -> None:
+        """Forget an unfinished request; unknown and finished ones are ignored."""
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            self._drop([sample for sample in request.samples if sample.index not in request.completions])
+
+    def has_unfinished(self) -> bool:
+        """Whether `step` has work."""
+        return bool(self._requests)
+
+    def generate(
+        self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams], return_scores: bool = False
+    ) -> list[list[Completion]]:
+        """Complete all prompts, on an engine with no other requests; one list of `n` completions a prompt.
+
+        One `SamplingParams` with a seed serves every prompt with the same random streams; give a list to vary them.
+        """
+        if self.has_unfinished():
+            raise RuntimeError("generate() needs an engine without unfinished requests; use add_request() and step()")
+        each = params if isinstance(params, list) else [params] * len(prompts)
+        prefix = uuid.uuid4().hex
+        ids = [f"{prefix}-{i}" for i in range(len(prompts))]
+        results: dict[str, list[Completion]] = {}
+        try:
+            for request_id, prompt_ids, chosen in zip(ids, prompts, each, strict=True):
+                self.add_request(request_id, prompt_ids, chosen, return_scores)
+            while self.has_unfinished():
+                results.update(self.step())
+        finally:
+            for request_id in ids:
+                self.abort(request_id)
+        return [results[request_id] for request_id in ids]
+
+    def score(self, sequences: list[list[int]], response_starts: list[int] | None = None) -> list[Scored]:
+        """Step scores of whole sequences (prompt and response); see `Scorer.score`."""
+        scorer = self._require_scorer()
+        for ids in sequences:
+            self._check_ids(ids, most=self.max_model_len)
+        return scorer.score(sequences, response_starts)
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Take a whole model's weights, streamed under their Hugging Face names; the head's under `score_head.*`.
+
+        Raises:
+            UserError: a name that is no weight of this model.
+            RuntimeError: requests are unfinished.
+        """
+        if self.has_unfinished():
+            raise RuntimeError("update_weights() while requests are unfinished would mix two models in one response")
+        self._load_weights(self._pass_to_scorer(weights))
+
+    def sleep(self) -> None:  # noqa: B027 (optional, not abstract)
+        """Give the accelerator's memory back until `wake_up`; weights must be updated after it. No-op on CPU."""
+
+    def wake_up(self) -> None:  # noqa: B027
+        """Undo `sleep`, save for the weights."""
+
+    def close(self) -> None:  # noqa: B027
+        """Free what the engine holds; it cannot be used afterwards."""
+
+    @abstractmethod
+    def _enqueue(self, samples: list[Sample]) -> None:
+        """Schedule new samples."""
+
+    @abstractmethod
+    def _advance(self) -> list[tuple[Sample, Completion]]:
+        """Run one scheduler iteration; the samples it finished."""
+
+    @abstractmethod
+    def _drop(self, samples: list[Sample]) -> None:
+        """Forget unfinished samples."""
+
+    @abstractmethod
+    def _load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Load the language model's weights."""
+
+    def _pass_to_scorer(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            if self.scorer is not None:
+                self.scorer.load_weight(name, tensor)
+            if not name.startswith(HEAD_PREFIX):
+                yield name, tensor
+
+    def _add_scores(self, requests: list[_Request]) -> None:
+        pairs = [(s.prompt_ids, request.completions[s.index]) for request in requests for s in request.samples]
+        if pairs:
+            sequences = [prompt_ids + completion.token_ids for prompt_ids, completion in pairs]
+            scored = self._require_scorer().score(sequences, [len(prompt_ids) for prompt_ids, _ in pairs])
+            for (_, completion), result in zip(pairs, scored, strict=True):
+                completion.step_scores = result.step_scores
+
+    def _check_ids(self, ids: list[int], most: int) -> None:
+        if not ids:
+            raise UserError("prompt: at least one token is needed")
+        if len(ids) > most:
+            raise PromptTooLong(
+                f"prompt: {len(ids)} tokens, but at most {most} fit (max_model_len={self.max_model_len})"
+            )
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
+            raise UserError(f"prompt: token id {wrong} is outside the vocabulary of {self.vocab_size}")
+
+    def _require_scorer(self) -> Scorer:
+        if self.scorer is None:
+            raise UserError("scores: this engine was loaded without a score head (score_module.pt beside the model)")
+        return self.scorer

@@ -1,0 +1,107 @@
+"""Reading a Hugging Face model folder, with clear errors where something is missing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from xbai.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hold back transformers' progress bars and its notes on weights that are left out on purpose."""
+    from transformers.utils import logging as transformers_logging
+
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    bars = transformers_logging.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def read_config(model_path: str | Path) -> PretrainedConfig:
+    """The model's configuration.
+
+    Raises:
+        UserError: not a folder with a readable `config.json`.
+    """
+    from transformers import AutoConfig
+
+    path = Path(model_path) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a local Hugging Face model folder")
+    try:
+        return AutoConfig.from_pretrained(str(model_path), local_files_only=True)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def load_tokenizer(model_path: str | Path) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        UserError: a folder without tokenizer files.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(model_path)
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(f"{folder}: no tokenizer (one of {', '.join(_TOKENIZER_FILES)}) beside the model")
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def eos_token_ids(model_path: str | Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a response: those of generation_config.json (else config.json) and the tokenizer's."""
+    from transformers import GenerationConfig
+
+    source = config
+    if (Path(model_path) / "generation_config.json").is_file():
+        source = GenerationConfig.from_pretrained(str(model_path), local_files_only=True)
+    listed = source.eos_token_id
+    ids = {*(listed if isinstance(listed, (list, tuple)) else [listed]), tokenizer.eos_token_id}
+    return sorted(ids - {None})
+
+
+def resolve_dtype(dtype: str, config: PretrainedConfig) -> torch.dtype:
+    """A torch dtype from its name; `auto` is the checkpoint's.
+
+    Raises:
+        UserError: any other name.
+    """
+    if dtype == "auto":
+        return config.dtype or torch.float32
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is unknown, use auto or one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def resolve_max_model_len(requested: int | None, config: PretrainedConfig) -> int:
+    """The context to serve: what was asked for, at most what the model was made for.
+
+    Raises:
+        UserError: a context the model does not have.
+    """
+    longest = config.max_position_embeddings
+    if requested is None:
+        return longest
+    if not 2 <= requested <= longest:
+        raise UserError(f"max_model_len={requested}: between 2 and the model's {longest} (max_position_embeddings)")
+    return requested

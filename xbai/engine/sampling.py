@@ -1,0 +1,80 @@
+"""Choosing the next token of each row of a batch from its logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xbai.engine.base import Sample
+
+
+class BatchSampler:
+    """Per-row temperature, top-k, top-p and repetition penalty, each row on its own random stream.
+
+    Args:
+        samples: the rows.
+        vocab_size: width of the logits.
+        device: where the logits live.
+    """
+
+    def __init__(self, samples: list[Sample], vocab_size: int, device: torch.device) -> None:
+        params = [sample.params for sample in samples]
+        self._temperature = torch.tensor([p.temperature for p in params], device=device)[:, None]
+        self._top_p = torch.tensor([p.top_p for p in params], device=device)[:, None]
+        self._top_k = torch.tensor([p.top_k if p.top_k > 0 else vocab_size for p in params], device=device)[:, None]
+        self._penalty = torch.tensor([p.repetition_penalty for p in params], device=device)[:, None]
+        self._seen = torch.zeros(len(samples), vocab_size, dtype=torch.bool, device=device)
+        for row, sample in enumerate(samples):
+            self._seen[row, torch.tensor(sample.prompt_ids, device=device)] = True
+        self._uniforms = _uniforms(samples).to(device)
+        self._position = 0
+
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [rows, vocab] to the next tokens [rows] and their log-probs [rows] under logits / temperature."""
+        logits = logits.float()
+        greedy = self._temperature == 0
+        temperature = torch.where(greedy, 1.0, self._temperature)
+        log_probs = (logits / temperature).log_softmax(-1)
+        logits = self._penalize(logits)
+        sampled = self._draw_tokens(self._filter(logits / temperature))
+        tokens = torch.where(greedy, logits.argmax(-1, keepdim=True), sampled)
+        self._seen.scatter_(1, tokens, True)
+        self._position += 1
+        return tokens[:, 0], log_probs.gather(1, tokens)[:, 0]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these."""
+        for name in ("_temperature", "_top_p", "_top_k", "_penalty", "_seen", "_uniforms"):
+            setattr(self, name, getattr(self, name)[rows])
+
+    def _penalize(self, logits: Tensor) -> Tensor:
+        penalized = torch.where(logits > 0, logits / self._penalty, logits * self._penalty)
+        return torch.where(self._seen, penalized, logits)
+
+    def _filter(self, logits: Tensor) -> Tensor:
+        vocab_size = logits.shape[-1]
+        if bool((self._top_p >= 1).all()) and bool((self._top_k >= vocab_size).all()):
+            return logits
+        ordered, order = logits.sort(-1, descending=True)
+        ordered = ordered.masked_fill(torch.arange(vocab_size, device=logits.device) >= self._top_k, float("-inf"))
+        probs = ordered.softmax(-1)
+        ordered = ordered.masked_fill(probs.cumsum(-1) - probs >= self._top_p, float("-inf"))
+        return torch.full_like(logits, float("-inf")).scatter_(1, order, ordered)
+
+    def _draw_tokens(self, logits: Tensor) -> Tensor:
+        cdf = logits.softmax(-1).double().cumsum(-1)
+        threshold = self._uniforms[:, self._position, None] * cdf[:, -1:]
+        return torch.searchsorted(cdf, threshold, right=True).clamp(max=logits.shape[-1] - 1)
+
+
+def _uniforms(samples: list[Sample]) -> Tensor:
+    # One uniform a token suffices for sampling by the inverse CDF; rows start together, so a column is a step.
+    uniforms = torch.zeros(len(samples), max(sample.params.max_tokens for sample in samples), dtype=torch.float64)
+    for row, sample in zip(uniforms, samples):
+        stream = torch.Generator()
+        if sample.seed is None:
+            stream.seed()
+        else:
+            stream.manual_seed(sample.seed)
+        row[: sample.params.max_tokens] = torch.rand(sample.params.max_tokens, generator=stream, dtype=row.dtype)
+    return uniforms

@@ -1,0 +1,257 @@
+"""The fast engine: vLLM inside this process, with continuous batching, prefix caching and weight updates in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from xbai.engine.base import Completion, Engine, Sample
+from xbai.engine.files import eos_token_ids, load_tokenizer, read_config, resolve_dtype, resolve_max_model_len
+from xbai.engine.scorer import Scorer
+from xbai.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from vllm.v1.worker.worker_base import WorkerBase
+
+# vLLM reads these when it is first imported. A value set by the user stays, save for the first two: the engine core
+# must run in this process, and with the model runner whose sampler `_use_tempered_log_probs` knows.
+_REQUIRED_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
+_DEFAULT_ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    # Automatic binding would pin the engines of all processes of a machine to the same cores.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+_CPU_BLOCK_TOKENS = 128
+_MAX_CPU_CACHE_BYTES = 4 * 2**30
+
+
+class VLLMEngine(Engine):
+    """vLLM driven request by request.
+
+    Where torch.distributed is initialised already (a trainer), each rank gets an engine of its own; all ranks must
+    construct theirs at the same time. Elsewhere vLLM initialises it, so construct engines after your process group.
+
+    Args:
+        model_path: a Hugging Face model folder.
+        dtype: `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
+        max_model_len: most tokens of prompt plus response; the model's context by default.
+        lang: step rule of a head without `sprm_config.json`.
+        with_scores: load the score head, with a truncated copy of the backbone for it.
+        max_num_seqs: most samples in flight.
+        max_num_batched_tokens: most tokens of one scheduler iteration.
+        enforce_eager: no compilation; True by default on CPU, where compiling costs a minute.
+        kv_cache_memory_bytes: on CPU by default what `max_num_seqs` full samples need, at most 4 GiB.
+        **options: any other field of vLLM's `EngineArgs` (`gpu_memory_utilization`, `load_format`, ...).
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        lang: str | None = None,
+        with_scores: bool = False,
+        max_num_seqs: int = 128,
+        max_num_batched_tokens: int | None = None,
+        enforce_eager: bool | None = None,
+        kv_cache_memory_bytes: int | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> None:
+        config = read_config(model_path)
+        tokenizer = load_tokenizer(model_path)
+        length = resolve_max_model_len(max_model_len, config)
+        torch_dtype = resolve_dtype(dtype, config)
+        scorer = Scorer.from_folder(model_path, dtype=dtype, lang=lang) if with_scores else None
+        super().__init__(tokenizer, config.vocab_size, length, scorer, seed)
+        self._on_cpu = not torch.cuda.is_available()
+        arguments = {
+            "model": str(model_path),
+            "dtype": str(torch_dtype).removeprefix("torch."),
+            "max_model_len": length,
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "enforce_eager": self._on_cpu if enforce_eager is None else enforce_eager,
+            "kv_cache_memory_bytes": kv_cache_memory_bytes,
+            "seed": 0,
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+            "logprobs_mode": "raw_logprobs",
+        }
+        if self._on_cpu:
+            arguments |= _cpu_arguments(config, torch_dtype, length, arguments)
+        else:
+            arguments["enable_sleep_mode"] = True
+        if options.get("tensor_parallel_size", 1) == 1:
+            arguments["distributed_executor_backend"] = "uni"
+        elif torch.distributed.is_initialized():
+            arguments["distributed_executor_backend"] = "external_launcher"
+        self._llm = _start(arguments | options)
+        self._llm.collective_rpc(_use_tempered_log_probs)
+        self._eos_ids = eos_token_ids(model_path, config, tokenizer)
+        self._tied = bool(config.tie_word_embeddings)
+        self._samples: dict[str, Sample] = {}
+
+    def sleep(self) -> None:
+        """Free KV cache and weights on the accelerator; after `wake_up`, update the weights. No-op on CPU."""
+        if not self._on_cpu:
+            self._llm.sleep(level=2)
+
+    def wake_up(self) -> None:
+        """Allocate again what `sleep` freed."""
+        if not self._on_cpu:
+            self._llm.wake_up()
+
+    def close(self) -> None:
+        """Shut vLLM down; a torch.distributed process group that was there before stays."""
+        self._llm.engine_core.shutdown()
+        self._llm = self.scorer = None
+        gc.collect()
+
+    def _enqueue(self, samples: list[Sample]) -> None:
+        for sample in samples:
+            self._samples[sample.key] = sample
+            self._llm.add_request(sample.key, {"prompt_token_ids": sample.prompt_ids}, self._vllm_params(sample))
+
+    def _drop(self, samples: list[Sample]) -> None:
+        keys = [sample.key for sample in samples if self._samples.pop(sample.key, None) is not None]
+        self._llm.abort_request(keys)
+
+    def _advance(self) -> list[tuple[Sample, Completion]]:
+        return [
+            (self._samples.pop(output.request_id), _completion(output.outputs[0]))
+            for output in self._llm.step()
+            if output.finished
+        ]
+
+    def _load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        if self._tied:
+            weights = _with_lm_head(weights)
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self._llm.reset_prefix_cache()
+
+    def _vllm_params(self, sample: Sample) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = sample.params
+        return SamplingParams(
+            max_tokens=params.max_tokens,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            repetition_penalty=params.repetition_penalty,
+            stop=list(params.stop),
+            stop_token_ids=[] if params.ignore_eos else list(self._eos_ids),
+            ignore_eos=params.ignore_eos,
+            seed=sample.seed,
+            logprobs=0 if params.log_probs else None,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+
+def _with_lm_head(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Send a tied LM head too: on CPU vLLM keeps a packed copy of it, which the embedding alone leaves stale."""
+    for name, tensor in weights:
+        if name == "lm_head.weight":
+            continue
+        yield name, tensor
+        if name == "model.embed_tokens.weight":
+            yield "lm_head.weight", tensor
+
+
+def _completion(output: Any) -> Completion:
+    token_ids = list(output.token_ids)
+    log_probs = None
+    if output.logprobs is not None:
+        log_probs = [entry[token].logprob for entry, token in zip(output.logprobs, token_ids, strict=True)]
+    return Completion(token_ids, output.text, output.finish_reason, log_probs)
+
+
+def _cpu_arguments(
+    config: PretrainedConfig, dtype: torch.dtype, max_model_len: int, arguments: dict[str, Any]
+) -> dict[str, Any]:
+    # A seeded request that is prefilled in chunks crashes vLLM 0.32 on CPU, so a prompt must fit one iteration.
+    tokens = max(arguments["max_num_batched_tokens"] or 8192, max_model_len)
+    found = {"enable_chunked_prefill": False, "max_num_batched_tokens": tokens}
+    if arguments["kv_cache_memory_bytes"] is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        sequence = -(-max_model_len // _CPU_BLOCK_TOKENS) * _CPU_BLOCK_TOKENS * _cache_bytes_per_token(config, dtype)
+        wanted = max(2, min(arguments["max_num_seqs"], _MAX_CPU_CACHE_BYTES // sequence)) * sequence
+        found["kv_cache_memory_bytes"] = wanted
+    return found
+
+
+def _cache_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
+
+
+def _start(arguments: dict[str, Any]) -> Any:
+    os.environ.update(_REQUIRED_ENVIRONMENT)
+    for name, value in _DEFAULT_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with _undisturbed():
+        return _construct(arguments)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Keep this process's random states, which vLLM reseeds, and hold back its dependencies' deprecation warnings."""
+    states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def _construct(arguments: dict[str, Any]) -> Any:
+    import vllm
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    unknown = sorted(arguments.keys() - {field.name for field in dataclasses.fields(EngineArgs)})
+    if unknown:
+        raise UserError(f"engine option {unknown[0]}: vLLM {vllm.__version__} has no such option; remove it")
+    return LLMEngine.from_engine_args(EngineArgs(**{k: v for k, v in arguments.items() if v is not None}))
+
+
+def _use_tempered_log_probs(worker: WorkerBase) -> None:
+    """Make a worker's sampler return log-probs of logits / temperature.
+
+    vLLM offers log-probs of the raw logits or of the logits after temperature *and* penalties, top-k and top-p; what
+    an actor recomputes (and what importance ratios need) lies between the two.
+    """
+    from vllm.v1.sample.sampler import Sampler
+
+    class TemperedLogProbSampler(Sampler):
+        def forward(self, logits: Tensor, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+            self._temperature = sampling_metadata.temperature
+            return super().forward(logits, sampling_metadata, *args, **kwargs)
+
+        def compute_logprobs(self, logits: Tensor) -> Tensor:
+            if self._temperature is not None:
+                greedy = self._temperature < 1e-5
+                logits = logits.float() / torch.where(greedy, 1.0, self._temperature)[:, None]
+            return logits.log_softmax(-1, dtype=torch.float32)
+
+    runner = worker.model_runner
+    runner.sampler = TemperedLogProbSampler("raw_logprobs", runner.sampler.use_fp64_gumbel)
