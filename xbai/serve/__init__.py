@@ -1,0 +1,1 @@
+"""The policy and the score service, as FastAPI applications over one model thread each."""

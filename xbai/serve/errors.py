@@ -1,0 +1,54 @@
+"""Failures as HTTP answers: a status code and a JSON `detail`, never a 200."""
+
+from __future__ import annotations
+
+import logging
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+
+logger = logging.getLogger(__name__)
+
+
+class ServiceError(Exception):
+    """An answer other than success.
+
+    Attributes:
+        status: the HTTP status code.
+        detail: what the client reads.
+        retry_after_s: when the client may try again; sent as `Retry-After`.
+    """
+
+    def __init__(self, status: int, detail: str, retry_after_s: int | None = None) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+        self.retry_after_s = retry_after_s
+
+    def to_response(self) -> JSONResponse:
+        """The HTTP answer."""
+        headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        return JSONResponse({"detail": self.detail}, self.status, headers)
+
+
+async def _on_service_error(request: Request, error: ServiceError) -> JSONResponse:
+    return error.to_response()
+
+
+async def _on_invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:
+    # The rejected values are not sent back: they may be megabytes, or NaN, which JSON cannot carry.
+    problems = (f"{'.'.join(map(str, item['loc'][1:])) or 'body'}: {item['msg']}" for item in error.errors())
+    return JSONResponse({"detail": "; ".join(problems)}, 422)
+
+
+async def _on_bug(request: Request, error: Exception) -> JSONResponse:
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return JSONResponse({"detail": f"internal error ({type(error).__name__}); the service's log has more"}, 500)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Make every failure of `app` a JSON answer."""
+    app.add_exception_handler(ServiceError, _on_service_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_request)
+    app.add_exception_handler(Exception, _on_bug)

@@ -1,0 +1,83 @@
+"""What bounds a request: the queue, the clock, the client's patience and the size of the body."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from fastapi import Request
+
+from xbai.serve.errors import ServiceError
+
+T = TypeVar("T")
+
+RETRY_AFTER_S = 2
+CLIENT_CLOSED_REQUEST = 499
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a service takes on.
+
+    Attributes:
+        max_pending: responses (policy) or texts (score) accepted and not yet answered; beyond it, 429.
+        request_timeout_s: longest time to an answer; beyond it, 504.
+        max_body_bytes: largest request body; beyond it, 413.
+        shutdown_timeout_s: how long running work may take after SIGTERM.
+    """
+
+    max_pending: int = 4096
+    request_timeout_s: float = 3600.0
+    max_body_bytes: int = 16 << 20
+    shutdown_timeout_s: int = 60
+
+
+class Admission:
+    """Counts the items accepted and unanswered. Used from the event loop only."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.pending = 0
+
+    @contextmanager
+    def admit(self, items: int) -> Iterator[None]:
+        """Hold `items` places while the block runs. A request larger than the limit is taken when nothing else waits.
+
+        Raises:
+            ServiceError: 429 when the queue is full.
+        """
+        if self.pending and self.pending + items > self._limit:
+            raise ServiceError(429, f"the queue is full ({self.pending} of {self._limit} pending)", RETRY_AFTER_S)
+        self.pending += items
+        try:
+            yield
+        finally:
+            self.pending -= items
+
+
+async def _until_disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        continue
+
+
+async def answer_in_time(request: Request, work: Awaitable[T], timeout_s: float) -> T:
+    """Await `work`; cancel it when the client goes away or the time is up.
+
+    Raises:
+        ServiceError: 504 after `timeout_s`; 499 (which nobody reads) after a disconnect.
+    """
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.create_task(_until_disconnected(request))
+    try:
+        await asyncio.wait({task, watcher}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if watcher.done():
+            raise ServiceError(CLIENT_CLOSED_REQUEST, "the client closed the connection")
+        raise ServiceError(504, f"no answer within {timeout_s:g} s")
+    finally:
+        task.cancel()
+        watcher.cancel()

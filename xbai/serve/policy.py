@@ -1,0 +1,70 @@
+"""The policy service: `POST /generate`."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+
+from xbai.engine import Completion, SamplingParams
+from xbai.serve.app import ERRORS, Service
+from xbai.serve.engine_thread import EngineThread
+from xbai.serve.errors import ServiceError
+from xbai.serve.limits import Limits, answer_in_time
+from xbai.serve.schemas import GenerateRequest, GenerateResponse
+from xbai.sprm import aggregate
+
+
+def create_policy_app(thread: EngineThread, model_name: str, limits: Limits) -> FastAPI:
+    """The ASGI application; it starts and stops `thread`."""
+    service = Service("XBai policy service", model_name, thread, limits, ["/generate"])
+
+    @service.app.post("/generate", responses=ERRORS, response_model_exclude_none=True)
+    async def generate(body: GenerateRequest, request: Request) -> GenerateResponse:
+        """Sample `response_num` responses to a prompt."""
+        with service.admission.admit(body.response_num):
+            return await answer_in_time(request, _generate(service, body), limits.request_timeout_s)
+
+    return service.app
+
+
+async def _generate(service: Service, body: GenerateRequest) -> GenerateResponse:
+    thread: EngineThread = service.thread
+    if body.return_scores and thread.model.step_rule is None:
+        raise ServiceError(422, "return_scores: this model has no score head")
+    (prompt_ids,) = await service.encode(body.prefix_prompt)
+    room = thread.model.max_model_len - len(prompt_ids)
+    if room < 1:
+        raise ServiceError(
+            413, f"prefix_prompt: {len(prompt_ids)} tokens leave no room in the model's {thread.model.max_model_len}"
+        )
+    completions = await thread.generate(prompt_ids, _sampling_params(body, room), body.return_scores)
+    response = _response(completions, body.return_scores)
+    service.metrics.prompt_tokens.inc(len(prompt_ids))
+    service.metrics.generated_tokens.inc(sum(response.token_counts))
+    service.metrics.observe_scores(response.scores or ())
+    for reason in response.finish_reasons:
+        service.metrics.responses.labels(reason).inc()
+    return response
+
+
+def _sampling_params(body: GenerateRequest, room: int) -> SamplingParams:
+    return SamplingParams(
+        n=body.response_num,
+        max_tokens=min(body.max_tokens, room),
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=body.top_k or -1,
+        repetition_penalty=body.repetition_penalty,
+        stop=body.stop_texts(),
+        seed=body.seed,
+    )
+
+
+def _response(completions: list[Completion], return_scores: bool) -> GenerateResponse:
+    step_scores = [completion.step_scores or [] for completion in completions] if return_scores else None
+    return GenerateResponse(
+        results=[completion.text for completion in completions],
+        finish_reasons=[completion.finish_reason for completion in completions],
+        token_counts=[len(completion.token_ids) for completion in completions],
+        scores=None if step_scores is None else [aggregate(scores) for scores in step_scores],
+        step_scores=step_scores,
+    )

@@ -1,0 +1,143 @@
+"""Start a service: check everything cheap first, take the port, load the model behind it, serve until told to stop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+
+from xbai.engine import Scorer, load_engine
+from xbai.engine.files import load_tokenizer, read_config, resolve_max_model_len
+from xbai.errors import UserError
+from xbai.serve.engine_thread import EngineThread, ModelThread, ScoreModel, ScorerThread
+from xbai.serve.limits import Limits
+from xbai.serve.policy import create_policy_app
+from xbai.serve.score import create_score_app
+
+logger = logging.getLogger(__name__)
+
+KEEP_ALIVE_S = 75
+LISTEN_BACKLOG = 2048
+
+
+def serve_policy(
+    model_path: str, ip: str, port: int, limits: Limits, *, engine: str, dtype: str, max_model_len: int | None
+) -> None:
+    """Run the policy service until SIGTERM or SIGINT.
+
+    Raises:
+        UserError: the port is taken, or the model cannot be loaded.
+    """
+    check_model_folder(model_path)
+    with listen(ip, port) as listener:
+        thread = EngineThread(lambda: load_engine(engine, model_path, dtype=dtype, max_model_len=max_model_len))
+        _run(create_policy_app(thread, model_path, limits), thread, listener, limits)
+
+
+def serve_score(
+    model_path: str,
+    ip: str,
+    port: int,
+    limits: Limits,
+    *,
+    score_model_dim: int | None,
+    lang: str | None,
+    dtype: str,
+    max_model_len: int | None,
+    max_batch_tokens: int,
+) -> None:
+    """Run the score service until SIGTERM or SIGINT.
+
+    Raises:
+        UserError: the port is taken, `score_model_dim` is not the model's, or the model cannot be loaded.
+    """
+    config = check_model_folder(model_path)
+    hidden_size = config.get("hidden_size")
+    if score_model_dim is not None and score_model_dim != hidden_size:
+        raise UserError(f"--score_model_dim {score_model_dim}: {model_path} has hidden_size {hidden_size}")
+    with listen(ip, port) as listener:
+        thread = ScorerThread(lambda: _load_scorer(model_path, lang, dtype, max_model_len, max_batch_tokens))
+        _run(create_score_app(thread, model_path, limits), thread, listener, limits)
+
+
+def _load_scorer(
+    model_path: str, lang: str | None, dtype: str, max_model_len: int | None, max_batch_tokens: int
+) -> ScoreModel:
+    scorer = Scorer.from_folder(model_path, dtype=dtype, lang=lang, max_batch_tokens=max_batch_tokens)
+    length = resolve_max_model_len(max_model_len, read_config(model_path))
+    return ScoreModel(scorer, load_tokenizer(model_path), length)
+
+
+def check_model_folder(model_path: str) -> dict:
+    """The model's `config.json`.
+
+    Raises:
+        UserError: there is none at `model_path`.
+    """
+    path = Path(model_path) / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except OSError:
+        raise UserError(f"--model_path {model_path}: no model there ({path} cannot be read)") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def listen(ip: str, port: int) -> socket.socket:
+    """A listening socket: from here on the port is ours, before the slow part begins.
+
+    Raises:
+        UserError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    try:
+        return socket.create_server((ip, port), family=family, backlog=LISTEN_BACKLOG)
+    except (OSError, OverflowError) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        raise UserError(f"--ip {ip} --port {port}: cannot listen there ({reason}); choose another --port") from None
+
+
+def _run(app: FastAPI, thread: ModelThread, listener: socket.socket, limits: Limits) -> None:
+    """Serve on `listener`. Returns after a graceful stop.
+
+    Raises:
+        UserError: the model could not be loaded, for a reason the user can mend.
+        SystemExit: status 1 when the engine died.
+    """
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=limits.shutdown_timeout_s,
+    )
+    server = uvicorn.Server(config)
+
+    def stop_serving() -> None:
+        server.should_exit = True
+
+    thread.on_death = stop_serving
+    # uvicorn raises the signal again once it has stopped; a graceful stop is to end with status 0.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    host, port = listener.getsockname()[:2]
+    logger.info("listening on http://%s:%d", host, port)
+    server.run(sockets=[listener])
+    if isinstance(thread.error, UserError):
+        raise thread.error
+    status = 0 if thread.error is None else 1
+    if thread.running:
+        # A model that is still loading, or stuck in a kernel, cannot be interrupted.
+        logger.warning("leaving while the model thread still runs")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if status:
+        raise SystemExit(status)

@@ -1,0 +1,104 @@
+"""The wire format of both services. Fields beyond the published ones are optional and change none of them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+MAX_RESPONSES = 1024
+MAX_BATCH_TEXTS = 1024
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("not valid Unicode: it holds a lone surrogate") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+StopText = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_encodable)]
+
+
+class WireModel(BaseModel):
+    """Strict types, no NaN or infinity, no unknown field (a misspelt one must not pass unnoticed)."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
+
+
+class GenerateRequest(WireModel):
+    """Body of `POST /generate`."""
+
+    prefix_prompt: Text = Field(min_length=1, description="The whole prompt, chat template applied.")
+    max_tokens: int = Field(1024, ge=1, le=2**31 - 1)
+    response_num: int = Field(8, ge=1, le=MAX_RESPONSES)
+    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    temperature: float = Field(0.8, ge=0, le=100, description="0 is greedy.")
+    seed: int | None = Field(None, ge=0, le=2**63 - 1, description="Response i uses a seed derived from (seed, i).")
+    top_p: float = Field(0.95, gt=0, le=1)
+    top_k: int = Field(-1, ge=-1, le=2**31 - 1, description="-1 or 0: no limit.")
+    repetition_penalty: float = Field(1.05, gt=0, le=10)
+    return_scores: bool = Field(False, description="Also return trajectory and step scores.")
+
+    def stop_texts(self) -> tuple[str, ...]:
+        """`stop` in its long form."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class GenerateResponse(WireModel):
+    """Answer of `POST /generate`; item i of every list belongs to response i. The scores come only when asked for."""
+
+    results: list[str]
+    finish_reasons: list[str]
+    token_counts: list[int]
+    scores: list[float] | None = None
+    step_scores: list[list[float]] | None = None
+
+
+class ScoreRequest(WireModel):
+    """Body of `POST /score`."""
+
+    text: Text = Field(min_length=1, description="Prompt and response.")
+    return_all_scores: bool = False
+    prompt: Text | None = Field(
+        None, description="The prompt that `text` starts with; without it, the response follows the last chat header."
+    )
+
+
+class ScoreResponse(WireModel):
+    """Answer of `POST /score`; the lists come only with `return_all_scores`. Positions index `token_ids`."""
+
+    value: float
+    all_scores: list[float] | None = None
+    token_ids: list[int] | None = None
+    score_positions: list[int] | None = None
+
+
+class ScoreBatchRequest(WireModel):
+    """Body of `POST /score_batch`."""
+
+    texts: list[Annotated[Text, Field(min_length=1)]] = Field(min_length=1, max_length=MAX_BATCH_TEXTS)
+
+
+class ScoreBatchResponse(WireModel):
+    """Answer of `POST /score_batch`, in the order of `texts`."""
+
+    values: list[float]
+
+
+class ErrorResponse(BaseModel):
+    """Body of every refusal and failure."""
+
+    detail: str
+
+
+class StateResponse(BaseModel):
+    """Answer of `GET /health` and `GET /ready`."""
+
+    status: str
+    model: str
+    scores: bool = Field(description="Whether this service returns scores.")
