@@ -1,0 +1,41 @@
+"""What a phase of training cost on this rank."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+GIB = 2**30
+
+
+@contextmanager
+def measure_phase(phase: str) -> Iterator[dict[str, float]]:
+    """Yield a dictionary that at the end holds the phase's cost.
+
+    Keys: `timing_s/{phase}`; `perf/{phase}_memory_gib`, the most memory that tensors took on the GPU during the phase,
+    or on CPU that the process ever took; and, where the caller has set `tokens` in the dictionary,
+    `perf/{phase}_tokens_per_s` of this rank instead of it.
+    """
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    metrics: dict[str, float] = {}
+    start = time.perf_counter()
+    yield metrics
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    metrics[f"timing_s/{phase}"] = seconds
+    metrics[f"perf/{phase}_memory_gib"] = (torch.cuda.max_memory_allocated() if on_gpu else _peak_rss()) / GIB
+    if "tokens" in metrics:
+        metrics[f"perf/{phase}_tokens_per_s"] = metrics.pop("tokens") / seconds
+
+
+def _peak_rss() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
