@@ -1,0 +1,277 @@
+"""The joint update against a plain, unsharded reference, on one and on two real FSDP2 ranks (gloo).
+
+This file is also the program that the ranks run (see `launch`).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+from tensordict import TensorDict
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from verl.utils.fsdp import create_mesh, init_distributed, named_full_tensors, shard_model
+from verl.utils.optim import JointOptimizer
+from verl.workers.actor.dp_actor import DataParallelPPOActor
+from verl.workers.actor.joint_model import JointModel
+from xbai.sprm import ScoreHead
+
+ROWS, PROMPT, RESPONSE, VOCABULARY = 8, 6, 10, 40
+SCENARIOS = ("mixed", "rank_1_without_steps", "only_wrong", "ungraded", "nothing_graded")
+SPLITS = {
+    "whole": {"ppo_micro_batch_size_per_gpu": 8},
+    "by_three": {"ppo_micro_batch_size_per_gpu": 3},
+    "by_tokens": {"use_dynamic_bsz": True, "ppo_max_token_len_per_gpu": 20},
+}
+OPTIM = {"name": "AdamW", "lr": 1e-3, "weight_decay": 0.01}
+
+
+def make_config(**actor: object) -> DictConfig:
+    """An `actor_rollout_ref` tree in which every term of the loss acts."""
+    return OmegaConf.create(
+        {
+            "actor": {
+                "ppo_mini_batch_size": 2,
+                "ppo_micro_batch_size_per_gpu": 8,
+                "ppo_epochs": 1,
+                "shuffle": False,
+                "grad_clip": 1.0,
+                "clip_ratio": 0.2,
+                "clip_ratio_low": None,
+                "clip_ratio_high": 0.25,
+                "clip_ratio_c": 1.5,
+                "loss_agg_mode": "token-mean",
+                "entropy_coeff": 0.01,
+                "use_kl_loss": True,
+                "kl_loss_coef": 0.1,
+                "kl_loss_type": "low_var_kl",
+                "optim": OPTIM,
+                **actor,
+            },
+            "rollout": {"n": 4, "temperature": 0.8, "log_prob_micro_batch_size_per_gpu": 3},
+            "use_score": True,
+            "score": {"loss_coef": 1.0, "backbone_grad_scale": 0.3, "optim": OPTIM},
+        }
+    )
+
+
+def make_model() -> JointModel:
+    """A random model without dropout: whoever holds a row computes the same for it."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        initializer_range=0.15,
+    )
+    return JointModel(Qwen3ForCausalLM(config), ScoreHead(32, dropout=0.0))
+
+
+def make_batch(scenario: str) -> TensorDict:
+    """The global batch, without what the actor itself computes first."""
+    generator = torch.Generator().manual_seed(1)
+    prompt_lengths = torch.tensor([3, 5, 4, 2, 5, 1, 3, 4])
+    response_lengths = torch.tensor([4, 9, 1, 7, 6, 8, 2, 9])
+    columns = torch.arange(PROMPT + RESPONSE)
+    attention_mask = (columns >= PROMPT - prompt_lengths[:, None]) & (columns < PROMPT + response_lengths[:, None])
+    input_ids = torch.randint(1, VOCABULARY, (ROWS, PROMPT + RESPONSE), generator=generator) * attention_mask
+    in_response = attention_mask & (columns >= PROMPT)
+    features = in_response & (torch.rand(ROWS, PROMPT + RESPONSE, generator=generator) < 0.5)
+    correct, graded = torch.tensor([1.0, 0, 1, 0, 0, 1, 1, 0]), torch.ones(ROWS, dtype=torch.bool)
+    if scenario == "rank_1_without_steps":
+        features[ROWS // 2 :] = False
+    if scenario == "only_wrong":
+        correct = torch.zeros(ROWS)
+    if scenario == "ungraded":
+        graded[[1, 4, 5]] = False
+    if scenario == "nothing_graded":
+        graded[:] = False
+    return TensorDict(
+        {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask.long(),
+            "position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0),
+            "responses": input_ids[:, PROMPT:],
+            "response_mask": in_response[:, PROMPT:],
+            "step_feature_mask": features,
+            "correct": correct,
+            "graded": graded,
+            "advantages": torch.randn(ROWS, 1, generator=generator) * in_response[:, PROMPT:],
+            "noise": 0.3 * torch.randn(ROWS, RESPONSE, generator=generator),
+            "ref_noise": 0.3 * torch.randn(ROWS, RESPONSE, generator=generator),
+        },
+        batch_size=[ROWS],
+    )
+
+
+def with_old_policy(batch: TensorDict, before: TensorDict) -> TensorDict:
+    """Pretend that old and reference policy were others, so that ratios differ from 1 and clipping acts."""
+    old = before["old_log_probs"] + batch["noise"]
+    return batch.update({**before, "old_log_probs": old, "ref_log_prob": before["old_log_probs"] + batch["ref_noise"]})
+
+
+def run_rank(output: Path) -> None:
+    """What each rank does: every scenario and split from the same start; rank 0 writes what came out."""
+    init_distributed()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    results = {}
+    for scenario in SCENARIOS:
+        for split, keys in SPLITS.items():
+            config = make_config(**keys)
+            model = shard_model(make_model(), create_mesh(), OmegaConf.create({}))
+            optimizer = JointOptimizer(model, config.actor.optim, config.score.optim)
+            actor = DataParallelPPOActor(config, model, optimizer)
+            batch = make_batch(scenario).chunk(world_size)[rank].contiguous()
+            before = actor.compute_log_prob(batch)
+            metrics = actor.update_policy(with_old_policy(batch, before))
+            weights = {name: tensor.clone() for name, tensor in named_full_tensors(model)}
+            results[scenario, split] = {"before": dict(before), "metrics": metrics, "weights": weights}
+    if rank == 0:
+        torch.save(results, output)
+    dist.destroy_process_group()
+
+
+def launch(ranks: int, folder: Path) -> dict:
+    """Run this file on `ranks` processes and read what rank 0 wrote."""
+    output = folder / f"{ranks}.pt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, __file__, str(output)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(output, weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return launch(1, tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return launch(2, tmp_path_factory.mktemp("two"))
+
+
+def plain_forward(model: JointModel, batch: TensorDict, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs and entropies [B, R] and step logits [B, T] by transformers' own forward pass."""
+    keys = ("input_ids", "attention_mask", "position_ids")
+    out = model.lm(**{key: batch[key] for key in keys}, output_hidden_states=True)
+    log_softmax = (out.logits[:, PROMPT - 1 : -1] / 0.8).log_softmax(-1)
+    log_probs = log_softmax.gather(-1, batch["responses"][..., None]).squeeze(-1)
+    entropy = -(log_softmax.exp() * log_softmax).sum(-1)
+    hidden = out.hidden_states[-2]
+    return log_probs, entropy, model.score_head(hidden * scale + hidden.detach() * (1 - scale))
+
+
+def plain_loss(model: JointModel, batch: TensorDict) -> dict[str, Tensor]:
+    """The loss of the issue and of PPO, token by token and step by step."""
+    log_probs, entropy, step_logits = plain_forward(model, batch, scale=0.3)
+    zero = step_logits.sum() * 0
+    pg, kl, entropies, positive, negative = [], [], [], [], []
+    for row in range(ROWS):
+        if not batch["graded"][row]:
+            continue
+        for t in range(int(batch["response_mask"][row].sum())):
+            advantage, ratio = batch["advantages"][row, t], (log_probs - batch["old_log_probs"])[row, t].exp()
+            value = -min(advantage * ratio, advantage * ratio.clamp(0.8, 1.25))
+            pg.append(min(value, -advantage * 1.5) if advantage < 0 else value)
+            difference = batch["ref_log_prob"][row, t] - log_probs[row, t]
+            kl.append(difference.exp() - 1 - difference)
+            entropies.append(entropy[row, t])
+        for t in batch["step_feature_mask"][row].nonzero().flatten():
+            right, agrees = bool(batch["correct"][row]), bool(batch["old_step_logits"][row, t] > 0)
+            if right == agrees:
+                score = step_logits[row, t].sigmoid()
+                (positive if right else negative).append(-score.log() if right else -(1 - score).log())
+    counted = len(positive) + len(negative)
+    weights = (1.5 * len(negative) / counted, len(positive) / counted) if counted else (0.0, 0.0)
+    total_weight = weights[0] * len(positive) + weights[1] * len(negative)
+    weighted = weights[0] * sum(positive, zero) + weights[1] * sum(negative, zero)
+    parts = {
+        "actor/pg_loss": sum(pg, zero) / max(len(pg), 1),
+        "actor/kl_loss": sum(kl, zero) / max(len(pg), 1),
+        "actor/entropy_loss": sum(entropies, zero) / max(len(pg), 1),
+        "score/loss": weighted / total_weight if total_weight else weighted,
+    }
+    loss = parts["actor/pg_loss"] - 0.01 * parts["actor/entropy_loss"] + 0.1 * parts["actor/kl_loss"]
+    return parts | {"actor/loss": loss + parts["score/loss"]}
+
+
+def plain_update(scenario: str) -> dict[str, float]:
+    model = make_model()
+    batch = make_batch(scenario)
+    log_probs, _, step_logits = plain_forward(model, batch, scale=1.0)
+    before = {"old_log_probs": log_probs.detach(), "old_step_logits": step_logits.detach()}
+    parts = plain_loss(model, with_old_policy(batch, before))
+    parts["actor/loss"].backward()
+    norms = {
+        "actor/grad_norm": torch.nn.utils.get_total_norm([p.grad for p in model.lm.parameters() if p.grad is not None]),
+        "score/grad_norm": torch.nn.utils.get_total_norm([p.grad for p in model.score_head.parameters()]),
+    }
+    return {name: value.item() for name, value in {**parts, **norms}.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_any_split_over_micro_batches_and_ranks_is_the_plain_update(
+    scenario: str, one_rank: dict, two_ranks: dict
+) -> None:
+    expected = plain_update(scenario)
+    for split in SPLITS:
+        for results in (one_rank, two_ranks):
+            metrics = results[scenario, split]["metrics"]
+            got = {name: metrics[name] for name in expected}
+            assert got == pytest.approx(expected, rel=1e-4, abs=1e-6), (split, scenario)
+            assert metrics["actor/skipped_updates"] == 0
+
+
+@pytest.mark.slow
+def test_the_cases_are_what_they_say(one_rank: dict) -> None:
+    def metrics(scenario: str) -> dict[str, float]:
+        return one_rank[scenario, "whole"]["metrics"]
+
+    assert metrics("mixed")["score/counted_right"] > 0
+    assert metrics("mixed")["score/counted_wrong"] > 0
+    assert metrics("mixed")["actor/pg_clipfrac"] > 0
+    assert metrics("mixed")["actor/pg_clipfrac_lower"] > 0
+    assert metrics("only_wrong")["score/counted_right"] == 0
+    assert metrics("nothing_graded")["actor/grad_norm"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_weights_after_the_update_agree(scenario: str, one_rank: dict, two_ranks: dict) -> None:
+    one, two = one_rank[scenario, "whole"]["weights"], two_ranks[scenario, "by_three"]["weights"]
+    assert one.keys() == two.keys() >= {"lm_head.weight", "model.embed_tokens.weight", "score_head.3.bias"}
+    # Adam's first step is nearly the sign of the gradient, so elements whose gradient is rounding noise may differ by
+    # up to two learning rates.
+    for name, tensor in one.items():
+        close = torch.isclose(tensor, two[name], atol=1e-5)
+        assert close.float().mean() > 0.99, name
+        assert (tensor - two[name]).abs().max() <= 2.1 * OPTIM["lr"], name
+
+
+@pytest.mark.slow
+def test_log_probs_entropies_and_step_logits_are_those_of_the_plain_model(one_rank: dict) -> None:
+    batch, before = make_batch("mixed"), one_rank["mixed", "whole"]["before"]
+    with torch.no_grad():
+        log_probs, entropy, step_logits = plain_forward(make_model(), batch, scale=1.0)
+    mask, features = batch["response_mask"], batch["step_feature_mask"]
+    torch.testing.assert_close(before["old_log_probs"], log_probs.masked_fill(~mask, 0.0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(before["entropys"], entropy.masked_fill(~mask, 0.0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(before["old_step_logits"], step_logits * features, rtol=1e-5, atol=1e-5)
+
+
+if __name__ == "__main__":
+    run_rank(Path(sys.argv[1]))
