@@ -1,0 +1,92 @@
+"""LaTeX answers without their typography: one spelling for each way of writing the same thing."""
+
+from __future__ import annotations
+
+import re
+
+from xbai.grading.boxed import closing_brace
+
+_CHARACTERS = str.maketrans(
+    {
+        "−": "-",
+        "–": "-",
+        "π": r"\pi ",
+        "∞": r"\infty ",
+        "×": r"\times ",
+        "·": r"\cdot ",
+        "÷": "/",
+        "√": r"\sqrt ",
+        "±": r"\pm ",
+        "∪": r"\cup ",
+        "≤": r"\le ",
+        "≥": r"\ge ",
+        "≠": r"\ne ",
+        "∈": r"\in ",
+        "°": r"^\circ ",
+        "²": "^{2}",
+        "³": "^{3}",
+        "½": r"\frac{1}{2}",
+        "％": "%",
+        "，": ",",
+        "、": ",",
+        "；": ";",
+        "（": "(",
+        "）": ")",
+        "\u00a0": " ",
+        "\u2009": " ",
+    }
+)
+
+_REWRITES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in [
+        (r"\\\$|[$€£¥]", ""),
+        (r"\\\(|\\\)|(?<!\\)\\\[|\\\]", ""),
+        (r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])", ""),
+        (r"\\(?:displaystyle|textstyle|limits|nolimits)(?![A-Za-z])", ""),
+        (r"\\!", ""),
+        (r"(?<=\d)(?:\{,\}|\\[,; ])(?=\d{3}(?!\d))", ","),
+        (r"\\(?:q?quad|thinspace)(?![A-Za-z])|(?<!\\)\\[,;: ]|~", " "),
+        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+        (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
+        (r"\\frac\s*(\d)\s*(\{)", r"\\frac{\1}\2"),
+        (r"\\sqrt\s*(\d+|[A-Za-z])", r"\\sqrt{\1}"),
+        (r"\\(leq|leqslant)(?![A-Za-z])", r"\\le"),
+        (r"\\(geq|geqslant)(?![A-Za-z])", r"\\ge"),
+        (r"\\neq(?![A-Za-z])", r"\\ne"),
+        (r"\\lt(?![A-Za-z])", "<"),
+        (r"\\gt(?![A-Za-z])", ">"),
+        (r"\\langle", "("),
+        (r"\\rangle", ")"),
+        (r"\\lbrace", r"\\{"),
+        (r"\\rbrace", r"\\}"),
+        (r"\\%", "%"),
+        (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])", r"\\text{degrees}"),
+        (r"\\(?:text(?:bf|it|rm|sf)|math(?:rm|bf|it|sf)|mbox|operatorname|bm|boldsymbol)\s*\{", r"\\text{"),
+        (r"\+\s*\\infty", r"\\infty"),
+    ]
+]
+
+_ENDS = " \t\n.,;:"
+
+
+def clean(text: str) -> str:
+    """An answer's LaTeX with one spelling for spacing, delimiters, fractions, roots, degrees and text."""
+    text = text.translate(_CHARACTERS)
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    text = re.sub(r"\s+", " ", text).lstrip().rstrip(_ENDS)
+    while text.startswith("{") and closing_brace(text, 0) == len(text) - 1:
+        text = text[1:-1].lstrip().rstrip(_ENDS)
+    return text
+
+
+def without_text_commands(text: str) -> str:
+    """`\\text{...}` replaced by its words."""
+    return re.sub(r"\s+", " ", re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)).lstrip().rstrip(_ENDS)
+
+
+def compact(text: str) -> str:
+    """Without any space that LaTeX does not need."""
+    return re.sub(r"(?<![A-Za-z]) | (?![A-Za-z])", "", text)
