@@ -1,8 +1,6 @@
 """Serve a model's responses over HTTP (`xbai serve-policy`)."""
 
-import typer
-
-from xbai.cli import serve_policy
+from xbai.cli import run_command, serve_policy
 
 if __name__ == "__main__":
-    typer.run(serve_policy)
+    run_command(serve_policy)

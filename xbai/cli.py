@@ -12,9 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-from xbai.errors import exit_on_user_error
+from xbai.errors import UserError, exit_on_user_error
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__.splitlines()[0])
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.splitlines()[0]
+)
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -42,6 +44,13 @@ def _command(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return app.command(name)(exit_on_user_error(logged))
 
     return register
+
+
+def run_command(command: Callable[..., Any]) -> None:
+    """Run one command as a script of its own."""
+    script = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    script.command()(command)
+    script()
 
 
 @_command("serve-policy")
@@ -100,4 +109,73 @@ def serve_score(
         dtype=dtype,
         max_model_len=max_model_len,
         max_batch_tokens=max_batch_tokens,
+    )
+
+
+@_command("infer")
+def infer(
+    task: Annotated[str, typer.Option("--task", help="Benchmark: aime24, math500, make10, ...")],
+    input_file: Annotated[str, typer.Option("--input_file", help="Its questions: .jsonl, .json or .parquet.")],
+    output_file: Annotated[str, typer.Option("--output_file", help="Results; begun ones are continued.")],
+    model_dir: Annotated[str, typer.Option("--model_dir", help="Model folder, for tokenizer and chat template.")],
+    response_api_url: Annotated[str, typer.Option("--response_api_url", help="Policy services, comma-separated.")],
+    score_api_url: Annotated[
+        str | None, typer.Option("--score_api_url", help="Score services, comma-separated.")
+    ] = None,
+    n_samples: Annotated[int, typer.Option("--n_samples", min=1, help="Repetitions of the Best-of-N test.")] = 1,
+    branch: Annotated[
+        int | None, typer.Option("--branch", min=1, help="Candidates of each; n_samples x branch responses in all.")
+    ] = None,
+    effort: Annotated[str | None, typer.Option("--effort", help="low, medium or high: branch 2, 8 or 32.")] = None,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 is greedy.")] = 0.8,
+    top_p: Annotated[float, typer.Option("--top_p", min=0, max=1)] = 0.95,
+    top_k: Annotated[int, typer.Option("--top_k", min=-1, help="-1: no limit.")] = -1,
+    repetition_penalty: Annotated[float, typer.Option("--repetition_penalty", min=0)] = 1.05,
+    max_tokens: Annotated[int, typer.Option("--max_tokens", min=1)] = 32768,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="May be given several times.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Gives the same samples again.")] = 0,
+    response_num: Annotated[int, typer.Option("--response_num", min=1, help="Responses asked for at once.")] = 8,
+    max_in_flight: Annotated[int, typer.Option("--max_in_flight", min=1, help="Requests at one URL.")] = 32,
+    score_source: Annotated[
+        str, typer.Option("--score_source", help="fused (with the responses), service, none, or auto.")
+    ] = "auto",
+    total_parts: Annotated[int, typer.Option("--total_parts", min=1, help="Split the questions over processes.")] = 1,
+    part: Annotated[int, typer.Option("--part", min=0, help="Which part to run, from 0.")] = 0,
+    max_questions: Annotated[int | None, typer.Option("--max_questions", min=1, help="Only the first.")] = None,
+    request_timeout: RequestTimeout = 3600.0,
+    patience: Annotated[float, typer.Option("--patience", min=0, help="Seconds to wait for an absent service.")] = 300,
+) -> None:
+    """Generate and score responses to a benchmark."""
+    from xbai.evaluate.client import RetryPolicy
+    from xbai.evaluate.run import EFFORTS, RunOptions, run
+
+    if effort is not None and effort not in EFFORTS:
+        raise UserError(f"--effort {effort!r}: use one of {', '.join(EFFORTS)}")
+    if effort is not None and branch not in (None, EFFORTS[effort]):
+        raise UserError(f"--effort {effort} means --branch {EFFORTS[effort]}, not {branch}; give one of the two")
+    candidates = n_samples * (branch or EFFORTS.get(effort, 1))
+    run(
+        RunOptions(
+            task=task,
+            input_file=input_file,
+            output_file=output_file,
+            model_dir=model_dir,
+            response_api_url=response_api_url,
+            score_api_url=score_api_url,
+            candidates=candidates,
+            responses_per_request=response_num,
+            max_in_flight=max_in_flight,
+            score_source=score_source,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            max_tokens=max_tokens,
+            stop=tuple(stop or ()),
+            seed=seed,
+            total_parts=total_parts,
+            part=part,
+            max_questions=max_questions,
+            retry=RetryPolicy(patience_s=patience, request_timeout_s=request_timeout),
+        )
     )

@@ -1,0 +1,1 @@
+"""From a benchmark and running services to results, metrics and figures."""

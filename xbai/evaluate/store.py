@@ -1,0 +1,382 @@
+"""Results on disk: a journal that survives any death of the process, and the result file made from it.
+
+While a run goes on, every finished sample is one line appended to `OUT.journal` (written at once, fsynced every
+second): first a line of settings, then samples, then scores that came later. When all is there, `OUT` is written in
+one piece, one line a question, and the journal is removed. A run started again reads both and asks only for the rest.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from xbai.errors import UserError
+from xbai.evaluate.settings import RunSettings
+from xbai.files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+JOURNAL_SUFFIX = ".journal"
+FSYNC_INTERVAL_S = 1.0
+REFUSED = "refused"
+
+SampleKey = tuple[int, int]
+"""(question index, sample index)."""
+
+
+@dataclass(frozen=True)
+class StoredQuestion:
+    """What a result line says of its question; `prompt` has the chat template applied."""
+
+    index: int
+    prompt: str
+    answer: Any
+    meta: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response to one question.
+
+    Attributes:
+        question, sample: indices.
+        response: the text; empty where the service refused.
+        finish_reason: `stop`, `length`, or `refused`.
+        token_count: generated tokens; None when the service does not say.
+        seconds: how long its request took.
+        score: trajectory score; None when it is not known (yet).
+        step_scores: scores of its steps; None when not known.
+        error: why the service refused.
+    """
+
+    question: int
+    sample: int
+    response: str
+    finish_reason: str | None = None
+    token_count: int | None = None
+    seconds: float = 0.0
+    score: float | None = None
+    step_scores: list[float] | None = None
+    error: str | None = None
+
+    @property
+    def key(self) -> SampleKey:
+        """What identifies it."""
+        return self.question, self.sample
+
+
+@dataclass(frozen=True)
+class ResultLine:
+    """One question of a result file, in the published layout plus optional keys.
+
+    The lists are parallel: item i belongs to `solutions[i]`, which is `prompt` + response.
+    """
+
+    prompt: str
+    answer: Any
+    content: str
+    time: float
+    solutions: list[str]
+    scores: list[float | None]
+    index: int | None
+    meta: dict[str, Any]
+    settings: dict[str, Any] | None
+    sample_indices: list[int]
+    finish_reasons: list[str | None]
+    token_counts: list[int | None]
+    step_scores: list[list[float] | None]
+    seconds: list[float]
+    errors: list[str | None]
+
+    @property
+    def responses(self) -> list[str]:
+        """The solutions without the prompt."""
+        return [solution.removeprefix(self.prompt) for solution in self.solutions]
+
+    def samples(self) -> Iterator[Sample]:
+        """The line as samples again."""
+        for i, response in enumerate(self.responses):
+            yield Sample(
+                question=self.index,
+                sample=self.sample_indices[i],
+                response=response,
+                finish_reason=self.finish_reasons[i],
+                token_count=self.token_counts[i],
+                seconds=self.seconds[i],
+                score=self.scores[i],
+                step_scores=self.step_scores[i],
+                error=self.errors[i],
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, in the published layout."""
+        return {
+            "prompt": self.prompt,
+            "answer": self.answer,
+            "output": {
+                "content": self.content,
+                "time": self.time,
+                "solution_lst": self.solutions,
+                "score_lst": self.scores,
+                "sample_lst": self.sample_indices,
+                "finish_reason_lst": self.finish_reasons,
+                "token_count_lst": self.token_counts,
+                "step_score_lst": self.step_scores,
+                "seconds_lst": self.seconds,
+                "error_lst": self.errors,
+            },
+            "index": self.index,
+            "meta": self.meta,
+            "settings": self.settings,
+        }
+
+    @classmethod
+    def from_dict(cls, line: dict[str, Any]) -> ResultLine:
+        """The inverse of `to_dict`; also reads lines that have the published keys only."""
+        output = line["output"]
+        solutions = output["solution_lst"]
+        unknown = [None] * len(solutions)
+        scores = output.get("score_lst") or unknown
+        if len(scores) != len(solutions):
+            raise ValueError(f"solution_lst has {len(solutions)} items, score_lst {len(scores)}")
+        return cls(
+            prompt=line["prompt"],
+            answer=line.get("answer"),
+            content=output.get("content", ""),
+            time=output.get("time", 0.0),
+            solutions=solutions,
+            scores=scores,
+            index=line.get("index"),
+            meta=line.get("meta") or {},
+            settings=line.get("settings"),
+            sample_indices=output.get("sample_lst") or list(range(len(solutions))),
+            finish_reasons=output.get("finish_reason_lst") or unknown,
+            token_counts=output.get("token_count_lst") or unknown,
+            step_scores=output.get("step_score_lst") or unknown,
+            seconds=output.get("seconds_lst") or [0.0] * len(solutions),
+            errors=output.get("error_lst") or unknown,
+        )
+
+
+def read_result_lines(path: Path) -> Iterator[ResultLine]:
+    """The lines of a result file.
+
+    Raises:
+        UserError: names the line that is not one.
+    """
+    with path.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                yield ResultLine.from_dict(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{path}:{number}: not a result line ({error!r})") from None
+
+
+class ResultStore:
+    """The samples of one run. Texts stay on disk; memory holds where they are, and their scores.
+
+    Use as a context manager; `write_results` makes the result file.
+
+    Args:
+        path: the result file; its journal lies beside it.
+        settings: what all results of the file share.
+        questions: those of this run. The file may hold others (of another part), which it keeps.
+    """
+
+    def __init__(self, path: str | Path, settings: RunSettings, questions: Sequence[StoredQuestion]) -> None:
+        self.path = Path(path)
+        self.journal_path = self.path.with_name(self.path.name + JOURNAL_SUFFIX)
+        self._settings = settings
+        self._questions = {question.index: question for question in questions}
+        self._places: dict[SampleKey, tuple[int, int]] = {}
+        self._scores: dict[SampleKey, tuple[float | None, list[float] | None]] = {}
+        self._size = 0
+        self._last_fsync = time.monotonic()
+
+    def __enter__(self) -> ResultStore:
+        """Open, repair and read what an earlier run left.
+
+        Raises:
+            UserError: another process is writing, or the files hold results of other settings or questions.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._journal = self.journal_path.open("a+b")
+        try:
+            self._lock()
+            self._read_journal()
+            self._import_results()
+        except BaseException:
+            self._journal.close()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Flush to the disk and let go of the files."""
+        if not self._journal.closed:
+            self._flush(to_disk=True)
+            self._journal.close()
+
+    def __contains__(self, key: SampleKey) -> bool:
+        """Whether the sample is there."""
+        return key in self._places
+
+    def __len__(self) -> int:
+        """How many samples are there."""
+        return len(self._places)
+
+    def unscored(self) -> list[SampleKey]:
+        """Samples without a score, whether it never came or failed in an earlier run; refused ones have none."""
+        return sorted(key for key, (score, _) in self._scores.items() if score is None)
+
+    def add(self, sample: Sample) -> None:
+        """Keep a finished sample, with its score where it is known.
+
+        Raises:
+            ValueError: it is there already.
+        """
+        if sample.key in self._places:
+            raise ValueError(f"question {sample.question}, sample {sample.sample} is there already")
+        offset = self._size
+        self._append(asdict(sample))
+        self._remember(sample, offset, self._size - offset)
+
+    def add_score(self, key: SampleKey, score: float, step_scores: list[float] | None = None) -> None:
+        """Keep the score of a sample that is there."""
+        if key not in self._places:
+            raise KeyError(key)
+        self._append({"question": key[0], "sample": key[1], "score": score, "step_scores": step_scores})
+        self._scores[key] = score, step_scores
+
+    def get(self, key: SampleKey) -> Sample:
+        """Read a sample back."""
+        offset, length = self._places[key]
+        record = json.loads(os.pread(self._journal.fileno(), length, offset))
+        score, step_scores = self._scores.get(key, (None, None))
+        return Sample(**{**record, "score": score, "step_scores": step_scores})
+
+    def write_results(self) -> None:
+        """Write the result file and remove the journal: after this the store is closed."""
+        keys: dict[int, list[SampleKey]] = {}
+        for key in sorted(self._places):
+            keys.setdefault(key[0], []).append(key)
+        others = [line for line in self._existing_lines() if line.index not in self._questions]
+        with atomic_write(self.path) as stream:
+            for line in others:
+                stream.write(_encode(line.to_dict()))
+            for index, question in self._questions.items():
+                samples = [self.get(key) for key in keys.get(index, [])]
+                stream.write(_encode(self._line(question, samples).to_dict()))
+        self._journal.close()
+        self.journal_path.unlink()
+
+    def _line(self, question: StoredQuestion, samples: list[Sample]) -> ResultLine:
+        best = max(samples, key=lambda sample: -1.0 if sample.score is None else sample.score, default=None)
+        return ResultLine(
+            prompt=question.prompt,
+            answer=question.answer,
+            content=best.response if best else "",
+            time=max((sample.seconds for sample in samples), default=0.0),
+            solutions=[question.prompt + sample.response for sample in samples],
+            scores=[sample.score for sample in samples],
+            index=question.index,
+            meta=question.meta,
+            settings=self._settings.to_dict(),
+            sample_indices=[sample.sample for sample in samples],
+            finish_reasons=[sample.finish_reason for sample in samples],
+            token_counts=[sample.token_count for sample in samples],
+            step_scores=[sample.step_scores for sample in samples],
+            seconds=[sample.seconds for sample in samples],
+            errors=[sample.error for sample in samples],
+        )
+
+    def _remember(self, sample: Sample, offset: int, length: int) -> None:
+        self._places[sample.key] = offset, length
+        if sample.finish_reason != REFUSED:
+            self._scores[sample.key] = sample.score, sample.step_scores
+
+    def _append(self, record: dict[str, Any]) -> None:
+        line = _encode(record)
+        self._journal.write(line)
+        self._size += len(line)
+        self._flush(to_disk=time.monotonic() - self._last_fsync > FSYNC_INTERVAL_S)
+
+    def _flush(self, to_disk: bool) -> None:
+        self._journal.flush()
+        if to_disk:
+            os.fsync(self._journal.fileno())
+            self._last_fsync = time.monotonic()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.path}: another run is writing it; wait for it, or choose another --output_file "
+                "(each --part that runs at the same time needs its own)"
+            ) from None
+
+    def _read_journal(self) -> None:
+        self._journal.seek(0)
+        for line in self._journal:
+            if not line.endswith(b"\n"):
+                logger.warning("%s: the last line was cut off; what it held is asked for again", self.journal_path)
+                self._journal.truncate(self._size)
+                break
+            self._replay(line)
+            self._size += len(line)
+        self._journal.seek(0, os.SEEK_END)
+        if self._size == 0:
+            self._append({"settings": self._settings.to_dict()})
+
+    def _replay(self, line: bytes) -> None:
+        try:
+            record = json.loads(line)
+            if "settings" in record:
+                self._settings.check_same(record["settings"], self.journal_path)
+                return
+            key = record["question"], record["sample"]
+            if "response" in record:
+                self._remember(Sample(**record), self._size, len(line))
+            else:
+                self._scores[key] = record["score"], record["step_scores"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.journal_path}: damaged at byte {self._size} ({error!r}); remove the file") from None
+        if key[0] not in self._questions:
+            raise UserError(
+                f"{self.journal_path}: an unfinished run of other questions (question {key[0]}); finish it first, "
+                "or choose another --output_file"
+            )
+
+    def _import_results(self) -> None:
+        """Take over the samples of a result file that an earlier run finished."""
+        try:
+            lines = list(self._existing_lines())
+        except UserError:
+            if not self._places:
+                self.journal_path.unlink()
+            raise
+        for line in lines:
+            if line.index in self._questions:
+                for sample in line.samples():
+                    if sample.key not in self._places:
+                        self.add(sample)
+
+    def _existing_lines(self) -> Iterator[ResultLine]:
+        if not self.path.exists():
+            return
+        for line in read_result_lines(self.path):
+            self._settings.check_same(line.settings or {}, self.path)
+            yield line
+
+
+def _encode(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, ensure_ascii=False, default=str).encode() + b"\n"
