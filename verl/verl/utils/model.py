@@ -14,6 +14,7 @@ from xbai.sprm import ScoreHead, SPRMConfig, load_score_head
 from xbai.sprm.head import SCORE_MODULE_FILE
 
 HEAD_SEED = 0
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -36,6 +37,9 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
         UserError: the folder is missing or has no tokenizer.
     """
     _check_model_folder(path)
+    # Without this check transformers makes up an empty tokenizer from the model's type.
+    if not any((Path(path) / name).exists() for name in TOKENIZER_FILES):
+        raise UserError(f"{path}: no tokenizer in the model folder (none of {', '.join(TOKENIZER_FILES)})")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

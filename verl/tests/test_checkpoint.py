@@ -1,0 +1,185 @@
+"""Checkpoints on real FSDP2 ranks (gloo): going on is bitwise the same, and another world size can go on too.
+
+This file is also the program that the ranks run (see `launch`).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file
+from tensordict import TensorDict
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from verl.utils.checkpoint import load_checkpoint, save_checkpoint
+from verl.utils.fsdp import create_mesh, init_distributed, named_full_tensors, shard_model
+from verl.utils.model import build_joint_model, load_tokenizer
+from verl.utils.optim import JointOptimizer
+from verl.workers.actor.dp_actor import DataParallelPPOActor
+from verl.workers.actor.joint_model import JointModel
+from xbai.errors import UserError
+from xbai.sprm import load_sprm_config
+
+ROWS, PROMPT, RESPONSE = 8, 3, 5
+OPTIM = {
+    "lr": 1e-3,
+    "weight_decay": 0.01,
+    "warmup_style": "cosine",
+    "lr_warmup_steps": 1,
+    "total_training_steps": 5,
+}
+
+
+def make_config() -> DictConfig:
+    return OmegaConf.create(
+        {
+            "actor": {
+                "ppo_mini_batch_size": 2,
+                "ppo_micro_batch_size_per_gpu": 2,
+                "ppo_epochs": 2,
+                "shuffle": True,
+                "grad_clip": 1.0,
+                "clip_ratio": 0.2,
+                "optim": OPTIM,
+            },
+            "rollout": {"n": 2, "temperature": 1.0, "log_prob_micro_batch_size_per_gpu": 4},
+            "use_score": True,
+            "score": {"agreement_weighting": False, "optim": OPTIM},
+        }
+    )
+
+
+def build(model_folder: Path) -> tuple[JointModel, JointOptimizer]:
+    config = make_config()
+    tokenizer = load_tokenizer(model_folder)
+    sprm_config = load_sprm_config(model_folder, tokenizer)
+    model = build_joint_model(model_folder, sprm_config=sprm_config, gradient_checkpointing=True)
+    shard_model(model, create_mesh(), OmegaConf.create({}))
+    return model, JointOptimizer(model, config.actor.optim, config.score.optim)
+
+
+def random_batch() -> TensorDict:
+    """Rows from the global random state, so that a batch also shows whether that was restored."""
+    input_ids = torch.randint(0, 200, (ROWS, PROMPT + RESPONSE))
+    features = torch.rand(ROWS, PROMPT + RESPONSE) < 0.4
+    features[:, :PROMPT] = False
+    return TensorDict(
+        {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "position_ids": torch.arange(PROMPT + RESPONSE).expand(ROWS, -1),
+            "responses": input_ids[:, PROMPT:],
+            "response_mask": torch.ones(ROWS, RESPONSE),
+            "step_feature_mask": features,
+            "correct": torch.rand(ROWS).round(),
+            "graded": torch.ones(ROWS, dtype=torch.bool),
+            "advantages": torch.randn(ROWS, 1).expand(-1, RESPONSE),
+        },
+        batch_size=[ROWS],
+    )
+
+
+def train_step(model: JointModel, optimizer: JointOptimizer) -> dict[str, float]:
+    actor = DataParallelPPOActor(make_config(), model, optimizer)
+    batch = random_batch()
+    return actor.update_policy(batch.update(actor.compute_log_prob(batch)))
+
+
+def weights_of(model: JointModel) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in named_full_tensors(model)}
+
+
+def run_saving(model_folder: Path, folder: Path) -> dict:
+    model, optimizer = build(model_folder)
+    torch.manual_seed(dist.get_rank())
+    train_step(model, optimizer)
+    tokenizer = load_tokenizer(model_folder)
+    save_checkpoint(folder / "actor", model, optimizer, tokenizer, load_sprm_config(model_folder, tokenizer))
+    saved = weights_of(model)
+    return {"saved": saved, "metrics": train_step(model, optimizer), "weights": weights_of(model)}
+
+
+def run_resuming(model_folder: Path, folder: Path) -> dict:
+    model, optimizer = build(model_folder)
+    torch.manual_seed(100)
+    load_checkpoint(folder / "actor", model, optimizer)
+    loaded = weights_of(model)
+    steps = [int(schedule.last_epoch) for schedule in optimizer.schedules.values()]
+    metrics = train_step(model, optimizer)
+    return {"loaded": loaded, "metrics": metrics, "weights": weights_of(model), "schedule_steps": steps}
+
+
+def launch(mode: str, ranks: int, model_folder: Path, folder: Path) -> dict:
+    """Run this file on `ranks` processes and read what rank 0 wrote."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", __file__]
+    arguments = [mode, str(model_folder), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {**torch.load(folder / "result.pt", weights_only=False), "log": done.stderr}
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+@pytest.fixture(scope="module")
+def saved(tied_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict]:
+    """Tied embeddings, because a parameter under two names is what state dicts get wrong."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return tied_model_dir, folder, launch("save", 2, tied_model_dir, folder)
+
+
+@pytest.mark.slow
+def test_going_on_is_bitwise_the_uninterrupted_run(saved: tuple[Path, Path, dict]) -> None:
+    model_folder, folder, uninterrupted = saved
+    resumed = launch("resume", 2, model_folder, folder)
+    assert_same(resumed["loaded"], uninterrupted["saved"])
+    assert resumed["metrics"] == uninterrupted["metrics"]
+    assert_same(resumed["weights"], uninterrupted["weights"])
+    before = load_file(model_folder / "model.safetensors")
+    assert not torch.equal(resumed["loaded"]["model.norm.weight"], before["model.norm.weight"])
+
+
+@pytest.mark.slow
+def test_another_world_size_goes_on(saved: tuple[Path, Path, dict]) -> None:
+    model_folder, folder, uninterrupted = saved
+    resumed = launch("resume", 1, model_folder, folder)
+    assert_same(resumed["loaded"], uninterrupted["saved"])
+    assert resumed["schedule_steps"] == [1, 1]
+    assert resumed["metrics"]["actor/lr"] == uninterrupted["metrics"]["actor/lr"]
+    assert "random states start anew" in resumed["log"]
+
+
+@pytest.mark.slow
+def test_the_checkpoint_carries_config_tokenizer_and_step_rule(
+    saved: tuple[Path, Path, dict], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    folder = saved[1] / "actor" / "huggingface"
+    assert load_tokenizer(folder).get_vocab() == tiny_tokenizer.get_vocab()
+    assert load_sprm_config(folder, tiny_tokenizer).step_rule.step_ids == (tiny_tokenizer.encode(".\n\n")[0],)
+    assert (folder / "config.json").exists()
+
+
+def test_a_folder_without_checkpoint_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint here"):
+        load_checkpoint(tmp_path, None, None)
+
+
+if __name__ == "__main__":
+    init_distributed()
+    run = {"save": run_saving, "resume": run_resuming}[sys.argv[1]]
+    result = run(Path(sys.argv[2]), Path(sys.argv[3]))
+    if dist.get_rank() == 0:
+        torch.save(result, Path(sys.argv[3]) / "result.pt")
+    dist.destroy_process_group()

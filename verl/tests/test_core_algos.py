@@ -1,0 +1,221 @@
+"""The algorithms against plain Python, token by token."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from verl.trainer.ppo.core_algos import (
+    ADVANTAGE_ESTIMATORS,
+    AdaptiveKLController,
+    AdvantageInputs,
+    Denominators,
+    agg_loss,
+    compute_advantages,
+    compute_gae_advantage,
+    compute_grpo_outcome_advantage,
+    compute_policy_loss,
+    compute_reinforce_plus_plus_advantage,
+    compute_remax_outcome_advantage,
+    compute_rloo_outcome_advantage,
+    get_kl_controller,
+    kl_penalty,
+)
+from xbai.errors import UserError
+
+rewards = st.floats(-2, 2, width=32)
+outcomes = st.lists(st.tuples(st.sampled_from("abc"), rewards, st.booleans()), min_size=1, max_size=12)
+quick = settings(max_examples=50, deadline=None)
+
+
+def columns(rows: list[tuple[str, float, bool]]) -> tuple[list[str], Tensor, Tensor]:
+    uids, values, graded = zip(*rows)
+    return list(uids), torch.tensor(values), torch.tensor(graded)
+
+
+def peers(rows: list[tuple[str, float, bool]], uid: str) -> list[float]:
+    return [reward for other, reward, graded in rows if other == uid and graded]
+
+
+@quick
+@given(rows=outcomes, norm_by_std=st.booleans())
+def test_grpo(rows: list[tuple[str, float, bool]], norm_by_std: bool) -> None:
+    uids, values, graded = columns(rows)
+    got = compute_grpo_outcome_advantage(values, uids, graded, norm_by_std, eps=1e-3)
+    expected = []
+    for uid, reward, is_graded in rows:
+        group = peers(rows, uid)
+        std = statistics.stdev(group) if len(group) > 1 else 0.0
+        advantage = reward - statistics.fmean(group) if is_graded else 0.0
+        expected.append(advantage / (std + 1e-3) if norm_by_std else advantage)
+    assert got.tolist() == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+@quick
+@given(rows=outcomes)
+def test_rloo(rows: list[tuple[str, float, bool]]) -> None:
+    uids, values, graded = columns(rows)
+    expected = []
+    for uid, reward, is_graded in rows:
+        group = peers(rows, uid)
+        others = (sum(group) - reward) / (len(group) - 1) if is_graded and len(group) > 1 else reward
+        expected.append(reward - others if is_graded else 0.0)
+    got = compute_rloo_outcome_advantage(values, uids, graded)
+    assert got.tolist() == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_remax() -> None:
+    graded = torch.tensor([True, True, False])
+    got = compute_remax_outcome_advantage(torch.tensor([1.0, 0, 1]), torch.tensor([0.5, 1, 0]), graded)
+    assert got.tolist() == [0.5, -1, 0]
+
+
+def token_batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    mask = torch.arange(6) < torch.tensor([[6], [2], [4], [1]])
+    return torch.randn(4, 6), torch.randn(4, 6), mask, torch.tensor([True, True, False, True])
+
+
+def plain_whiten(rows: dict[int, list[float]]) -> dict[int, list[float]]:
+    flat = [value for row in rows.values() for value in row]
+    mean, std = statistics.fmean(flat), statistics.stdev(flat)
+    return {row: [(value - mean) / std for value in values] for row, values in rows.items()}
+
+
+def assert_rows(got: Tensor, expected: dict[int, list[float]]) -> None:
+    for row in range(len(got)):
+        values = expected.get(row, [])
+        padded = values + [0.0] * (got.shape[1] - len(values))
+        assert got[row].tolist() == pytest.approx(padded, rel=1e-4, abs=1e-5)
+
+
+def test_reinforce_plus_plus() -> None:
+    token_rewards, _, mask, graded = token_batch()
+    expected = {}
+    for row in (0, 1, 3):
+        kept = token_rewards[row, mask[row]].tolist()
+        expected[row] = [sum(0.9**k * r for k, r in enumerate(kept[t:])) for t in range(len(kept))]
+    advantages, returns = compute_reinforce_plus_plus_advantage(token_rewards, mask, graded, gamma=0.9)
+    assert_rows(returns, expected)
+    assert_rows(advantages, plain_whiten(expected))
+
+
+def test_gae() -> None:
+    token_rewards, values, mask, graded = token_batch()
+    gamma, lam = 0.9, 0.8
+    advantages, returns = {}, {}
+    for row in (0, 1, 3):
+        r, v = token_rewards[row, mask[row]].tolist(), [*values[row, mask[row]].tolist(), 0.0]
+        deltas = [r[t] + gamma * v[t + 1] - v[t] for t in range(len(r))]
+        advantages[row] = [sum((gamma * lam) ** k * d for k, d in enumerate(deltas[t:])) for t in range(len(r))]
+        returns[row] = [a + b for a, b in zip(advantages[row], v)]
+    got_advantages, got_returns = compute_gae_advantage(token_rewards, values, mask, graded, gamma, lam)
+    assert_rows(got_returns, returns)
+    assert_rows(got_advantages, plain_whiten(advantages))
+
+
+@pytest.mark.parametrize("name", sorted(ADVANTAGE_ESTIMATORS))
+def test_every_estimator_leaves_padding_and_ungraded_rows_alone(name: str) -> None:
+    token_rewards, values, mask, graded = token_batch()
+    inputs = AdvantageInputs(token_rewards * mask, mask, graded, ["a", "a", "a", "b"], values, torch.zeros(4))
+    advantages, returns = compute_advantages(inputs, OmegaConf.create({"adv_estimator": name}))
+    for tensor in (advantages, returns):
+        assert tensor.shape == mask.shape
+        assert not tensor[~mask].any()
+        assert not tensor[2].any()
+    assert advantages[0].any()
+
+
+def test_an_unknown_estimator_is_a_clear_error() -> None:
+    with pytest.raises(UserError, match=r"adv_estimator=ppo is unknown.*grpo"):
+        compute_advantages(None, OmegaConf.create({"adv_estimator": "ppo"}))
+
+
+@quick
+@given(
+    tokens=st.lists(st.tuples(st.floats(-2, 0), st.floats(-2, 0), st.floats(-2, 2)), min_size=1, max_size=8),
+    low=st.floats(0.1, 0.5),
+    high=st.floats(0.1, 0.5),
+)
+def test_policy_loss(tokens: list[tuple[float, float, float]], low: float, high: float) -> None:
+    old, new, advantages = (torch.tensor(column, dtype=torch.float64)[None] for column in zip(*tokens))
+    got = compute_policy_loss(old, new, advantages, low, high, clip_c=3.0)
+    expected = []
+    for old_value, new_value, advantage in tokens:
+        ratio = math.exp(new_value - old_value)
+        objective = min(advantage * ratio, advantage * min(max(ratio, 1 - low), 1 + high))
+        expected.append(-(max(objective, 3.0 * advantage) if advantage < 0 else objective))
+    assert got.loss[0].tolist() == pytest.approx(expected, abs=1e-9)
+    assert got.approx_kl[0].tolist() == pytest.approx([o - n for o, n, _ in tokens], abs=1e-9)
+
+
+def test_clipping_is_reported_where_it_acts() -> None:
+    ratio = torch.tensor([[1.5, 1.5, 0.5, 0.5, 4.0]])
+    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0, -1.0]])
+    got = compute_policy_loss(torch.zeros(1, 5), ratio.log(), advantages, 0.2, 0.2, clip_c=3.0)
+    assert got.clipped.tolist() == [[True, False, False, True, False]]
+    assert got.dual_clipped.tolist() == [[False, False, False, False, True]]
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
+def test_loss_aggregation_adds_up_over_micro_batches(mode: str) -> None:
+    loss_mat, _, mask, _ = token_batch()
+    rows = [loss_mat[row, mask[row]].tolist() for row in range(4)]
+    expected = {
+        "token-mean": sum(map(sum, rows)) / sum(map(len, rows)),
+        "seq-mean-token-sum": sum(map(sum, rows)) / 4,
+        "seq-mean-token-mean": sum(sum(row) / len(row) for row in rows) / 4,
+    }[mode]
+    totals = Denominators(tokens=float(mask.sum()), sequences=4.0)
+    loss_mat = loss_mat.masked_fill(~mask, float("nan"))
+    shares = [agg_loss(loss_mat[rows], mask[rows], mode, totals) for rows in (slice(0, 1), slice(1, 4))]
+    assert float(sum(shares)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_unknown_aggregation_is_a_clear_error() -> None:
+    with pytest.raises(UserError, match="loss_agg_mode=mean is unknown"):
+        agg_loss(torch.zeros(1, 1), torch.ones(1, 1), "mean", Denominators(1, 1))
+
+
+@quick
+@given(st.floats(-5, 0), st.floats(-5, 0))
+def test_kl_estimates(log_prob: float, ref_log_prob: float) -> None:
+    log_ratio = log_prob - ref_log_prob
+    expected = {
+        "kl": log_ratio,
+        "abs": abs(log_ratio),
+        "mse": 0.5 * log_ratio**2,
+        "low_var_kl": min(math.exp(-log_ratio) - 1 + log_ratio, 10.0),
+    }
+    aliases = {"k1": "kl", "k2": "mse", "k3": "low_var_kl"}
+    for kind, value in (expected | {alias: expected[kind] for alias, kind in aliases.items()}).items():
+        tensors = torch.tensor([log_prob], dtype=torch.float64), torch.tensor([ref_log_prob], dtype=torch.float64)
+        assert float(kl_penalty(*tensors, kind)) == pytest.approx(value, abs=1e-9)
+
+
+def test_full_kl_is_refused() -> None:
+    with pytest.raises(UserError, match=r"'full' is not available.*low_var_kl"):
+        kl_penalty(torch.zeros(1), torch.zeros(1), "full")
+
+
+def test_kl_controllers() -> None:
+    fixed = get_kl_controller(OmegaConf.create({"type": "fixed", "kl_coef": 0.1}))
+    fixed.update(5.0, 100)
+    assert fixed.value == 0.1
+    adaptive = get_kl_controller(
+        OmegaConf.create({"type": "adaptive", "kl_coef": 0.1, "target_kl": 1.0, "horizon": 1000})
+    )
+    assert isinstance(adaptive, AdaptiveKLController)
+    adaptive.update(1.1, 100)
+    assert adaptive.value == pytest.approx(0.1 * (1 + 0.1 * 100 / 1000))
+    adaptive.update(0.0, 100)
+    assert adaptive.value == pytest.approx(0.1 * 1.01 * (1 - 0.2 * 100 / 1000))
+    with pytest.raises(UserError, match="horizon"):
+        get_kl_controller(OmegaConf.create({"type": "adaptive", "kl_coef": 0.1, "target_kl": 1.0, "horizon": 0}))

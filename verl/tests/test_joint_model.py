@@ -1,0 +1,175 @@
+"""Loading the joint model, and its one forward pass against transformers' own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedTokenizerFast
+
+from verl.utils.fsdp import named_full_tensors
+from verl.utils.model import build_joint_model, load_tokenizer, torch_dtype
+from verl.utils.optim import JointOptimizer, build_optimizer, build_schedule
+from verl.workers.actor.joint_model import JointModel
+from verl.workers.actor.micro_batches import MicroBatching
+from xbai.errors import UserError
+from xbai.sprm import SPRMConfig, load_sprm_config
+
+
+@pytest.fixture
+def sprm_config(tiny_model_dir: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> SPRMConfig:
+    return load_sprm_config(tiny_model_dir, tiny_tokenizer)
+
+
+@pytest.fixture
+def model(tiny_model_dir: Path, sprm_config: SPRMConfig) -> JointModel:
+    return build_joint_model(tiny_model_dir, sprm_config=sprm_config).eval()
+
+
+def forward(model: JointModel, **options: object) -> object:
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(0, 200, (2, 9), generator=generator)
+    features = torch.zeros(2, 9, dtype=torch.bool)
+    features[0, [4, 6]] = True
+    positions = torch.arange(9).expand(2, -1)
+    mask = torch.ones_like(input_ids)
+    return model(input_ids, mask, positions, response_length=5, feature_mask=features, **options), input_ids, features
+
+
+def test_one_pass_gives_what_transformers_gives(model: JointModel) -> None:
+    output, input_ids, features = forward(model, temperature=0.5, compute_entropy=True)
+    plain = model.lm(input_ids, output_hidden_states=True)
+    log_softmax = (plain.logits[:, 3:-1] / 0.5).log_softmax(-1)
+    log_probs = log_softmax.gather(-1, input_ids[:, 4:, None]).squeeze(-1)
+    torch.testing.assert_close(output.log_probs, log_probs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.entropy, -(log_softmax.exp() * log_softmax).sum(-1), rtol=1e-5, atol=1e-5)
+    step_logits = model.score_head(plain.hidden_states[-2]) * features
+    torch.testing.assert_close(output.step_logits, step_logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-2])
+def test_backbone_grad_scale_acts_on_the_backbone_only(model: JointModel, scale: float) -> None:
+    def gradients(scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        model.zero_grad()
+        forward(model, backbone_grad_scale=scale)[0].step_logits.sum().backward()
+        return model.lm.model.embed_tokens.weight.grad.clone(), model.score_head[0].weight.grad.clone()
+
+    full, scaled = gradients(1.0), gradients(scale)
+    assert full[0].abs().sum() > 0
+    torch.testing.assert_close(scaled[0], full[0] * scale)
+    torch.testing.assert_close(scaled[1], full[1])
+
+
+def test_rows_without_steps_give_the_head_zero_gradients(model: JointModel) -> None:
+    ids = torch.ones(1, 4, dtype=torch.long)
+    none = torch.zeros(1, 4, dtype=torch.bool)
+    output = model(ids, torch.ones_like(ids), torch.arange(4)[None], response_length=2, feature_mask=none)
+    (output.log_probs.sum() + output.step_logits.sum()).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.score_head.parameters())
+
+
+def test_names_for_weight_sync(model: JointModel, make_tiny_model: Callable[..., Path]) -> None:
+    lm_names = {name for name, _ in model.lm.named_parameters()}
+    names = dict(named_full_tensors(model, dtype=torch.bfloat16))
+    assert names.keys() == lm_names | {f"score_head.{i}.{kind}" for i in (0, 3) for kind in ("weight", "bias")}
+    assert names["lm_head.weight"].dtype == torch.bfloat16
+    assert names["score_head.0.weight"].dtype == torch.float32
+    tied = build_joint_model(make_tiny_model(tied=True))
+    assert "lm_head.weight" not in dict(named_full_tensors(tied))
+
+
+def test_a_fresh_head_is_the_same_on_every_rank(tiny_model_dir: Path, sprm_config: SPRMConfig, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(tiny_model_dir / name)
+    heads = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        heads.append(build_joint_model(tmp_path, sprm_config=sprm_config).score_head)
+    assert torch.equal(heads[0][0].weight, heads[1][0].weight)
+
+
+def test_what_cannot_be_loaded_is_one_clear_line(tiny_model_dir: Path, sprm_config: SPRMConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"not a model folder.*model\.path"):
+        build_joint_model(tmp_path)
+    (tmp_path / "config.json").symlink_to(tiny_model_dir / "config.json")
+    with pytest.raises(UserError, match="no causal LM"):
+        build_joint_model(tmp_path)
+    with pytest.raises(UserError, match="no tokenizer"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match=r"score\.channel=1536, but the hidden size .* is 64"):
+        build_joint_model(tiny_model_dir, sprm_config=sprm_config, channel=1536)
+    with pytest.raises(UserError, match="'int8' is unknown"):
+        torch_dtype("int8")
+
+
+def optim_config(**keys: object) -> DictConfig:
+    return OmegaConf.create({"lr": 1.0, **keys})
+
+
+def rates(steps: int, **keys: object) -> list[float]:
+    optimizer = build_optimizer([torch.nn.Parameter(torch.zeros(1))], optim_config(**keys))
+    schedule = build_schedule(optimizer, optim_config(**keys))
+    found = []
+    for _ in range(steps):
+        found.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_schedules() -> None:
+    assert rates(3) == [1.0, 1.0, 1.0]
+    assert rates(4, lr_warmup_steps=2) == [0.5, 1.0, 1.0, 1.0]
+    assert rates(4, lr_warmup_steps_ratio=0.4, total_training_steps=10) == [0.25, 0.5, 0.75, 1.0]
+    cosine = rates(6, warmup_style="cosine", min_lr_ratio=0.2, total_training_steps=4)
+    assert cosine == pytest.approx([1.0, 0.2 + 0.8 * 0.853553, 0.6, 0.2 + 0.8 * 0.146447, 0.2, 0.2], abs=1e-5)
+    assert rates(5, warmup_style="cosine", num_cycles=1, total_training_steps=4)[-1] == pytest.approx(1.0)
+    with pytest.raises(UserError, match="total_training_steps"):
+        rates(1, warmup_style="cosine")
+    with pytest.raises(UserError, match="warmup_style=linear is unknown"):
+        rates(1, warmup_style="linear")
+
+
+def test_optimizer_names() -> None:
+    with pytest.raises(UserError, match=r"optim\.name=SGD is unknown"):
+        build_optimizer([], optim_config(name="SGD"))
+
+
+@pytest.mark.parametrize("poisoned", ["lm", "score_head"])
+def test_a_gradient_that_is_not_finite_skips_both_updates(
+    model: JointModel, poisoned: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    optimizer = JointOptimizer(model, optim_config(), optim_config())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    next(getattr(model, poisoned).parameters()).grad[0] = float("nan")
+    with caplog.at_level(logging.WARNING):
+        assert optimizer.step(max_norm=1.0)["skipped"] == 1
+    assert "update skipped" in caplog.text
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    metrics = optimizer.step(max_norm=1.0)
+    assert metrics["skipped"] == 0
+    assert metrics["grad_norm/score"] == pytest.approx(sum(p.numel() for p in model.score_head.parameters()) ** 0.5)
+    assert all(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_token_budget_packs_every_row_once_within_the_budget() -> None:
+    torch.manual_seed(0)
+    prompts, responses = torch.randint(1, 7, (20, 1)), torch.randint(1, 11, (20, 1))
+    columns = torch.arange(16)
+    mask = ((columns >= 6 - prompts) & (columns < 6 + responses)).long()
+    parts = MicroBatching(1, max_tokens=32).split(mask, response_length=10)
+    assert sorted(torch.cat(parts).tolist()) == list(range(20))
+    for rows in parts:
+        width = int(mask[rows, :6].sum(-1).max() + mask[rows, 6:].sum(-1).max())
+        assert len(rows) * width <= 32
+    assert len(parts) < 20
+    with pytest.raises(UserError, match=r"=15 is below .* = 16"):
+        MicroBatching(1, max_tokens=15).split(mask, response_length=10)
