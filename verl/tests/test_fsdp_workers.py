@@ -1,0 +1,185 @@
+"""Two real ranks on Ray: generate, score, update, sync, checkpoint, merge; each step against plain transformers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from omegaconf import DictConfig, OmegaConf
+from transformers import AutoModelForCausalLM
+
+from verl import DataProto
+from verl.single_controller import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from verl.trainer.config_check import DEFAULTS_FILE
+from verl.workers.fsdp_workers import ActorRolloutRefWorker
+from xbai.engine import Scorer
+from xbai.errors import UserError
+
+pytestmark = pytest.mark.slow
+
+MERGER = Path(__file__).parents[1] / "scripts" / "model_merger.py"
+PROMPTS, SAMPLES, PROMPT_LENGTH, RESPONSE_LENGTH = 3, 2, 6, 24
+ENGINES = {"vllm": True, "hf": False}
+"""Engine and whether the model it runs ties its embeddings."""
+
+
+def make_config(model: Path, engine: str) -> DictConfig:
+    """The trainer's own defaults, made small."""
+    config = OmegaConf.load(DEFAULTS_FILE)
+    config.data.max_prompt_length, config.data.max_response_length = PROMPT_LENGTH, RESPONSE_LENGTH
+    config = config.actor_rollout_ref
+    config.model.path = str(model)
+    config.rollout.update(name=engine, n=SAMPLES, dtype="float32", temperature=0.7, max_num_seqs=16, top_p=0.9)
+    config.rollout.log_prob_micro_batch_size_per_gpu = 2
+    config.rollout.val_kwargs.update(n=1, do_sample=False)
+    config.actor.update(ppo_mini_batch_size=2, ppo_micro_batch_size_per_gpu=2)
+    config.actor.optim.lr = config.score.optim.lr = 0.01
+    OmegaConf.resolve(config)
+    return config
+
+
+def make_prompts(vocabulary: int) -> DataProto:
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.arange(PROMPT_LENGTH) >= torch.tensor([0, 2, 4])[:, None]).long()
+    ids = torch.randint(0, vocabulary, (PROMPTS, PROMPT_LENGTH), generator=generator) * mask
+    return DataProto.from_dict({"input_ids": ids, "attention_mask": mask}, {"seed": [7, 8, 9]})
+
+
+def add_training_columns(batch: DataProto) -> DataProto:
+    rows = len(batch)
+    correct = (torch.arange(rows) % 2).float()
+    advantages = (2 * correct - 1)[:, None] * batch.batch["response_mask"]
+    return batch.union(
+        DataProto.from_dict(
+            {"advantages": advantages, "correct": correct, "graded": torch.ones(rows, dtype=torch.bool)}
+        )
+    )
+
+
+def plant_steps(batch: DataProto, step_id: int) -> None:
+    """Random weights seldom end a step: put the token that does into every response of some length."""
+    for column in (3, 9, 15):
+        present = batch.batch["response_mask"][:, column]
+        batch.batch["responses"][present, column] = step_id
+        batch.batch["input_ids"][present, PROMPT_LENGTH + column] = step_id
+
+
+def merge(actor_folder: Path, target: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(MERGER), "--local_dir", str(actor_folder), "--target_dir", str(target)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(params=ENGINES)
+def group(request, make_tiny_model: Callable[..., Path]) -> Iterator[RayWorkerGroup]:
+    config = make_config(make_tiny_model(tied=ENGINES[request.param]), request.param)
+    pool = RayResourcePool([2], use_gpu=False, cpus_per_process=0.5)
+    group = RayWorkerGroup(pool, RayClassWithInitArgs(ActorRolloutRefWorker, config, "actor_rollout_ref"), name="actor")
+    group.init_model()
+    yield group
+    group.shutdown()
+    pool.release()
+
+
+def test_a_step_of_training_and_its_merged_model(group: RayWorkerGroup, tiny_tokenizer, tmp_path: Path):
+    prompts = make_prompts(len(tiny_tokenizer))
+    batch = generate_and_compare(group, prompts)
+    plant_steps(batch, tiny_tokenizer.convert_tokens_to_ids(".\n\n"))
+    update(group, batch)
+
+    after = group.compute_log_prob(batch)
+    group.save_checkpoint(str(tmp_path / "global_step_1" / "actor"))
+    merged = tmp_path / "merged"
+    result = merge(tmp_path / "global_step_1", merged)
+    assert result.returncode == 0, result.stderr
+    compare_with_merged(merged, batch, after)
+    compare_greedy(group, prompts, merged)
+
+    group.load_checkpoint(str(tmp_path / "global_step_1" / "actor"))
+    again = group.compute_log_prob(batch)
+    assert torch.equal(again.batch["old_log_probs"], after.batch["old_log_probs"])
+    with pytest.raises(UserError, match="no checkpoint here"):
+        group.load_checkpoint(str(tmp_path))
+
+
+def generate_and_compare(group: RayWorkerGroup, prompts: DataProto) -> DataProto:
+    """Sample; the shapes, the masks and the engine's log-probs must be what the actor sees."""
+    batch = group.generate_sequences(prompts)
+    assert batch.meta_info.pop("metrics")["perf/generate_tokens_per_s"] > 0
+    assert len(batch) == PROMPTS * SAMPLES
+    for row in range(len(batch)):
+        assert torch.equal(batch.batch["prompts"][row], prompts.batch["input_ids"][row // SAMPLES])
+    mask = batch.batch["response_mask"]
+    assert torch.equal(batch.batch["attention_mask"][:, PROMPT_LENGTH:].bool(), mask)
+    assert not torch.equal(batch.batch["responses"][0], batch.batch["responses"][1])
+    repeated = group.generate_sequences(prompts)
+    assert torch.equal(repeated.batch["responses"], batch.batch["responses"])
+
+    log_probs = group.compute_log_prob(batch).batch["old_log_probs"]
+    difference = (log_probs - batch.batch["rollout_log_probs"])[mask].abs()
+    assert difference.mean() < 1e-3
+    reference = group.compute_ref_log_prob(batch).batch["ref_log_prob"]
+    assert torch.allclose(reference, log_probs, atol=1e-5)
+    return batch
+
+
+def update(group: RayWorkerGroup, batch: DataProto) -> None:
+    for compute in (group.compute_log_prob, group.compute_ref_log_prob):
+        result = compute(batch)
+        result.meta_info.pop("metrics")
+        batch.union(result)
+    add_training_columns(batch)
+    assert batch.batch["step_feature_mask"].any()
+    with pytest.raises(UserError, match="ppo_mini_batch_size=2 prompts of 2 responses must divide"):
+        group.update_actor(batch)
+    metrics = group.update_actor(batch[:4]).meta_info["metrics"]
+    assert metrics["actor/grad_norm"] > 0 and metrics["score/grad_norm"] > 0
+    assert metrics["actor/skipped_updates"] == 0
+
+
+def compare_with_merged(merged: Path, batch: DataProto, after: DataProto) -> None:
+    """The merged model's log-probs and step scores must be the updated actor's, and no longer the old ones."""
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    scorer = Scorer.from_folder(merged, dtype="float32")
+    changed = 0.0
+    for row in range(len(batch)):
+        kept = batch.batch["attention_mask"][row].bool()
+        ids, prompt_length = batch.batch["input_ids"][row][kept], int(kept[:PROMPT_LENGTH].sum())
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0, prompt_length - 1 : -1] / 0.7
+        expected = logits.log_softmax(-1).gather(-1, ids[prompt_length:, None]).squeeze(-1)
+        found = after.batch["old_log_probs"][row][: len(expected)]
+        assert torch.allclose(found, expected, atol=1e-4)
+        changed += float((found - batch.batch["old_log_probs"][row][: len(expected)]).abs().sum())
+        features = after.batch["step_feature_mask"][row]
+        step_scores = after.batch["old_step_logits"][row][features].sigmoid()
+        scored = scorer.score([ids.tolist()], [prompt_length])[0]
+        assert torch.allclose(torch.tensor(scored.step_scores), step_scores, atol=1e-5)
+    assert changed > 0.1
+
+
+def compare_greedy(group: RayWorkerGroup, prompts: DataProto, merged: Path) -> None:
+    """After the weight sync, greedy responses of the engine must be the merged model's."""
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    prompts.meta_info["validate"] = True
+    greedy = group.generate_sequences(prompts)
+    assert len(greedy) == PROMPTS
+    for row in range(PROMPTS):
+        kept = prompts.batch["attention_mask"][row].bool()
+        ids = prompts.batch["input_ids"][row][kept][None]
+        expected = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=RESPONSE_LENGTH
+        )
+        response = greedy.batch["responses"][row][greedy.batch["response_mask"][row]]
+        assert response.tolist() == expected[0, ids.shape[1] :].tolist()
