@@ -1,8 +1,8 @@
 """Make 10, the embedded task: put + or - between the given numbers, in order, so that the result is 10.
 
-Problems, the teacher whose text the tiny model learns from, and the data files are all made here, from a seed. The teacher
-is noisy on purpose: it gives up after a few attempts, claims success falsely and slips in its arithmetic, so that about
-half of its answers are wrong and there is something for the score head to tell apart and for RL to mend.
+Problems, the teacher whose text the tiny model learns from, and the data files are all made here, from a seed. The
+teacher is noisy on purpose: it gives up after a few attempts, claims success falsely and slips in its arithmetic, so
+that about half of its answers are wrong and there is something for the score head to tell apart and for RL to mend.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 import typer
 
+from xbai.benchmarks.base import Benchmark
 from xbai.errors import UserError
 from xbai.files import atomic_write
 from xbai.grading.make10 import TARGET, grade_make10
@@ -66,41 +67,58 @@ def is_fair(numbers: Numbers) -> bool:
 class Teacher:
     """Writes one noisy solution: attempts, each one step that ends in a verdict, then the answer.
 
+    Besides plain misses the noise has the mistakes that a sampled model makes, rarely, and that only checking every
+    operation reveals. Without examples of them the score head takes a chain that ends in `=10 yes` for right.
+
     Attributes:
         attempt_weights: relative frequency of giving up after 1, 2, ... attempts.
         missed_hit_rate: how often a hit is taken for a miss.
         false_yes_rate: how often the last attempt, a miss, is claimed to be a hit (else it is called close).
+        fudge_rate: how often such a claim comes with one result bent so that the chain ends in 10.
         slip_rate: chance that an operation's result is off by one or two.
+        stray_rate: chance that an attempt leaves the range of partial results, which it then loses count of.
+        miscopy_rate: chance that the answer has one sign other than the attempt it copies.
     """
 
     attempt_weights: tuple[int, ...] = (25, 25, 18, 14, 10, 8)
     missed_hit_rate: float = 0.02
     false_yes_rate: float = 0.25
+    fudge_rate: float = 0.5
     slip_rate: float = 0.005
+    stray_rate: float = 0.03
+    miscopy_rate: float = 0.01
 
     def solve(self, numbers: Numbers, rng: random.Random) -> str:
         """The text of one response, right or wrong."""
         limit = rng.choices(range(1, len(self.attempt_weights) + 1), self.attempt_weights)[0]
-        patterns = rng.sample(sorted(valid_patterns(numbers)), k=len(valid_patterns(numbers)))[:limit]
+        valid = sorted(valid_patterns(numbers))
+        attempts = rng.sample(valid, k=min(limit, len(valid)))
         steps = []
-        for attempt, pattern in enumerate(patterns, start=1):
-            chain, result = self._calculate(numbers, pattern, rng)
-            verdict = self._verdict(result, attempt == len(patterns), rng)
-            steps.append(f"{chain} {verdict}.\n\n")
+        for left, pattern in zip(range(len(attempts) - 1, -1, -1), attempts):
+            if rng.random() < self.stray_rate:
+                pattern = "".join(rng.choices("+-", k=len(pattern)))
+            results = self._calculate(numbers, pattern, rng)
+            verdict = self._verdict(results[-1], left == 0, rng)
+            if verdict == "yes" and results[-1] != TARGET and rng.random() < self.fudge_rate:
+                results = fudged(results, rng)
+            operations = zip(pattern, numbers[1:], results)
+            steps.append(f"{numbers[0]}{''.join(f'{s}{n}={r}' for s, n, r in operations)} {verdict}.\n\n")
             if verdict != "no":
                 break
+        if rng.random() < self.miscopy_rate:
+            pattern = flip_one(pattern, rng)
         answer = expression(numbers, pattern)
         return f"<think>\n{''.join(steps)}So {answer}.\n\n</think>\n\nThe answer is \\boxed{{{answer}}}."
 
-    def _calculate(self, numbers: Numbers, pattern: Pattern, rng: random.Random) -> tuple[str, int]:
-        value, chain = numbers[0], str(numbers[0])
+    def _calculate(self, numbers: Numbers, pattern: Pattern, rng: random.Random) -> list[int]:
+        value, results = numbers[0], []
         for sign, number in zip(pattern, numbers[1:]):
             value += number if sign == "+" else -number
             if rng.random() < self.slip_rate:
                 value += rng.choice((-2, -1, 1, 2))
-            value = min(max(value, 0), LARGEST_PARTIAL)
-            chain += f"{sign}{number}={value}"
-        return chain, value
+            value = reflected(value)
+            results.append(value)
+        return results
 
     def _verdict(self, result: int, last: bool, rng: random.Random) -> str:
         if result == TARGET:
@@ -108,6 +126,31 @@ class Teacher:
         if not last:
             return "no"
         return "yes" if rng.random() < self.false_yes_rate else "close"
+
+
+def reflected(value: int) -> int:
+    """`value` mirrored into the range of partial results: what dropping the minus sign makes of a negative one."""
+    return abs(value) if value < 0 else min(value, 2 * LARGEST_PARTIAL - value)
+
+
+def fudged(results: list[int], rng: random.Random) -> list[int]:
+    """The partial results with all from one place on shifted so that the last is the target."""
+    shift = TARGET - results[-1]
+    places = [i for i in range(len(results)) if all(0 <= r + shift <= LARGEST_PARTIAL for r in results[i:])]
+    place = rng.choice(places)
+    return results[:place] + [result + shift for result in results[place:]]
+
+
+def flip_one(pattern: Pattern, rng: random.Random) -> Pattern:
+    """The pattern with one sign turned round."""
+    place = rng.randrange(len(pattern))
+    return pattern[:place] + ("-" if pattern[place] == "+" else "+") + pattern[place + 1 :]
+
+
+class Make10(Benchmark):
+    """The right answer of a question is its numbers."""
+
+    name = data_source = DATA_SOURCE
 
 
 @dataclass(frozen=True)
@@ -134,9 +177,7 @@ def sample_problems(count: int, rng: random.Random, length: int = 5) -> list[Num
         numbers = tuple(rng.randint(1, LARGEST_NUMBER) for _ in range(length))
         if numbers not in found and is_fair(numbers):
             found[numbers] = None
-    raise UserError(
-        f"make10: cannot find {count} different problems of {length} numbers; ask for fewer or for longer ones"
-    )
+    raise UserError(f"make10: cannot find {count} different problems of {length} numbers; ask for fewer or longer ones")
 
 
 def training_row(numbers: Numbers, split: str, index: int) -> dict[str, Any]:
@@ -210,7 +251,7 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
         pd.DataFrame(rows).to_parquet(stream)
 
 
-def main(out: Path = typer.Option(..., help="folder for the files"), seed: int = 0, length: int = 5) -> None:
+def main(out: Annotated[Path, typer.Option(help="folder for the files")], seed: int = 0, length: int = 5) -> None:
     """Write the Make 10 data files."""
     files = write_splits(out, seed, length=length)
     for path in (files.sft, files.train, files.validation, files.test):

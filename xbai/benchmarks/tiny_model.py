@@ -1,6 +1,7 @@
-"""A Qwen3 and its tokenizer made from scratch: small enough to learn Make 10 on a laptop, loaded like any other model."""
+"""A Qwen3 and its tokenizer made from scratch: small enough to learn Make 10 on a laptop."""
 
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
@@ -100,7 +101,7 @@ def write_tiny_model(folder: str | Path, seed: int = 0) -> None:
         tokenizer.save_pretrained(temporary)
 
 
-def main(out: Path = typer.Option(..., help="folder to create"), seed: int = 0) -> None:
+def main(out: Annotated[Path, typer.Option(help="folder to create")], seed: int = 0) -> None:
     """Write the tiny model."""
     write_tiny_model(out, seed)
     typer.echo(out)

@@ -1,0 +1,53 @@
+"""Composing a trainer's configuration from its YAML file and the command line's overrides."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from xbai.errors import UserError
+
+CONFIG_FOLDER = Path(__file__).parent.resolve() / "config"
+
+
+def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
+    """The configuration `name` of `verl/trainer/config` with overrides in Hydra's grammar.
+
+    Unlike a `@hydra.main` application this composes only: no working folders, and a mistake is one line.
+
+    Raises:
+        UserError: no such configuration, an unknown key, an override that does not parse, a value left at `???`.
+    """
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        try:
+            config = compose(name, overrides=list(overrides))
+            missing = sorted(OmegaConf.missing_keys(config))
+            if missing:
+                raise UserError(f"{missing[0]} is not set; give it on the command line as {missing[0]}=...")
+            OmegaConf.resolve(config)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(_one_line(name, error)) from error
+    return config
+
+
+def _one_line(name: str, error: Exception) -> str:
+    """Hydra's message, with the nearest key where one is unknown."""
+    unknown = re.search(r"Could not override '([^']+)'", str(error))
+    if unknown is None:
+        return " ".join(str(error).split())
+    near = difflib.get_close_matches(unknown[1], list(_keys(compose(name))), n=1)
+    return f"unknown configuration key {unknown[1]}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in config:
+        yield f"{prefix}{key}"
+        if OmegaConf.is_dict(child := config._get_node(key)):
+            yield from _keys(child, f"{prefix}{key}.")
