@@ -8,15 +8,18 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from xbai.engine.files import LM_HEAD, weight_shapes
 from xbai.engine.scorer import HEAD_PREFIX, PromptTooLong, Scored, Scorer
 from xbai.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from xbai.sprm import StepRule
 
@@ -116,16 +119,17 @@ class Engine(ABC):
 
     def __init__(
         self,
+        config: PretrainedConfig,
         tokenizer: PreTrainedTokenizerBase,
-        vocab_size: int,
         max_model_len: int,
         scorer: Scorer | None,
         seed: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.vocab_size = vocab_size
+        self.vocab_size: int = config.vocab_size
         self.max_model_len = max_model_len
         self.scorer = scorer
+        self._config = config
         self._requests: dict[str, _Request] = {}
         self._seeds = None if seed is None else random.Random(seed)
 
@@ -216,12 +220,12 @@ class Engine(ABC):
         """Take a whole model's weights, streamed under their Hugging Face names; the head's under `score_head.*`.
 
         Raises:
-            UserError: a name that is no weight of this model.
+            UserError: a name or shape that is not this model's, or a weight left out (a tied LM head may be).
             RuntimeError: requests are unfinished.
         """
         if self.has_unfinished():
             raise RuntimeError("update_weights() while requests are unfinished would mix two models in one response")
-        self._load_weights(self._pass_to_scorer(weights))
+        self._load_weights(self._checked(weights))
 
     def sleep(self) -> None:  # noqa: B027 (optional, not abstract)
         """Give the accelerator's memory back until `wake_up`; weights must be updated after it. No-op on CPU."""
@@ -248,12 +252,25 @@ class Engine(ABC):
     def _load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Load the language model's weights."""
 
-    def _pass_to_scorer(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def _checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        expected = self._weight_shapes
+        missing = set(expected) - ({LM_HEAD} if self._config.tie_word_embeddings else set())
         for name, tensor in weights:
             if self.scorer is not None:
                 self.scorer.load_weight(name, tensor)
-            if not name.startswith(HEAD_PREFIX):
-                yield name, tensor
+            if name.startswith(HEAD_PREFIX):
+                continue
+            if expected.get(name) != tensor.shape:
+                wanted = f"shape {tuple(expected[name])}" if name in expected else "no such weight"
+                raise UserError(f"update_weights: {name} has shape {tuple(tensor.shape)}, the model has {wanted}")
+            missing.discard(name)
+            yield name, tensor
+        if missing:
+            raise UserError(f"update_weights: {len(missing)} weights were not given, first {min(missing)}")
+
+    @cached_property
+    def _weight_shapes(self) -> dict[str, torch.Size]:
+        return weight_shapes(self._config)
 
     def _add_scores(self, requests: list[_Request]) -> None:
         pairs = [(s.prompt_ids, request.completions[s.index]) for request in requests for s in request.samples]

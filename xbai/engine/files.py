@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LM_HEAD = "lm_head.weight"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
@@ -105,3 +106,12 @@ def resolve_max_model_len(requested: int | None, config: PretrainedConfig) -> in
     if not 2 <= requested <= longest:
         raise UserError(f"max_model_len={requested}: between 2 and the model's {longest} (max_position_embeddings)")
     return requested
+
+
+def weight_shapes(config: PretrainedConfig) -> dict[str, torch.Size]:
+    """Name and shape of every parameter of the causal LM, a tied LM head included; takes no memory for weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}

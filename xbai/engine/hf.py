@@ -21,8 +21,7 @@ from xbai.engine.files import (
     resolve_max_model_len,
 )
 from xbai.engine.sampling import BatchSampler
-from xbai.engine.scorer import Scorer, copy_weight, truncate_backbone
-from xbai.errors import UserError
+from xbai.engine.scorer import Scorer, truncate_backbone
 from xbai.sprm import load_score_head, load_sprm_config
 
 
@@ -65,7 +64,7 @@ class HFEngine(Engine):
             sprm_config = load_sprm_config(model_path, tokenizer, lang)
             head = load_score_head(model_path, config.hidden_size, sprm_config)
             scorer = Scorer(truncate_backbone(model.model), head, sprm_config.step_rule)
-        super().__init__(tokenizer, config.vocab_size, resolve_max_model_len(max_model_len, config), scorer, seed)
+        super().__init__(config, tokenizer, resolve_max_model_len(max_model_len, config), scorer, seed)
         self._eos_ids = frozenset(eos_token_ids(model_path, config, tokenizer))
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -87,15 +86,9 @@ class HFEngine(Engine):
 
     def _load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
-        loaded = set()
-        for name, tensor in weights:
-            if name not in parameters:
-                raise UserError(f"update_weights: {name} is no weight of this {type(self._model).__name__}")
-            copy_weight(parameters[name], name, tensor)
-            loaded.add(parameters[name].data_ptr())
-        missing = [name for name, parameter in parameters.items() if parameter.data_ptr() not in loaded]
-        if missing:
-            raise UserError(f"update_weights: {len(missing)} weights were not given, first {missing[0]}")
+        with torch.no_grad():
+            for name, tensor in weights:
+                parameters[name].copy_(tensor)
 
     def _next_batch(self) -> list[Sample]:
         batch: list[Sample] = []

@@ -123,6 +123,7 @@ class Scorer:
                 results[index] = result
         return results
 
+    @torch.no_grad()
     def load_weight(self, name: str, tensor: Tensor) -> None:
         """Copy one weight in under its Hugging Face name, the head's under `score_head.*`; others are not needed."""
         if name.startswith(HEAD_PREFIX):
@@ -130,7 +131,7 @@ class Scorer:
         else:
             target = self._parameters.get(name.removeprefix(BACKBONE_PREFIX))
         if target is not None:
-            copy_weight(target, name, tensor)
+            target.copy_(tensor)
 
     def _check_lengths(self, sequences: list[list[int]]) -> None:
         for ids in sequences:
@@ -178,18 +179,6 @@ def truncate_backbone(backbone: nn.Module) -> nn.Module:
     view.layers = nn.ModuleList(backbone.layers[:-1])
     view.norm = nn.Identity()
     return view
-
-
-def copy_weight(target: Tensor, name: str, source: Tensor) -> None:
-    """Copy a new value into a parameter, converting dtype and device.
-
-    Raises:
-        UserError: shapes that differ.
-    """
-    if target.shape != source.shape:
-        raise UserError(f"update_weights: {name} has shape {tuple(source.shape)}, the model's is {tuple(target.shape)}")
-    with torch.no_grad():
-        target.copy_(source)
 
 
 def _without_last_layer(config):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from xbai.engine.base import Completion, Engine, Sample
-from xbai.engine.files import eos_token_ids, load_tokenizer, read_config, resolve_dtype, resolve_max_model_len
+from xbai.engine.files import LM_HEAD, eos_token_ids, load_tokenizer, read_config, resolve_dtype, resolve_max_model_len
 from xbai.engine.scorer import Scorer
 from xbai.errors import UserError
 
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 # must run in this process, and with the model runner whose sampler `_use_tempered_log_probs` knows.
 _REQUIRED_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
 _DEFAULT_ENVIRONMENT = {
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    # On CPU every warning is about a setting made here on purpose.
+    "VLLM_LOGGING_LEVEL": "WARNING" if torch.cuda.is_available() else "ERROR",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "VLLM_NO_USAGE_STATS": "1",
     # Automatic binding would pin the engines of all processes of a machine to the same cores.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -77,7 +79,7 @@ class VLLMEngine(Engine):
         length = resolve_max_model_len(max_model_len, config)
         torch_dtype = resolve_dtype(dtype, config)
         scorer = Scorer.from_folder(model_path, dtype=dtype, lang=lang) if with_scores else None
-        super().__init__(tokenizer, config.vocab_size, length, scorer, seed)
+        super().__init__(config, tokenizer, length, scorer, seed)
         self._on_cpu = not torch.cuda.is_available()
         arguments = {
             "model": str(model_path),
@@ -95,15 +97,20 @@ class VLLMEngine(Engine):
         if self._on_cpu:
             arguments |= _cpu_arguments(config, torch_dtype, length, arguments)
         else:
-            arguments["enable_sleep_mode"] = True
+            # Of the memory that is free now, which a score head's backbone or a trainer shares.
+            free, total = torch.cuda.mem_get_info()
+            arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": 0.9 * free / total}
         if options.get("tensor_parallel_size", 1) == 1:
             arguments["distributed_executor_backend"] = "uni"
         elif torch.distributed.is_initialized():
             arguments["distributed_executor_backend"] = "external_launcher"
+        self._owns_process_group = not torch.distributed.is_initialized()
         self._llm = _start(arguments | options)
+        if not self._owns_process_group:
+            # vLLM's own clean-up, also on garbage collection and exit, would destroy the trainer's process group.
+            self._llm.engine_core._finalizer.detach()
         self._llm.collective_rpc(_use_tempered_log_probs)
         self._eos_ids = eos_token_ids(model_path, config, tokenizer)
-        self._tied = bool(config.tie_word_embeddings)
         self._samples: dict[str, Sample] = {}
 
     def sleep(self) -> None:
@@ -117,15 +124,23 @@ class VLLMEngine(Engine):
             self._llm.wake_up()
 
     def close(self) -> None:
-        """Shut vLLM down; a torch.distributed process group that was there before stays."""
-        self._llm.engine_core.shutdown()
+        """Shut vLLM down; a torch.distributed process group that was there before the engine stays."""
+        if self._owns_process_group:
+            self._llm.engine_core.shutdown()
+        else:
+            core = self._llm.engine_core.engine_core
+            core.model_executor.shutdown()
+            core.scheduler.shutdown()
+            gc.unfreeze()
         self._llm = self.scorer = None
         gc.collect()
 
     def _enqueue(self, samples: list[Sample]) -> None:
+        from vllm.inputs.engine import tokens_input
+
         for sample in samples:
             self._samples[sample.key] = sample
-            self._llm.add_request(sample.key, {"prompt_token_ids": sample.prompt_ids}, self._vllm_params(sample))
+            self._llm.add_request(sample.key, tokens_input(sample.prompt_ids), self._vllm_params(sample))
 
     def _drop(self, samples: list[Sample]) -> None:
         keys = [sample.key for sample in samples if self._samples.pop(sample.key, None) is not None]
@@ -139,14 +154,13 @@ class VLLMEngine(Engine):
         ]
 
     def _load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        if self._tied:
+        if self._config.tie_word_embeddings:
             weights = _with_lm_head(weights)
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self._llm.reset_prefix_cache()
 
     def _vllm_params(self, sample: Sample) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         params = sample.params
         return SamplingParams(
@@ -167,11 +181,10 @@ class VLLMEngine(Engine):
 def _with_lm_head(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Send a tied LM head too: on CPU vLLM keeps a packed copy of it, which the embedding alone leaves stale."""
     for name, tensor in weights:
-        if name == "lm_head.weight":
-            continue
-        yield name, tensor
+        if name != LM_HEAD:
+            yield name, tensor
         if name == "model.embed_tokens.weight":
-            yield "lm_head.weight", tensor
+            yield LM_HEAD, tensor
 
 
 def _completion(output: Any) -> Completion:
