@@ -59,6 +59,7 @@ def build_joint_model(
     channel: int | None = None,
     trust_remote_code: bool = False,
     gradient_checkpointing: bool = False,
+    compute_dtype: torch.dtype | None = None,
 ) -> JointModel:
     """Load the LM of a Hugging Face folder and, when `sprm_config` is given, a score head, on the CPU.
 
@@ -71,6 +72,7 @@ def build_joint_model(
         channel: the hidden size that the configuration expects, checked against the model's.
         trust_remote_code: passed on to transformers.
         gradient_checkpointing: recompute each decoder layer in the backward pass.
+        compute_dtype: what FSDP2 will cast the weights to (None: `dtype`); flash attention works in 16 bits only.
 
     Raises:
         UserError: no such folder, no model in it, a head that does not fit.
@@ -78,7 +80,10 @@ def build_joint_model(
     _check_model_folder(path)
     try:
         lm = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=_attention(dtype), trust_remote_code=trust_remote_code
+            path,
+            dtype=dtype,
+            attn_implementation=_attention(compute_dtype or dtype),
+            trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
@@ -100,9 +105,9 @@ def _check_model_folder(path: str | Path) -> None:
         raise UserError(f"{path}: not a model folder (no config.json); set actor_rollout_ref.model.path to one")
 
 
-def _attention(dtype: torch.dtype) -> str:
+def _attention(compute_dtype: torch.dtype) -> str:
     has_flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if has_flash and dtype != torch.float32 else "sdpa"
+    return "flash_attention_2" if has_flash and compute_dtype != torch.float32 else "sdpa"
 
 
 def _fresh_head(hidden_size: int, config: SPRMConfig) -> ScoreHead:
