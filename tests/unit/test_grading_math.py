@@ -185,7 +185,8 @@ def test_last_boxed_skips_escaped_braces():
 
 
 @pytest.mark.parametrize(
-    "source", ["aime24", "math500", "HuggingFaceH4/MATH-500", "openai/gsm8k", "deepscaler", "numina-math", "openr1-math"]
+    "source",
+    ["aime24", "math500", "HuggingFaceH4/MATH-500", "openai/gsm8k", "deepscaler", "numina-math", "openr1-math"],
 )
 @pytest.mark.parametrize("truth", ["16", 16, 16.0, {"target": "16"}, {"target": 16}])
 def test_dispatch(source, truth):

@@ -80,7 +80,14 @@ def _same_expressions(answer: str, truth: str) -> bool:
     answer, truth = without_text_commands(answer), without_text_commands(truth)
     if "=" in answer and "=" not in truth:
         answer = answer.rpartition("=")[-1]
-    return bool(answer and truth) and symbolically_equal(answer, truth)
+    # The parser takes seconds to give up on unclosed brackets.
+    return bool(answer and truth) and _closes_brackets(answer) and symbolically_equal(answer, truth)
+
+
+def _closes_brackets(text: str) -> bool:
+    return all(
+        sum(map(text.count, opening)) == sum(map(text.count, closing)) for opening, closing in ("{}", ("([", ")]"))
+    )
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from contextlib import suppress
 from multiprocessing import Pipe
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock
 from types import TracebackType
 
 import xbai
@@ -54,6 +55,7 @@ class GraderPool:
     ) -> None:
         count = workers or len(os.sched_getaffinity(0))
         self.failures: Counter[str] = Counter()
+        self._failures_lock = Lock()
         self._workers = [_Worker(grader, timeout_s, memory_bytes) for _ in range(count)]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         for worker in self._workers:
@@ -89,7 +91,8 @@ class GraderPool:
         try:
             return worker.grade(request)
         except _CouldNotGradeError as failure:
-            self.failures[failure.reason] += 1
+            with self._failures_lock:
+                self.failures[failure.reason] += 1
             logger.warning("a response of %s was not graded: %s", request.data_source, failure)
             return None
         finally:

@@ -1,0 +1,144 @@
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from xbai.benchmarks.registry import BENCHMARKS, get_benchmark
+from xbai.errors import UserError
+from xbai.grading import grade
+
+SHARED_DATA = Path(os.environ.get("XBAI_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
+
+
+def shared_file(name):
+    path = SHARED_DATA / name
+    if not path.exists():
+        pytest.skip(f"{name} is not in {SHARED_DATA} (set XBAI_SHARED_DATA to its folder)")
+    return path
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_registered_benchmark_exists(name):
+    assert get_benchmark(name).name == name
+
+
+def test_an_unknown_benchmark_names_the_known_ones():
+    with pytest.raises(UserError, match=r"'aime23'.*aime24.*make10"):
+        get_benchmark("aime23")
+
+
+@pytest.mark.parametrize(
+    "name,file,questions",
+    [("aime24", "aime24.jsonl", 30), ("aime25", "aime25.jsonl", 30), ("aime24", "aime.parquet", 30)],
+)
+def test_aime_files(name, file, questions):
+    benchmark = get_benchmark(name)
+    read = benchmark.read(shared_file(file))
+    assert [question.index for question in read] == list(range(questions))
+    for question in read:
+        (message,) = benchmark.messages(question)
+        assert message["content"] == question.prompt
+        assert message["content"].count("\\boxed") == 1
+        assert grade(benchmark.grade_request(question, f"<think>hm</think>\\boxed{{{question.answer:03}}}")) == 1.0
+        assert grade(benchmark.grade_request(question, f"\\boxed{{{question.answer + 1}}}")) == 0.0
+
+
+def test_ceval_file():
+    benchmark = get_benchmark("ceval")
+    read = benchmark.read(shared_file("ceval.json"))
+    assert len(read) == 1346
+    for question in read:
+        assert benchmark.messages(question) == [{"role": "user", "content": question.prompt}]
+        assert grade(benchmark.grade_request(question, f"ANSWER: {question.answer}")) == 1.0
+    assert read[0].meta == {"sub": "computer_network", "id": 0}
+
+
+ROW_LAYOUTS = [
+    {"prompt": "1+1?", "answer": 2},
+    {"problem": "1+1?", "answer": "2"},
+    {"question": "1+1?", "expected_answer": "2"},
+    {"model_input": "1+1?", "ground_truth": "2"},
+    {"prompt": "1+1?", "reward_model": {"style": "rule", "ground_truth": "2"}},
+    {"prompt": "1+1?", "reward_model": {"style": "rule", "ground_truth": {"target": "2"}}},
+    {"prompt": [{"role": "user", "content": "1+1?"}], "answer": "2"},
+]
+
+
+def write(path, rows):
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("row", ROW_LAYOUTS, ids=lambda row: "-".join(row))
+def test_layouts_in_circulation(tmp_path, suffix, row):
+    (question,) = get_benchmark("math500").read(write(tmp_path / f"questions{suffix}", [row]))
+    assert question.prompt == "1+1?"
+    assert str(question.answer) == "2"
+
+
+def test_json_lines_under_the_name_json(tmp_path):
+    path = tmp_path / "questions.json"
+    path.write_text('{"prompt": "a", "answer": 1}\n\n{"prompt": "b", "answer": 2}\n')
+    assert [question.prompt for question in get_benchmark("math500").read(path)] == ["a", "b"]
+
+
+def test_the_instruction_is_added_once():
+    benchmark = get_benchmark("math500")
+    bare = benchmark.question_from_row(0, {"problem": "1+1?", "answer": "2"}, "here")
+    (message,) = benchmark.messages(bare)
+    assert message["content"] == "1+1?\nPlease reason step by step, and put your final answer within \\boxed{}."
+    asked = benchmark.question_from_row(0, {"problem": message["content"], "answer": "2"}, "here")
+    assert benchmark.messages(asked) == [message]
+
+
+def test_a_whole_chat_is_kept_as_it_is():
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
+    benchmark = get_benchmark("math500")
+    question = benchmark.question_from_row(0, {"prompt": chat, "answer": "2"}, "here")
+    assert question.prompt == "1+1?"
+    assert benchmark.messages(question) == chat
+
+
+@pytest.mark.parametrize(
+    "name,text,complaint",
+    [
+        ("math500", '{"prompt": "a", "answer": 1}\n{"answer": 1}\n', r"q\.jsonl:2: has none of the fields prompt, "),
+        ("math500", '{"prompt": "a"}\n', r"q\.jsonl:1: has none of the fields answer, "),
+        ("math500", '{"prompt": "a", "answer": " "}\n', r"q\.jsonl:1: 'answer' must be a string or a number"),
+        ("math500", '{"prompt": "a", "answer": [1]}\n', r"q\.jsonl:1: 'answer' must be a string or a number"),
+        ("math500", '{"prompt": 5, "answer": 1}\n', r"q\.jsonl:1: 'prompt' must be a text or a list"),
+        ("math500", '{"prompt": [], "answer": 1}\n', r"q\.jsonl:1: 'prompt' must be a text or a list"),
+        ("math500", "\n[1]\n", r"q\.jsonl:2: expected an object"),
+        ("math500", '{"prompt": \n', r"q\.jsonl:1: not valid JSON"),
+        ("math500", "", r"q\.jsonl: holds no questions"),
+        ("aime24", '{"prompt": "a", "answer": "1/2"}\n', r"q\.jsonl:1: an AIME answer must be an integer"),
+        ("ceval", '{"prompt": "a", "answer": "E"}\n', r"q\.jsonl:1: the answer must be one of A, B, C, D"),
+    ],
+)
+def test_bad_rows_are_named_by_file_and_line(tmp_path, name, text, complaint):
+    path = tmp_path / "q.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match=complaint) as caught:
+        get_benchmark(name).read(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_files(tmp_path):
+    benchmark = get_benchmark("math500")
+    with pytest.raises(UserError, match="no such file"):
+        benchmark.read(tmp_path / "q.jsonl")
+    (tmp_path / "q.csv").write_text("a,b")
+    with pytest.raises(UserError, match=r"unknown kind of file; use one of \.jsonl, \.json, \.parquet"):
+        benchmark.read(tmp_path / "q.csv")
+    (tmp_path / "q.parquet").write_text("not parquet")
+    with pytest.raises(UserError, match="not a parquet file"):
+        benchmark.read(tmp_path / "q.parquet")

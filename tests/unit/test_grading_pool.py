@@ -1,0 +1,147 @@
+"""The pool's promise: whatever happens while one response is graded costs that response its grade, nothing else."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from xbai.errors import UserError
+from xbai.grading import CustomGrader, GradeRequest, GraderPool
+
+HOSTILE = """
+import os, subprocess, sys, time
+
+def compute_score(data_source, solution_str, ground_truth, extra_info):
+    if solution_str == "hang":
+        while True:
+            pass
+    if solution_str == "exit":
+        os._exit(3)
+    if solution_str == "segfault":
+        import ctypes
+        ctypes.string_at(0)
+    if solution_str == "bomb":
+        chunks = []
+        while True:
+            chunks.append(bytearray(2**24))
+    if solution_str == "raise":
+        raise ValueError("no such luck")
+    if solution_str == "child":
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        with open(extra_info["pid_file"], "w") as stream:
+            stream.write(str(child.pid))
+        time.sleep(600)
+    if solution_str == "modules":
+        return {"score": float("torch" in sys.modules or "pytest" in sys.modules)}
+    if solution_str == "pid":
+        return os.getpid()
+    return float(solution_str == ground_truth)
+"""
+
+
+@pytest.fixture
+def grader(tmp_path):
+    path = tmp_path / "hostile.py"
+    path.write_text(HOSTILE)
+    return CustomGrader(str(path))
+
+
+def request(response, **extra_info):
+    return GradeRequest("custom", response, "right", extra_info)
+
+
+def process_is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_every_failure_costs_its_own_sample_only(grader):
+    hostile = ["hang", "exit", "segfault", "bomb", "raise"]
+    responses = [text for bad in hostile for text in ("right", bad, "wrong", "right")]
+    with GraderPool(2, timeout_s=4.0, grader=grader, memory_bytes=2**28) as pool:
+        grades = pool.grade([request(response) for response in responses])
+    assert grades == [1.0, None, 0.0, 1.0] * len(hostile)
+    assert pool.failures == {"timeout": 1, "crash": 2, "memory": 1, "error": 1}
+
+
+def test_order_is_kept_over_many_requests():
+    requests = [GradeRequest("aime24", f"\\boxed{{{n}}}", n if n % 3 else n + 1) for n in range(600)]
+    with GraderPool(2, timeout_s=20.0) as pool:
+        assert pool.grade(requests) == [float(n % 3 != 0) for n in range(600)]
+        assert not pool.failures
+
+
+def test_submit_overlaps_with_other_work_and_processes_are_reused(grader):
+    with GraderPool(1, timeout_s=20.0, grader=grader) as pool:
+        futures = [pool.submit(request("pid")) for _ in range(5)]
+        pids = {future.result() for future in futures}
+    assert len(pids) == 1
+    assert not process_is_alive(int(pids.pop()))
+
+
+def test_workers_import_neither_torch_nor_the_parents_main_module(grader):
+    with GraderPool(1, timeout_s=20.0, grader=grader) as pool:
+        assert pool.grade([request("modules")]) == [0.0]
+
+
+def test_importing_grading_is_cheap():
+    code = "import sys, xbai.grading; assert not {'torch', 'sympy', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_graders_children_die_with_it(grader, tmp_path):
+    pid_file = tmp_path / "pid"
+    with GraderPool(1, timeout_s=5.0, grader=grader) as pool:
+        assert pool.grade([request("child", pid_file=str(pid_file))]) == [None]
+        assert wait_until(lambda: not process_is_alive(int(pid_file.read_text())))
+
+
+def test_workers_end_when_the_parent_is_killed(grader):
+    code = (
+        "import time; from xbai.grading import *; "
+        f"pool = GraderPool(1, timeout_s=20.0, grader=CustomGrader({grader.path!r})); "
+        "print(int(pool.grade([GradeRequest('custom', 'pid', '')])[0]), flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        worker = int(parent.stdout.readline())
+        assert process_is_alive(worker)
+        os.kill(parent.pid, signal.SIGKILL)
+    assert wait_until(lambda: not process_is_alive(worker))
+
+
+def test_user_errors_reach_the_caller(tmp_path):
+    with GraderPool(1) as pool, pytest.raises(UserError, match="'sudoku'"):
+        pool.grade([GradeRequest("sudoku", "", "")])
+    (tmp_path / "empty.py").write_text("")
+    for path, complaint in [("missing.py", "is not a file"), ("empty.py", "defines no function compute_score")]:
+        with (
+            GraderPool(1, grader=CustomGrader(str(tmp_path / path))) as pool,
+            pytest.raises(UserError, match=complaint),
+        ):
+            pool.grade([request("right")])
+
+
+def test_close_twice_and_unused():
+    pool = GraderPool(2)
+    pool.close()
+    pool.close()
+
+
+def test_a_hard_answer_times_out():
+    with GraderPool(1, timeout_s=1.0) as pool:
+        tower = GradeRequest("math500", "\\boxed{9^{9^{9^{9}}}+x}", "x")
+        assert pool.grade([tower, GradeRequest("math500", "\\boxed{2x}", "x+x")]) == [None, 1.0]
+        assert pool.failures == {"timeout": 1}
