@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,9 +135,12 @@ def test_schedules() -> None:
         rates(1, warmup_style="linear")
 
 
-def test_optimizer_names() -> None:
+def test_optimizer_names(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"optim\.name=SGD is unknown"):
         build_optimizer([], optim_config(name="SGD"))
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(UserError, match=r"optim\.name=Adam8bit needs torchao"):
+        build_optimizer([], optim_config(name="Adam8bit"))
 
 
 @pytest.mark.parametrize("poisoned", ["lm", "score_head"])
