@@ -40,7 +40,6 @@ def write_rows(tmp_path):
 def test_item_is_the_chat_prompt(write_rows, tiny_tokenizer):
     item = RLHFDataset(write_rows(["hi"]), tiny_tokenizer, _config(return_raw_chat=True))[0]
     assert tiny_tokenizer.decode(item["input_ids"]) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert item["raw_prompt_ids"] == item["input_ids"].tolist()
     assert item["raw_prompt"] == [{"role": "user", "content": "hi"}]
     assert item["reward_model"]["ground_truth"] == "0"
 
@@ -48,16 +47,16 @@ def test_item_is_the_chat_prompt(write_rows, tiny_tokenizer):
 def test_overlong_prompts_are_dropped_and_counted(write_rows, tiny_tokenizer, caplog):
     with caplog.at_level(logging.INFO):
         dataset = RLHFDataset(write_rows(["short", "x" * 80, "short too"]), tiny_tokenizer, _config())
-    assert [dataset[i]["index"] for i in range(len(dataset))] == [0, 2]
+    assert [dataset[i]["row_index"] for i in range(len(dataset))] == [0, 2]
     assert "1 of 3 prompts dropped" in caplog.text
 
 
 @pytest.mark.parametrize(("truncation", "kept"), [("left", slice(-64, None)), ("right", slice(0, 64))])
 def test_truncation_keeps_one_end(write_rows, tiny_tokenizer, truncation, kept):
     path, text = write_rows(["a" * 50 + "b" * 50]), "a" * 50 + "b" * 50
-    whole = RLHFDataset(path, tiny_tokenizer, _config(max_prompt_length=500))[0]["raw_prompt_ids"]
+    whole = RLHFDataset(path, tiny_tokenizer, _config(max_prompt_length=500))[0]["input_ids"].tolist()
     dataset = RLHFDataset(path, tiny_tokenizer, _config(filter_overlong_prompts=False, truncation=truncation))
-    assert dataset[0]["raw_prompt_ids"] == whole[kept]
+    assert dataset[0]["input_ids"].tolist() == whole[kept]
     assert text[:5] in tiny_tokenizer.decode(whole)
 
 
@@ -85,9 +84,9 @@ def test_collate_pads_on_the_left(write_rows, tiny_tokenizer):
         [write_rows(["hi"], "a.parquet"), write_rows(["hello"], "b.parquet")], tiny_tokenizer, _config()
     )
     batch = collate_fn([dataset[0], dataset[1]], pad_token_id=9)
-    assert batch["index"].tolist() == [0, 1]
+    assert batch["row_index"].tolist() == [0, 1]
     assert batch["input_ids"][0, :3].tolist() == [9, 9, 9]
-    assert batch["attention_mask"].sum(-1).tolist() == [len(ids) for ids in batch["raw_prompt_ids"]]
+    assert batch["attention_mask"].sum(-1).tolist() == [len(dataset[i]["input_ids"]) for i in (0, 1)]
     assert torch.equal(batch["position_ids"][0], (batch["attention_mask"][0].cumsum(0) - 1).clamp(min=0))
 
 
@@ -99,12 +98,12 @@ def test_loader_resumes_exactly_at_every_step(write_rows, tiny_tokenizer, shuffl
         return create_dataloader(dataset, 2, shuffle=shuffle, seed=3)
 
     def indices(loader, epochs):
-        return [batch["index"].tolist() for _ in range(epochs) for batch in loader]
+        return [batch["row_index"].tolist() for _ in range(epochs) for batch in loader]
 
     loader, states, seen = fresh(), [], []
     for _ in range(2):
         for batch in loader:
-            seen.append(batch["index"].tolist())
+            seen.append(batch["row_index"].tolist())
             states.append(loader.state_dict())
     assert len(seen) == 6 and (seen[:3] != seen[3:]) == shuffle
     for step, state in enumerate(states, start=1):

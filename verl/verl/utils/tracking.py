@@ -34,12 +34,14 @@ class Backend(ABC):
 
 
 class ConsoleBackend(Backend):
-    """One log record a step, the metrics grouped by the part of their name before the slash."""
+    """One log record a step: a line for each part of the names before the slash, without `perf/`."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         groups: dict[str, list[str]] = {}
         for name, value in metrics.items():
             group, _, short = name.rpartition("/")
+            if group == "perf":
+                continue
             groups.setdefault(group, []).append(f"{short} {value:.4g}")
         lines = [f"  {group or 'other'}: {', '.join(values)}" for group, values in groups.items()]
         logger.info("\n".join([f"step {step}", *lines]))

@@ -33,9 +33,8 @@ def file_list(files: str | Sequence[str] | None) -> list[str]:
 class RLHFDataset(Dataset):
     """Rows of parquet files with their prompts as token ids.
 
-    An item holds `input_ids`, `attention_mask` and `position_ids` [prompt tokens], `raw_prompt_ids` (the same ids as a
-    list), `index` (row number over all files), every other column of the row but the prompt, and the messages as
-    `raw_prompt` when `config.return_raw_chat`.
+    An item holds `input_ids`, `attention_mask` and `position_ids` [prompt tokens], `row_index` (its number over all
+    files), every other column of the row but the prompt, and the messages as `raw_prompt` if `return_raw_chat`.
 
     Args:
         data_files: one path or several.
@@ -55,7 +54,7 @@ class RLHFDataset(Dataset):
             raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template, which prompts need")
         parts = [_read_parquet(file, config.prompt_key) for file in file_list(data_files)]
         rows = datasets.concatenate_datasets(parts)
-        self._rows = rows.add_column("index", range(len(rows))) if "index" not in rows.column_names else rows
+        self._rows = rows.add_column("row_index", list(range(len(rows))))
         if config.filter_overlong_prompts:
             self._drop_overlong()
         if not len(self._rows):
@@ -72,13 +71,17 @@ class RLHFDataset(Dataset):
         text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
         return self.tokenizer.encode(text, add_special_tokens=False)
 
+    def values(self, column: str) -> list[Any]:
+        """One column of all rows."""
+        return self._rows[column]
+
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         row = self._rows[item]
         messages = row.pop(self.config.prompt_key)
-        ids = self._truncate(self._token_ids(messages), row["index"])
+        ids = self._truncate(self._token_ids(messages), row["row_index"])
         if self.config.return_raw_chat:
             row["raw_prompt"] = messages
         return {
@@ -86,7 +89,6 @@ class RLHFDataset(Dataset):
             "input_ids": torch.tensor(ids),
             "attention_mask": torch.ones(len(ids), dtype=torch.long),
             "position_ids": torch.arange(len(ids)),
-            "raw_prompt_ids": ids,
         }
 
     def _truncate(self, ids: list[int], index: int) -> list[int]:

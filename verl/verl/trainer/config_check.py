@@ -1,0 +1,262 @@
+"""Checks of a composed configuration, before Ray or any model starts: each mistake is one clear line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from verl.trainer.ppo.core_algos import ADVANTAGE_ESTIMATORS, KL_ESTIMATORS, LOSS_AGG_MODES
+from verl.utils.dataset.rl_dataset import file_list
+from verl.utils.tracking import BACKENDS
+from verl.workers.reward_manager import REWARD_MANAGERS
+from xbai.errors import UserError
+
+DEFAULTS_FILE = Path(__file__).parent / "config" / "ppo_trainer.yaml"
+
+EXTRA_KEYS = (
+    "actor_rollout_ref.actor.fsdp_config.model_dtype",
+    "actor_rollout_ref.rollout.swap_space",
+    "actor_rollout_ref.rollout.chat_scheduler",
+)
+"""Keys without a default that command lines add with `+`."""
+
+_OPTIMIZERS, _WARMUPS = ("AdamW", "AdamW8bit", "Adam8bit"), ("constant", "cosine")
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "data.truncation": ("error", "left", "right"),
+    "actor_rollout_ref.score.lang": (None, "en", "zh"),
+    "actor_rollout_ref.score.optim.name": _OPTIMIZERS,
+    "actor_rollout_ref.score.optim.warmup_style": _WARMUPS,
+    "actor_rollout_ref.actor.strategy": ("fsdp", "fsdp2"),
+    "actor_rollout_ref.actor.loss_agg_mode": tuple(LOSS_AGG_MODES),
+    "actor_rollout_ref.actor.kl_loss_type": (*KL_ESTIMATORS, "full"),
+    "actor_rollout_ref.actor.optim.name": _OPTIMIZERS,
+    "actor_rollout_ref.actor.optim.warmup_style": _WARMUPS,
+    "actor_rollout_ref.rollout.name": ("vllm", "hf"),
+    "actor_rollout_ref.rollout.mode": ("sync", "async"),
+    "actor_rollout_ref.rollout.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "reward_model.reward_manager": (*REWARD_MANAGERS, "batch"),
+    "algorithm.adv_estimator": tuple(ADVANTAGE_ESTIMATORS),
+    "algorithm.kl_penalty": (*KL_ESTIMATORS, "full"),
+    "algorithm.kl_ctrl.type": ("fixed", "adaptive"),
+    "trainer.device": ("auto", "cuda", "cpu"),
+    "trainer.resume_mode": ("auto", "disable", "resume_path"),
+}
+
+POSITIVE = (
+    "data.train_batch_size",
+    "data.max_prompt_length",
+    "data.max_response_length",
+    "actor_rollout_ref.actor.ppo_mini_batch_size",
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
+    "actor_rollout_ref.actor.ppo_epochs",
+    "actor_rollout_ref.actor.grad_clip",
+    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu",
+    "actor_rollout_ref.rollout.n",
+    "actor_rollout_ref.rollout.temperature",
+    "actor_rollout_ref.rollout.val_kwargs.n",
+    "reward_model.timeout_s",
+    "trainer.nnodes",
+    "trainer.n_gpus_per_node",
+    "trainer.total_epochs",
+)
+
+NOT_YET: dict[str, str] = {
+    "actor_rollout_ref.model.use_remove_padding": "batches are padded",
+    "actor_rollout_ref.model.use_liger": "its kernels are not wired in",
+    "actor_rollout_ref.model.use_fused_kernels": "its kernels are not wired in",
+    "actor_rollout_ref.actor.ulysses_sequence_parallel_size": "sequences are not split over processes",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size": "every process runs a rollout engine of its own",
+    "actor_rollout_ref.rollout.mode": "rollouts are synchronous",
+    "actor_rollout_ref.rollout.chat_scheduler": "rollouts are synchronous",
+    "actor_rollout_ref.rollout.swap_space": "the engine does not swap to CPU memory",
+    "critic": "there is no critic worker",
+    "trainer.critic_warmup": "there is no critic worker",
+    "trainer.default_hdfs_dir": "checkpoints stay in trainer.default_local_dir",
+}
+"""Keys that cannot act yet, and why: another value than the default is an error."""
+
+NOT_YET_VALUES: dict[tuple[str, str], str] = {
+    ("algorithm.adv_estimator", "gae"): "there is no critic worker",
+    ("algorithm.adv_estimator", "remax"): "the greedy baseline is not sampled",
+    ("algorithm.kl_penalty", "full"): "it needs both models' whole distributions",
+    ("actor_rollout_ref.actor.kl_loss_type", "full"): "it needs both models' whole distributions",
+    ("reward_model.reward_manager", "batch"): "grading is per response",
+}
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def check_config(config: DictConfig) -> None:
+    """Raise a `UserError` for the first thing that is wrong; `trainer.device=auto` becomes what it means here."""
+    defaults = OmegaConf.load(DEFAULTS_FILE)
+    _check_known(config, defaults)
+    _check_values(config, defaults)
+    _check_machine(config)
+    for key in sorted(OmegaConf.missing_keys(config)):
+        raise UserError(f"{key} is required: add {key}=... to the command line")
+    _check_acts(config, defaults)
+    _check_batch_sizes(config)
+    _check_model(config.actor_rollout_ref)
+    _check_files(config)
+    if config.trainer.resume_mode == "resume_path" and not _is_folder(config.trainer.resume_from_path):
+        raise UserError(
+            f"trainer.resume_from_path={config.trainer.resume_from_path}: resume_mode=resume_path needs a folder "
+            "global_step_N"
+        )
+
+
+def leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key of `node` with its value; None for one that must be given and is not."""
+    for name in node:
+        key = f"{prefix}{name}"
+        value = None if OmegaConf.is_missing(node, name) else node[name]
+        if isinstance(value, DictConfig):
+            yield from leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _check_known(config: DictConfig, defaults: DictConfig) -> None:
+    known = {key for key, _ in leaves(defaults)} | set(EXTRA_KEYS)
+    for key, _ in leaves(config):
+        if key not in known:
+            raise UserError(f"{key} is not a key of this trainer (see {DEFAULTS_FILE.name})")
+
+
+def _check_values(config: DictConfig, defaults: DictConfig) -> None:
+    default_of = dict(leaves(defaults))
+    for key, value in leaves(config):
+        default = default_of.get(key)
+        if value is None or default is None or isinstance(default, str):
+            continue
+        expected = (int, float) if isinstance(default, float) else type(default)
+        if not isinstance(value, expected) or (isinstance(value, bool) and not isinstance(default, bool)):
+            raise UserError(f"{key}={value} must be a {_kind(default)}, like its default {default}")
+    for key, choices in CHOICES.items():
+        if (value := OmegaConf.select(config, key)) not in choices:
+            raise UserError(f"{key}={value} is unknown, use one of {', '.join(map(str, choices))}")
+    for key in POSITIVE:
+        if (value := OmegaConf.select(config, key)) is None or value <= 0:
+            raise UserError(f"{key}={value} must be above 0")
+    if unknown := [name for name in config.trainer.logger if name not in BACKENDS]:
+        raise UserError(f"trainer.logger: {unknown[0]} is unknown, use some of {', '.join(BACKENDS)}")
+
+
+def _kind(default: Any) -> str:
+    kinds = {bool: "true or false", int: "whole number", float: "number"}
+    return kinds.get(type(default), "list")
+
+
+def _check_machine(config: DictConfig) -> None:
+    """Resolve `trainer.device`; refuse more processes than this machine has room for."""
+    trainer, gpus, cores = config.trainer, torch.cuda.device_count(), os.cpu_count() or 1
+    wanted = trainer.n_gpus_per_node
+    small = (
+        "to run small on CPU: trainer.device=cpu trainer.n_gpus_per_node=2 with a tiny model, "
+        "as scripts/quickstart.sh does"
+    )
+    if trainer.device == "auto":
+        trainer.device = "cuda" if gpus else "cpu"
+        if not gpus and wanted > cores:
+            raise UserError(
+                f"trainer.n_gpus_per_node={wanted} needs {wanted} GPUs a machine; this one has none, and {cores} CPU "
+                f"cores; {small}"
+            )
+    # With several machines the driver may run on one without GPUs; Ray then finds out whether there is room.
+    if trainer.device == "cuda" and trainer.nnodes == 1 and gpus < wanted:
+        less = f"set trainer.n_gpus_per_node={gpus}, or " if gpus else ""
+        raise UserError(
+            f"trainer.n_gpus_per_node={wanted} needs {wanted} GPUs; this machine has {gpus or 'none'}; {less}{small}"
+        )
+
+
+def _check_acts(config: DictConfig, defaults: DictConfig) -> None:
+    for key, reason in NOT_YET.items():
+        if _plain(config, key) != _plain(defaults, key):
+            raise UserError(f"{key} cannot act yet: {reason}; leave it at its default")
+    for (key, value), reason in NOT_YET_VALUES.items():
+        if OmegaConf.select(config, key) == value:
+            raise UserError(f"{key}={value} cannot act yet: {reason}")
+    actor_rollout_ref = config.actor_rollout_ref
+    if config.trainer.device == "cpu":
+        for section in ("actor", "ref"):
+            if actor_rollout_ref[section].fsdp_config.offload_policy:
+                key = f"actor_rollout_ref.{section}.fsdp_config.offload_policy"
+                raise UserError(f"{key}=true needs a GPU to offload from; set it to false on CPU")
+    if (kept := config.trainer.max_actor_ckpt_to_keep) is not None and kept < 1:
+        raise UserError(f"trainer.max_actor_ckpt_to_keep={kept} must be at least 1, or null to keep all")
+    if config.trainer.length_penalty and config.trainer.length_penalty_coeff <= 0:
+        raise UserError("trainer.length_penalty_coeff must be above 0 with trainer.length_penalty=true")
+
+
+def _plain(config: DictConfig, key: str) -> Any:
+    value = OmegaConf.select(config, key)
+    return OmegaConf.to_container(value, resolve=False) if isinstance(value, DictConfig) else value
+
+
+def _check_batch_sizes(config: DictConfig) -> None:
+    actor_rollout_ref, world = config.actor_rollout_ref, config.trainer.nnodes * config.trainer.n_gpus_per_node
+    n, train, mini = (
+        actor_rollout_ref.rollout.n,
+        config.data.train_batch_size,
+        actor_rollout_ref.actor.ppo_mini_batch_size,
+    )
+    if train % mini:
+        raise UserError(
+            f"data.train_batch_size={train} must be a multiple of actor_rollout_ref.actor.ppo_mini_batch_size={mini}"
+        )
+    if mini * n % world:
+        raise UserError(
+            f"actor_rollout_ref.actor.ppo_mini_batch_size * rollout.n = {mini} * {n} = {mini * n} must be a multiple "
+            f"of the {world} processes (trainer.nnodes * trainer.n_gpus_per_node)"
+        )
+    if config.algorithm.adv_estimator in ("grpo", "rloo") and n < 2:
+        raise UserError(
+            f"actor_rollout_ref.rollout.n={n}: algorithm.adv_estimator={config.algorithm.adv_estimator} compares the "
+            "responses to one prompt and needs at least 2"
+        )
+    room = actor_rollout_ref.rollout.max_model_len
+    needed = config.data.max_prompt_length + config.data.max_response_length
+    if room is not None and room < needed:
+        raise UserError(
+            f"actor_rollout_ref.rollout.max_model_len={room} is less than data.max_prompt_length + "
+            f"data.max_response_length = {needed}"
+        )
+
+
+def _check_model(config: DictConfig) -> None:
+    folder = Path(config.model.path)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"actor_rollout_ref.model.path={folder} is not a model folder (no config.json in it)")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(
+            f"actor_rollout_ref.model.path={folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)})"
+        )
+    head = config.score.model_path
+    if config.use_score and head is not None and not Path(head).exists():
+        raise UserError(f"actor_rollout_ref.score.model_path={head} does not exist")
+
+
+def _check_files(config: DictConfig) -> None:
+    needed = [config.data.prompt_key]
+    needed += [config.data.reward_fn_key, "reward_model"]
+    for key in ("train_files", "val_files"):
+        for file in file_list(config.data[key]):
+            if not Path(file).is_file():
+                raise UserError(f"data.{key}: {file} does not exist")
+            columns = pq.read_schema(file).names
+            if missing := [name for name in needed if name not in columns]:
+                raise UserError(f"data.{key}: {file} has no column {missing[0]!r}; it has {', '.join(columns)}")
+    if config.custom_reward_function.path is not None and not Path(config.custom_reward_function.path).is_file():
+        raise UserError(f"custom_reward_function.path={config.custom_reward_function.path} does not exist")
+
+
+def _is_folder(path: str | None) -> bool:
+    return path is not None and Path(path).is_dir()

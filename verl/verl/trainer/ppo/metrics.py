@@ -1,0 +1,109 @@
+"""What one training or validation batch says about the run. A value that a batch cannot define is nan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from verl.protocol import DataProto
+from xbai.sprm import auc, sprm_metrics
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> float:
+    """Mean of `values` where `mask`; nan where it is empty."""
+    return float(values[mask.bool()].float().mean())
+
+
+def train_metrics(batch: DataProto, eos_token_id: int) -> dict[str, float]:
+    """Rewards, lengths, entropy, agreement of rollout and actor, and the score head's metrics, before the update."""
+    columns = batch.batch
+    mask, graded, correct = columns["response_mask"].bool(), columns["graded"], columns["correct"]
+    rewards, lengths = columns["token_level_scores"].sum(-1), mask.sum(-1)
+    metrics = {
+        "reward/mean": masked_mean(rewards, graded),
+        "reward/pass_rate": masked_mean(correct, graded),
+        "reward/ungraded": float((~graded).sum()),
+        "reward/mixed_prompts": mixed_prompts(batch.non_tensor_batch["uid"], correct, graded),
+        "actor/entropy": masked_mean(columns["entropys"], mask),
+        "response_length/mean": float(lengths.float().mean()),
+        "response_length/max": float(lengths.max()),
+        "response_length/truncated": float(is_truncated(columns["responses"], mask, eos_token_id).float().mean()),
+        "prompt_length/mean": float(columns["attention_mask"].sum(-1).float().mean() - lengths.float().mean()),
+        **log_prob_difference(columns["rollout_log_probs"], columns["old_log_probs"], mask),
+    }
+    if "ref_log_prob" in columns:
+        metrics["actor/ref_kl"] = masked_mean(columns["old_log_probs"] - columns["ref_log_prob"], mask)
+    if "old_step_logits" in columns:
+        measured = sprm_metrics(columns["old_step_logits"], columns["step_feature_mask"], correct, graded)
+        metrics |= {f"score/{name}": value for name, value in measured.items()}
+    return metrics
+
+
+def mixed_prompts(uids: Sequence[str], correct: Tensor, graded: Tensor) -> float:
+    """Share of prompts with both right and wrong responses: only these have a GRPO advantage."""
+    outcomes: dict[str, set[float]] = {uid: set() for uid in uids}
+    for uid, value in zip(np.asarray(uids)[graded.numpy()], correct[graded].tolist()):
+        outcomes[uid].add(value)
+    return sum(len(values) > 1 for values in outcomes.values()) / len(outcomes)
+
+
+def is_truncated(responses: Tensor, mask: Tensor, eos_token_id: int) -> Tensor:
+    """[B] bool: the response filled all of its columns without ending."""
+    return mask.bool().all(-1) & (responses[:, -1] != eos_token_id)
+
+
+def log_prob_difference(rollout: Tensor, actor: Tensor, mask: Tensor) -> dict[str, float]:
+    """How far the rollout engine's log-probs of its own tokens are from the actor's; all [B, R]."""
+    difference = (rollout - actor).abs()[mask.bool()]
+    empty = difference.numel() == 0
+    return {
+        "rollout/log_prob_diff_mean": float("nan") if empty else float(difference.mean()),
+        "rollout/log_prob_diff_max": float("nan") if empty else float(difference.max()),
+    }
+
+
+class ValidationResult(NamedTuple):
+    """What is kept of a batch of B validation responses, those of one prompt next to each other."""
+
+    sources: np.ndarray
+    """[B] data sources."""
+    correct: Tensor
+    """[B] float."""
+    graded: Tensor
+    """[B] bool."""
+    lengths: Tensor
+    """[B] response tokens."""
+    scores: Tensor | None
+    """[B] trajectory scores, with a score head."""
+
+
+def validation_metrics(parts: Sequence[ValidationResult], n: int) -> dict[str, float]:
+    """pass@1 (where there are several data sources, for each too); with a score head the AUC of its trajectory scores
+    and, for `n` > 1 responses a prompt, the accuracy of Best-of-n."""
+    sources = np.concatenate([part.sources for part in parts])
+    correct, graded, lengths = (torch.cat([part[column] for part in parts]) for column in (1, 2, 3))
+    metrics = {
+        "val/pass@1": masked_mean(correct, graded),
+        "val/ungraded": float((~graded).sum()),
+        "val/response_length": float(lengths.float().mean()),
+    }
+    if len(found := sorted(set(sources))) > 1:
+        for name in found:
+            metrics[f"val/{name}/pass@1"] = masked_mean(correct, graded & torch.as_tensor(sources == name))
+    if parts[0].scores is not None:
+        scores = torch.cat([part.scores for part in parts])
+        metrics["val/auc"] = auc(scores[graded], correct[graded])
+        if n > 1:
+            metrics[f"val/best_of_{n}"] = best_of_n(scores, correct, graded, n)
+    return metrics
+
+
+def best_of_n(scores: Tensor, correct: Tensor, graded: Tensor, n: int) -> float:
+    """Accuracy of picking each prompt's response with the highest score [B], over picks that could be graded."""
+    best = scores.view(-1, n).argmax(-1, keepdim=True)
+    picked = correct.view(-1, n).gather(1, best).squeeze(-1)
+    return masked_mean(picked, graded.view(-1, n).gather(1, best).squeeze(-1))

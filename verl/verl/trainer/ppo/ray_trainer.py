@@ -1,0 +1,350 @@
+"""The training loop: GRPO and its relatives with a jointly trained score head, driven from one process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from verl.protocol import DataProto, object_array
+from verl.single_controller import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from verl.trainer.ppo.checkpoint_folder import TRAINER_STATE_FILE, CheckpointFolder, step_of
+from verl.trainer.ppo.core_algos import AdvantageInputs, compute_advantages, get_kl_controller, kl_penalty
+from verl.trainer.ppo.metrics import ValidationResult, masked_mean, train_metrics, validation_metrics
+from verl.trainer.ppo.reward import check_gradable, load_reward_manager
+from verl.utils.checkpoint import rng_state, set_rng_state
+from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, create_dataloader
+from verl.utils.model import load_tokenizer
+from verl.utils.seqlen_balancing import rows_by_rank
+from verl.utils.tracking import Tracking
+from verl.workers.fsdp_workers import ActorRolloutRefWorker
+from verl.workers.reward_manager import Reward
+from xbai.files import atomic_write
+from xbai.sprm import trajectory_scores
+
+logger = logging.getLogger(__name__)
+
+PROMPT_KEYS = ("input_ids", "attention_mask", "position_ids")
+MODEL_INPUT_KEYS = (*PROMPT_KEYS, "prompts", "responses", "response_mask")
+
+
+class RayPPOTrainer:
+    """Data, workers and loop of one run.
+
+    Building it reads the data and finds the checkpoint to go on from; `init_workers` starts Ray and the models.
+
+    Args:
+        config: composed and checked by `check_config`.
+
+    Raises:
+        UserError: data that cannot be used, or a checkpoint that is not there.
+    """
+
+    def __init__(self, config: DictConfig) -> None:
+        self.config = config
+        self._rollout, self._world_size = config.actor_rollout_ref.rollout, _world_size(config)
+        model = config.actor_rollout_ref.model
+        self.tokenizer = load_tokenizer(model.path, model.trust_remote_code)
+        self._load_data()
+        self._checkpoints = CheckpointFolder(config.trainer.default_local_dir, config.trainer.max_actor_ckpt_to_keep)
+        self._resume_from = self._checkpoints.find(config.trainer.resume_mode, config.trainer.resume_from_path)
+        self.step = step_of(self._resume_from) if self._resume_from else 0
+        self._kl_controller = get_kl_controller(config.algorithm.kl_ctrl)
+        self._reward_manager = load_reward_manager(config, self.tokenizer)
+        self._workers: RayWorkerGroup | None = None
+
+    def _load_data(self) -> None:
+        data, trainer = self.config.data, self.config.trainer
+        self._train_data = RLHFDataset(data.train_files, self.tokenizer, data)
+        self._val_data = RLHFDataset(data.val_files, self.tokenizer, data) if data.val_files else None
+        for dataset in filter(None, (self._train_data, self._val_data)):
+            check_gradable(dataset.values(data.reward_fn_key), self.config)
+        self._loader = create_dataloader(
+            self._train_data, data.train_batch_size, shuffle=data.shuffle, seed=trainer.seed
+        )
+        self.total_steps = trainer.total_training_steps or trainer.total_epochs * len(self._loader)
+
+    @property
+    def is_done(self) -> bool:
+        """The checkpoint to resume from is already at the last step."""
+        return self.step >= self.total_steps
+
+    def init_workers(self) -> None:
+        """Start Ray (or join the cluster) and one process a GPU, each with its part of the models."""
+        trainer = self.config.trainer
+        on_gpu = trainer.device == "cuda"
+        _start_ray(self.config, on_gpu)
+        uses_reference = self._uses_kl_in_loss or self.config.algorithm.use_kl_in_reward
+        role = "actor_rollout_ref" if uses_reference else "actor_rollout"
+        init = RayClassWithInitArgs(ActorRolloutRefWorker, self._worker_config(), role, trainer.seed)
+        env = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")}
+        env |= {} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
+        pool = RayResourcePool([trainer.n_gpus_per_node] * trainer.nnodes, use_gpu=on_gpu)
+        logger.info("starting %d worker processes on %s", self._world_size, trainer.device)
+        self._workers = RayWorkerGroup(pool, init, name=role, worker_env=env)
+        self._workers.init_model()
+
+    @property
+    def _uses_kl_in_loss(self) -> bool:
+        return self.config.actor_rollout_ref.actor.use_kl_loss
+
+    def _worker_config(self) -> DictConfig:
+        config = OmegaConf.create(OmegaConf.to_container(self.config.actor_rollout_ref, resolve=True))
+        with open_dict(config):
+            config.actor.optim.total_training_steps = self.total_steps
+            config.score.optim.total_training_steps = self.total_steps
+        return config
+
+    def fit(self) -> None:
+        """Train from the resumed step to the last one, validating, logging and saving on the way."""
+        trainer = self.config.trainer
+        self._checkpoints.prepare(resuming=self._resume_from is not None)
+        if self._resume_from is not None:
+            self._load(self._resume_from)
+        with self._tracking() as tracking, self._progress() as report:
+            if self.step == 0 and trainer.val_before_train and self._val_data:
+                tracking.log(self.validate(), step=0)
+            for prompts in self._prompt_batches():
+                metrics = self.train_step(prompts)
+                if self._val_data and self._is_due(trainer.test_freq):
+                    metrics |= self.validate()
+                tracking.log(metrics, self.step)
+                # After logging: what a checkpoint stands for is never missing from the logs.
+                if self._is_due(trainer.save_freq):
+                    self._save()
+                report(metrics)
+        logger.info("finished %d steps; everything lies in %s", self.step, self._checkpoints.folder)
+
+    def train_step(self, prompts: DataProto) -> dict[str, float]:
+        """One step of the algorithm on a batch of prompts; returns its metrics."""
+        start, metrics = time.perf_counter(), {}
+        batch = self._generate(prompts, self._rollout.n, metrics)
+        pending = self._reward_manager.launch(batch)
+        if not self.config.reward_model.launch_reward_fn_async:
+            pending.result()
+        self._call("compute_log_prob", batch, MODEL_INPUT_KEYS, metrics)
+        if self._uses_kl_in_loss or self.config.algorithm.use_kl_in_reward:
+            self._call("compute_ref_log_prob", batch, MODEL_INPUT_KEYS, metrics)
+        with _timed("reward_wait", metrics):
+            reward = pending.result()
+        self._add_reward(batch, reward, metrics)
+        self._add_advantages(batch)
+        metrics |= train_metrics(batch, self.tokenizer.eos_token_id)
+        self._dump(batch, reward)
+        self._arrange_for_ranks(batch, metrics)
+        self._call("update_actor", batch, None, metrics)
+        tokens, seconds = float(batch.batch["attention_mask"].sum()), time.perf_counter() - start
+        return metrics | {"timing_s/step": seconds, "perf/tokens_per_s": tokens / seconds}
+
+    def validate(self) -> dict[str, float]:
+        """Sample the validation set as `rollout.val_kwargs` say, with the same seeds every time."""
+        n, size = self._rollout.val_kwargs.n, self.config.data.val_batch_size or len(self._val_data)
+        results, timing = [], {}
+        with _timed("validate", timing):
+            for start in range(0, len(self._val_data), size):
+                items = [self._val_data[row] for row in range(start, min(start + size, len(self._val_data)))]
+                prompts = DataProto.from_single_dict(collate_fn(items, self.tokenizer.pad_token_id))
+                results.append(self._validate_batch(self._seeded(prompts, "validation"), n))
+        return validation_metrics(results, n) | timing
+
+    def close(self) -> None:
+        """End graders, workers and this run's part in Ray."""
+        self._reward_manager.close()
+        if self._workers is not None:
+            self._workers.shutdown()
+        ray.shutdown()
+
+    # The parts of a step
+
+    def _prompt_batches(self) -> Iterator[DataProto]:
+        """Batches of prompts until the last step, epoch after epoch; `step` counts them."""
+        while not self.is_done:
+            for columns in self._loader:
+                self.step += 1
+                yield self._seeded(DataProto.from_single_dict(columns), self.step)
+                if self.is_done:
+                    return
+
+    def _seeded(self, prompts: DataProto, occasion: int | str) -> DataProto:
+        """Give each prompt its sampling seed: a run that is resumed samples what an uninterrupted one does."""
+        rows = prompts.non_tensor_batch["row_index"]
+        prompts.non_tensor_batch["seed"] = object_array(_seed(self.config.trainer.seed, occasion, row) for row in rows)
+        prompts.non_tensor_batch["uid"] = object_array(str(row) for row in rows)
+        return prompts
+
+    def _generate(self, prompts: DataProto, n: int, metrics: dict[str, float], **meta_info: Any) -> DataProto:
+        """Sample `n` responses a prompt; the rows of one prompt lie next to each other."""
+        request = prompts.pop(PROMPT_KEYS, ["seed"])
+        request.meta_info |= meta_info
+        responses = self._workers.generate_sequences(request)
+        metrics |= responses.meta_info.pop("metrics")
+        return prompts.repeat(n).union(DataProto(responses.batch))
+
+    def _call(self, method: str, batch: DataProto, keys: tuple[str, ...] | None, metrics: dict[str, float]) -> None:
+        """Run a worker method on the tensors `keys` of `batch`, and add the tensors and metrics it returns."""
+        output = getattr(self._workers, method)(batch.select(keys, non_tensor_batch_keys=[]))
+        metrics |= output.meta_info.pop("metrics")
+        batch.union(output)
+
+    def _add_reward(self, batch: DataProto, reward: Reward, metrics: dict[str, float]) -> None:
+        """Add scores, outcome and, with `use_kl_in_reward`, the KL penalty."""
+        scores, graded = reward.reward_tensor, reward.graded
+        batch.union(DataProto.from_dict({"token_level_scores": scores, "correct": reward.correct, "graded": graded}))
+        batch.batch["token_level_rewards"] = scores
+        if self.config.algorithm.use_kl_in_reward:
+            columns, mask = batch.batch, batch.batch["response_mask"]
+            kl = kl_penalty(columns["old_log_probs"], columns["ref_log_prob"], self.config.algorithm.kl_penalty) * mask
+            metrics |= {"reward/kl": masked_mean(kl, mask), "reward/kl_coef": self._kl_controller.value}
+            columns["token_level_rewards"] = scores - self._kl_controller.value * kl
+            self._kl_controller.update(metrics["reward/kl"], n_steps=len(batch))
+
+    def _add_advantages(self, batch: DataProto) -> None:
+        columns = batch.batch
+        inputs = AdvantageInputs(
+            columns["token_level_rewards"], columns["response_mask"], columns["graded"], batch.non_tensor_batch["uid"]
+        )
+        columns["advantages"], columns["returns"] = compute_advantages(inputs, self.config.algorithm)
+
+    def _arrange_for_ranks(self, batch: DataProto, metrics: dict[str, float]) -> None:
+        """Put the rows in the order in which the ranks' chunks are about equally long."""
+        lengths = batch.batch["attention_mask"].sum(-1)
+        mini_batch_rows = self.config.actor_rollout_ref.actor.ppo_mini_batch_size * self._rollout.n
+        order = rows_by_rank(lengths, mini_batch_rows, self._world_size, self.config.trainer.balance_batch)
+        batch.reorder(order)
+        of_rank = lengths[order].view(self._world_size, -1).sum(-1).float()
+        metrics["perf/rank_tokens_max_over_mean"] = float(of_rank.max() / of_rank.mean())
+
+    def _validate_batch(self, prompts: DataProto, n: int) -> ValidationResult:
+        batch = self._generate(prompts, n, {}, validate=True)
+        pending = self._reward_manager.launch(batch)
+        scores = None
+        if self.config.actor_rollout_ref.use_score:
+            self._call("compute_log_prob", batch, MODEL_INPUT_KEYS, {})
+            scores = trajectory_scores(batch.batch["old_step_logits"], batch.batch["step_feature_mask"])
+        reward = pending.result()
+        sources = batch.non_tensor_batch[self.config.data.reward_fn_key]
+        return ValidationResult(sources, reward.correct, reward.graded, batch.batch["response_mask"].sum(-1), scores)
+
+    # Files
+
+    def _save(self) -> None:
+        start = time.perf_counter()
+        with self._checkpoints.write(self.step) as folder:
+            self._workers.save_checkpoint(str(folder.resolve() / "actor"))
+            state = {
+                "step": self.step,
+                "loader": self._loader.state_dict(),
+                "rng": rng_state(),
+                "kl_coef": self._kl_controller.value,
+            }
+            torch.save(state, folder / TRAINER_STATE_FILE)
+        seconds = time.perf_counter() - start
+        logger.info("saved %s in %.1f s", self._checkpoints.step_folder(self.step), seconds)
+
+    def _load(self, checkpoint: Path) -> None:
+        logger.info("going on from %s (step %d of %d)", checkpoint, self.step, self.total_steps)
+        self._workers.load_checkpoint(str(checkpoint.resolve() / "actor"))
+        state = torch.load(checkpoint / TRAINER_STATE_FILE, weights_only=False)
+        self._loader.load_state_dict(state["loader"])
+        self._kl_controller.value = state["kl_coef"]
+        set_rng_state(state["rng"])
+
+    def _dump(self, batch: DataProto, reward: Reward) -> None:
+        """Write the step's samples to `trainer.rollout_data_dir`."""
+        folder = self.config.trainer.rollout_data_dir
+        if folder is None:
+            return
+        columns = batch.batch
+        texts = {
+            "prompt": self.tokenizer.batch_decode(columns["prompts"], skip_special_tokens=True),
+            "response": self.tokenizer.batch_decode(columns["responses"], skip_special_tokens=True),
+        }
+        values = {
+            "reward": reward.reward_tensor.sum(-1),
+            "correct": reward.correct,
+            "graded": reward.graded,
+            "tokens": columns["response_mask"].sum(-1),
+        }
+        if "old_step_logits" in columns:
+            values["score"] = trajectory_scores(columns["old_step_logits"], columns["step_feature_mask"])
+        table = {**texts, **{name: value.tolist() for name, value in values.items()}}
+        with atomic_write(Path(folder) / f"{self.step}.jsonl", "w") as stream:
+            for row in zip(*table.values()):
+                stream.write(json.dumps({"step": self.step, **dict(zip(table, row))}, ensure_ascii=False) + "\n")
+
+    def _tracking(self) -> Tracking:
+        trainer = self.config.trainer
+        return Tracking(
+            trainer.project_name,
+            trainer.experiment_name,
+            trainer.logger,
+            trainer.default_local_dir,
+            OmegaConf.to_container(self.config, resolve=True),
+            resume_step=self.step,
+        )
+
+    @contextmanager
+    def _progress(self) -> Iterator[Callable[[dict[str, float]], None]]:
+        """A progress bar; the function it yields moves it to the present step."""
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn(f"→ {self._checkpoints.folder}"),
+        )
+        with Progress(*columns) as progress:
+            task = progress.add_task("", total=self.total_steps, completed=self.step)
+
+            def report(metrics: dict[str, float]) -> None:
+                text = f"reward {metrics['reward/mean']:.3f}  {metrics['timing_s/step']:.1f} s/step"
+                progress.update(task, completed=self.step, description=text)
+
+            yield report
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and (self.step % every == 0 or self.is_done)
+
+
+def _world_size(config: DictConfig) -> int:
+    return config.trainer.nnodes * config.trainer.n_gpus_per_node
+
+
+def _start_ray(config: DictConfig, on_gpu: bool) -> None:
+    """Join the cluster that `RAY_ADDRESS` names, or that several nodes imply; otherwise start one on this machine."""
+    options: dict[str, Any] = {"logging_level": logging.WARNING}
+    if os.environ.get("RAY_ADDRESS") or config.trainer.nnodes > 1:
+        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **options)
+        return
+    num_cpus = config.ray_init.num_cpus
+    if num_cpus is None and not on_gpu:
+        # Processes on CPU may be more than the cores; Ray must not wait for cores that will never be there.
+        num_cpus = max(os.cpu_count() or 1, _world_size(config))
+    ray.init(num_cpus=num_cpus, include_dashboard=False, **options)
+
+
+def _seed(*parts: int | str) -> int:
+    """A number below 2^31 that is as good as random in `parts`."""
+    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+@contextmanager
+def _timed(phase: str, metrics: dict[str, float]) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    metrics[f"timing_s/{phase}"] = time.perf_counter() - start

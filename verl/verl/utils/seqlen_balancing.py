@@ -1,0 +1,57 @@
+"""Which responses go to which rank, so that all ranks have about as many tokens to compute."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def balanced_partitions(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Cut items into `parts` equally large sets of about equal total length.
+
+    Longest first, each item goes to the shortest set that still has room.
+
+    Args:
+        lengths: of the items; as many as `parts` divides.
+
+    Returns:
+        Item numbers of each set, ascending.
+    """
+    if len(lengths) % parts:
+        raise ValueError(f"{len(lengths)} items do not divide into {parts} sets")
+    room = len(lengths) // parts
+    sets: list[list[int]] = [[] for _ in range(parts)]
+    open_sets = [(0, part) for part in range(parts)]
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        total, part = heapq.heappop(open_sets)
+        sets[part].append(item)
+        if len(sets[part]) < room:
+            heapq.heappush(open_sets, (total + lengths[item], part))
+    return [sorted(items) for items in sets]
+
+
+def rows_by_rank(lengths: Tensor, mini_batch_rows: int, world_size: int, balance: bool) -> Tensor:
+    """The order of rows in which chunk r of `world_size` chunks is what rank r computes.
+
+    Each rank gets an equal share of every mini-batch, so that a mini-batch holds the same rows however many ranks
+    there are.
+
+    Args:
+        lengths: [rows] tokens of each row.
+        mini_batch_rows: rows of one optimiser step; `world_size` divides it, and it divides the rows.
+        balance: share out by length rather than in order.
+
+    Returns:
+        [rows] row numbers.
+    """
+    of_rank: list[list[int]] = [[] for _ in range(world_size)]
+    for start in range(0, len(lengths), mini_batch_rows):
+        block = lengths[start : start + mini_batch_rows].tolist()
+        size = len(block) // world_size
+        in_order = [list(range(rank * size, (rank + 1) * size)) for rank in range(world_size)]
+        for rank, items in enumerate(balanced_partitions(block, world_size) if balance else in_order):
+            of_rank[rank] += [start + item for item in items]
+    return torch.tensor(of_rank).flatten()
