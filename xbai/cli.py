@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -179,3 +180,90 @@ def infer(
             retry=RetryPolicy(patience_s=patience, request_timeout_s=request_timeout),
         )
     )
+
+
+Task = Annotated[str, typer.Option("--task", help="The benchmark, which knows how its answers are graded.")]
+JsonPath = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")]
+
+
+@_command("metric")
+def metric(
+    task: Task,
+    result_paths: Annotated[str, typer.Option("--result_paths", help="Result files; a glob.")],
+    n: Annotated[int, typer.Option("--N", min=1, help="Candidates among which the score chooses.")] = 1,
+    json_path: JsonPath = None,
+) -> None:
+    """Grade results: pass@1 of Best-of-N over all disjoint groups of N, then every strategy at every N."""
+    from xbai.evaluate.metrics import repeated_best_of_n, report_files
+    from xbai.evaluate.summary import write_json
+    from xbai.evaluate.tables import show
+
+    report, questions = report_files(task, result_paths)
+    accuracies = repeated_best_of_n(questions, n)
+    mean = sum(accuracies) / len(accuracies)
+    typer.echo(f"Test {len(accuracies)} times")
+    typer.echo(f"pass@1 (Best-of-{n}): {100 * mean:.2f}")
+    show({task: report})
+    if json_path is not None:
+        repeated = {"n": n, "repetitions": len(accuracies), "accuracies": accuracies, "mean": mean}
+        write_json({"repeated_best_of_n": repeated, **report.to_dict()}, json_path)
+
+
+@_command("plot")
+def plot(
+    kind: Annotated[str, typer.Argument(help="accuracy, steps (step scores), or training.")],
+    output: Annotated[Path, typer.Option("--output", help="The PNG to write.")],
+    task: Annotated[str | None, typer.Option("--task", help="Benchmark of the results.")] = None,
+    result_paths: Annotated[
+        list[str] | None, typer.Option("--result_paths", help="TITLE=GLOB, once for each panel; or a glob.")
+    ] = None,
+    metrics_file: Annotated[Path | None, typer.Option("--metrics_file", help="metrics.jsonl of a training.")] = None,
+) -> None:
+    """Draw a figure from results or from a training's metrics."""
+    from xbai.evaluate.metrics import report_files
+    from xbai.evaluate.plots import plot_accuracy, plot_step_scores, plot_training
+
+    if kind == "training":
+        if metrics_file is None:
+            raise UserError("plot training needs --metrics_file")
+        plot_training(metrics_file, output)
+    elif kind in ("accuracy", "steps"):
+        if task is None or not result_paths:
+            raise UserError(f"plot {kind} needs --task and --result_paths")
+        named = {title or pattern: pattern for title, _, pattern in (path.rpartition("=") for path in result_paths)}
+        measured = {title: report_files(task, pattern) for title, pattern in named.items()}
+        if kind == "accuracy":
+            plot_accuracy({title: report for title, (report, _) in measured.items()}, output)
+        else:
+            plot_step_scores([question for _, questions in measured.values() for question in questions], output)
+    else:
+        raise UserError(f"plot {kind!r}: use accuracy, steps or training")
+    typer.echo(f"wrote {output}")
+
+
+@_command("summary")
+def summary(
+    task: Task,
+    base_results: Annotated[str, typer.Option("--base_results", help="Results of the model before RL; a glob.")],
+    rl_results: Annotated[str, typer.Option("--rl_results", help="Results of the model after RL; a glob.")],
+    output: Annotated[Path, typer.Option("--output", help="The JSON file to write.")],
+    plot_output: Annotated[Path | None, typer.Option("--plot", help="Also draw accuracy against N here.")] = None,
+    seconds_total: Annotated[
+        float | None, typer.Option("--seconds_total", min=0, help="Time of the whole run.")
+    ] = None,
+) -> None:
+    """Compare a model before and after RL."""
+    from xbai.evaluate.metrics import report_files
+    from xbai.evaluate.summary import build_summary, write_json
+    from xbai.evaluate.tables import show
+
+    base, _ = report_files(task, base_results)
+    rl, _ = report_files(task, rl_results)
+    write_json(build_summary(base, rl, seconds_total), output)
+    reports = {"Before RL": base, "After RL": rl}
+    if plot_output is not None:
+        from xbai.evaluate.plots import plot_accuracy
+
+        plot_accuracy(reports, plot_output)
+    show(reports)
+    typer.echo(f"wrote {output}")
