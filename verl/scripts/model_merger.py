@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -100,7 +101,9 @@ def read_tensors(actor_folder: Path, wanted: Mapping[str, Tensor]) -> dict[str, 
     """
     tensors = {name: torch.empty(like.shape, dtype=like.dtype) for name, like in wanted.items()}
     try:
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(actor_folder), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(tensors, storage_reader=dcp.FileSystemReader(actor_folder), no_dist=True)
     except CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]
         raise UserError(f"{actor_folder}: the checkpoint cannot be read ({type(reason).__name__}: {reason})") from None
