@@ -103,7 +103,7 @@ def test_a_damaged_checkpoint_leaves_nothing_behind(experiment: tuple[Path, Path
 
 
 def test_what_is_missing_is_said(merge: Callable, tmp_path: Path):
-    with pytest.raises(UserError, match="not a checkpoint: expected .* with .metadata"):
+    with pytest.raises(UserError, match=r"not a checkpoint: expected .* with .metadata"):
         merge(tmp_path, tmp_path / "out")
     result = run_shell()
     assert result.returncode == 2
