@@ -67,8 +67,9 @@ def is_fair(numbers: Numbers) -> bool:
 class Teacher:
     """Writes one noisy solution: attempts, each one step that ends in a verdict, then the answer.
 
-    Besides plain misses the noise has the mistakes that a sampled model makes, rarely, and that only checking every
-    operation reveals. Without examples of them the score head takes a chain that ends in `=10 yes` for right.
+    Besides plain misses the noise has, rarely, the mistakes that a sampled model makes and that only checking every
+    operation reveals: without examples of them a score head takes any chain that ends in `=10 yes` for right. Dead ends
+    show what to do about an operation that leaves the range; without them a model that samples one makes up a result.
 
     Attributes:
         attempt_weights: relative frequency of giving up after 1, 2, ... attempts.
@@ -76,16 +77,16 @@ class Teacher:
         false_yes_rate: how often the last attempt, a miss, is claimed to be a hit (else it is called close).
         fudge_rate: how often such a claim comes with one result bent so that the chain ends in 10.
         slip_rate: chance that an operation's result is off by one or two.
-        stray_rate: chance that an attempt leaves the range of partial results, which it then loses count of.
+        dead_end_rate: how often an attempt follows one that is broken off where it would leave the range.
         miscopy_rate: chance that the answer has one sign other than the attempt it copies.
     """
 
     attempt_weights: tuple[int, ...] = (25, 25, 18, 14, 10, 8)
     missed_hit_rate: float = 0.02
     false_yes_rate: float = 0.25
-    fudge_rate: float = 0.5
+    fudge_rate: float = 0.3
     slip_rate: float = 0.005
-    stray_rate: float = 0.03
+    dead_end_rate: float = 0.15
     miscopy_rate: float = 0.01
 
     def solve(self, numbers: Numbers, rng: random.Random) -> str:
@@ -95,14 +96,13 @@ class Teacher:
         attempts = rng.sample(valid, k=min(limit, len(valid)))
         steps = []
         for left, pattern in zip(range(len(attempts) - 1, -1, -1), attempts):
-            if rng.random() < self.stray_rate:
-                pattern = "".join(rng.choices("+-", k=len(pattern)))
+            if rng.random() < self.dead_end_rate:
+                steps += dead_end(numbers, rng)
             results = self._calculate(numbers, pattern, rng)
             verdict = self._verdict(results[-1], left == 0, rng)
             if verdict == "yes" and results[-1] != TARGET and rng.random() < self.fudge_rate:
                 results = fudged(results, rng)
-            operations = zip(pattern, numbers[1:], results)
-            steps.append(f"{numbers[0]}{''.join(f'{s}{n}={r}' for s, n, r in operations)} {verdict}.\n\n")
+            steps.append(f"{chain(numbers, pattern, results)} {verdict}.\n\n")
             if verdict != "no":
                 break
         if rng.random() < self.miscopy_rate:
@@ -116,7 +116,8 @@ class Teacher:
             value += number if sign == "+" else -number
             if rng.random() < self.slip_rate:
                 value += rng.choice((-2, -1, 1, 2))
-            value = reflected(value)
+            # After a slip the rest of the pattern may lead out of the range.
+            value = min(max(value, 0), LARGEST_PARTIAL)
             results.append(value)
         return results
 
@@ -128,9 +129,22 @@ class Teacher:
         return "yes" if rng.random() < self.false_yes_rate else "close"
 
 
-def reflected(value: int) -> int:
-    """`value` mirrored into the range of partial results: what dropping the minus sign makes of a negative one."""
-    return abs(value) if value < 0 else min(value, 2 * LARGEST_PARTIAL - value)
+def chain(numbers: Numbers, pattern: Pattern, results: list[int]) -> str:
+    """The calculation with its partial results, such as `7+8=15-1=14`."""
+    operations = zip(pattern, numbers[1:], results)
+    return str(numbers[0]) + "".join(f"{sign}{number}={result}" for sign, number, result in operations)
+
+
+def dead_end(numbers: Numbers, rng: random.Random) -> list[str]:
+    """A random attempt up to the operation that leaves the range, as one step; nothing if it never does."""
+    pattern = "".join(rng.choices("+-", k=len(numbers) - 1))
+    results, value = [], numbers[0]
+    for sign, number in zip(pattern, numbers[1:]):
+        value += number if sign == "+" else -number
+        if not 0 <= value <= LARGEST_PARTIAL:
+            return [f"{chain(numbers, pattern, results)}{sign}{number} no.\n\n"]
+        results.append(value)
+    return []
 
 
 def fudged(results: list[int], rng: random.Random) -> list[int]:

@@ -1,0 +1,145 @@
+"""The embedded task: its grading, its problems, its teacher and its files."""
+
+import dataclasses
+import json
+import random
+
+import pandas as pd
+import pytest
+
+from xbai.benchmarks.make10 import (
+    LARGEST_PARTIAL,
+    SplitSizes,
+    Teacher,
+    dead_end,
+    expression,
+    fudged,
+    is_fair,
+    sample_problems,
+    valid_patterns,
+    write_splits,
+)
+from xbai.benchmarks.registry import get_benchmark
+from xbai.errors import UserError
+from xbai.grading import grade
+from xbai.grading.make10 import boxed_expression, grade_make10
+
+FLAWLESS = Teacher(
+    attempt_weights=(0,) * 15 + (1,),
+    missed_hit_rate=0,
+    false_yes_rate=0,
+    fudge_rate=0,
+    slip_rate=0,
+    dead_end_rate=0.5,
+    miscopy_rate=0,
+)
+SMALL = SplitSizes(sft=60, sft_problems=40, train=30, validation=10, test=20)
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("7+8-1+1-5", True),
+        (" 7 + 8 - 1 + 1 - 5 ", True),
+        ("7+8-1-1-5", False),  # makes 8
+        ("8+7-1+1-5", False),  # another order
+        ("7+8-5", False),  # makes 10, but not from all numbers
+        ("7+8-1+1-5+0", False),
+        ("+7+8-1+1-5", False),
+        ("7+8-1+1--5", False),
+        ("7+8-(1-1)-5", False),
+        ("10", False),
+        ("", False),
+        ("__import__('os')", False),
+    ],
+)
+def test_grading_reads_the_boxed_expression(answer, right):
+    assert grade_make10(f"<think>\n</think>\n\nThe answer is \\boxed{{{answer}}}.", "7 8 1 1 5") is right
+
+
+def test_last_box_counts_and_none_is_wrong():
+    response = "\\boxed{7+8-1-1-5} or \\boxed{7+8-1+1-5}"
+    assert boxed_expression(response) == "7+8-1+1-5"
+    assert grade_make10(response, "7 8 1 1 5")
+    assert not grade_make10("7+8-1+1-5", "7 8 1 1 5")
+
+
+def test_partial_results_out_of_range_do_not_matter():
+    assert grade_make10("\\boxed{1-9+9+9}", "1 9 9 9")
+
+
+def test_valid_patterns_are_those_whose_partial_results_stay_in_range():
+    assert valid_patterns((1, 2, 9)) == {"++": 12}
+    assert valid_patterns((9, 9, 1, 1))["+-+"] == 18
+    assert all(0 <= result <= LARGEST_PARTIAL for result in valid_patterns((9, 9, 9, 1, 1)).values())
+
+
+def test_sampled_problems_are_fair_and_different():
+    problems = sample_problems(200, random.Random(0))
+    assert len(set(problems)) == 200
+    assert all(is_fair(numbers) for numbers in problems)
+    with pytest.raises(UserError, match="different problems of 2 numbers"):
+        sample_problems(1000, random.Random(0), length=2)
+
+
+def test_teacher_without_noise_is_always_right():
+    rng = random.Random(0)
+    for numbers in sample_problems(100, rng):
+        response = FLAWLESS.solve(numbers, rng)
+        assert grade_make10(response, " ".join(map(str, numbers))), response
+
+
+def test_noisy_teacher_is_right_about_half_the_time():
+    rng = random.Random(0)
+    problems = sample_problems(500, rng)
+    right = [grade_make10(Teacher().solve(numbers, rng), " ".join(map(str, numbers))) for numbers in problems]
+    assert 0.4 < sum(right) / len(right) < 0.55
+
+
+def test_miscopied_answer_differs_in_one_sign():
+    rng = random.Random(1)
+    miscopying = dataclasses.replace(FLAWLESS, miscopy_rate=1.0)
+    assert not any(grade_make10(miscopying.solve(n, rng), " ".join(map(str, n))) for n in sample_problems(20, rng))
+
+
+def test_fudged_results_end_in_ten_with_one_wrong_operation():
+    for seed in range(20):
+        results = fudged([15, 14, 13, 12], random.Random(seed))
+        assert results[-1] == 10
+        assert sum(a - b != 1 for a, b in zip([16, *results], results)) == 1
+
+
+def test_dead_end_stops_at_the_operation_that_leaves_the_range():
+    steps = {step for seed in range(20) for step in dead_end((1, 2, 9, 9), random.Random(seed))}
+    assert steps == {"1-2 no.\n\n", "1+2=3-9 no.\n\n", "1+2=3+9=12+9 no.\n\n"}
+
+
+def test_splits_share_no_problem_and_follow_the_seed(tmp_path):
+    files = write_splits(tmp_path / "a", seed=3, sizes=SMALL)
+    again = write_splits(tmp_path / "b", seed=3, sizes=SMALL)
+    other = write_splits(tmp_path / "c", seed=4, sizes=SMALL)
+    sft, train, validation = (pd.read_parquet(path) for path in (files.sft, files.train, files.validation))
+    test = [json.loads(line) for line in files.test.read_text().splitlines()]
+
+    problems = [{row["ground_truth"] for row in frame.reward_model} for frame in (sft, train, validation)]
+    problems.append({line["answer"] for line in test})
+    assert [len(part) for part in problems] == [40, 30, 10, 20]
+    assert len(set.union(*problems)) == 100
+
+    assert files.test.read_text() == again.test.read_text() != other.test.read_text()
+    assert sft.response.tolist() == pd.read_parquet(again.sft).response.tolist()
+
+
+def test_rows_are_graded_by_the_grader_of_their_data_source(tmp_path):
+    files = write_splits(tmp_path, seed=0, sizes=SMALL)
+    sft = pd.read_parquet(files.sft)
+    assert set(sft.correct) == {True, False}
+    assert {"data_source", "prompt", "ability", "reward_model", "extra_info"} <= set(sft.columns)
+
+    benchmark = get_benchmark("make10")
+    question = benchmark.read(files.test)[0]
+    numbers = tuple(map(int, question.answer.split()))
+    assert question.prompt == f"Make 10 from {question.answer}"
+    for pattern, result in valid_patterns(numbers).items():
+        request = benchmark.grade_request(question, f"\\boxed{{{expression(numbers, pattern)}}}")
+        assert grade(request) == float(result == 10)
