@@ -30,7 +30,7 @@ class SamplingParams:
 
     Attributes:
         max_tokens: clamped to what `max_model_len` leaves after the prompt.
-        temperature: 0 is greedy.
+        temperature: 0 (greedy) to 2.
         top_k: -1 or 0 keeps every token.
         repetition_penalty: divides (multiplies, when negative) the logits of tokens seen in prompt or response.
         stop: strings that end a completion and are cut from its text.
@@ -56,7 +56,7 @@ class SamplingParams:
         for valid, message in (
             (self.n >= 1, f"n={self.n}: at least 1"),
             (self.max_tokens >= 1, f"max_tokens={self.max_tokens}: at least 1"),
-            (0 <= self.temperature < float("inf"), f"temperature={self.temperature}: 0 (greedy) or a positive number"),
+            (0 <= self.temperature <= 2, f"temperature={self.temperature}: from 0 (greedy) to 2"),
             (0 < self.top_p <= 1, f"top_p={self.top_p}: above 0 and at most 1"),
             (self.top_k >= -1, f"top_k={self.top_k}: a positive count, or -1 for all tokens"),
             (0 < self.repetition_penalty < float("inf"), f"repetition_penalty={self.repetition_penalty}: above 0"),
@@ -161,8 +161,8 @@ class Engine(ABC):
             Sample(request_id, i, list(prompt_ids), params, None if seed is None else sample_seed(seed, i))
             for i in range(params.n)
         ]
-        self._requests[request_id] = _Request(samples, return_scores)
         self._enqueue(samples)
+        self._requests[request_id] = _Request(samples, return_scores)
 
     def step(self) -> list[tuple[str, list[Completion]]]:
         """Run one iteration of the scheduler; the requests it finished, with their completions in sample order."""
