@@ -11,6 +11,7 @@ import difflib
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 
 from hydra import compose, initialize_config_dir
@@ -74,7 +75,7 @@ def _log_to_console() -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
     else:
         logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S", force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
 
 
 @exit_on_user_error

@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 PROMPT_KEYS = ("input_ids", "attention_mask", "position_ids")
 MODEL_INPUT_KEYS = (*PROMPT_KEYS, "prompts", "responses", "response_mask")
 
+QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "TQDM_DISABLE": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+"""Environment of the workers, unless set: their chatter would bury the progress."""
+
 
 class RayPPOTrainer:
     """Data, workers and loop of one run.
@@ -88,7 +91,7 @@ class RayPPOTrainer:
         uses_reference = self._uses_kl_in_loss or self.config.algorithm.use_kl_in_reward
         role = "actor_rollout_ref" if uses_reference else "actor_rollout"
         init = RayClassWithInitArgs(ActorRolloutRefWorker, self._worker_config(), role, trainer.seed)
-        env = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")}
+        env = {name: os.environ.get(name, value) for name, value in QUIET.items()}
         env |= {} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
         pool = RayResourcePool([trainer.n_gpus_per_node] * trainer.nnodes, use_gpu=on_gpu)
         logger.info("starting %d worker processes on %s", self._world_size, trainer.device)
