@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
-import random
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -218,22 +215,9 @@ def _start(arguments: dict[str, Any]) -> Any:
     os.environ.update(_REQUIRED_ENVIRONMENT)
     for name, value in _DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    with _undisturbed():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
         return _construct(arguments)
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Keep this process's random states, which vLLM reseeds, and hold back its dependencies' deprecation warnings."""
-    states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        random.setstate(states[0])
-        numpy.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 def _construct(arguments: dict[str, Any]) -> Any:
