@@ -5,8 +5,14 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import logging
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy
+import torch
 
 from xbai.engine.base import Completion, Engine, SamplingParams
 from xbai.engine.scorer import PromptTooLong, Scored, Scorer
@@ -55,7 +61,22 @@ def load_engine(
         with_scores = (Path(model_path) / SCORE_MODULE_FILE).is_file()
     engine = _engine_class(name)
     _check_options(name, engine, options)
-    return engine(model_path, dtype=dtype, max_model_len=max_model_len, lang=lang, with_scores=with_scores, **options)
+    with _preserved_random_states():
+        return engine(
+            model_path, dtype=dtype, max_model_len=max_model_len, lang=lang, with_scores=with_scores, **options
+        )
+
+
+@contextmanager
+def _preserved_random_states() -> Iterator[None]:
+    """Building models draws random numbers and vLLM reseeds the process; a trainer's own stream must not notice."""
+    states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 def _engine_class(name: str) -> type[Engine]:
