@@ -7,6 +7,7 @@ import logging
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,15 @@ async def _on_invalid_request(request: Request, error: RequestValidationError) -
     return JSONResponse({"detail": "; ".join(problems)}, 422)
 
 
+async def _on_http_error(request: Request, error: HTTPException) -> JSONResponse:
+    # FastAPI turns whatever goes wrong while it reads a body into a 400, and keeps the reason as the cause.
+    if isinstance(error.__cause__, ServiceError):
+        return error.__cause__.to_response()
+    if isinstance(error.__cause__, UnicodeDecodeError):
+        return JSONResponse({"detail": "body: not valid UTF-8"}, 422)
+    return JSONResponse({"detail": str(error.detail)}, error.status_code, error.headers)
+
+
 async def _on_bug(request: Request, error: Exception) -> JSONResponse:
     logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return JSONResponse({"detail": f"internal error ({type(error).__name__}); the service's log has more"}, 500)
@@ -50,5 +60,6 @@ async def _on_bug(request: Request, error: Exception) -> JSONResponse:
 def install_error_handlers(app: FastAPI) -> None:
     """Make every failure of `app` a JSON answer."""
     app.add_exception_handler(ServiceError, _on_service_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(Exception, _on_bug)

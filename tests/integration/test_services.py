@@ -1,0 +1,189 @@
+"""Both services as users start them: scripts, real sockets, a tiny random model."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from xbai.sprm import StepRule, load_score_head, load_sprm_config, step_feature_mask, trajectory_scores
+
+pytestmark = pytest.mark.slow
+
+REPOSITORY = Path(__file__).parents[2]
+PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+TEXTS = [
+    f"{PROMPT}<think>\n{' '.join('step' for _ in range(n))}.\n\nand {n} on.\n\n</think>\n\nso {n}" for n in range(1, 9)
+]
+
+
+@pytest.fixture(scope="module")
+def policy(start_service: Callable, tiny_model_dir: Path):
+    return start_service("policy_model_queue.py", "--model_path", str(tiny_model_dir), "--engine", "hf").wait_ready()
+
+
+@pytest.fixture(scope="module")
+def scorer(start_service: Callable, tiny_model_dir: Path):
+    return start_service(
+        "score_model_queue.py", "--model_path", str(tiny_model_dir), "--score_model_dim", "64", "--lang", "en",
+        "--max_pending", "16", "--max_body_mb", "1",
+    ).wait_ready()  # fmt: skip
+
+
+def reference_score(folder: Path, tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[float, list[float]]:
+    """The score by a plain forward pass with all hidden states, written against transformers alone."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    config = load_sprm_config(folder, tokenizer)
+    head = load_score_head(folder, model.config.hidden_size, config)
+    prompt, response = tokenizer.encode(PROMPT), tokenizer.encode(text.removeprefix(PROMPT))
+    ids = torch.tensor([prompt + response])
+    response_mask = (torch.arange(ids.shape[1]) >= len(prompt))[None]
+    with torch.inference_mode():
+        hidden = model(ids, output_hidden_states=True).hidden_states[-2]
+        logits = head(hidden)
+    mask = step_feature_mask(ids, response_mask, StepRule.from_tokenizer(tokenizer))
+    return float(trajectory_scores(logits, mask)), logits[mask].sigmoid().tolist()
+
+
+def test_score_equals_plain_transformers(scorer, tiny_model_dir: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    bodies = [{"text": text, "return_all_scores": True} for text in TEXTS]
+    with ThreadPoolExecutor(len(TEXTS)) as clients:
+        answers = list(clients.map(lambda body: httpx.post(f"{scorer.url}/score", json=body).json(), bodies))
+    batch = httpx.post(f"{scorer.url}/score_batch", json={"texts": TEXTS}).json()["values"]
+    for text, answer, batched in zip(TEXTS, answers, batch):
+        value, step_scores = reference_score(tiny_model_dir, tiny_tokenizer, text)
+        assert answer["value"] == pytest.approx(value, abs=1e-5)
+        assert batched == pytest.approx(value, abs=1e-5)
+        assert answer["all_scores"] == pytest.approx(step_scores, abs=1e-5)
+        assert len(answer["score_positions"]) == len(step_scores) == 2
+        assert tiny_tokenizer.decode(answer["token_ids"]) == text
+    assert httpx.post(f"{scorer.url}/score", json={"text": TEXTS[0]}).json().keys() == {"value"}
+
+
+def test_score_takes_the_prompt_as_told(scorer) -> None:
+    text = "one.\n\ntwo.\n\nthree"
+    whole, told = (
+        httpx.post(f"{scorer.url}/score", json={"text": text, "return_all_scores": True, **extra}).json()
+        for extra in ({}, {"prompt": "one.\n\n"})
+    )
+    assert (len(whole["all_scores"]), len(told["all_scores"])) == (2, 1)
+    assert told["all_scores"][0] == pytest.approx(whole["all_scores"][1], abs=1e-6)
+    wrong = httpx.post(f"{scorer.url}/score", json={"text": text, "prompt": "two"})
+    assert (wrong.status_code, wrong.json()["detail"]) == (422, "prompt: text does not start with it")
+
+
+def test_score_refusals(scorer) -> None:
+    assert httpx.post(f"{scorer.url}/score", json={"text": "no step at all"}).json() == {"value": 0.0}
+    long = httpx.post(f"{scorer.url}/score", json={"text": "x" * 513})
+    assert (long.status_code, long.json()["detail"]) == (413, "text: 513 tokens, the model takes 512")
+    assert httpx.post(f"{scorer.url}/score", json={"text": "x" * (2 << 20)}).status_code == 413
+    assert httpx.post(f"{scorer.url}/score", json={"txt": "x"}).status_code == 422
+    assert httpx.get(f"{scorer.url}/score").status_code == 405
+    assert httpx.get(f"{scorer.url}/nowhere").json() == {"detail": "Not Found"}
+
+
+def test_generate(policy) -> None:
+    body = {"prefix_prompt": PROMPT, "max_tokens": 12, "response_num": 3, "seed": 7}
+    first, second = (httpx.post(f"{policy.url}/generate", json=body, timeout=60).json() for _ in range(2))
+    assert first == second, "a seed repeats"
+    assert len(first["results"]) == len(first["finish_reasons"]) == len(first["token_counts"]) == 3
+    assert len(set(first["results"])) > 1
+    assert "scores" not in first
+
+
+def test_generate_greedily(policy, tiny_model_dir: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    body = {"prefix_prompt": PROMPT, "max_tokens": 12, "response_num": 1, "temperature": 0, "repetition_penalty": 1.0}
+    answer = httpx.post(f"{policy.url}/generate", json=body, timeout=60).json()
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
+    ids = torch.tensor([tiny_tokenizer.encode(PROMPT)])
+    with torch.inference_mode():
+        output = model.generate(ids, max_new_tokens=12, do_sample=False)
+    assert answer["results"] == [tiny_tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)]
+
+
+def test_generated_scores_equal_the_score_service(policy, scorer) -> None:
+    body = {"prefix_prompt": PROMPT, "max_tokens": 60, "response_num": 8, "temperature": 1.5, "return_scores": True}
+    answer = httpx.post(f"{policy.url}/generate", json=body, timeout=60).json()
+    assert len(answer["scores"]) == len(answer["step_scores"]) == 8
+    for result, steps in zip(answer["results"], answer["step_scores"]):
+        if "\ufffd" in result or "<" in result:
+            # Random bytes that are no text, or may spell a marker, do not come back as the same tokens.
+            continue
+        text = {"text": PROMPT + result, "prompt": PROMPT, "return_all_scores": True}
+        assert httpx.post(f"{scorer.url}/score", json=text).json()["all_scores"] == pytest.approx(steps, abs=1e-4)
+
+
+def test_generate_refusals(policy) -> None:
+    for fields, status in (
+        ({"prefix_prompt": "x" * 512}, 413),
+        ({"prefix_prompt": "x", "response_num": 0}, 422),
+        ({"prefix_prompt": "x", "max_tokens": "many"}, 422),
+    ):
+        answer = httpx.post(f"{policy.url}/generate", json=fields, timeout=60)
+        assert answer.status_code == status
+        assert isinstance(answer.json()["detail"], str)
+
+
+def test_a_flood_is_answered_or_told_to_come_back(scorer) -> None:
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(
+            clients.map(lambda _: httpx.post(f"{scorer.url}/score_batch", json={"texts": TEXTS}, timeout=60), range(24))
+        )
+    assert {answer.status_code for answer in answers} <= {200, 429}
+    values = [answer.json()["values"] for answer in answers if answer.status_code == 200]
+    assert values and all(value == pytest.approx(values[0], abs=1e-5) for value in values)
+    assert all("Retry-After" in answer.headers for answer in answers if answer.status_code == 429)
+
+
+def test_openapi_documents_the_routes(policy, scorer) -> None:
+    assert "/generate" in httpx.get(f"{policy.url}/openapi.json").json()["paths"]
+    assert {"/score", "/score_batch"} <= httpx.get(f"{scorer.url}/openapi.json").json()["paths"].keys()
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "expected"),
+    [
+        ("score_model_queue.py", ["--model_path", "{model}", "--score_model_dim", "1536"], "has hidden_size 64"),
+        ("score_model_queue.py", ["--model_path", "{model}", "--port", "{busy}"], "cannot listen there"),
+        ("policy_model_queue.py", ["--model_path", "{model}", "--port", "{busy}"], "cannot listen there"),
+        ("policy_model_queue.py", ["--model_path", "/nowhere"], "no model there"),
+        ("policy_model_queue.py", ["--model_path", "{model}", "--port", "0", "--engine", "abacus"], "abacus"),
+        ("score_model_queue.py", ["--model_path", "{model}", "--port", "0", "--lang", "zh"], "not lang=zh"),
+    ],
+)
+def test_what_cannot_start_says_so_in_one_line(
+    script: str, arguments: list[str], expected: str, tiny_model_dir: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        names = {"model": str(tiny_model_dir), "busy": str(busy.getsockname()[1])}
+        command = [sys.executable, str(REPOSITORY / "test" / script), *(item.format(**names) for item in arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2
+    assert len(errors) == 1 and expected in errors[0], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_sigterm_finishes_running_work_and_exits_0(start_service: Callable, tiny_model_dir: Path) -> None:
+    service = start_service("policy_model_queue.py", "--model_path", str(tiny_model_dir), "--engine", "hf").wait_ready()
+    body = {"prefix_prompt": PROMPT, "max_tokens": 400, "response_num": 64, "temperature": 1.2}
+    answers: list[httpx.Response] = []
+    client = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{service.url}/generate", json=body, timeout=100))
+    )
+    client.start()
+    while "xbai_queue_items 64.0" not in httpx.get(f"{service.url}/metrics").text:
+        assert client.is_alive(), "the request ended before the signal"
+    assert service.stop(signal.SIGTERM) == 0
+    client.join()
+    assert len(answers[0].json()["results"]) == 64
