@@ -1,0 +1,131 @@
+"""The client against services that are slow, busy, failing or dead, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+
+import httpx
+import pytest
+from fastapi import FastAPI, Response
+
+from xbai.errors import UserError
+from xbai.evaluate import client as client_module
+from xbai.evaluate.client import RequestRefusedError, RetryPolicy, ServicePool, ServiceUnavailableError, base_urls
+
+
+class Script:
+    """A service that answers each request as told: a status, or `ok` after the script is used up."""
+
+    def __init__(self, *statuses: int, seconds: float = 0.0) -> None:
+        self.statuses = list(statuses)
+        self.answered = self.running = self.most_running = 0
+        self.app = FastAPI()
+
+        @self.app.post("/generate")
+        async def generate() -> Response:
+            self.answered += 1
+            self.running += 1
+            self.most_running = max(self.most_running, self.running)
+            await asyncio.sleep(seconds)
+            self.running -= 1
+            if self.statuses:
+                return Response('{"detail": "as told"}', self.statuses.pop(0), {"Retry-After": "0.05"})
+            return Response('{"ok": true}', media_type="application/json")
+
+        @self.app.get("/ready")
+        async def ready() -> dict[str, bool]:
+            return {"scores": True}
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "RETRY_BASE_S", 0.02)
+
+
+def dead_url() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def posts(urls: str, count: int, policy: RetryPolicy | None = None, max_in_flight: int = 4) -> list:
+    async def run() -> list:
+        async with httpx.AsyncClient() as client:
+            pool = ServicePool(urls, "/generate", client, policy or RetryPolicy(), max_in_flight)
+            return await asyncio.gather(*(pool.post({"i": i}) for i in range(count)), return_exceptions=True)
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("urls", "expected"),
+    [
+        ("http://a:1/score,http://b:2/score", ["http://a:1", "http://b:2"]),
+        (" http://a:1/any/path?x=1 , a:2", ["http://a:1", "http://a:2"]),
+        ("https://[::1]:8000/", ["https://[::1]:8000"]),
+        ("http://a:1,http://a:1/score", ["http://a:1"]),
+    ],
+)
+def test_base_urls(urls: str, expected: list[str]) -> None:
+    assert base_urls(urls) == expected
+
+
+@pytest.mark.parametrize("urls", ["", " , ", "ftp://a", "http://"])
+def test_base_urls_refuse(urls: str) -> None:
+    with pytest.raises(UserError, match="write http://host:port"):
+        base_urls(urls)
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+def test_passing_trouble_is_retried(serve_app: Callable[[FastAPI], str], status: int) -> None:
+    script = Script(status, status)
+    assert posts(serve_app(script.app), 1) == [{"ok": True}]
+    assert script.answered == 3
+
+
+@pytest.mark.parametrize(("status", "attempts"), [(422, 1), (413, 1), (500, 3)])
+def test_what_never_succeeds_is_refused(serve_app: Callable[[FastAPI], str], status: int, attempts: int) -> None:
+    script = Script(*[status] * 10)
+    (error,) = posts(serve_app(script.app), 1, RetryPolicy(max_attempts=3))
+    assert isinstance(error, RequestRefusedError)
+    assert f"{status}: as told" in str(error)
+    assert script.answered == attempts
+
+
+def test_a_dead_copy_is_set_aside(serve_app: Callable[[FastAPI], str]) -> None:
+    script = Script()
+    assert posts(f"{dead_url()},{serve_app(script.app)}", 12) == [{"ok": True}] * 12
+    assert script.answered == 12
+
+
+def test_nothing_alive_gives_up_in_one_line() -> None:
+    (error,) = posts(dead_url(), 1, RetryPolicy(patience_s=0.1))
+    assert isinstance(error, ServiceUnavailableError)
+    assert "run the same command again" in str(error)
+
+
+def test_a_slow_answer_times_out_and_is_tried_again(serve_app: Callable[[FastAPI], str]) -> None:
+    script = Script(seconds=1.0)
+    (error,) = posts(serve_app(script.app), 1, RetryPolicy(max_attempts=2, request_timeout_s=0.1))
+    assert isinstance(error, RequestRefusedError)
+    assert script.answered == 2
+
+
+def test_work_goes_where_least_is_outstanding(serve_app: Callable[[FastAPI], str]) -> None:
+    fast, slow = Script(seconds=0.01), Script(seconds=0.5)
+    results = posts(f"{serve_app(fast.app)},{serve_app(slow.app)}", 40, max_in_flight=4)
+    assert results == [{"ok": True}] * 40
+    assert fast.answered > 3 * slow.answered
+    assert max(fast.most_running, slow.most_running) <= 4
+
+
+def test_describe_waits_for_one_copy(serve_app: Callable[[FastAPI], str]) -> None:
+    async def describe(urls: str) -> list:
+        async with httpx.AsyncClient() as client:
+            return await ServicePool(urls, "/generate", client, RetryPolicy(patience_s=0.1), 1).describe()
+
+    assert asyncio.run(describe(f"{serve_app(Script().app)},{dead_url()}")) == [{"scores": True}]
+    assert asyncio.run(describe(serve_app(FastAPI()))) == [{}]
+    with pytest.raises(ServiceUnavailableError, match="start it first"):
+        asyncio.run(describe(dead_url()))
