@@ -112,7 +112,7 @@ def optim_config(**keys: object) -> DictConfig:
 
 
 def rates(steps: int, **keys: object) -> list[float]:
-    optimizer = build_optimizer([torch.nn.Parameter(torch.zeros(1))], optim_config(**keys))
+    optimizer = build_optimizer([("weight", torch.nn.Parameter(torch.zeros(1)))], optim_config(**keys))
     schedule = build_schedule(optimizer, optim_config(**keys))
     found = []
     for _ in range(steps):

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from verl.utils.fsdp import clip_gradients, grad_norm
+from verl.utils.muon import Muon
 from verl.workers.actor.joint_model import JointModel
 from xbai.errors import UserError
 
@@ -21,8 +22,8 @@ logger = logging.getLogger(__name__)
 EIGHT_BIT_OPTIMIZERS = ("AdamW8bit", "Adam8bit")
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: DictConfig) -> Optimizer:
-    """The optimiser of one `optim` section: reads `name`, `lr`, `weight_decay`, `betas`.
+def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: DictConfig) -> Optimizer:
+    """The optimiser of one `optim` section: reads `name`, `lr`, `weight_decay`, `betas`, and `adamw_lr` for Muon.
 
     Raises:
         UserError: unknown name, or an 8-bit one without torchao.
@@ -33,11 +34,14 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: DictConfig) -> O
         "betas": tuple(config.get("betas", (0.9, 0.999))),
         "weight_decay": config.get("weight_decay", 0.01),
     }
+    if name == "Muon":
+        return Muon(named_parameters, adamw_lr=config.adamw_lr, **options)
+    parameters = [parameter for _, parameter in named_parameters]
     if name == "AdamW":
         return torch.optim.AdamW(parameters, **options)
     if name in EIGHT_BIT_OPTIMIZERS:
         return _eight_bit_class(name)(parameters, **options)
-    raise UserError(f"optim.name={name} is unknown, use AdamW, {' or '.join(EIGHT_BIT_OPTIMIZERS)}")
+    raise UserError(f"optim.name={name} is unknown, use AdamW, Muon, {' or '.join(EIGHT_BIT_OPTIMIZERS)}")
 
 
 def _eight_bit_class(name: str) -> type[Optimizer]:
@@ -108,7 +112,9 @@ class JointOptimizer:
         if model.score_head is not None:
             parts["score"] = (model.score_head, score_config)
         self._parameters = {name: list(module.parameters()) for name, (module, _) in parts.items()}
-        self.optimizers = {name: build_optimizer(self._parameters[name], config) for name, (_, config) in parts.items()}
+        self.optimizers = {
+            name: build_optimizer(module.named_parameters(), config) for name, (module, config) in parts.items()
+        }
         self.schedules = {name: build_schedule(self.optimizers[name], config) for name, (_, config) in parts.items()}
 
     def zero_grad(self) -> None:

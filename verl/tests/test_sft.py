@@ -1,0 +1,178 @@
+"""Supervised fine-tuning: its rows, its batches, its command line, and one rank against two."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from verl.trainer.compose import compose_config
+from verl.utils.dataset.sft_dataset import SFTDataset, collate_examples, length_grouped_batches
+from verl.utils.muon import Muon, orthogonalized
+from xbai.benchmarks.make10 import Teacher, sample_problems, sft_row
+from xbai.benchmarks.tiny_model import make_tokenizer, write_tiny_model
+from xbai.errors import UserError
+from xbai.sprm import load_score_head, load_sprm_config
+
+DATA = OmegaConf.create({"prompt_key": "prompt", "response_key": "response", "label_key": "correct", "max_length": 512})
+CHAT = [{"role": "user", "content": "Make 10 from 7 3"}]
+
+
+def write_rows(path, rows):
+    pd.DataFrame(rows).to_parquet(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def test_example_is_prompt_response_and_end_of_turn(tmp_path, tokenizer):
+    rows = [{"prompt": CHAT, "response": "So 7+3.", "correct": True}]
+    example = SFTDataset(write_rows(tmp_path / "a.parquet", rows), tokenizer, DATA)[0]
+    expected = tokenizer.apply_chat_template([*CHAT, {"role": "assistant", "content": "So 7+3."}], tokenize=False)
+    assert tokenizer.decode(example.ids) + "\n" == expected
+    assert tokenizer.decode(example.ids[example.prompt_length :]) == "So 7+3.<|im_end|>"
+    assert example.correct is True
+
+
+def test_rows_without_label_train_the_language_model_only(tmp_path, tokenizer):
+    dataset = SFTDataset(write_rows(tmp_path / "a.parquet", [{"prompt": CHAT, "response": "7"}]), tokenizer, DATA)
+    assert not dataset.has_labels
+    assert collate_examples([dataset[0]], 0)["graded"].tolist() == [False]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": CHAT, "response": "x"}, {"prompt": None, "response": "x"}], "row 1: 'prompt' must be a list"),
+        ([{"prompt": CHAT, "response": "x"}, {"prompt": CHAT, "response": None}], "row 1: 'response' must be a text"),
+        ([{"prompt": CHAT, "response": "7" * 600}], "row 0 has 6.. tokens, more than data.max_length=512"),
+        ([{"question": "x", "response": "x"}], "no column 'prompt'"),
+        ([{"prompt": CHAT, "answer": "x"}], "no column 'response'"),
+    ],
+)
+def test_bad_row_is_named(tmp_path, tokenizer, rows, message):
+    with pytest.raises(UserError, match=message):
+        SFTDataset(write_rows(tmp_path / "a.parquet", rows), tokenizer, DATA)
+
+
+def test_missing_file_is_named(tokenizer):
+    with pytest.raises(UserError, match=r"nowhere.parquet does not exist"):
+        SFTDataset("nowhere.parquet", tokenizer, DATA)
+
+
+def test_collate_pads_right_and_marks_the_response(tmp_path, tokenizer):
+    rows = [{"prompt": CHAT, "response": text, "correct": text == "7+3"} for text in ("7+3", "7-3=4 no")]
+    dataset = SFTDataset(write_rows(tmp_path / "a.parquet", rows), tokenizer, DATA)
+    batch = collate_examples([dataset[0], dataset[1]], tokenizer.pad_token_id)
+    assert batch["attention_mask"].sum(1).tolist() == [len(dataset[0].ids), len(dataset[1].ids)]
+    texts = [tokenizer.decode(ids[mask]) for ids, mask in zip(batch["input_ids"], batch["response_mask"])]
+    assert texts == ["7+3<|im_end|>", "7-3=4 no<|im_end|>"]
+    assert batch["correct"].tolist() == [1.0, 0.0]
+
+
+def test_batches_hold_each_row_once_and_rows_of_like_length():
+    rng = random.Random(0)
+    lengths = [rng.randint(10, 200) for _ in range(256)]
+    batches = length_grouped_batches(lengths, 8, epoch_seed=1)
+    assert sorted(row for batch in batches for row in batch) == list(range(256))
+    padding = sum(max(lengths[row] for row in batch) * len(batch) for batch in batches) - sum(lengths)
+    assert padding < 0.2 * sum(lengths)
+    assert batches == length_grouped_batches(lengths, 8, epoch_seed=1) != length_grouped_batches(lengths, 8, 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optim.learning_rate=1"], "unknown configuration key optim.learning_rate; did you mean"),
+        ([], "data.train_files is not set"),
+        (["optim.lr=["], "optim.lr"),
+    ],
+)
+def test_mistake_on_the_command_line_is_one_line(overrides, message):
+    with pytest.raises(UserError, match=message) as caught:
+        compose_config("sft_trainer", overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_orthogonalized_keeps_singular_vectors_and_levels_singular_values():
+    torch.manual_seed(0)
+    for shape in ((24, 16), (16, 24)):
+        matrix = torch.randn(shape)
+        result = orthogonalized(matrix)
+        values = torch.linalg.svdvals(result)
+        assert values.min() > 0.4 and values.max() < 1.4
+        u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+        rotated = u.T @ result @ v.T
+        assert (rotated - torch.diag(rotated.diagonal())).abs().max() < 0.1
+
+
+def test_muon_equals_adamw_off_the_matrices():
+    torch.manual_seed(0)
+    ours, theirs = torch.nn.Parameter(torch.randn(7)), torch.nn.Parameter(torch.zeros(7))
+    theirs.data.copy_(ours.data)
+    muon = Muon([("norm.weight", ours)], lr=1.0, adamw_lr=0.01)
+    adamw = torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
+    for _ in range(5):
+        ours.grad = theirs.grad = torch.randn(7)
+        muon.step()
+        adamw.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+def run_sft(ranks, *overrides):
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={ranks}",
+        "--rdzv-endpoint=localhost:0",
+        "--rdzv-backend=c10d",
+    ]
+    command = [sys.executable, *launcher, "-m", "verl.trainer.main_sft", "--config-name", "make10_sft", *overrides]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_and_the_result_loads(tmp_path):
+    write_tiny_model(tmp_path / "base")
+    rng = random.Random(0)
+    rows = [sft_row(numbers, Teacher(), rng, i) for i, numbers in enumerate(sample_problems(48, rng))]
+    common = [
+        f"data.train_files={write_rows(tmp_path / 'sft.parquet', rows)}",
+        f"model.path={tmp_path / 'base'}",
+        "model.compute_dtype=float32",
+        "data.train_batch_size=16",
+        "data.micro_batch_size_per_gpu=5",
+        "score.agreement_weighting=true",
+        "score.class_balance=true",
+        "trainer.log_freq=1",
+        "trainer.logger=[file]",
+    ]
+    records = []
+    for ranks in (1, 2):
+        output = tmp_path / f"out{ranks}"
+        done = run_sft(ranks, *common, f"trainer.output_dir={output}")
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = (tmp_path / f"out{ranks}_logs" / "metrics.jsonl").read_text().splitlines()
+        records.append([json.loads(line) for line in lines])
+    assert len(records[0]) == 3
+    for key in ("sft/loss", "score/loss", "grad_norm/policy", "grad_norm/score"):
+        assert records[0][0][key] == pytest.approx(records[1][0][key], rel=1e-4), key
+    assert records[0][-1]["sft/loss"] == pytest.approx(records[1][-1]["sft/loss"], rel=1e-2)
+
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    model = AutoModelForCausalLM.from_pretrained(output)
+    config = load_sprm_config(output, tokenizer)
+    assert config.normalize_features
+    head = load_score_head(output, model.config.hidden_size, config)
+    assert head(torch.ones(1, 128)).isfinite().all()
+
+    again = run_sft(1, *common, f"trainer.output_dir={output}")
+    assert f"trainer.output_dir={output} exists already" in again.stderr
