@@ -80,7 +80,21 @@ NOT_YET: dict[str, str] = {
     "trainer.critic_warmup": "there is no critic worker",
     "trainer.default_hdfs_dir": "checkpoints stay in trainer.default_local_dir",
 }
-"""Keys that cannot act yet, and why: another value than the default is an error."""
+"""Keys and sections that cannot act yet, and why: another value than the default is an error."""
+
+NOT_ON_CPU = (
+    "actor_rollout_ref.actor.fsdp_config.param_offload",
+    "actor_rollout_ref.actor.fsdp_config.optimizer_offload",
+    "actor_rollout_ref.actor.fsdp_config.offload_policy",
+    "actor_rollout_ref.ref.fsdp_config.param_offload",
+    "actor_rollout_ref.ref.fsdp_config.offload_policy",
+    "actor_rollout_ref.rollout.gpu_memory_utilization",
+    "actor_rollout_ref.rollout.free_cache_engine",
+)
+NOT_WITH_HF = (
+    "actor_rollout_ref.rollout.gpu_memory_utilization",
+    "actor_rollout_ref.rollout.enforce_eager",
+)
 
 NOT_YET_VALUES: dict[tuple[str, str], str] = {
     ("algorithm.adv_estimator", "gae"): "there is no critic worker",
@@ -99,8 +113,6 @@ def check_config(config: DictConfig) -> None:
     _check_known(config, defaults)
     _check_values(config, defaults)
     _check_machine(config)
-    for key in sorted(OmegaConf.missing_keys(config)):
-        raise UserError(f"{key} is required: add {key}=... to the command line")
     _check_acts(config, defaults)
     _check_batch_sizes(config)
     _check_model(config.actor_rollout_ref)
@@ -178,27 +190,24 @@ def _check_machine(config: DictConfig) -> None:
 
 
 def _check_acts(config: DictConfig, defaults: DictConfig) -> None:
-    for key, reason in NOT_YET.items():
-        if _plain(config, key) != _plain(defaults, key):
-            raise UserError(f"{key} cannot act yet: {reason}; leave it at its default")
+    default_of = dict(leaves(defaults))
+    changed = {key: value for key, value in leaves(config) if value != default_of.get(key)}
+    for key, value in changed.items():
+        if reason := next((NOT_YET[stem] for stem in NOT_YET if f"{key}.".startswith(f"{stem}.")), None):
+            raise UserError(f"{key}={value} cannot act yet: {reason}; leave it at its default")
+        if config.trainer.device == "cpu" and key in NOT_ON_CPU:
+            raise UserError(f"{key}={value} needs a GPU and cannot act on CPU; leave it at its default")
+        if config.actor_rollout_ref.rollout.name == "hf" and key in NOT_WITH_HF:
+            raise UserError(f"{key}={value} cannot act with rollout.name=hf; leave it at its default, or use vllm")
     for (key, value), reason in NOT_YET_VALUES.items():
         if OmegaConf.select(config, key) == value:
             raise UserError(f"{key}={value} cannot act yet: {reason}")
-    actor_rollout_ref = config.actor_rollout_ref
-    if config.trainer.device == "cpu":
-        for section in ("actor", "ref"):
-            if actor_rollout_ref[section].fsdp_config.offload_policy:
-                key = f"actor_rollout_ref.{section}.fsdp_config.offload_policy"
-                raise UserError(f"{key}=true needs a GPU to offload from; set it to false on CPU")
+    if config.ray_init.num_cpus is not None and (os.environ.get("RAY_ADDRESS") or config.trainer.nnodes > 1):
+        raise UserError(f"ray_init.num_cpus={config.ray_init.num_cpus} cannot act on a Ray cluster that runs already")
     if (kept := config.trainer.max_actor_ckpt_to_keep) is not None and kept < 1:
         raise UserError(f"trainer.max_actor_ckpt_to_keep={kept} must be at least 1, or null to keep all")
     if config.trainer.length_penalty and config.trainer.length_penalty_coeff <= 0:
         raise UserError("trainer.length_penalty_coeff must be above 0 with trainer.length_penalty=true")
-
-
-def _plain(config: DictConfig, key: str) -> Any:
-    value = OmegaConf.select(config, key)
-    return OmegaConf.to_container(value, resolve=False) if isinstance(value, DictConfig) else value
 
 
 def _check_batch_sizes(config: DictConfig) -> None:

@@ -1,0 +1,85 @@
+"""Only whole checkpoints are ever found, and the latest is never dropped."""
+
+import pytest
+
+from verl.trainer.ppo.checkpoint_folder import LATEST_FILE, CheckpointFolder
+from xbai.errors import UserError
+
+
+def _fill(folder):
+    (folder / "actor").mkdir()
+    (folder / "data.pt").write_bytes(b"state")
+
+
+def _save(checkpoints, *steps):
+    for step in steps:
+        with checkpoints.write(step) as folder:
+            _fill(folder)
+
+
+def _names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_save_that_dies_leaves_the_one_before(tmp_path):
+    checkpoints = CheckpointFolder(tmp_path)
+    _save(checkpoints, 1)
+    with pytest.raises(KeyboardInterrupt), checkpoints.write(2) as folder:
+        _fill(folder)
+        raise KeyboardInterrupt
+    assert checkpoints.find("auto", None) == tmp_path / "global_step_1"
+    assert _names(tmp_path) == ["global_step_1", LATEST_FILE]
+
+
+def test_leftovers_of_a_killed_save_are_removed_and_never_found(tmp_path):
+    checkpoints = CheckpointFolder(tmp_path)
+    _save(checkpoints, 1)
+    killed = tmp_path / ".global_step_2.0123abcd.tmp"
+    killed.mkdir()
+    _fill(killed)
+    assert checkpoints.find("auto", None) == tmp_path / "global_step_1"
+    checkpoints.prepare(resuming=True)
+    assert _names(tmp_path) == ["global_step_1", LATEST_FILE]
+
+
+def test_death_between_rename_and_pointer_saves_the_step_again(tmp_path):
+    checkpoints = CheckpointFolder(tmp_path)
+    _save(checkpoints, 1, 2)
+    (tmp_path / LATEST_FILE).write_text("1")
+    assert checkpoints.find("auto", None) == tmp_path / "global_step_1"
+    _save(checkpoints, 2)
+    assert checkpoints.find("auto", None) == tmp_path / "global_step_2"
+
+
+def test_retention_keeps_the_newest(tmp_path):
+    _save(CheckpointFolder(tmp_path, max_to_keep=2), 1, 2, 10)
+    assert _names(tmp_path) == ["global_step_10", "global_step_2", LATEST_FILE]
+
+
+def test_retention_of_one_keeps_the_latest(tmp_path):
+    checkpoints = CheckpointFolder(tmp_path, max_to_keep=1)
+    _save(checkpoints, 1, 2)
+    assert checkpoints.find("auto", None) == tmp_path / "global_step_2"
+    assert not (tmp_path / "global_step_1").exists()
+
+
+def test_an_incomplete_folder_is_refused(tmp_path):
+    checkpoints = CheckpointFolder(tmp_path)
+    _save(checkpoints, 1)
+    (tmp_path / "global_step_1" / "data.pt").unlink()
+    with pytest.raises(UserError, match=r"latest_checkpointed_iteration\.txt names .*no complete checkpoint"):
+        checkpoints.find("auto", None)
+    with pytest.raises(UserError, match=r"trainer\.resume_from_path"):
+        checkpoints.find("resume_path", str(tmp_path / "global_step_1"))
+    with pytest.raises(UserError, match="is called global_step_N"):
+        checkpoints.find("resume_path", str(tmp_path))
+
+
+def test_disable_starts_anew(tmp_path):
+    checkpoints = CheckpointFolder(tmp_path)
+    _save(checkpoints, 4)
+    assert checkpoints.find("disable", None) is None
+    checkpoints.prepare(resuming=False)
+    assert checkpoints.find("auto", None) is None
+    _save(checkpoints, 2)
+    assert checkpoints.find("auto", None) == tmp_path / "global_step_2"

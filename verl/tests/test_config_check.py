@@ -1,0 +1,110 @@
+"""Every mistake in the configuration is one clear line, before a model or Ray starts."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import ray
+
+from verl.trainer import main_ppo
+from verl.trainer.compose import compose_config
+from verl.trainer.config_check import DEFAULTS_FILE, check_config
+from xbai.errors import UserError
+
+RUN_SINGLE_NODE = Path(__file__).parents[2] / "scripts" / "run_single_node.sh"
+
+
+def _check(overrides):
+    config = compose_config(DEFAULTS_FILE.stem, overrides)
+    check_config(config)
+    return config
+
+
+@pytest.fixture
+def fails(capsys, monkeypatch, small_run):
+    """Run the trainer's main with further overrides; returns the one line that it must end with."""
+
+    def run(*overrides, base=small_run):
+        monkeypatch.setattr(sys, "argv", ["main_ppo", *base, *overrides])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ending:
+            main_ppo.main()
+        assert ending.value.code == 2
+        assert not ray.is_initialized()
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: ")
+        return lines[0]
+
+    return run
+
+
+def test_a_valid_configuration_passes(small_run):
+    assert _check(small_run).trainer.n_gpus_per_node == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.train_batch=4", "unknown configuration key data.train_batch; did you mean data.train_batch_size?"),
+        ("+trainer.colour=red", "trainer.colour is not a key"),
+        ("data.train_files=nowhere.parquet", "data.train_files: nowhere.parquet does not exist"),
+        ("data.prompt_key=question", "has no column 'question'; it has data_source, prompt"),
+        ("actor_rollout_ref.model.path=nowhere", "actor_rollout_ref.model.path=nowhere is not a model folder"),
+        ("data.train_batch_size=6", "data.train_batch_size=6 must be a multiple of"),
+        ("actor_rollout_ref.rollout.n=1", "needs at least 2"),
+        ("trainer.n_gpus_per_node=3", "4 * 4 = 16 must be a multiple of the 3 processes"),
+        ("data.train_batch_size=many", "data.train_batch_size=many must be a whole number"),
+        ("data.shuffle=1", "data.shuffle=1 must be a true or false"),
+        ("data.max_response_length=0", "data.max_response_length=0 must be above 0"),
+        ("trainer.logger=[console,mlflow]", "trainer.logger: mlflow is unknown"),
+        ("algorithm.adv_estimator=magic", "algorithm.adv_estimator=magic is unknown, use one of grpo, "),
+        ("actor_rollout_ref.actor.ulysses_sequence_parallel_size=2", "cannot act yet"),
+        ("+actor_rollout_ref.rollout.chat_scheduler=x", "cannot act yet"),
+        ("critic.optim.lr=1", "critic.optim.lr=1 cannot act yet"),
+        ("algorithm.adv_estimator=gae", "there is no critic worker"),
+        ("actor_rollout_ref.actor.fsdp_config.offload_policy=true", "cannot act on CPU"),
+        ("actor_rollout_ref.rollout.gpu_memory_utilization=0.5", "cannot act on CPU"),
+        ("actor_rollout_ref.rollout.enforce_eager=false", "cannot act with rollout.name=hf"),
+        ("trainer.resume_mode=resume_path", "needs a folder global_step_N"),
+        ("data.train_files=${nowhere}", "Interpolation key 'nowhere' not found"),
+        ("actor_rollout_ref.rollout.max_model_len=50", "is less than data.max_prompt_length"),
+    ],
+)
+def test_a_mistake_is_one_line(fails, override, said):
+    assert said in fails(override)
+
+
+def test_required_keys_are_named(small_run):
+    rest = [override for override in small_run if not override.startswith("data.train_files")]
+    with pytest.raises(UserError, match=r"data\.train_files is not set"):
+        _check(rest)
+
+
+def test_model_without_tokenizer(fails, tmp_path, tiny_model_dir):
+    (tmp_path / "config.json").write_bytes((tiny_model_dir / "config.json").read_bytes())
+    assert "has no tokenizer" in fails(f"actor_rollout_ref.model.path={tmp_path}")
+
+
+def test_row_without_prompt(fails, tmp_path):
+    row = {"data_source": "make10", "reward_model": {"ground_truth": "1 2 3 4"}}
+    rows = [{**row, "prompt": [{"role": "user", "content": "hi"}]}, {**row, "prompt": None}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    assert "rows.parquet:1: 'prompt' must be a non-empty list" in fails(f"data.train_files={tmp_path}/rows.parquet")
+
+
+def test_data_source_without_grader(fails, tmp_path):
+    row = {"data_source": "poetry", "reward_model": {"ground_truth": "?"}, "prompt": [{"role": "user", "content": "x"}]}
+    datasets.Dataset.from_list([row] * 4).to_parquet(tmp_path / "rows.parquet")
+    overrides = [f"data.train_files={tmp_path}/rows.parquet", "custom_reward_function.path=null"]
+    assert "data_source 'poetry': no grader for it" in fails(*overrides)
+
+
+def test_missing_gpus_are_explained_by_the_launch_script(tmp_path):
+    ended = subprocess.run(
+        ["bash", str(RUN_SINGLE_NODE), "trainer.n_gpus_per_node=4096"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    assert "needs 4096 GPUs; this machine has" in ended.stderr and "trainer.device=cpu" in ended.stderr

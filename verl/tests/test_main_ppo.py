@@ -1,0 +1,157 @@
+"""`python -m verl.trainer.main_ppo` from end to end: two processes, a tiny random model, both engines, and SIGKILL."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from verl.utils.tracking import METRICS_FILE
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+EXPECTED = [
+    "reward/mean",
+    "reward/pass_rate",
+    "reward/ungraded",
+    "actor/entropy",
+    "actor/kl_loss",
+    "actor/pg_clipfrac",
+    "actor/grad_norm",
+    "score/grad_norm",
+    "score/loss",
+    "score/steps_per_response",
+    "rollout/log_prob_diff_mean",
+    "rollout/log_prob_diff_max",
+    "response_length/mean",
+    "response_length/truncated",
+    "timing_s/step",
+    "timing_s/generate",
+    "timing_s/old_log_prob",
+    "timing_s/ref",
+    "timing_s/update_actor",
+    "timing_s/weight_sync",
+    "perf/generate_tokens_per_s",
+    "perf/update_actor_tokens_per_s",
+]
+
+
+class Run:
+    """One start of the trainer, in a process group of its own."""
+
+    def __init__(self, folder: Path, overrides: list[str]) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._log = (folder / "log.txt").open("a")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "verl.trainer.main_ppo", *overrides, f"trainer.default_local_dir={folder}"],
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"},
+        )
+
+    def finish(self) -> Run:
+        """Wait for a good end."""
+        assert self._process.wait(timeout=600) == 0, self.log()
+        return self
+
+    def kill_when(self, happened: Callable[[], bool]) -> None:
+        """SIGKILL the whole process group as soon as `happened`."""
+        while not happened():
+            assert self._process.poll() is None, self.log()
+            time.sleep(0.001)
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def log(self) -> str:
+        """What it printed."""
+        return (self.folder / "log.txt").read_text()
+
+    def metrics(self) -> dict[int, dict[str, float]]:
+        """Logged metrics by step."""
+        path = self.folder / METRICS_FILE
+        lines = path.read_text().splitlines() if path.exists() else []
+        return {row.pop("step"): row for row in map(json.loads, lines)}
+
+
+def _lasting(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not name.startswith(("timing_s/", "perf/"))}
+
+
+@pytest.fixture(scope="module")
+def overrides(small_run: list[str]) -> list[str]:
+    """Five steps over two epochs and a half, saving after steps 2, 4 and 5, validating at the end."""
+    return [*small_run, "trainer.total_training_steps=5", "trainer.save_freq=2", "trainer.test_freq=5"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, overrides: list[str]) -> Run:
+    """The run that all others are compared with."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return Run(folder, [*overrides, f"trainer.rollout_data_dir={folder}/samples"]).finish()
+
+
+def test_every_metric_is_logged_and_engine_agrees_with_actor(uninterrupted):
+    rows = uninterrupted.metrics()
+    assert sorted(rows) == [0, 1, 2, 3, 4, 5]
+    logged = {name for row in rows.values() for name in row}
+    assert set(EXPECTED) <= logged
+    assert rows[1]["rollout/log_prob_diff_mean"] < 1e-3
+    assert rows[1]["actor/kl_loss"] == pytest.approx(0, abs=1e-6) and rows[3]["actor/kl_loss"] > 0
+    assert {"val/pass@1", "val/auc", "val/best_of_2"} <= set(rows[5])
+    samples = [json.loads(line) for line in (uninterrupted.folder / "samples" / "3.jsonl").read_text().splitlines()]
+    assert len(samples) == 16
+    assert sum(sample["correct"] for sample in samples) / 16 == rows[3]["reward/pass_rate"]
+
+
+def test_killed_during_and_between_saves_it_goes_on_exactly(uninterrupted, overrides, tmp_path):
+    run = Run(tmp_path, overrides)
+    run.kill_when(lambda: any(tmp_path.glob(".global_step_4.*.tmp")))
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
+    assert any(tmp_path.glob(".global_step_4.*.tmp"))
+
+    # The log of the first run reaches step 4; the second drops what came after step 2 as it starts.
+    run = Run(tmp_path, overrides)
+    while max(run.metrics()) > 2:
+        time.sleep(0.001)
+    run.kill_when(lambda: 3 in run.metrics())
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
+
+    resumed = Run(tmp_path, overrides).finish()
+    assert "going on from" in resumed.log()
+    assert not any(tmp_path.glob(".global_step_*.tmp"))
+    expected = {step: _lasting(row) for step, row in uninterrupted.metrics().items()}
+    assert {step: _lasting(row) for step, row in resumed.metrics().items()} == expected
+    assert [json.loads(line)["step"] for line in (tmp_path / METRICS_FILE).read_text().splitlines()] == [*range(6)]
+
+
+def test_nothing_left_to_do(uninterrupted, overrides):
+    before = uninterrupted.metrics()
+    assert "nothing left to do: step 5 of 5" in Run(uninterrupted.folder, overrides).finish().log()
+    assert uninterrupted.metrics() == before
+
+
+def test_one_rank_gives_the_metrics_of_two(uninterrupted, overrides, tmp_path):
+    changes = ["trainer.n_gpus_per_node=1", "trainer.total_training_steps=1", "trainer.val_before_train=false"]
+    one = Run(tmp_path, [*overrides, *changes]).finish().metrics()[1]
+    two = uninterrupted.metrics()[1]
+    for name in ("actor/loss", "actor/pg_loss", "actor/kl_loss", "score/loss"):
+        assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-6)
+    for name in ("actor/grad_norm", "score/grad_norm", "actor/entropy", "reward/mean"):
+        assert one[name] == pytest.approx(two[name], rel=1e-4)
+
+
+def test_vllm_rollout_follows_the_actor(overrides, tmp_path):
+    rows = Run(tmp_path, [*overrides, "actor_rollout_ref.rollout.name=vllm"]).finish().metrics()
+    assert sorted(rows) == [0, 1, 2, 3, 4, 5]
+    # After two updates at this learning rate an engine with stale weights would be off by far more.
+    assert max(rows[step]["rollout/log_prob_diff_mean"] for step in range(1, 6)) < 1e-3
+    assert rows[3]["actor/ref_kl"] > 0.01
