@@ -1,0 +1,54 @@
+"""Metrics of a batch, on hand-made values."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from verl.trainer.ppo.metrics import (
+    ValidationResult,
+    best_of_n,
+    is_truncated,
+    log_prob_difference,
+    masked_mean,
+    mixed_prompts,
+    validation_metrics,
+)
+
+
+def test_only_graded_responses_make_a_prompt_mixed():
+    correct, graded = torch.tensor([1.0, 0, 1, 0, 1, 1]), torch.tensor([True, True, True, False, True, True])
+    assert mixed_prompts(["a", "a", "b", "b", "c", "c"], correct, graded) == pytest.approx(1 / 3)
+
+
+def test_truncated_is_full_without_an_end():
+    responses = torch.tensor([[5, 5, 2], [5, 5, 5], [5, 2, 0]])
+    assert is_truncated(responses, torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 0]]), 2).tolist() == [False, True, False]
+
+
+def test_log_prob_difference_ignores_padding():
+    rollout, actor = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-1.5, -2.0, float("nan")]])
+    found = log_prob_difference(rollout, actor, torch.tensor([[1, 1, 0]]))
+    assert found == {"rollout/log_prob_diff_mean": 0.25, "rollout/log_prob_diff_max": 0.5}
+
+
+def test_an_empty_mask_is_nan():
+    assert math.isnan(masked_mean(torch.ones(2), torch.zeros(2)))
+
+
+def test_best_of_n_takes_the_highest_score_and_leaves_out_ungraded_picks():
+    scores, correct = torch.tensor([0.9, 0.1, 0.2, 0.8, 0.7, 0.6]), torch.tensor([1.0, 0, 1, 0, 0, 1])
+    assert best_of_n(scores, correct, torch.ones(6, dtype=torch.bool), 2) == pytest.approx(1 / 3)
+    assert best_of_n(scores, correct, torch.tensor([True, True, True, False, True, True]), 2) == pytest.approx(1 / 2)
+
+
+def test_validation_over_several_batches_and_sources():
+    def part(source, correct, scores):
+        ones = torch.ones(2, dtype=torch.bool)
+        return ValidationResult(np.array([source] * 2), torch.tensor(correct), ones, torch.tensor([4, 6]), scores)
+
+    parts = [part("a", [1.0, 0.0], torch.tensor([0.9, 0.2])), part("b", [0.0, 0.0], torch.tensor([0.3, 0.1]))]
+    found = validation_metrics(parts, n=2)
+    assert found["val/pass@1"] == 0.25 and found["val/a/pass@1"] == 0.5 and found["val/b/pass@1"] == 0.0
+    assert found["val/auc"] == 1.0 and found["val/best_of_2"] == 0.5 and found["val/response_length"] == 5.0
