@@ -1,6 +1,5 @@
 """The embedded task: its grading, its problems, its teacher and its files."""
 
-import dataclasses
 import json
 import random
 
@@ -11,9 +10,7 @@ from xbai.benchmarks.make10 import (
     LARGEST_PARTIAL,
     SplitSizes,
     Teacher,
-    dead_end,
     expression,
-    fudged,
     is_fair,
     sample_problems,
     valid_patterns,
@@ -28,10 +25,7 @@ FLAWLESS = Teacher(
     attempt_weights=(0,) * 15 + (1,),
     missed_hit_rate=0,
     false_yes_rate=0,
-    fudge_rate=0,
     slip_rate=0,
-    dead_end_rate=0.5,
-    miscopy_rate=0,
 )
 SMALL = SplitSizes(sft=60, sft_problems=40, train=30, validation=10, test=20)
 
@@ -94,24 +88,6 @@ def test_noisy_teacher_is_right_about_half_the_time():
     problems = sample_problems(500, rng)
     right = [grade_make10(Teacher().solve(numbers, rng), " ".join(map(str, numbers))) for numbers in problems]
     assert 0.4 < sum(right) / len(right) < 0.55
-
-
-def test_miscopied_answer_differs_in_one_sign():
-    rng = random.Random(1)
-    miscopying = dataclasses.replace(FLAWLESS, miscopy_rate=1.0)
-    assert not any(grade_make10(miscopying.solve(n, rng), " ".join(map(str, n))) for n in sample_problems(20, rng))
-
-
-def test_fudged_results_end_in_ten_with_one_wrong_operation():
-    for seed in range(20):
-        results = fudged([15, 14, 13, 12], random.Random(seed))
-        assert results[-1] == 10
-        assert sum(a - b != 1 for a, b in zip([16, *results], results)) == 1
-
-
-def test_dead_end_stops_at_the_operation_that_leaves_the_range():
-    steps = {step for seed in range(20) for step in dead_end((1, 2, 9, 9), random.Random(seed))}
-    assert steps == {"1-2 no.\n\n", "1+2=3-9 no.\n\n", "1+2=3+9=12+9 no.\n\n"}
 
 
 def test_splits_share_no_problem_and_follow_the_seed(tmp_path):

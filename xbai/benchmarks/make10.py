@@ -67,27 +67,20 @@ def is_fair(numbers: Numbers) -> bool:
 class Teacher:
     """Writes one noisy solution: attempts, each one step that ends in a verdict, then the answer.
 
-    Besides plain misses the noise has, rarely, the mistakes that a sampled model makes and that only checking every
-    operation reveals: without examples of them a score head takes any chain that ends in `=10 yes` for right. Dead ends
-    show what to do about an operation that leaves the range; without them a model that samples one makes up a result.
+    Nearly all of its mistakes show in the text. Hidden ones (a result bent so that the chain ends in 10, a miscopied
+    answer) were tried and left out: the policy learns to make them sooner than the head learns to find them.
 
     Attributes:
         attempt_weights: relative frequency of giving up after 1, 2, ... attempts.
         missed_hit_rate: how often a hit is taken for a miss.
         false_yes_rate: how often the last attempt, a miss, is claimed to be a hit (else it is called close).
-        fudge_rate: how often such a claim comes with one result bent so that the chain ends in 10.
         slip_rate: chance that an operation's result is off by one or two.
-        dead_end_rate: how often an attempt follows one that is broken off where it would leave the range.
-        miscopy_rate: chance that the answer has one sign other than the attempt it copies.
     """
 
     attempt_weights: tuple[int, ...] = (25, 25, 18, 14, 10, 8)
     missed_hit_rate: float = 0.02
     false_yes_rate: float = 0.25
-    fudge_rate: float = 0.3
     slip_rate: float = 0.005
-    dead_end_rate: float = 0.15
-    miscopy_rate: float = 0.01
 
     def solve(self, numbers: Numbers, rng: random.Random) -> str:
         """The text of one response, right or wrong."""
@@ -96,17 +89,11 @@ class Teacher:
         attempts = rng.sample(valid, k=min(limit, len(valid)))
         steps = []
         for left, pattern in zip(range(len(attempts) - 1, -1, -1), attempts):
-            if rng.random() < self.dead_end_rate:
-                steps += dead_end(numbers, rng)
             results = self._calculate(numbers, pattern, rng)
             verdict = self._verdict(results[-1], left == 0, rng)
-            if verdict == "yes" and results[-1] != TARGET and rng.random() < self.fudge_rate:
-                results = fudged(results, rng)
             steps.append(f"{chain(numbers, pattern, results)} {verdict}.\n\n")
             if verdict != "no":
                 break
-        if rng.random() < self.miscopy_rate:
-            pattern = flip_one(pattern, rng)
         answer = expression(numbers, pattern)
         return f"<think>\n{''.join(steps)}So {answer}.\n\n</think>\n\nThe answer is \\boxed{{{answer}}}."
 
@@ -133,32 +120,6 @@ def chain(numbers: Numbers, pattern: Pattern, results: list[int]) -> str:
     """The calculation with its partial results, such as `7+8=15-1=14`."""
     operations = zip(pattern, numbers[1:], results)
     return str(numbers[0]) + "".join(f"{sign}{number}={result}" for sign, number, result in operations)
-
-
-def dead_end(numbers: Numbers, rng: random.Random) -> list[str]:
-    """A random attempt up to the operation that leaves the range, as one step; nothing if it never does."""
-    pattern = "".join(rng.choices("+-", k=len(numbers) - 1))
-    results, value = [], numbers[0]
-    for sign, number in zip(pattern, numbers[1:]):
-        value += number if sign == "+" else -number
-        if not 0 <= value <= LARGEST_PARTIAL:
-            return [f"{chain(numbers, pattern, results)}{sign}{number} no.\n\n"]
-        results.append(value)
-    return []
-
-
-def fudged(results: list[int], rng: random.Random) -> list[int]:
-    """The partial results with all from one place on shifted so that the last is the target."""
-    shift = TARGET - results[-1]
-    places = [i for i in range(len(results)) if all(0 <= r + shift <= LARGEST_PARTIAL for r in results[i:])]
-    place = rng.choice(places)
-    return results[:place] + [result + shift for result in results[place:]]
-
-
-def flip_one(pattern: Pattern, rng: random.Random) -> Pattern:
-    """The pattern with one sign turned round."""
-    place = rng.randrange(len(pattern))
-    return pattern[:place] + ("-" if pattern[place] == "+" else "+") + pattern[place + 1 :]
 
 
 class Make10(Benchmark):
