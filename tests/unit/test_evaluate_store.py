@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xbai.errors import UserError
+from xbai.evaluate.results import Sample, StoredQuestion, read_result_lines
 from xbai.evaluate.settings import RunSettings, model_identity, request_seed
-from xbai.evaluate.store import ResultStore, Sample, StoredQuestion, read_result_lines
+from xbai.evaluate.store import ResultStore
 
 SETTINGS = RunSettings("make10", "m", "q", 0.8, 0.95, -1, 1.05, 64, (), 0)
 QUESTIONS = [StoredQuestion(i, f"<p{i}>", str(i), {"question": f"q{i}"}) for i in range(3)]

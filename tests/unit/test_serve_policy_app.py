@@ -47,7 +47,7 @@ class GatedEngine(Engine):
         self.queued = [sample for sample in self.queued if sample not in samples]
 
     def _load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        raise NotImplementedError
+        raise RuntimeError("there are no weights")
 
 
 Start = Callable[..., tuple[str, GatedEngine, EngineThread]]

@@ -16,7 +16,8 @@ from xbai.benchmarks.base import Question
 from xbai.benchmarks.registry import get_benchmark
 from xbai.errors import UserError
 from xbai.evaluate.estimators import best_of_n_groups, expected_best_of_n, expected_oracle, expected_vote
-from xbai.evaluate.store import JOURNAL_SUFFIX, ResultLine, read_result_lines
+from xbai.evaluate.results import ResultLine, read_result_lines
+from xbai.evaluate.store import JOURNAL_SUFFIX
 from xbai.grading import GraderPool
 from xbai.search.best_of_n import sortable_scores
 from xbai.search.majority import vote_key

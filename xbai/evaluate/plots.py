@@ -9,10 +9,6 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-
-mpl.use("Agg")
-
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
@@ -93,10 +89,9 @@ TRAINING_PANELS = (
 
 def plot_accuracy(reports: Mapping[str, Report], path: Path) -> None:
     """Accuracy against N for each way of choosing, a panel for each report; bands are 95 % confidence."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            1, len(reports), figsize=(1.0 + 4.4 * len(reports), 4.2), sharey=True, squeeze=False
-        )
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(1.0 + 4.4 * len(reports), 4.2))
+        axes = figure.subplots(1, len(reports), sharey=True, squeeze=False)
         for panel, (title, report) in zip(axes[0], reports.items()):
             _draw_accuracy(panel, title, report)
         axes[0, 0].set_ylabel("accuracy")
@@ -136,8 +131,9 @@ def plot_training(metrics_file: Path, path: Path) -> None:
         raise UserError(f"{metrics_file}: holds none of the training curves (reward/pass_rate, score/auc, ...)")
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(rows, columns, figsize=(3.9 * columns, 2.9 * rows), squeeze=False)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.9 * columns, 2.9 * rows))
+        axes = figure.subplots(rows, columns, squeeze=False)
         for axis, panel in zip(axes.flat, panels):
             _draw_training(axis, panel, records)
         for axis in axes.flat[len(panels) :]:
@@ -179,8 +175,9 @@ def plot_step_scores(questions: Sequence[GradedQuestion], path: Path) -> None:
     ]
     if not pairs:
         raise UserError("the results hold no step scores; they come with fused scores or from the score service")
-    with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(5.6, 3.8))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.6, 3.8))
+        axis = figure.subplots()
         for wanted, line in ((1.0, Line("right answers", GREEN)), (0.0, Line("wrong answers", RED))):
             _draw_step_scores(axis, [scores for scores, right in pairs if (right > 0.5) == wanted], line)
         axis.set_ylim(0, 1)
@@ -246,4 +243,3 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
 def _save(figure: Figure, path: Path) -> None:
     with atomic_write(path) as stream:
         figure.savefig(stream, dpi=160, format="png", facecolor="white")
-    plt.close(figure)

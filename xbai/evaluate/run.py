@@ -24,8 +24,9 @@ from xbai.engine.files import load_tokenizer
 from xbai.errors import UserError
 from xbai.evaluate.client import RequestRefusedError, RetryPolicy, ServicePool
 from xbai.evaluate.progress import Progress
+from xbai.evaluate.results import REFUSED, Sample, SampleKey, StoredQuestion
 from xbai.evaluate.settings import RunSettings, digest_texts, model_identity, request_seed
-from xbai.evaluate.store import REFUSED, ResultStore, Sample, SampleKey, StoredQuestion
+from xbai.evaluate.store import ResultStore
 
 logger = logging.getLogger(__name__)
 
