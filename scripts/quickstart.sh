@@ -13,6 +13,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${OUT:-outputs/quickstart}
 seed=${SEED:-0}
 problems=${PROBLEMS:-200}
+read -ra sft_args <<<"${SFT_ARGS:-}"
+read -ra rl_args <<<"${RL_ARGS:-}"
 ranks=${RANKS:-2}
 response_length=256
 temperature=0.7 # of all evaluation; training samples at 1.0
@@ -115,7 +117,7 @@ stage_sft() {
     rm -rf "$out/base" "$out/base_logs"
     torchrun --standalone --nproc_per_node "$ranks" -m verl.trainer.main_sft --config-name make10_sft \
         model.path="$out/tiny" data.train_files="$out/data/make10_sft.parquet" \
-        trainer.output_dir="$out/base" trainer.seed="$seed" ${SFT_ARGS:-}
+        trainer.output_dir="$out/base" trainer.seed="$seed" "${sft_args[@]}"
 }
 
 # The published recipe of run_single_node.sh, in small. Why a backbone from scratch needs two settings of the score loss
@@ -139,7 +141,7 @@ stage_rl() {
         actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=32768 \
         actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=32768 \
         actor_rollout_ref.rollout.n=8 actor_rollout_ref.rollout.dtype=float32 \
-        actor_rollout_ref.rollout.val_kwargs.n=8 ${RL_ARGS:-}
+        actor_rollout_ref.rollout.val_kwargs.n=8 "${rl_args[@]}"
 }
 
 stage_merge() {
@@ -167,6 +169,7 @@ stage_report() {
     say "Done in $seconds s. Table: $out/summary.json; figures: $out/training.png, $out/accuracy.png"
 }
 
+[[ -x $bin/python ]] || rm -f "$out/stages/setup"
 run setup "Set-up" "${XBAI_VENV:-.venv}"
 run data "Data: Make 10 puzzles and a tiny model from scratch" "$out/data"
 run sft "Supervised training of the tiny base" "$out/base"

@@ -23,9 +23,23 @@ if ((${#hosts[@]} == 0)); then
     exit 2
 fi
 
+# Before anything starts: a head without workers would be left running.
+reach() { ssh -o BatchMode=yes -o ConnectTimeout=10 "$@"; }
+command -v ssh >/dev/null || { echo "error: ssh is needed to start workers on ${hosts[*]}, and is not installed" >&2; exit 2; }
+command -v ray >/dev/null || export PATH=$here/../../../.venv/bin:$PATH
+command -v ray >/dev/null || { echo "error: ray is not installed; run: bash scripts/setup.sh" >&2; exit 2; }
+unfit=()
+for host in "${hosts[@]}"; do
+    reach "$host" "test -r $(printf %q "$here/run_worker.sh")" </dev/null 2>/dev/null || unfit+=("$host")
+done
+if ((${#unfit[@]})); then
+    echo "error: nothing was started: ${unfit[*]} cannot be reached by ssh without a password, or lacks $here" >&2
+    exit 2
+fi
+
 port=${PORT:-6379}
 address=${HEAD_ADDRESS:-$(hostname -I | awk '{print $1}')}
-bin=$(dirname "$(command -v ray)")
+bin=$(cd "$(dirname "$(command -v ray)")" && pwd)
 PORT=$port bash "$here/run_head.sh" --node-ip-address="$address"
 token=$(ray get-auth-token)
 
@@ -33,11 +47,11 @@ failed=()
 for host in "${hosts[@]}"; do
     echo "$host joins $address:$port"
     # The token goes through the pipe: command lines can be read by every user of a host.
-    ssh -o BatchMode=yes "$host" "read -r RAY_AUTH_TOKEN; export RAY_AUTH_TOKEN PATH=$(printf %q "$bin"):\$PATH; \
+    reach "$host" "read -r RAY_AUTH_TOKEN; export RAY_AUTH_TOKEN PATH=$(printf %q "$bin"):\$PATH; \
         bash $(printf %q "$here/run_worker.sh") $address:$port" <<<"$token" || failed+=("$host")
 done
 if ((${#failed[@]})); then
-    echo "error: could not start a worker on ${failed[*]}; the others have joined, 'ray stop' on each ends them" >&2
+    echo "error: no worker started on ${failed[*]}; the head and the others run on, 'ray stop' on each ends them" >&2
     exit 1
 fi
 echo "$((${#hosts[@]} + 1)) nodes are up; next: NNODES=$((${#hosts[@]} + 1)) bash scripts/run_multi_node.sh"

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from verl.utils.seqlen_balancing import rows_by_rank
 from verl.utils.tracking import Tracking
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
 from verl.workers.reward_manager import Reward
+from xbai.errors import UserError
 from xbai.files import atomic_write
 from xbai.sprm import trajectory_scores
 
@@ -331,13 +333,204 @@ def _start_ray(config: DictConfig, on_gpu: bool) -> None:
     """Join the cluster that `RAY_ADDRESS` names, or that several nodes imply; otherwise start one on this machine."""
     options: dict[str, Any] = {"logging_level": logging.WARNING}
     if os.environ.get("RAY_ADDRESS") or config.trainer.nnodes > 1:
-        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **options)
+        _join_cluster(os.environ.get("RAY_ADDRESS", "auto"), options)
         return
     num_cpus = config.ray_init.num_cpus
     if num_cpus is None and not on_gpu:
         # Processes on CPU may be more than the cores; Ray must not wait for cores that will never be there.
         num_cpus = max(os.cpu_count() or 1, _world_size(config))
-    ray.init(num_cpus=num_cpus, include_dashboard=False, **options)
+    # Without an address Ray would join any cluster that it finds on this machine.
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
+
+
+def _join_cluster(address: str, options: dict[str, Any]) -> None:
+    """`ray.init`, but a `UserError` at once where Ray waits minutes for a head node that does not answer."""
+    try:
+        if address not in ("auto", "local") and "://" not in address:
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, port), timeout=10).close()
+        ray.init(address=address, **options)
+    except OSError as error:
+        raise UserError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers; run this on the head node of one "
+            f"(verl/examples/ray/run_worker_n.sh starts it): {str(error).partition('.')[0]}"
+        ) from error
+
+
+def _seeded(self, prompts: DataProto, occasion: int | str) -> DataProto:
+        """Give each prompt its sampling seed: a run that is resumed samples what an uninterrupted one does."""
+        rows = prompts.non_tensor_batch["row_index"]
+        prompts.non_tensor_batch["seed"] = object_array(_seed(self.config.trainer.seed, occasion, row) for row in rows)
+        prompts.non_tensor_batch["uid"] = object_array(str(row) for row in rows)
+        return prompts
+
+    def _generate(self, prompts: DataProto, n: int, metrics: dict[str, float], **meta_info: Any) -> DataProto:
+        """Sample `n` responses a prompt; the rows of one prompt lie next to each other."""
+        request = prompts.pop(PROMPT_KEYS, ["seed"])
+        request.meta_info |= meta_info
+        responses = self._workers.generate_sequences(request)
+        metrics |= responses.meta_info.pop("metrics")
+        return prompts.repeat(n).union(DataProto(responses.batch))
+
+    def _call(self, method: str, batch: DataProto, keys: tuple[str, ...] | None, metrics: dict[str, float]) -> None:
+        """Run a worker method on the tensors `keys` of `batch`, and add the tensors and metrics it returns."""
+        output = getattr(self._workers, method)(batch.select(keys, non_tensor_batch_keys=[]))
+        metrics |= output.meta_info.pop("metrics")
+        batch.union(output)
+
+    def _add_reward(self, batch: DataProto, reward: Reward, metrics: dict[str, float]) -> None:
+        """Add scores, outcome and, with `use_kl_in_reward`, the KL penalty."""
+        scores, graded = reward.reward_tensor, reward.graded
+        batch.union(DataProto.from_dict({"token_level_scores": scores, "correct": reward.correct, "graded": graded}))
+        batch.batch["token_level_rewards"] = scores
+        if self.config.algorithm.use_kl_in_reward:
+            columns, mask = batch.batch, batch.batch["response_mask"]
+            kl = kl_penalty(columns["old_log_probs"], columns["ref_log_prob"], self.config.algorithm.kl_penalty) * mask
+            metrics |= {"reward/kl": masked_mean(kl, mask), "reward/kl_coef": self._kl_controller.value}
+            columns["token_level_rewards"] = scores - self._kl_controller.value * kl
+            self._kl_controller.update(metrics["reward/kl"], n_steps=len(batch))
+
+    def _add_advantages(self, batch: DataProto) -> None:
+        columns = batch.batch
+        inputs = AdvantageInputs(
+            columns["token_level_rewards"], columns["response_mask"], columns["graded"], batch.non_tensor_batch["uid"]
+        )
+        columns["advantages"], columns["returns"] = compute_advantages(inputs, self.config.algorithm)
+
+    def _arrange_for_ranks(self, batch: DataProto, metrics: dict[str, float]) -> None:
+        """Put the rows in the order in which the ranks' chunks are about equally long."""
+        lengths = batch.batch["attention_mask"].sum(-1)
+        mini_batch_rows = self.config.actor_rollout_ref.actor.ppo_mini_batch_size * self._rollout.n
+        order = rows_by_rank(lengths, mini_batch_rows, self._world_size, self.config.trainer.balance_batch)
+        batch.reorder(order)
+        of_rank = lengths[order].view(self._world_size, -1).sum(-1).float()
+        metrics["perf/rank_tokens_max_over_mean"] = float(of_rank.max() / of_rank.mean())
+
+    def _validate_batch(self, prompts: DataProto, n: int) -> ValidationResult:
+        batch = self._generate(prompts, n, {}, validate=True)
+        pending = self._reward_manager.launch(batch)
+        scores = None
+        if self.config.actor_rollout_ref.use_score:
+            self._call("compute_log_prob", batch, MODEL_INPUT_KEYS, {})
+            scores = trajectory_scores(batch.batch["old_step_logits"], batch.batch["step_feature_mask"])
+        reward = pending.result()
+        sources = batch.non_tensor_batch[self.config.data.reward_fn_key]
+        return ValidationResult(sources, reward.correct, reward.graded, batch.batch["response_mask"].sum(-1), scores)
+
+    # Files
+
+    def _save(self) -> None:
+        start = time.perf_counter()
+        with self._checkpoints.write(self.step) as folder:
+            self._workers.save_checkpoint(str(folder.resolve() / "actor"))
+            state = {
+                "step": self.step,
+                "loader": self._loader.state_dict(),
+                "rng": rng_state(),
+                "kl_coef": self._kl_controller.value,
+            }
+            torch.save(state, folder / TRAINER_STATE_FILE)
+        seconds = time.perf_counter() - start
+        logger.info("saved %s in %.1f s", self._checkpoints.step_folder(self.step), seconds)
+
+    def _load(self, checkpoint: Path) -> None:
+        logger.info("going on from %s (step %d of %d)", checkpoint, self.step, self.total_steps)
+        self._workers.load_checkpoint(str(checkpoint.resolve() / "actor"))
+        state = torch.load(checkpoint / TRAINER_STATE_FILE, weights_only=False)
+        self._loader.load_state_dict(state["loader"])
+        self._kl_controller.value = state["kl_coef"]
+        set_rng_state(state["rng"])
+
+    def _dump(self, batch: DataProto, reward: Reward) -> None:
+        """Write the step's samples to `trainer.rollout_data_dir`."""
+        folder = self.config.trainer.rollout_data_dir
+        if folder is None:
+            return
+        columns = batch.batch
+        texts = {
+            "prompt": self.tokenizer.batch_decode(columns["prompts"], skip_special_tokens=True),
+            "response": self.tokenizer.batch_decode(columns["responses"], skip_special_tokens=True),
+        }
+        values = {
+            "reward": reward.reward_tensor.sum(-1),
+            "correct": reward.correct,
+            "graded": reward.graded,
+            "tokens": columns["response_mask"].sum(-1),
+        }
+        if "old_step_logits" in columns:
+            values["score"] = trajectory_scores(columns["old_step_logits"], columns["step_feature_mask"])
+        table = {**texts, **{name: value.tolist() for name, value in values.items()}}
+        with atomic_write(Path(folder) / f"{self.step}.jsonl", "w") as stream:
+            for row in zip(*table.values()):
+                stream.write(json.dumps({"step": self.step, **dict(zip(table, row))}, ensure_ascii=False) + "\n")
+
+    def _tracking(self) -> Tracking:
+        trainer = self.config.trainer
+        return Tracking(
+            trainer.project_name,
+            trainer.experiment_name,
+            trainer.logger,
+            trainer.default_local_dir,
+            OmegaConf.to_container(self.config, resolve=True),
+            resume_step=self.step,
+        )
+
+    @contextmanager
+    def _progress(self) -> Iterator[Callable[[dict[str, float]], None]]:
+        """A progress bar; the function it yields moves it to the present step."""
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn(f"→ {self._checkpoints.folder}"),
+        )
+        with Progress(*columns) as progress:
+            task = progress.add_task("", total=self.total_steps, completed=self.step)
+
+            def report(metrics: dict[str, float]) -> None:
+                text = f"reward {metrics['reward/mean']:.3f}  {metrics['timing_s/step']:.1f} s/step"
+                progress.update(task, completed=self.step, description=text)
+
+            yield report
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and (self.step % every == 0 or self.is_done)
+
+
+def _world_size(config: DictConfig) -> int:
+    return config.trainer.nnodes * config.trainer.n_gpus_per_node
+
+
+def _start_ray(config: DictConfig, on_gpu: bool) -> None:
+    """Join the cluster that `RAY_ADDRESS` names, or that several nodes imply; otherwise start one on this machine."""
+    options: dict[str, Any] = {"logging_level": logging.WARNING}
+    if os.environ.get("RAY_ADDRESS") or config.trainer.nnodes > 1:
+        _join_cluster(os.environ.get("RAY_ADDRESS", "auto"), options)
+        return
+    num_cpus = config.ray_init.num_cpus
+    if num_cpus is None and not on_gpu:
+        # Processes on CPU may be more than the cores; Ray must not wait for cores that will never be there.
+        num_cpus = max(os.cpu_count() or 1, _world_size(config))
+    # Without an address Ray would join any cluster that it finds on this machine.
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
+
+
+def _check_cluster(address: str) -> None:
+    """Raise a `UserError` at once where Ray would wait minutes for a head node that does not answer."""
+    try:
+        head = canonicalize_bootstrap_address(address) if "://" not in address else None
+        if head is not None:
+            host, _, port = head.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers; run this on the head node of one "
+            f"(verl/examples/ray/run_worker_n.sh starts it): {str(error).partition('.')[0]}"
+        ) from error
 
 
 def _seed(*parts: int | str) -> int:
