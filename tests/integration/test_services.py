@@ -156,7 +156,7 @@ def test_openapi_documents_the_routes(policy, scorer) -> None:
         ("score_model_queue.py", ["--model_path", "{model}", "--score_model_dim", "1536"], "has hidden_size 64"),
         ("score_model_queue.py", ["--model_path", "{model}", "--port", "{busy}"], "cannot listen there"),
         ("policy_model_queue.py", ["--model_path", "{model}", "--port", "{busy}"], "cannot listen there"),
-        ("policy_model_queue.py", ["--model_path", "/nowhere"], "no model there"),
+        ("policy_model_queue.py", ["--model_path", "/nowhere"], "/nowhere/config.json: no such file"),
         ("policy_model_queue.py", ["--model_path", "{model}", "--port", "0", "--engine", "abacus"], "abacus"),
         ("score_model_queue.py", ["--model_path", "{model}", "--port", "0", "--lang", "zh"], "not lang=zh"),
     ],

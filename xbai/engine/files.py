@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,7 +18,15 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LM_HEAD = "lm_head.weight"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+"""A folder without any of them has no tokenizer."""
 
 
 @contextmanager
@@ -38,35 +47,55 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def read_config(model_path: str | Path) -> PretrainedConfig:
-    """The model's configuration.
+def check_model_folder(model_path: str | Path) -> dict[str, Any]:
+    """The plain content of the model's `config.json`, read without transformers.
 
     Raises:
         UserError: not a folder with a readable `config.json`.
     """
+    path = Path(model_path) / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except OSError:
+        raise UserError(f"{path}: no such file; give a local Hugging Face model folder") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_config(model_path: str | Path) -> PretrainedConfig:
+    """The model's configuration.
+
+    Raises:
+        UserError: not a folder with a readable `config.json`, or one that transformers does not know.
+    """
     from transformers import AutoConfig
 
-    path = Path(model_path) / "config.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a local Hugging Face model folder")
+    check_model_folder(model_path)
     try:
         return AutoConfig.from_pretrained(str(model_path), local_files_only=True)
     except (ValueError, OSError) as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{Path(model_path) / 'config.json'}: {str(error).splitlines()[0]}") from error
 
 
 def load_tokenizer(model_path: str | Path) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Raises:
-        UserError: a folder without tokenizer files.
+        UserError: a folder without tokenizer files, or with some that make no tokenizer.
     """
     from transformers import AutoTokenizer
 
     folder = Path(model_path)
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise UserError(f"{folder}: no tokenizer (one of {', '.join(_TOKENIZER_FILES)}) beside the model")
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(f"{folder}: no tokenizer (one of {', '.join(TOKENIZER_FILES)}) beside the model")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: no tokenizer that transformers can load ({str(error).splitlines()[0]})") from error
+    # Without a vocabulary transformers makes up a tokenizer that knows nothing but its special tokens.
+    if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
+        raise UserError(f"{folder}: no tokenizer, the files there hold no vocabulary (tokenizer.json is missing?)")
+    return tokenizer
 
 
 def eos_token_ids(model_path: str | Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -27,6 +27,7 @@ from xbai.evaluate.progress import Progress
 from xbai.evaluate.results import REFUSED, Sample, SampleKey, StoredQuestion
 from xbai.evaluate.settings import RunSettings, digest_texts, model_identity, request_seed
 from xbai.evaluate.store import ResultStore
+from xbai.prompts import prompt_text
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ def run(options: RunOptions) -> Path:
 
 
 def _stored(benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase, question: Any) -> StoredQuestion:
-    prompt = tokenizer.apply_chat_template(benchmark.messages(question), tokenize=False, add_generation_prompt=True)
+    prompt = prompt_text(tokenizer, benchmark.messages(question))
     return StoredQuestion(question.index, prompt, question.answer, {**question.meta, "question": question.prompt})
 
 

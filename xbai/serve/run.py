@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 import socket
 import sys
-from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
 
 from xbai.engine import Scorer, load_engine
-from xbai.engine.files import load_tokenizer, read_config, resolve_max_model_len
+from xbai.engine.files import check_model_folder, load_tokenizer, read_config, resolve_max_model_len
 from xbai.errors import UserError
 from xbai.serve.engine_thread import EngineThread, ModelThread, ScoreModel, ScorerThread
 from xbai.serve.limits import Limits
@@ -73,21 +71,6 @@ def _load_scorer(
     scorer = Scorer.from_folder(model_path, dtype=dtype, lang=lang, max_batch_tokens=max_batch_tokens)
     length = resolve_max_model_len(max_model_len, read_config(model_path))
     return ScoreModel(scorer, load_tokenizer(model_path), length)
-
-
-def check_model_folder(model_path: str) -> dict:
-    """The model's `config.json`.
-
-    Raises:
-        UserError: there is none at `model_path`.
-    """
-    path = Path(model_path) / "config.json"
-    try:
-        return json.loads(path.read_text())
-    except OSError:
-        raise UserError(f"--model_path {model_path}: no model there ({path} cannot be read)") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
 def listen(ip: str, port: int) -> socket.socket:
