@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy
 import pytest
+import torch
 
 from xbai.engine import Engine, PromptTooLong, SamplingParams, load_engine
 from xbai.engine.base import sample_seed
+from xbai.engine.hf import HFEngine
 from xbai.errors import UserError
 
 
@@ -78,6 +82,29 @@ def test_an_engine_seed_fixes_unseeded_requests(tiny_model_dir: Path) -> None:
     runs = [load_engine("hf", tiny_model_dir, seed=3).generate([[1], [1]], params) for _ in range(2)]
     assert runs[0] == runs[1]
     assert runs[0][0] != runs[0][1]
+
+
+def test_loading_leaves_every_random_stream_where_it_was(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    has_cuda = torch.cuda.is_available()
+
+    def draw() -> list[float]:
+        device = torch.rand(2, device="cuda").tolist() if has_cuda else []
+        return [random.random(), float(numpy.random.rand()), torch.rand(()).item(), *device]
+
+    def reseed(self: HFEngine, *args: object, **options: object) -> None:
+        random.seed(0)
+        numpy.random.seed(0)
+        torch.manual_seed(0)
+
+    monkeypatch.setattr(HFEngine, "__init__", reseed)
+    draws = []
+    for load in (lambda: None, lambda: load_engine("hf", tiny_model_dir)):
+        random.seed(5)
+        numpy.random.seed(5)
+        torch.manual_seed(5)
+        load()
+        draws.append(draw())
+    assert draws[0] == draws[1]
 
 
 def test_scores_need_a_head(tiny_model_dir: Path) -> None:

@@ -71,12 +71,14 @@ def load_engine(
 def _preserved_random_states() -> Iterator[None]:
     """Building models draws random numbers and vLLM reseeds the process; a trainer's own stream must not notice."""
     states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
         yield
     finally:
         random.setstate(states[0])
         numpy.random.set_state(states[1])
         torch.set_rng_state(states[2])
+        torch.cuda.set_rng_state_all(cuda_states)
 
 
 def _engine_class(name: str) -> type[Engine]:
