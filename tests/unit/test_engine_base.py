@@ -144,6 +144,7 @@ def test_what_a_folder_lacks_is_named(make_tiny_model: Callable[..., Path], miss
         ({"name": "sglang"}, "engine='sglang' is unknown"),
         ({"name": "hf", "dtype": "int3"}, "dtype='int3' is unknown"),
         ({"name": "hf", "max_model_len": 513}, "max_model_len=513: between 2 and the model's 512"),
+        ({"name": "hf", "max_num_batched_tokens": 8192}, "max_num_batched_tokens: the hf engine has no such option"),
         ({"name": "hf", "gpu_memory_utilization": 0.5}, "gpu_memory_utilization: the hf engine has no such option"),
     ],
 )

@@ -54,7 +54,7 @@ def test_budgets_split_the_queue_without_changing_results(tiny_model_dir: Path) 
     prompts = [[1] * 5, [2] * 9, [3], [4, 5]]
     params = SamplingParams(n=3, max_tokens=12, seed=1)
     whole = load_engine("hf", tiny_model_dir).generate(prompts, params)
-    for budget in ({"max_num_seqs": 2}, {"max_num_batched_tokens": 50}, {"max_num_batched_tokens": 1}):
+    for budget in ({"max_num_seqs": 2}, {"max_cache_slots": 50}, {"max_cache_slots": 1}):
         assert load_engine("hf", tiny_model_dir, **budget).generate(prompts, params) == whole
 
 

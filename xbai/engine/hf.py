@@ -35,7 +35,7 @@ class HFEngine(Engine):
         lang: step rule of a head without `sprm_config.json`.
         with_scores: load the score head.
         max_num_seqs: most samples of one batch.
-        max_num_batched_tokens: most KV-cache slots (rows x padded length) of one batch; a larger sample runs alone.
+        max_cache_slots: most KV-cache slots (rows x padded length) of one batch; a larger sample runs alone.
         seed: of the random streams of requests without a seed.
     """
 
@@ -48,7 +48,7 @@ class HFEngine(Engine):
         lang: str | None = None,
         with_scores: bool = False,
         max_num_seqs: int = 64,
-        max_num_batched_tokens: int = 131072,
+        max_cache_slots: int = 131072,
         seed: int | None = None,
     ) -> None:
         config = read_config(model_path)
@@ -67,7 +67,7 @@ class HFEngine(Engine):
         super().__init__(config, tokenizer, resolve_max_model_len(max_model_len, config), scorer, seed)
         self._eos_ids = frozenset(eos_token_ids(model_path, config, tokenizer))
         self._max_num_seqs = max_num_seqs
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_cache_slots = max_cache_slots
         self._queue: deque[Sample] = deque()
 
     def close(self) -> None:
@@ -97,7 +97,7 @@ class HFEngine(Engine):
             sample = self._queue[0]
             longest_prompt = max(longest_prompt, len(sample.prompt_ids))
             longest_response = max(longest_response, sample.params.max_tokens)
-            if batch and (len(batch) + 1) * (longest_prompt + longest_response) > self._max_num_batched_tokens:
+            if batch and (len(batch) + 1) * (longest_prompt + longest_response) > self._max_cache_slots:
                 break
             batch.append(self._queue.popleft())
         return batch
