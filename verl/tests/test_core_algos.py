@@ -164,6 +164,13 @@ def test_clipping_is_reported_where_it_acts() -> None:
     assert got.dual_clipped.tolist() == [[False, False, False, False, True]]
 
 
+def test_a_diverged_token_stays_finite() -> None:
+    new = torch.tensor([[500.0, 500.0, 500.0, -500.0]], requires_grad=True)
+    got = compute_policy_loss(torch.zeros(1, 4), new, torch.tensor([[0.0, 1.0, -1.0, 1.0]]), 0.2, 0.2, clip_c=3.0)
+    got.loss.sum().backward()
+    assert got.loss.isfinite().all() and new.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
 def test_loss_aggregation_adds_up_over_micro_batches(mode: str) -> None:
     loss_mat, _, mask, _ = token_batch()

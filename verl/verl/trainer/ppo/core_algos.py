@@ -222,7 +222,8 @@ def compute_policy_loss(
         clip_c: upper bound (> 1) of the ratio in the loss of tokens with a negative advantage.
     """
     log_ratio = log_probs - old_log_probs
-    ratio = log_ratio.exp()
+    # The clamp only keeps a diverged token finite: an infinite ratio times an advantage of 0 would be nan.
+    ratio = log_ratio.clamp(-20, 20).exp()
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
     pessimistic, bound = torch.maximum(plain, clipped), -advantages * clip_c
     negative = advantages < 0
