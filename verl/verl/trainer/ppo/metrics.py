@@ -18,7 +18,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> float:
     return float(values[mask.bool()].float().mean())
 
 
-def train_metrics(batch: DataProto, eos_token_id: int) -> dict[str, float]:
+def train_metrics(batch: DataProto, eos_token_ids: Sequence[int]) -> dict[str, float]:
     """Rewards, lengths, entropy, agreement of rollout and actor, and the score head's metrics, before the update."""
     columns = batch.batch
     mask, graded, correct = columns["response_mask"].bool(), columns["graded"], columns["correct"]
@@ -31,7 +31,7 @@ def train_metrics(batch: DataProto, eos_token_id: int) -> dict[str, float]:
         "actor/entropy": masked_mean(columns["entropys"], mask),
         "response_length/mean": float(lengths.float().mean()),
         "response_length/max": float(lengths.max()),
-        "response_length/truncated": float(is_truncated(columns["responses"], mask, eos_token_id).float().mean()),
+        "response_length/truncated": float(is_truncated(columns["responses"], mask, eos_token_ids).float().mean()),
         "prompt_length/mean": float(columns["attention_mask"].sum(-1).float().mean() - lengths.float().mean()),
         **log_prob_difference(columns["rollout_log_probs"], columns["old_log_probs"], mask),
     }
@@ -51,9 +51,9 @@ def mixed_prompts(uids: Sequence[str], correct: Tensor, graded: Tensor) -> float
     return sum(len(values) > 1 for values in outcomes.values()) / len(outcomes)
 
 
-def is_truncated(responses: Tensor, mask: Tensor, eos_token_id: int) -> Tensor:
-    """[B] bool: the response filled all of its columns without ending."""
-    return mask.bool().all(-1) & (responses[:, -1] != eos_token_id)
+def is_truncated(responses: Tensor, mask: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
+    """[B] bool: the response filled all of its columns without ending in one of `eos_token_ids`."""
+    return mask.bool().all(-1) & ~torch.isin(responses[:, -1], torch.tensor(eos_token_ids))
 
 
 def log_prob_difference(rollout: Tensor, actor: Tensor, mask: Tensor) -> dict[str, float]:

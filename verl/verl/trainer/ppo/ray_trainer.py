@@ -31,6 +31,7 @@ from verl.utils.seqlen_balancing import rows_by_rank
 from verl.utils.tracking import Tracking
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
 from verl.workers.reward_manager import Reward
+from xbai.engine.files import eos_token_ids, read_config
 from xbai.errors import UserError
 from xbai.files import atomic_write
 from xbai.sprm import trajectory_scores
@@ -61,6 +62,7 @@ class RayPPOTrainer:
         self._rollout, self._world_size = config.actor_rollout_ref.rollout, _world_size(config)
         model = config.actor_rollout_ref.model
         self.tokenizer = load_tokenizer(model.path, model.trust_remote_code)
+        self._eos_token_ids = eos_token_ids(model.path, read_config(model.path), self.tokenizer)
         self._load_data()
         self._checkpoints = CheckpointFolder(config.trainer.default_local_dir, config.trainer.max_actor_ckpt_to_keep)
         self._resume_from = self._checkpoints.find(config.trainer.resume_mode, config.trainer.resume_from_path)
@@ -145,7 +147,7 @@ class RayPPOTrainer:
             reward = pending.result()
         self._add_reward(batch, reward, metrics)
         self._add_advantages(batch)
-        metrics |= train_metrics(batch, self.tokenizer.eos_token_id)
+        metrics |= train_metrics(batch, self._eos_token_ids)
         self._dump(batch, reward)
         self._arrange_for_ranks(batch, metrics)
         self._call("update_actor", batch, None, metrics)
