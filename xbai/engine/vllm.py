@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
+import secrets
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,7 +87,8 @@ class VLLMEngine(Engine):
             "max_num_batched_tokens": max_num_batched_tokens,
             "enforce_eager": self._on_cpu if enforce_eager is None else enforce_eager,
             "kv_cache_memory_bytes": kv_cache_memory_bytes,
-            "seed": 0,
+            # Of requests without a seed: fresh in every process, but one stream over the ranks of a trainer.
+            "seed": 0 if torch.distributed.is_initialized() else secrets.randbits(31),
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
             "logprobs_mode": "raw_logprobs",
