@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import numpy
 import pytest
 import torch
 
-from xbai.engine import Engine, PromptTooLong, SamplingParams, load_engine
+from xbai.engine import Engine, PromptTooLong, SamplingParams, Scorer, load_engine
 from xbai.engine.base import sample_seed
 from xbai.engine.hf import HFEngine
 from xbai.errors import UserError
@@ -136,6 +137,28 @@ def test_what_a_folder_lacks_is_named(make_tiny_model: Callable[..., Path], miss
     with pytest.raises(UserError, match=message):
         load_engine("hf", folder, with_scores=True)
     shutil.rmtree(folder)
+
+
+def test_code_of_a_model_folder_runs_only_when_trusted(make_tiny_model: Callable[..., Path]) -> None:
+    folder = make_tiny_model()
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "their_model",
+        "auto_map": {"AutoConfig": "their.TheirConfig", "AutoModel": "their.Body", "AutoModelForCausalLM": "their.LM"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "their.py").write_text(
+        "from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model\n"
+        "class TheirConfig(Qwen3Config):\n    model_type = 'their_model'\n"
+        "class Body(Qwen3Model):\n    config_class = TheirConfig\n"
+        "class LM(Qwen3ForCausalLM):\n    config_class = TheirConfig\n"
+    )
+    with pytest.raises(UserError, match="trust_remote_code"):
+        load_engine("hf", folder)
+    engine = load_engine("hf", folder, trust_remote_code=True)
+    assert type(engine._model).__name__ == "LM"
+    engine.update_weights(engine._model.state_dict().items())
+    assert Scorer.from_folder(folder, trust_remote_code=True).score([[1, 2]])[0].value == 0.0
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ def load_engine(
     max_model_len: int | None = None,
     lang: str | None = None,
     with_scores: bool | None = None,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> Engine:
     """Load a model folder into an engine.
@@ -43,6 +44,7 @@ def load_engine(
         max_model_len: most tokens of prompt plus response; the model's context by default.
         lang: step rule; None takes the one that travels with the head (`en` where none does).
         with_scores: load the score head; None loads it where the folder has one.
+        trust_remote_code: run the Python code that comes with the folder.
         **options: the engine's own, see `HFEngine` and `VLLMEngine`.
 
     Raises:
@@ -63,7 +65,13 @@ def load_engine(
     _check_options(name, engine, options)
     with _preserved_random_states():
         return engine(
-            model_path, dtype=dtype, max_model_len=max_model_len, lang=lang, with_scores=with_scores, **options
+            model_path,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            lang=lang,
+            with_scores=with_scores,
+            trust_remote_code=trust_remote_code,
+            **options,
         )
 
 

@@ -124,12 +124,14 @@ class Engine(ABC):
         max_model_len: int,
         scorer: Scorer | None,
         seed: int | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size: int = config.vocab_size
         self.max_model_len = max_model_len
         self.scorer = scorer
         self._config = config
+        self._trust_remote_code = trust_remote_code
         self._requests: dict[str, _Request] = {}
         self._seeds = None if seed is None else random.Random(seed)
 
@@ -270,7 +272,7 @@ class Engine(ABC):
 
     @cached_property
     def _weight_shapes(self) -> dict[str, torch.Size]:
-        return weight_shapes(self._config)
+        return weight_shapes(self._config, self._trust_remote_code)
 
     def _add_scores(self, requests: list[_Request]) -> None:
         pairs = [(s.prompt_ids, request.completions[s.index]) for request in requests for s in request.samples]

@@ -62,7 +62,7 @@ def check_model_folder(model_path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
-def read_config(model_path: str | Path) -> PretrainedConfig:
+def read_config(model_path: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
     """The model's configuration.
 
     Raises:
@@ -72,12 +72,12 @@ def read_config(model_path: str | Path) -> PretrainedConfig:
 
     check_model_folder(model_path)
     try:
-        return AutoConfig.from_pretrained(str(model_path), local_files_only=True)
+        return AutoConfig.from_pretrained(str(model_path), local_files_only=True, trust_remote_code=trust_remote_code)
     except (ValueError, OSError) as error:
-        raise UserError(f"{Path(model_path) / 'config.json'}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{Path(model_path) / 'config.json'}: {_one_line(error)}") from error
 
 
-def load_tokenizer(model_path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(model_path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Raises:
@@ -89,13 +89,19 @@ def load_tokenizer(model_path: str | Path) -> PreTrainedTokenizerBase:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{folder}: no tokenizer (one of {', '.join(TOKENIZER_FILES)}) beside the model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: no tokenizer that transformers can load ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{folder}: no tokenizer that transformers can load ({_one_line(error)})") from error
     # Without a vocabulary transformers makes up a tokenizer that knows nothing but its special tokens.
     if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
         raise UserError(f"{folder}: no tokenizer, the files there hold no vocabulary (tokenizer.json is missing?)")
     return tokenizer
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def eos_token_ids(model_path: str | Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -137,10 +143,10 @@ def resolve_max_model_len(requested: int | None, config: PretrainedConfig) -> in
     return requested
 
 
-def weight_shapes(config: PretrainedConfig) -> dict[str, torch.Size]:
+def weight_shapes(config: PretrainedConfig, trust_remote_code: bool = False) -> dict[str, torch.Size]:
     """Name and shape of every parameter of the causal LM, a tied LM head included; takes no memory for weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}

@@ -34,6 +34,7 @@ class HFEngine(Engine):
         max_model_len: most tokens of prompt plus response; the model's context by default.
         lang: step rule of a head without `sprm_config.json`.
         with_scores: load the score head.
+        trust_remote_code: run the Python code that comes with the folder.
         max_num_seqs: most samples of one batch.
         max_cache_slots: most KV-cache slots (rows x padded length) of one batch; a larger sample runs alone.
         seed: of the random streams of requests without a seed.
@@ -47,16 +48,20 @@ class HFEngine(Engine):
         max_model_len: int | None = None,
         lang: str | None = None,
         with_scores: bool = False,
+        trust_remote_code: bool = False,
         max_num_seqs: int = 64,
         max_cache_slots: int = 131072,
         seed: int | None = None,
     ) -> None:
-        config = read_config(model_path)
-        tokenizer = load_tokenizer(model_path)
+        config = read_config(model_path, trust_remote_code)
+        tokenizer = load_tokenizer(model_path, trust_remote_code)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(
-                str(model_path), dtype=resolve_dtype(dtype, config), local_files_only=True
+                str(model_path),
+                dtype=resolve_dtype(dtype, config),
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
             )
         self._model = model.to(self.device).eval()
         scorer = None
@@ -64,7 +69,8 @@ class HFEngine(Engine):
             sprm_config = load_sprm_config(model_path, tokenizer, lang)
             head = load_score_head(model_path, config.hidden_size, sprm_config)
             scorer = Scorer(truncate_backbone(model.model), head, sprm_config.step_rule)
-        super().__init__(config, tokenizer, resolve_max_model_len(max_model_len, config), scorer, seed)
+        length = resolve_max_model_len(max_model_len, config)
+        super().__init__(config, tokenizer, length, scorer, seed, trust_remote_code)
         self._eos_ids = frozenset(eos_token_ids(model_path, config, tokenizer))
         self._max_num_seqs = max_num_seqs
         self._max_cache_slots = max_cache_slots

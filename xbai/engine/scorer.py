@@ -81,6 +81,7 @@ class Scorer:
         lang: str | None = None,
         device: str | torch.device | None = None,
         max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
+        trust_remote_code: bool = False,
     ) -> Scorer:
         """Load a reflective model's folder; weights of the last layer and the LM head stay on disk.
 
@@ -89,13 +90,17 @@ class Scorer:
         """
         from transformers import AutoModel
 
-        config = read_config(model_path)
-        sprm_config = load_sprm_config(model_path, load_tokenizer(model_path), lang)
+        config = read_config(model_path, trust_remote_code)
+        sprm_config = load_sprm_config(model_path, load_tokenizer(model_path, trust_remote_code), lang)
         head = load_score_head(model_path, config.hidden_size, sprm_config)
         shortened = _without_last_layer(config)
         with quiet_transformers():
             backbone = AutoModel.from_pretrained(
-                str(model_path), config=shortened, dtype=resolve_dtype(dtype, config), local_files_only=True
+                str(model_path),
+                config=shortened,
+                dtype=resolve_dtype(dtype, config),
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
             )
         backbone.norm = nn.Identity()
         backbone.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -50,6 +50,7 @@ class VLLMEngine(Engine):
         max_model_len: most tokens of prompt plus response; the model's context by default.
         lang: step rule of a head without `sprm_config.json`.
         with_scores: load the score head, with a truncated copy of the backbone for it.
+        trust_remote_code: run the Python code that comes with the folder.
         max_num_seqs: most samples in flight.
         max_num_batched_tokens: most tokens of one scheduler iteration.
         enforce_eager: no compilation; True by default on CPU, where compiling costs a minute.
@@ -65,6 +66,7 @@ class VLLMEngine(Engine):
         max_model_len: int | None = None,
         lang: str | None = None,
         with_scores: bool = False,
+        trust_remote_code: bool = False,
         max_num_seqs: int = 128,
         max_num_batched_tokens: int | None = None,
         enforce_eager: bool | None = None,
@@ -72,12 +74,14 @@ class VLLMEngine(Engine):
         seed: int | None = None,
         **options: Any,
     ) -> None:
-        config = read_config(model_path)
-        tokenizer = load_tokenizer(model_path)
+        config = read_config(model_path, trust_remote_code)
+        tokenizer = load_tokenizer(model_path, trust_remote_code)
         length = resolve_max_model_len(max_model_len, config)
         torch_dtype = resolve_dtype(dtype, config)
-        scorer = Scorer.from_folder(model_path, dtype=dtype, lang=lang) if with_scores else None
-        super().__init__(config, tokenizer, length, scorer, seed)
+        scorer = None
+        if with_scores:
+            scorer = Scorer.from_folder(model_path, dtype=dtype, lang=lang, trust_remote_code=trust_remote_code)
+        super().__init__(config, tokenizer, length, scorer, seed, trust_remote_code)
         self._on_cpu = not torch.cuda.is_available()
         arguments = {
             "model": str(model_path),
@@ -89,6 +93,7 @@ class VLLMEngine(Engine):
             "kv_cache_memory_bytes": kv_cache_memory_bytes,
             # Of requests without a seed: fresh in every process, but one stream over the ranks of a trainer.
             "seed": 0 if torch.distributed.is_initialized() else secrets.randbits(31),
+            "trust_remote_code": trust_remote_code,
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
             "logprobs_mode": "raw_logprobs",
