@@ -91,7 +91,9 @@ def test_row_without_prompt(fails, tmp_path):
     row = {"data_source": "make10", "reward_model": {"ground_truth": "1 2 3 4"}}
     rows = [{**row, "prompt": [{"role": "user", "content": "hi"}]}, {**row, "prompt": None}]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
-    assert "rows.parquet:1: 'prompt' must be a non-empty list" in fails(f"data.train_files={tmp_path}/rows.parquet")
+    assert "rows.parquet: row 1: 'prompt' must be a non-empty list" in fails(
+        f"data.train_files={tmp_path}/rows.parquet"
+    )
 
 
 def test_data_source_without_grader(fails, tmp_path):

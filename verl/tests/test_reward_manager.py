@@ -94,6 +94,22 @@ def test_unknown_names_are_refused(tmp_path, tiny_tokenizer):
     with pytest.raises(UserError, match="reward_manager=magic"):
         load_reward_manager(_config("magic"), tiny_tokenizer)
     with pytest.raises(UserError, match="data_source 'poetry'"):
-        check_gradable(["make10", "poetry"], _config())
+        check_gradable([("a: row 0", "make10", {"ground_truth": "1"}), ("a: row 1", "poetry", {})], _config())
     with pytest.raises(UserError, match=r"custom_reward_function\.path"):
-        check_gradable(["poetry"], _config(custom=str(tmp_path / "none.py")))
+        check_gradable([("a: row 0", "poetry", {})], _config(custom=str(tmp_path / "none.py")))
+
+
+@pytest.mark.parametrize(
+    ("reward_model", "message"),
+    [
+        (None, r"a\.parquet: row 7: 'reward_model' must be"),
+        ({"style": "rule"}, r"a\.parquet: row 7: 'reward_model' has no ground_truth"),
+        ({"ground_truth": {"target": None}}, r"a\.parquet: row 7: 'reward_model' has no ground_truth"),
+    ],
+)
+def test_a_row_without_an_answer_is_named(reward_model, message):
+    check_gradable(
+        [("row", "make10", {"ground_truth": 0}), ("row", "make10", {"ground_truth": {"target": "0"}})], _config()
+    )
+    with pytest.raises(UserError, match=message):
+        check_gradable([("a.parquet: row 7", "make10", reward_model)], _config())

@@ -62,13 +62,13 @@ def test_truncation_keeps_one_end(write_rows, tiny_tokenizer, truncation, kept):
 
 def test_truncation_error_names_the_row(write_rows, tiny_tokenizer):
     dataset = RLHFDataset(write_rows(["hi", "x" * 80]), tiny_tokenizer, _config(filter_overlong_prompts=False))
-    with pytest.raises(UserError, match="row 1 has"):
+    with pytest.raises(UserError, match=r"rows\.parquet: row 1 has a prompt"):
         dataset[1]
 
 
 def test_row_without_prompt_is_named(write_rows, tiny_tokenizer):
     path = write_rows(["hi", "there", None])
-    with pytest.raises(UserError, match=r"rows\.parquet:2: 'prompt'"):
+    with pytest.raises(UserError, match=r"rows\.parquet: row 2: 'prompt'"):
         RLHFDataset(path, tiny_tokenizer, _config())
 
 
@@ -77,6 +77,19 @@ def test_missing_column_and_missing_file(write_rows, tiny_tokenizer):
         RLHFDataset(write_rows(["hi"]), tiny_tokenizer, _config(prompt_key="question"))
     with pytest.raises(UserError, match=r"nowhere\.parquet does not exist"):
         RLHFDataset("nowhere.parquet", tiny_tokenizer, _config())
+
+
+def test_files_may_hold_ground_truths_of_different_forms(write_rows, tiny_tokenizer, tmp_path):
+    row = {"data_source": "make10", "prompt": [{"role": "user", "content": "hello"}]}
+    nested = [{**row, "reward_model": {"ground_truth": {"target": "7"}}, "extra_info": {"index": 3}}]
+    datasets.Dataset.from_list(nested).to_parquet(tmp_path / "nested.parquet")
+    files = [write_rows(["hi", "x" * 80]), str(tmp_path / "nested.parquet")]
+    dataset = RLHFDataset(files, tiny_tokenizer, _config())
+    assert dataset.values("row_index") == [0, 2]
+    assert [truth["ground_truth"] for truth in dataset.values("reward_model")] == ["0", {"target": "7"}]
+    assert dataset.places() == [f"{files[0]}: row 0", f"{files[1]}: row 0"]
+    batch = collate_fn([dataset[0], dataset[1]], pad_token_id=9)
+    assert batch["extra_info"].tolist() == [None, {"index": 3}]
 
 
 def test_collate_pads_on_the_left(write_rows, tiny_tokenizer):

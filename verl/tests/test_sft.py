@@ -51,7 +51,10 @@ def test_rows_without_label_train_the_language_model_only(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"prompt": CHAT, "response": "x"}, {"prompt": None, "response": "x"}], "row 1: 'prompt' must be a list"),
+        (
+            [{"prompt": CHAT, "response": "x"}, {"prompt": None, "response": "x"}],
+            "row 1: 'prompt' must be a non-empty list",
+        ),
         ([{"prompt": CHAT, "response": "x"}, {"prompt": CHAT, "response": None}], "row 1: 'response' must be a text"),
         ([{"prompt": CHAT, "response": "7" * 600}], "row 0 has 6.. tokens, more than data.max_length=512"),
         ([{"question": "x", "response": "x"}], "no column 'prompt'"),

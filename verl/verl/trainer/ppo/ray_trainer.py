@@ -76,7 +76,8 @@ class RayPPOTrainer:
         self._train_data = RLHFDataset(data.train_files, self.tokenizer, data)
         self._val_data = RLHFDataset(data.val_files, self.tokenizer, data) if data.val_files else None
         for dataset in filter(None, (self._train_data, self._val_data)):
-            check_gradable(dataset.values(data.reward_fn_key), self.config)
+            columns = dataset.values(data.reward_fn_key), dataset.values("reward_model")
+            check_gradable(zip(dataset.places(), *columns), self.config)
         self._loader = create_dataloader(
             self._train_data, data.train_batch_size, shuffle=data.shuffle, seed=trainer.seed
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
@@ -26,15 +27,31 @@ def load_reward_manager(config: DictConfig, tokenizer: PreTrainedTokenizerBase) 
     return REWARD_MANAGERS[name](tokenizer, config)
 
 
-def check_gradable(data_sources: Iterable[str], config: DictConfig) -> None:
-    """Make sure that there is a grader before anything is generated.
+def check_gradable(rows: Iterable[tuple[str, str, Any]], config: DictConfig) -> None:
+    """Make sure that every row can be graded, before anything is generated.
+
+    Args:
+        rows: for each where it is, its data source and its `reward_model`.
+        config: the trainer's whole configuration.
 
     Raises:
-        UserError: a data source without a grader, or a custom reward function that is not there.
+        UserError: a data source without a grader, a row without an answer to grade by (a custom reward function may do
+            without), or a custom reward function that is not there.
     """
     custom = config.custom_reward_function
     if custom.path is not None:
         CustomGrader(custom.path, custom.name).load()
-        return
-    for source in sorted(set(data_sources)):
-        answer_check(source)
+    for place, source, reward_model in rows:
+        if not isinstance(reward_model, dict):
+            raise UserError(f"{place}: 'reward_model' must be {{style, ground_truth}}, found {reward_model!r:.60}")
+        if custom.path is None:
+            answer_check(source)
+            _check_ground_truth(reward_model, place)
+
+
+def _check_ground_truth(reward_model: dict[str, Any], place: str) -> None:
+    truth = reward_model.get("ground_truth")
+    if (truth.get("target") if isinstance(truth, dict) else truth) is None:
+        raise UserError(
+            f"{place}: 'reward_model' has no ground_truth, a text or number or {{target: ...}}; found {reward_model!r:.60}"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,13 +13,15 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, ListConfig
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import RandomSampler
 from transformers import PreTrainedTokenizerBase
 
 from verl.protocol import object_array
+from verl.utils.dataset.messages import check_messages
 from xbai.errors import UserError
+from xbai.prompts import prompt_ids
 
 logger = logging.getLogger(__name__)
 
@@ -53,27 +56,33 @@ class RLHFDataset(Dataset):
         if tokenizer.chat_template is None:
             raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template, which prompts need")
         parts = [_read_parquet(file, config.prompt_key) for file in file_list(data_files)]
-        rows = datasets.concatenate_datasets(parts)
-        self._rows = rows.add_column("row_index", list(range(len(rows))))
+        self._places = [
+            f"{file}: row {row}" for file, part in zip(file_list(data_files), parts) for row in range(len(part))
+        ]
+        parts = _numbered(parts)
         if config.filter_overlong_prompts:
-            self._drop_overlong()
+            parts = [self._without_overlong(part) for part in parts]
+            dropped = len(self._places) - sum(map(len, parts))
+            logger.info(
+                "%d of %d prompts dropped: longer than %d tokens", dropped, len(self._places), config.max_prompt_length
+            )
+        # One table of them all would need one form of every column, where ground truths may be texts in one file and
+        # {"target": ...} in the next.
+        self._rows = ConcatDataset(parts)
         if not len(self._rows):
             raise UserError(f"{', '.join(file_list(data_files))}: no prompt of up to {config.max_prompt_length} tokens")
 
-    def _drop_overlong(self) -> None:
-        limit = self.config.max_prompt_length
-        lengths = [len(self._token_ids(messages)) for messages in self._rows[self.config.prompt_key]]
-        kept = [row for row, length in enumerate(lengths) if length <= limit]
-        logger.info("%d of %d prompts dropped: longer than %d tokens", len(lengths) - len(kept), len(lengths), limit)
-        self._rows = self._rows.select(kept)
-
-    def _token_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+    def _without_overlong(self, part: datasets.Dataset) -> datasets.Dataset:
+        lengths = (len(prompt_ids(self.tokenizer, messages)) for messages in part[self.config.prompt_key])
+        return part.select([row for row, length in enumerate(lengths) if length <= self.config.max_prompt_length])
 
     def values(self, column: str) -> list[Any]:
         """One column of all rows."""
-        return self._rows[column]
+        return [value for part in self._rows.datasets for value in part[column]]
+
+    def places(self) -> list[str]:
+        """File and number of every row, for messages."""
+        return [self._places[index] for index in self.values("row_index")]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -81,7 +90,7 @@ class RLHFDataset(Dataset):
     def __getitem__(self, item: int) -> dict[str, Any]:
         row = self._rows[item]
         messages = row.pop(self.config.prompt_key)
-        ids = self._truncate(self._token_ids(messages), row["row_index"])
+        ids = self._truncate(prompt_ids(self.tokenizer, messages), row["row_index"])
         if self.config.return_raw_chat:
             row["raw_prompt"] = messages
         return {
@@ -97,7 +106,7 @@ class RLHFDataset(Dataset):
             return ids
         if self.config.truncation == "error":
             raise UserError(
-                f"data.max_prompt_length={limit}: the prompt of row {index} has {len(ids)} tokens; raise the limit, "
+                f"{self._places[index]} has a prompt of {len(ids)} tokens; raise data.max_prompt_length={limit}, "
                 "or set data.filter_overlong_prompts=true or data.truncation=left|right"
             )
         return ids[-limit:] if self.config.truncation == "left" else ids[:limit]
@@ -110,20 +119,14 @@ def _read_parquet(file: str, prompt_key: str) -> datasets.Dataset:
     if prompt_key not in rows.column_names:
         raise UserError(f"{file}: no column {prompt_key!r} (data.prompt_key); it has {', '.join(rows.column_names)}")
     for number, messages in enumerate(rows[prompt_key]):
-        if not _is_chat(messages):
-            raise UserError(
-                f"{file}:{number}: {prompt_key!r} must be a non-empty list of {{role, content}} messages, "
-                f"found {messages!r:.60}"
-            )
+        check_messages(messages, prompt_key, f"{file}: row {number}")
     return rows
 
 
-def _is_chat(messages: Any) -> bool:
-    return (
-        isinstance(messages, list)
-        and len(messages) > 0
-        and all(isinstance(m, dict) and m.get("role") and isinstance(m.get("content"), str) for m in messages)
-    )
+def _numbered(parts: Sequence[datasets.Dataset]) -> list[datasets.Dataset]:
+    """Add each row's number over all parts, as `row_index`."""
+    first = itertools.accumulate(map(len, parts), initial=0)
+    return [part.add_column("row_index", list(range(start, start + len(part)))) for start, part in zip(first, parts)]
 
 
 def collate_fn(items: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor | np.ndarray]:

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from verl.utils.dataset.messages import check_messages
 from xbai.errors import UserError
+from xbai.prompts import prompt_ids
 
 
 @dataclass(frozen=True)
@@ -71,18 +73,14 @@ class SFTDataset(Dataset):
 
     def _example(self, row: Mapping[str, Any], place: str) -> SFTExample:
         messages, response = row[self._config.prompt_key], row[self._config.response_key]
-        if not messages or not all(isinstance(m, dict) and m.get("content") for m in messages):
-            raise UserError(f"{place}: {self._config.prompt_key!r} must be a list of messages, found {messages!r:.60}")
+        check_messages(messages, self._config.prompt_key, place)
         if not isinstance(response, str) or not response:
             raise UserError(f"{place}: {self._config.response_key!r} must be a text, found {response!r:.60}")
-        prompt = self._encode(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        ids = [*prompt, *self._encode(response), self._tokenizer.eos_token_id]
+        prompt = prompt_ids(self._tokenizer, messages)
+        ids = [*prompt, *self._tokenizer.encode(response, add_special_tokens=False), self._tokenizer.eos_token_id]
         if len(ids) > self._config.max_length:
             raise UserError(f"{place} has {len(ids)} tokens, more than data.max_length={self._config.max_length}")
         return SFTExample(ids, len(prompt), row.get(self._config.label_key))
-
-    def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
 
     @property
     def has_labels(self) -> bool:

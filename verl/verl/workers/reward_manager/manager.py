@@ -106,7 +106,7 @@ class RewardManager:
             [ids[kept].tolist() for ids, kept in zip(data.batch["responses"], mask)], skip_special_tokens=True
         )
         return [
-            GradeRequest(source, text, truth["ground_truth"], info)
+            GradeRequest(source, text, truth.get("ground_truth"), info)
             for source, text, truth, info in zip(sources, texts, truths, extra)
         ]
 
