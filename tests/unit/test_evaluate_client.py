@@ -105,6 +105,31 @@ def test_nothing_alive_gives_up_in_one_line() -> None:
     assert "run the same command again" in str(error)
 
 
+@pytest.mark.parametrize("status", [500, 503, 504])
+def test_a_failure_after_long_work_is_no_absence(serve_app: Callable[[FastAPI], str], status: int) -> None:
+    script, healthy = Script(status, seconds=0.3), Script(seconds=0.3)
+    urls = f"{serve_app(script.app)},{serve_app(healthy.app)}"
+    assert posts(urls, 4, RetryPolicy(patience_s=0.1)) == [{"ok": True}] * 4
+
+
+def test_a_copy_that_dies_during_long_work_ends_nothing(serve_app: Callable[[FastAPI], str]) -> None:
+    async def run() -> dict:
+        async def die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read(10)
+            await asyncio.sleep(0.3)
+            writer.close()
+            dying.close()
+
+        dying = await asyncio.start_server(die, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{dying.sockets[0].getsockname()[1]}"
+        async with httpx.AsyncClient() as client:
+            policy = RetryPolicy(patience_s=0.1)
+            return await ServicePool(f"{url},{healthy}", "/generate", client, policy, 1).post({})
+
+    healthy = serve_app(Script().app)
+    assert asyncio.run(run()) == {"ok": True}
+
+
 def test_a_slow_answer_times_out_and_is_tried_again(serve_app: Callable[[FastAPI], str]) -> None:
     script = Script(seconds=1.0)
     (error,) = posts(serve_app(script.app), 1, RetryPolicy(max_attempts=2, request_timeout_s=0.1))

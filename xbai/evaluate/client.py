@@ -47,13 +47,18 @@ class RetryPolicy:
 
 @dataclass
 class Replica:
-    """One copy of a service and what it is busy with."""
+    """One copy of a service and what it is busy with.
+
+    Attributes:
+        unreachable_since: when it first failed to answer at all; None once it has answered anything.
+    """
 
     base_url: str
     outstanding: int = 0
     in_flight: int = 0
     failures: int = 0
     resting_until: float = 0.0
+    unreachable_since: float | None = None
 
 
 def base_urls(urls: str) -> list[str]:
@@ -101,11 +106,10 @@ class ServicePool:
 
         Raises:
             RequestRefusedError: a 4xx answer, or `max_attempts` failures.
-            ServiceUnavailableError: nothing could be reached for `patience_s`.
+            ServiceUnavailableError: every copy has been out of reach for `patience_s`.
         """
         clock = asyncio.get_running_loop().time
         failed_attempts = 0
-        last_contact = clock()
         while True:
             async with self._lease(weight) as replica:
                 try:
@@ -116,16 +120,18 @@ class ServicePool:
                     )
                 except (httpx.ReadTimeout, httpx.WriteTimeout):
                     failed_attempts, problem = failed_attempts + 1, "timed out"
+                    replica.unreachable_since = None
                 except httpx.TransportError as error:
                     problem = f"{type(error).__name__}: {error}"
                     self._set_aside(replica, problem)
                 else:
+                    if response.status_code != 503:
+                        replica.unreachable_since = None
                     if response.is_success:
                         replica.failures = 0
                         return response.json()
                     problem = f"{response.status_code}: {_detail(response)}"
                     if response.status_code == 429:
-                        last_contact = clock()
                         replica.resting_until = clock() + _retry_after_s(response)
                     elif response.status_code == 503:
                         self._set_aside(replica, problem)
@@ -135,7 +141,7 @@ class ServicePool:
                         raise RequestRefusedError(problem)
             if failed_attempts >= self._policy.max_attempts:
                 raise RequestRefusedError(f"{failed_attempts} attempts failed, the last with: {problem}")
-            if clock() - last_contact > self._policy.patience_s:
+            if self._out_of_reach_s(clock()) > self._policy.patience_s:
                 tried = ", ".join(replica.base_url for replica in self.replicas)
                 raise ServiceUnavailableError(
                     f"no answer from {tried} for {self._policy.patience_s:g} s ({problem}); "
@@ -212,8 +218,14 @@ class ServicePool:
         room = 1 if replica.failures else self.max_in_flight
         return replica.resting_until <= now and replica.in_flight < room
 
+    def _out_of_reach_s(self, now: float) -> float:
+        """For how long no copy has answered; 0 while any is not known to be away."""
+        return min(0.0 if r.unreachable_since is None else now - r.unreachable_since for r in self.replicas)
+
     def _set_aside(self, replica: Replica, problem: str) -> None:
         now = asyncio.get_running_loop().time()
+        if replica.unreachable_since is None:
+            replica.unreachable_since = now
         if replica.resting_until > now:
             return
         replica.failures += 1
