@@ -1,0 +1,274 @@
+"""Every command of the READMEs runs here as it is written, in a fresh copy, on the files of a miniature quickstart."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+
+REPOSITORY = Path(__file__).parents[2]
+README, README_ZH = REPOSITORY / "README.md", REPOSITORY / "README_zh.md"
+QUICKSTART = "bash scripts/quickstart.sh"
+OUT = "outputs/quickstart"
+STAGES = ("setup", "data", "sft", "rl", "merge", "evaluate_base", "evaluate_rl", "metrics", "report")
+
+MINIATURE = {
+    "PROBLEMS": "4",
+    "RANKS": "1",
+    "SFT_ARGS": "trainer.total_training_steps=4 data.train_batch_size=8 data.micro_batch_size_per_gpu=8",
+    "RL_ARGS": "trainer.total_training_steps=2 trainer.val_before_train=false trainer.test_freq=2 "
+    "data.train_batch_size=4 actor_rollout_ref.actor.ppo_mini_batch_size=4 actor_rollout_ref.rollout.n=2 "
+    "actor_rollout_ref.rollout.val_kwargs.n=1 data.max_response_length=32",
+}
+
+
+def blocks(readme: Path) -> list[list[str]]:
+    """The command lines of each fenced bash block."""
+    return [block.strip().split("\n") for block in re.findall(r"```bash\n(.*?)```", readme.read_text(), re.S)]
+
+
+def commands(readme: Path) -> list[str]:
+    """Every command; one that follows a `cd` in its block runs in that folder."""
+    found = []
+    for block in blocks(readme):
+        moves = [line for line in block if line.startswith("cd ")]
+        found += [" && ".join([*moves, line]) for line in block if line not in moves]
+    return found
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ends here: status 0, or 2 with one line, and what its output and its files are."""
+
+    status: int = 0
+    says: str = ""
+    wrote: str | None = None
+    within_s: float = 240.0
+    variables: dict[str, str] = field(default_factory=dict)
+    needs_services: bool = False
+
+
+SERVICE = Outcome(needs_services=True)
+OUTCOMES = {
+    # The fixture `quickstart` has run it in small; it then finds everything done.
+    QUICKSTART: Outcome(says="9/9 Table and figures: finished earlier", within_s=10, variables=MINIATURE),
+    # What it runs is this test: so pytest only tells its version. Set-up and lint are real.
+    "bash scripts/run_tests.sh": Outcome(says="All checks passed", variables={"PYTEST_ADDOPTS": "--version"}),
+    "bash scripts/setup.sh": Outcome(says="is up to date", within_s=5),
+    # In dry runs (see conftest.py): continuous integration starts with a real installation by setup.sh.
+    "pip install -e verl": Outcome(says="Would install verl"),
+    "pip install -r requirements.txt": Outcome(says="Would install xbai"),
+    "python data/prepare.py make10": Outcome(wrote="data/make10_train.parquet"),
+    "python data/prepare.py aime24 aime25": Outcome(2, r"error: cannot download HuggingFaceH4/aime_2024: .*Hub"),
+    "python data/prepare.py deepscaler": Outcome(2, r"error: cannot download agentica-org/DeepScaleR.*Hub"),
+    # Machines with 8 GPUs lack the model.
+    "bash ./scripts/run_single_node.sh": Outcome(2, "error: .*(needs 8 GPUs.*quickstart.sh|is not a model folder)"),
+    "bash ./scripts/run_single_node.sh trainer.device=cpu": Outcome(
+        wrote="outputs/two_steps/global_step_2/actor", says="finished 2 steps"
+    ),
+    "bash ./verl/examples/ray/run_worker_n.sh host1 host2": Outcome(2, "error: .*host1 host2.*", within_s=30),
+    "bash ./scripts/run_multi_node.sh": Outcome(2, r"error: actor_rollout_ref.model.path=.* is not a model folder"),
+    "cd ./verl/scripts && bash model_merger.sh": Outcome(wrote="outputs/merged/score_module.pt"),
+    "python test/score_model_queue.py": SERVICE,
+    "python test/policy_model_queue.py": SERVICE,
+    "python test/inference.py": Outcome(wrote="outputs/make10.jsonl", needs_services=True),
+    "python test/compute_metric.py": Outcome(says="Best-of-N", needs_services=True),
+}
+
+
+def expected(command: str) -> Outcome:
+    """The entry with the longest beginning of `command`."""
+    known = [beginning for beginning in OUTCOMES if f"{command} ".startswith(f"{beginning} ") or command == beginning]
+    assert known, f"the README has a new command, say in OUTCOMES how it ends here: {command}"
+    return OUTCOMES[max(known, key=len)]
+
+
+# What the text promises
+
+
+def test_both_languages_hold_the_same_commands():
+    assert blocks(README) == blocks(README_ZH)
+    assert len(commands(README)) >= len(OUTCOMES)
+
+
+def test_both_languages_hold_the_same_sections_and_figures():
+    def outline(readme: Path) -> list[str]:
+        return re.findall(r"^#+ ", readme.read_text(), re.M)
+
+    def images(readme: Path) -> list[str]:
+        return re.findall(r"!\[.*?\]\((.*?)\)", readme.read_text())
+
+    assert outline(README) == outline(README_ZH)
+    assert images(README) == images(README_ZH)
+
+
+@pytest.mark.parametrize("readme", [README, README_ZH], ids=lambda path: path.name)
+def test_links_lead_somewhere(readme: Path):
+    text = readme.read_text()
+    headings = {
+        re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in re.findall(r"^#+ (.*)$", text, re.M)
+    }
+    for target in re.findall(r"\]\((.*?)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in headings, target
+        elif "://" not in target:
+            assert (REPOSITORY / target).is_file(), target
+
+
+# What the commands do
+
+
+@dataclass(frozen=True)
+class Miniature:
+    """The quickstart in small, interrupted twice: the outputs of its three runs, and its folder."""
+
+    outputs: list[str]
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def quickstart(checkout) -> Miniature:
+    out = checkout.root / OUT
+    outputs = []
+
+    def stop(process, send) -> None:
+        send()
+        assert process.wait(60) != 0
+        checkout.wait_until(lambda: not checkout.processes(), 30, "the processes of an interrupted quickstart end")
+        outputs.append(checkout.logs[-1].read_text())
+
+    def training() -> bool:
+        return any("main_sft" in command and "torchrun" not in command for command in checkout.processes().values())
+
+    process = checkout.start(QUICKSTART, **MINIATURE)
+    checkout.wait_until(lambda: training() or process.poll() is not None, 200, "the supervised stage starts")
+    stop(process, lambda: os.killpg(process.pid, signal.SIGINT))  # Ctrl-C
+    assert finished_stages(out) == {"setup", "data"}
+
+    process = checkout.start(QUICKSTART, **MINIATURE)
+    service_log = out / "logs/policy_base.log"
+    checkout.wait_until(lambda: service_log.exists() or process.poll() is not None, 240, "the services start")
+    stop(process, process.terminate)  # the script alone: it has to end its services
+    assert finished_stages(out) == {"setup", "data", "sft", "rl", "merge"}
+
+    status, output = checkout.run(QUICKSTART, **MINIATURE)
+    assert status == 0, output[-5000:]
+    return Miniature([*outputs, output], out)
+
+
+def finished_stages(out: Path) -> set[str]:
+    return {path.name for path in (out / "stages").iterdir()} - {".", ".."}
+
+
+@pytest.fixture(scope="module")
+def services(checkout, quickstart) -> Iterator[None]:
+    """The README's services, on its ports."""
+    lines = [command for command in commands(README) if expected(command) is SERVICE]
+    ports = [int(re.search(r"--port (\d+)", line)[1]) for line in lines]
+    for port in ports:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                pytest.skip(f"port {port} of the README is in use on this machine")
+    started = [checkout.start(f"exec {line}") for line in lines]
+    logs = checkout.logs[-len(lines) :]
+    try:
+        for process, port, log in zip(started, ports, logs, strict=True):
+
+            def answers(process=process, port=port, log=log) -> bool:
+                assert process.poll() is None, log.read_text()[-3000:]
+                try:
+                    return httpx.get(f"http://127.0.0.1:{port}/ready").is_success
+                except httpx.TransportError:
+                    return False
+
+            checkout.wait_until(answers, 120, f"the service on port {port} is ready")
+        yield
+    finally:
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.wait(30)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+class TestCommands:
+    def test_an_interrupted_quickstart_goes_on_from_the_last_finished_stage(self, quickstart: Miniature):
+        again = [output.count("finished earlier") for output in quickstart.outputs]
+        assert again == [0, 2, 5]
+        assert finished_stages(quickstart.folder) == set(STAGES)
+
+    def test_the_quickstart_says_how_far_it_is_and_where_its_output_lies(self, quickstart: Miniature):
+        whole = quickstart.outputs[-1]
+        for number in range(1, len(STAGES) + 1):
+            assert f"{number}/{len(STAGES)} " in whole
+        assert f"Table: {OUT}/summary.json; figures: {OUT}/training.png, {OUT}/accuracy.png" in whole
+
+    def test_stages_made_with_other_settings_are_not_taken_for_finished(self, checkout, quickstart: Miniature):
+        status, output = checkout.run(QUICKSTART, **MINIATURE | {"PROBLEMS": "5"})
+        assert (status, output.count("\n")) == (2, 1)
+        assert output.startswith(f"error: {OUT} was begun with SEED=0 PROBLEMS=4 ")
+
+    def test_summary_is_complete(self, quickstart: Miniature):
+        summary = json.loads((quickstart.folder / "summary.json").read_text())
+        assert (summary["problems"], summary["samples"]) == (4, 32)
+        assert summary["seconds_total"] == sum(
+            int((quickstart.folder / "stages" / stage).read_text()) for stage in STAGES if stage != "report"
+        )
+        assert 0 < summary["temperature"] <= 1
+        assert set(summary["pass_at_1"]) == {"base", "rl"}
+        for model in (summary, summary["base_model"]):
+            assert {"auc", "within_prompt_auc"} <= set(model)
+            for strategy in ("best_of_n", "majority", "oracle", "random"):
+                assert set(model[strategy]) == {"2", "8", "32"}
+                assert all(0 <= accuracy <= 1 for accuracy in model[strategy].values())
+
+    @pytest.mark.parametrize("name", ["training.png", "accuracy.png"])
+    def test_figures_are_images(self, quickstart: Miniature, name: str):
+        with Image.open(quickstart.folder / name) as image:
+            assert min(image.size) > 300
+            assert len(image.convert("L").getcolors()) > 10
+
+    @pytest.mark.parametrize("command", commands(README), ids=lambda command: command[:60])
+    def test_command_runs_as_written(self, command: str, checkout, quickstart: Miniature, request):
+        outcome = expected(command)
+        if outcome.needs_services:
+            request.getfixturevalue("services")
+        if outcome is SERVICE:
+            return
+        before = set(checkout.processes())
+        started = time.monotonic()
+        status, output = checkout.run(command, **outcome.variables)
+        assert status == outcome.status, output[-5000:]
+        assert time.monotonic() - started < outcome.within_s
+        assert re.search(outcome.says, output), output
+        if status:
+            assert [line for line in output.splitlines() if line.startswith("error: ")] == output.splitlines()[-1:]
+            assert "Traceback" not in output
+        if outcome.wrote:
+            assert (checkout.root / outcome.wrote).exists()
+        checkout.wait_until(lambda: set(checkout.processes()) <= before, 20, "nothing is left running")
+
+    def test_no_cluster_is_one_line(self, checkout, quickstart: Miniature):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            address = f"127.0.0.1:{listener.getsockname()[1]}"
+        status, output = checkout.run(
+            "bash ./scripts/run_multi_node.sh",
+            RAY_ADDRESS=address,
+            MODEL=f"{quickstart.folder}/base",
+            TRAIN_FILES=f"{quickstart.folder}/data/make10_train.parquet",
+            VAL_FILES=f"{quickstart.folder}/data/make10_val.parquet",
+        )
+        assert status == 2, output
+        assert output.splitlines()[-1].startswith(f"error: RAY_ADDRESS={address}: no Ray cluster answers")
+        assert "Traceback" not in output
