@@ -66,9 +66,9 @@ def test_impossible_prompts_are_refused(engine: Engine, prompt: list[int], error
 
 
 def test_a_sequence_may_fill_the_context_when_scored(engine: Engine) -> None:
-    assert engine.score([[1] * 32])[0].value == 0.0
+    assert engine.score([[1] * 32], [0])[0].value == 0.0
     with pytest.raises(PromptTooLong, match="33 tokens"):
-        engine.score([[1] * 33])
+        engine.score([[1] * 33], [0])
 
 
 def test_sample_seeds_are_distinct_and_fixed() -> None:
@@ -114,7 +114,7 @@ def test_scores_need_a_head(tiny_model_dir: Path) -> None:
     with pytest.raises(UserError, match="without a score head"):
         engine.generate([[1]], SamplingParams(), return_scores=True)
     with pytest.raises(UserError, match="without a score head"):
-        engine.score([[1]])
+        engine.score([[1]], [0])
 
 
 def test_the_step_rule_travels_with_the_model(tiny_model_dir: Path) -> None:
@@ -158,7 +158,7 @@ def test_code_of_a_model_folder_runs_only_when_trusted(make_tiny_model: Callable
     engine = load_engine("hf", folder, trust_remote_code=True)
     assert type(engine._model).__name__ == "LM"
     engine.update_weights(engine._model.state_dict().items())
-    assert Scorer.from_folder(folder, trust_remote_code=True).score([[1, 2]])[0].value == 0.0
+    assert Scorer.from_folder(folder, trust_remote_code=True).score([[1, 2]], [0])[0].value == 0.0
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The score head's published form and its files."""
 
+import json
+
 import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -8,7 +10,7 @@ from xbai.errors import UserError
 from xbai.sprm import HiddenStateTap, ScoreHead, SPRMConfig, StepRule, load_score_head, save_score_head
 from xbai.sprm.head import load_sprm_config
 
-CONFIG = SPRMConfig(StepRule("en", (3,), 4, 5, (6, 7)))
+CONFIG = SPRMConfig(StepRule("en", (3,), 4, 5, "<|im_start|>assistant\n"))
 
 
 @pytest.mark.parametrize(("hidden_size", "millions"), [(1536, 4.7), (5120, 52.4)])
@@ -31,6 +33,13 @@ def test_normalised_features_make_the_scale_irrelevant():
     head = ScoreHead(8, normalize_features=True).eval()
     x = torch.randn(4, 8)
     assert torch.allclose(head(x), head(100 * x), atol=1e-4)
+
+
+def test_a_head_saved_with_token_ids_of_the_generation_prompt(tmp_path, tiny_tokenizer):
+    value = CONFIG.to_dict()
+    value["step_rule"]["generation_prompt_ids"] = tiny_tokenizer.encode(value["step_rule"].pop("generation_prompt"))
+    (tmp_path / "sprm_config.json").write_text(json.dumps(value))
+    assert load_sprm_config(tmp_path, tiny_tokenizer) == CONFIG
 
 
 def test_round_trip_beside_a_model(tmp_path):

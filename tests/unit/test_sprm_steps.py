@@ -1,12 +1,14 @@
 """The step rule against a plain, token-by-token reading of its definition."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xbai.errors import UserError
-from xbai.sprm import StepRule, find_response_start, step_feature_mask
+from xbai.sprm import StepRule, split_response, step_feature_mask
 
 STEP, OTHER_STEP, OPEN, CLOSE, WORD = 1, 2, 3, 4, 5
 RULE = StepRule("zh", (STEP, OTHER_STEP), OPEN, CLOSE)
@@ -56,9 +58,27 @@ def test_a_rule_without_tags_reads_the_whole_response():
     assert mask[0].nonzero().flatten().tolist() == [2, 5]
 
 
-@pytest.mark.parametrize(("ids", "start"), [([7, 8, 9], 2), ([7, 8, 9, 7, 8, 9], 5), ([9, 7], 0), ([8], 0), ([], 0)])
-def test_response_starts_after_the_last_generation_prompt(ids, start):
-    assert find_response_start(ids, StepRule("en", (1,), generation_prompt_ids=(7, 8))) == start
+@pytest.mark.parametrize(
+    ("text", "response"), [("ab:\n\nc", "\nc"), ("a:\nb:\nc", "c"), ("a:\n", ""), ("abc:", "abc:"), ("", "")]
+)
+def test_response_follows_the_last_generation_prompt(text, response):
+    for rule, expected in ((StepRule("en", (1,), generation_prompt=":\n"), response), (StepRule("en", (1,)), text)):
+        prompt, found = split_response(text, rule)
+        assert (prompt + found, found) == (text, expected)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ messages[0].content }}{% if add_generation_prompt %}A:\n{% endif %}", "A:\n"),
+        ("{{ messages[0].content }}{% if add_generation_prompt %}A:{% else %}<end>{% endif %}", ""),
+        ("{{ messages[0].content }}", ""),
+    ],
+)
+def test_generation_prompt_is_what_the_template_adds(tiny_tokenizer, template, expected):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = template
+    assert StepRule.from_tokenizer(tokenizer).generation_prompt == expected
 
 
 class FakeTokenizer:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from xbai.benchmarks.make10 import Teacher, question_text, sample_problems
 from xbai.benchmarks.tiny_model import make_tokenizer, write_tiny_model
-from xbai.sprm import StepRule, find_response_start, step_feature_mask
+from xbai.sprm import StepRule, split_response, step_feature_mask
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +50,8 @@ def test_each_attempt_and_the_conclusion_are_steps():
         [{"role": "user", "content": "Make 10 from 5 9 4"}], tokenize=False, add_generation_prompt=True
     )
     response = "<think>\n5+9=14+4=18 no.\n\n5+9=14-4=10 yes.\n\nSo 5+9-4.\n\n</think>\n\nThe answer is \\boxed{5+9-4}."
-    ids = torch.tensor([tokenizer.encode(prompt + response)])
-    start = find_response_start(ids[0].tolist(), rule)
-    assert tokenizer.decode(ids[0, start:]) == response
+    assert split_response(prompt + response, rule) == (prompt, response)
+    ids, start = torch.tensor([tokenizer.encode(prompt + response)]), len(tokenizer.encode(prompt))
     mask = step_feature_mask(ids, torch.arange(ids.shape[1])[None] >= start, rule)
     assert tokenizer.batch_decode(ids[0][mask[0]][:, None]) == [" no", " yes", "4"]
 

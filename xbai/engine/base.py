@@ -6,7 +6,7 @@ import hashlib
 import random
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -211,7 +211,7 @@ class Engine(ABC):
                 self.abort(request_id)
         return [results[request_id] for request_id in ids]
 
-    def score(self, sequences: list[list[int]], response_starts: list[int] | None = None) -> list[Scored]:
+    def score(self, sequences: list[list[int]], response_starts: list[int]) -> list[Scored]:
         """Step scores of whole sequences (prompt and response); see `Scorer.score`."""
         scorer = self._require_scorer()
         for ids in sequences:
@@ -232,8 +232,8 @@ class Engine(ABC):
     def sleep(self) -> None:  # noqa: B027 (optional, not abstract)
         """Give the accelerator's memory back until `wake_up`; weights must be updated after it. No-op on CPU."""
 
-    def wake_up(self) -> None:  # noqa: B027
-        """Undo `sleep`, save for the weights."""
+    def wake_up(self, parts: Sequence[str] | None = None) -> None:  # noqa: B027
+        """Undo `sleep`, save for the weights; of `weights` and `kv_cache` only those named (None: both)."""
 
     def close(self) -> None:  # noqa: B027
         """Free what the engine holds; it cannot be used afterwards."""

@@ -14,7 +14,6 @@ from xbai.errors import UserError
 from xbai.sprm import (
     ScoreHead,
     StepRule,
-    find_response_start,
     load_score_head,
     load_sprm_config,
     step_feature_mask,
@@ -107,19 +106,17 @@ class Scorer:
         return cls(backbone, head, sprm_config.step_rule, max_batch_tokens)
 
     @torch.inference_mode()
-    def score(self, sequences: list[list[int]], response_starts: list[int] | None = None) -> list[Scored]:
+    def score(self, sequences: list[list[int]], response_starts: list[int]) -> list[Scored]:
         """Score whole sequences (prompt and response), in their order.
 
         Args:
             sequences: token ids, each at least one.
-            response_starts: where each response begins; None finds it after the last generation prompt (0 without).
+            response_starts: where each response begins (of a bare text: `xbai.sprm.split_response`).
 
         Raises:
             PromptTooLong: a sequence longer than the model's context.
             UserError: an empty sequence.
         """
-        if response_starts is None:
-            response_starts = [find_response_start(ids, self.step_rule) for ids in sequences]
         self._check_lengths(sequences)
         results: list[Scored | None] = [None] * len(sequences)
         for batch in self._batches([len(ids) for ids in sequences]):

@@ -10,7 +10,7 @@ from xbai.serve.engine_thread import ScoreModel, ScorerThread
 from xbai.serve.errors import ServiceError
 from xbai.serve.limits import Limits, answer_in_time
 from xbai.serve.schemas import ScoreBatchRequest, ScoreBatchResponse, ScoreRequest, ScoreResponse
-from xbai.sprm import find_response_start
+from xbai.sprm import split_response
 
 
 def create_score_app(thread: ScorerThread, model_name: str, limits: Limits) -> FastAPI:
@@ -67,10 +67,10 @@ def _check(ids: list[int], model: ScoreModel) -> None:
 async def _tokenize(service: Service, prompt: str | None, text: str) -> tuple[list[int], int]:
     """Token ids and where the response begins."""
     if prompt is None:
-        (ids,) = await service.encode(text)
-        return ids, find_response_start(ids, service.thread.model.step_rule)
-    if not text.startswith(prompt):
+        prompt, response = split_response(text, service.thread.model.step_rule)
+    elif text.startswith(prompt):
+        response = text[len(prompt) :]
+    else:
         raise ServiceError(422, "prompt: text does not start with it")
-    # Encoded apart, as they were generated: no token may straddle the border.
-    prompt_ids, response_ids = await service.encode(prompt, text[len(prompt) :])
+    prompt_ids, response_ids = await service.encode(prompt, response)
     return prompt_ids + response_ids, len(prompt_ids)

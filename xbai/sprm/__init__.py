@@ -11,7 +11,7 @@ from xbai.sprm.loss import (
     sprm_metrics,
 )
 from xbai.sprm.score import AGGREGATIONS, aggregate, trajectory_scores
-from xbai.sprm.steps import StepRule, find_response_start, step_feature_mask
+from xbai.sprm.steps import StepRule, split_response, step_feature_mask
 from xbai.sprm.tap import HiddenStateTap
 
 __all__ = [
@@ -25,11 +25,11 @@ __all__ = [
     "auc",
     "count_by_class",
     "counted_steps",
-    "find_response_start",
     "load_score_head",
     "load_sprm_config",
     "save_score_head",
     "scale_gradient",
+    "split_response",
     "sprm_loss",
     "sprm_metrics",
     "step_feature_mask",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,14 +25,14 @@ class StepRule:
         lang: `en` (one delimiter token) or `zh` (a family of newline and full-stop tokens).
         step_ids: token ids that end a step.
         think_open_id, think_close_id: ids of `<think>` and `</think>`; None where the tokenizer has no single token.
-        generation_prompt_ids: what the chat template puts before a response, to find where one begins in a bare text.
+        generation_prompt: what the chat template puts before a response, to find where one begins in a bare text.
     """
 
     lang: str
     step_ids: tuple[int, ...]
     think_open_id: int | None = None
     think_close_id: int | None = None
-    generation_prompt_ids: tuple[int, ...] = ()
+    generation_prompt: str = ""
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, lang: str = "en") -> StepRule:
@@ -49,7 +48,7 @@ class StepRule:
             step_ids=_STEP_IDS[lang](tokenizer),
             think_open_id=_single_id(tokenizer, THINK_OPEN),
             think_close_id=_single_id(tokenizer, THINK_CLOSE),
-            generation_prompt_ids=_generation_prompt_ids(tokenizer),
+            generation_prompt=_generation_prompt(tokenizer),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,13 +58,7 @@ class StepRule:
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> StepRule:
         """The inverse of `to_dict`."""
-        return cls(
-            **{
-                **value,
-                "step_ids": tuple(value["step_ids"]),
-                "generation_prompt_ids": tuple(value.get("generation_prompt_ids", ())),
-            }
-        )
+        return cls(**{**value, "step_ids": tuple(value["step_ids"])})
 
 
 def _step_ids_en(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -100,27 +93,29 @@ def _single_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
     return ids[0] if len(ids) == 1 else None
 
 
-def _generation_prompt_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _generation_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
     if not getattr(tokenizer, "chat_template", None):
-        return ()
+        return ""
     messages = [{"role": "user", "content": "x"}]
     bare = tokenizer.apply_chat_template(messages, tokenize=False)
     opened = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tuple(tokenizer.encode(opened.removeprefix(bare), add_special_tokens=False)) if opened != bare else ()
+    # A template that closes a bare conversation in another way does not say what opens a response.
+    return opened[len(bare) :] if opened.startswith(bare) else ""
 
 
-def find_response_start(ids: Sequence[int], rule: StepRule) -> int:
-    """Where the response begins in a whole conversation whose prompt length is unknown.
+def split_response(text: str, rule: StepRule) -> tuple[str, str]:
+    """Prompt and response of a whole conversation whose prompt length is unknown.
+
+    To be encoded apart, as they were generated: a token may not straddle the border.
 
     Returns:
-        The index after the last generation prompt; 0 (all of it is response) where there is none.
+        What stands up to the end of the last generation prompt, and the rest; all of it is response where there is
+        none.
     """
-    needle = torch.tensor(rule.generation_prompt_ids, dtype=torch.long)
-    haystack = torch.as_tensor(ids, dtype=torch.long)
-    if len(needle) == 0 or len(haystack) < len(needle):
-        return 0
-    matches = (haystack.unfold(0, len(needle), 1) == needle).all(-1).nonzero()
-    return int(matches[-1]) + len(needle) if len(matches) else 0
+    if not rule.generation_prompt:
+        return "", text
+    before, found, response = text.rpartition(rule.generation_prompt)
+    return before + found, response
 
 
 def step_feature_mask(input_ids: Tensor, response_mask: Tensor, rule: StepRule) -> Tensor:

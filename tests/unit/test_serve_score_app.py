@@ -1,0 +1,49 @@
+"""The score service finds the response as generation left it, over a tokenizer that merges newlines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from xbai.benchmarks.tiny_model import write_tiny_model
+from xbai.engine import Scorer
+from xbai.engine.files import load_tokenizer
+from xbai.serve.engine_thread import ScoreModel, ScorerThread
+from xbai.serve.limits import Limits
+from xbai.serve.score import create_score_app
+from xbai.sprm import ScoreHead, SPRMConfig, StepRule, save_score_head
+
+PROMPT = "<|im_start|>user\nStep one.\n\nMake 10<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("score") / "model"
+    write_tiny_model(path)
+    config = SPRMConfig(StepRule.from_tokenizer(load_tokenizer(path)))
+    save_score_head(path, ScoreHead(128).state_dict(), config)
+    return path
+
+
+@pytest.mark.parametrize("response", ["\n1+2 no.\n\n3+4 yes.\n\nSo 3", "\n\nx.\n\ny", ".\n\nx.\n\ny", "\n"])
+def test_a_bare_text_scores_as_one_with_its_prompt(
+    serve_app: Callable[[FastAPI], str], folder: Path, response: str
+) -> None:
+    tokenizer = load_tokenizer(folder)
+    thread = ScorerThread(lambda: ScoreModel(Scorer.from_folder(folder), tokenizer, 1024))
+    url = serve_app(create_score_app(thread, "tiny", Limits()))
+    deadline = time.monotonic() + 20
+    while not thread.ready and time.monotonic() < deadline:
+        time.sleep(0.01)
+    body = {"text": PROMPT + response, "return_all_scores": True}
+    bare, told = (httpx.post(f"{url}/score", json=body | extra).json() for extra in ({}, {"prompt": PROMPT}))
+    assert bare == told
+    assert bare["token_ids"] == tokenizer.encode(PROMPT) + tokenizer.encode(response)
+    assert all(position >= len(tokenizer.encode(PROMPT)) for position in bare["score_positions"])
+    batch = httpx.post(f"{url}/score_batch", json={"texts": [PROMPT + response]}).json()
+    assert batch["values"] == [pytest.approx(bare["value"])]
