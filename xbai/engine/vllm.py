@@ -7,7 +7,7 @@ import gc
 import os
 import secrets
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,10 +122,10 @@ class VLLMEngine(Engine):
         if not self._on_cpu:
             self._llm.sleep(level=2)
 
-    def wake_up(self) -> None:
-        """Allocate again what `sleep` freed."""
+    def wake_up(self, parts: Sequence[str] | None = None) -> None:
+        """Allocate again what `sleep` freed, or of `weights` and `kv_cache` only the named parts."""
         if not self._on_cpu:
-            self._llm.wake_up()
+            self._llm.wake_up(None if parts is None else list(parts))
 
     def close(self) -> None:
         """Shut vLLM down; a torch.distributed process group that was there before the engine stays."""
