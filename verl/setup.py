@@ -1,4 +1,4 @@
-"""The `verl` package: the Ray + FSDP2 + vLLM trainer. Install `xbai` beside it with `pip install -r requirements.txt`."""
+"""The `verl` package: the Ray + FSDP2 + vLLM trainer. `pip install -r requirements.txt` installs `xbai` beside it."""
 
 from setuptools import find_packages, setup
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from verl.trainer.compose import compose_config
 from verl.utils.dataset.sft_dataset import SFTDataset, SFTExample, collate_examples, length_grouped_batches
 from verl.utils.fsdp import create_mesh, init_distributed, named_full_tensors, shard_model
-from verl.utils.model import build_joint_model, load_tokenizer, torch_dtype
+from verl.utils.model import build_joint_model, load_tokenizer, loading_dtype, torch_dtype
 from verl.utils.optim import JointOptimizer
 from verl.utils.torch_functional import masked_sum
 from verl.utils.tracking import Tracking
@@ -94,14 +94,17 @@ class SFTTrainer:
         return SPRMConfig(travelling.step_rule, score.dropout, score.normalize_features)
 
     def _build_model(self) -> JointModel:
+        path, compute_dtype = self.config.model.path, torch_dtype(self.config.model.compute_dtype)
         model = build_joint_model(
-            self.config.model.path,
+            path,
+            loading_dtype(path, torch.float32),
             sprm_config=self.sprm_config,
             trust_remote_code=self.config.model.trust_remote_code,
             gradient_checkpointing=self.config.model.enable_gradient_checkpointing,
+            compute_dtype=compute_dtype,
         )
         fsdp = self.config.fsdp_config
-        return shard_model(model, create_mesh(fsdp.fsdp_size), fsdp, torch_dtype(self.config.model.compute_dtype))
+        return shard_model(model, create_mesh(fsdp.fsdp_size), fsdp, compute_dtype, torch.float32)
 
     def fit(self) -> None:
         """Train, then write the output folder."""

@@ -71,7 +71,11 @@ def create_mesh(fsdp_size: int = -1) -> DeviceMesh:
 
 
 def shard_model(
-    model: JointModel, mesh: DeviceMesh, fsdp_config: DictConfig, param_dtype: torch.dtype | None = None
+    model: JointModel,
+    mesh: DeviceMesh,
+    fsdp_config: DictConfig,
+    param_dtype: torch.dtype | None = None,
+    stored_dtype: torch.dtype | None = None,
 ) -> JointModel:
     """Shard in place: one group for each decoder layer, one for the score head, one for the rest.
 
@@ -81,6 +85,7 @@ def shard_model(
         fsdp_config: reads `reshard_after_forward` (default true) and `offload_policy` (default false).
         param_dtype: what backbone and LM head compute in (None: the dtype they are stored in). Gradients are reduced,
             outputs given and the head computed in float32 whatever it is.
+        stored_dtype: what weights are kept in (None: as they are); a rank widens its own shards only.
 
     Raises:
         UserError: `offload_policy` without a GPU to offload from.
@@ -89,8 +94,6 @@ def shard_model(
     if offload and local_device().type == "cpu":
         raise UserError("fsdp_config.offload_policy=true needs a GPU to offload from; set it to false on CPU")
     options = {"mesh": mesh, "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
-    if not offload:
-        model.to(local_device())
     compute = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     for layer in model.lm.model.layers:
         reshard = fsdp_config.get("reshard_after_forward", True)
@@ -99,7 +102,11 @@ def shard_model(
         full_precision = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
         fully_shard(model.score_head, mp_policy=full_precision, **options)
     outermost = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
-    return fully_shard(model, mp_policy=outermost, **options)
+    fully_shard(model, mp_policy=outermost, **options)
+    if stored_dtype == torch.float32 and model.lm.dtype != stored_dtype:
+        model.float()
+        model.lm.config.dtype = stored_dtype
+    return model
 
 
 def reshard(model: nn.Module) -> None:
@@ -137,9 +144,9 @@ def named_full_tensors(model: JointModel, dtype: torch.dtype | None = None) -> I
     reshard(model)
     for name, parameter in model.named_parameters():
         tensor = parameter.detach()
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        is_policy = name.startswith("lm.")
-        yield name.removeprefix("lm."), tensor.to(dtype) if is_policy and dtype is not None else tensor
+        # Before the gathering, which then moves no more bytes than are wanted.
+        tensor = tensor.to(dtype) if dtype is not None and name.startswith("lm.") else tensor
+        yield name.removeprefix("lm."), tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def offload_parameters(model: nn.Module) -> None:

@@ -6,45 +6,51 @@ import importlib.util
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from verl.workers.actor.joint_model import JointModel
+from xbai.engine import files
 from xbai.errors import UserError
 from xbai.sprm import ScoreHead, SPRMConfig, load_score_head
 from xbai.sprm.head import SCORE_MODULE_FILE
 
 HEAD_SEED = 0
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+DTYPES = files.DTYPES | {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of a configuration value: `float32`, `bfloat16`, `float16` or `fp32`, `bf16`, `fp16`.
+    """The dtype of a configuration value, one of `DTYPES`.
 
     Raises:
         UserError: another name.
     """
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    names |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if name not in names:
-        raise UserError(f"dtype {name!r} is unknown, use one of {', '.join(names)}")
-    return names[name]
+    if name not in DTYPES:
+        raise UserError(f"dtype {name!r} is unknown, use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def loading_dtype(path: str | Path, dtype: torch.dtype) -> torch.dtype:
+    """What to load a model in that is to be kept in `dtype`: in 16 bits where its files hold nothing else.
+
+    Weights that are loaded as they are stored stay mapped files, which all processes of a machine share until
+    `shard_model` has cut them up; only each one's part is then widened to `dtype`.
+    """
+    stored = set()
+    for file in Path(path).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            stored |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+    halves = {"BF16": torch.bfloat16, "F16": torch.float16}
+    return halves.get(stored.pop(), dtype) if len(stored) == 1 and dtype == torch.float32 else dtype
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder, with a padding token.
 
     Raises:
-        UserError: the folder is missing or has no tokenizer.
+        UserError: the folder has no tokenizer.
     """
-    _check_model_folder(path)
-    # Without this check transformers makes up an empty tokenizer from the model's type.
-    if not any((Path(path) / name).exists() for name in TOKENIZER_FILES):
-        raise UserError(f"{path}: no tokenizer in the model folder (none of {', '.join(TOKENIZER_FILES)})")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: no tokenizer that transformers can load ({reason})") from error
+    tokenizer = files.load_tokenizer(path, trust_remote_code)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -77,7 +83,7 @@ def build_joint_model(
     Raises:
         UserError: no such folder, no model in it, a head that does not fit.
     """
-    _check_model_folder(path)
+    files.check_model_folder(path)
     try:
         lm = AutoModelForCausalLM.from_pretrained(
             path,
@@ -98,11 +104,6 @@ def build_joint_model(
     if score_model_path is None and not (Path(path) / SCORE_MODULE_FILE).exists():
         return JointModel(lm, _fresh_head(hidden_size, sprm_config))
     return JointModel(lm, load_score_head(score_model_path or path, hidden_size, sprm_config))
-
-
-def _check_model_folder(path: str | Path) -> None:
-    if not (Path(path) / "config.json").exists():
-        raise UserError(f"{path}: not a model folder (no config.json); set actor_rollout_ref.model.path to one")
 
 
 def _attention(compute_dtype: torch.dtype) -> str:

@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, create_datalo
 from verl.utils.model import load_tokenizer
 from verl.utils.seqlen_balancing import rows_by_rank
 from verl.utils.tracking import Tracking
+from verl.workers.actor.joint_loss import LossConfig
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
 from verl.workers.reward_manager import Reward
 from xbai.engine.files import eos_token_ids, read_config
@@ -62,13 +63,15 @@ class RayPPOTrainer:
         self._rollout, self._world_size = config.actor_rollout_ref.rollout, _world_size(config)
         model = config.actor_rollout_ref.model
         self.tokenizer = load_tokenizer(model.path, model.trust_remote_code)
-        self._eos_token_ids = eos_token_ids(model.path, read_config(model.path), self.tokenizer)
+        model_config = read_config(model.path, model.trust_remote_code)
+        self._eos_token_ids = eos_token_ids(model.path, model_config, self.tokenizer)
         self._load_data()
         self._checkpoints = CheckpointFolder(config.trainer.default_local_dir, config.trainer.max_actor_ckpt_to_keep)
         self._resume_from = self._checkpoints.find(config.trainer.resume_mode, config.trainer.resume_from_path)
         self.step = step_of(self._resume_from) if self._resume_from else 0
         self._kl_controller = get_kl_controller(config.algorithm.kl_ctrl)
         self._reward_manager = load_reward_manager(config, self.tokenizer)
+        self._update_keys = LossConfig.from_config(config.actor_rollout_ref).batch_keys()
         self._workers: RayWorkerGroup | None = None
 
     def _load_data(self) -> None:
@@ -151,7 +154,7 @@ class RayPPOTrainer:
         metrics |= train_metrics(batch, self._eos_token_ids)
         self._dump(batch, reward)
         self._arrange_for_ranks(batch, metrics)
-        self._call("update_actor", batch, None, metrics)
+        self._call("update_actor", batch, self._update_keys, metrics)
         tokens, seconds = float(batch.batch["attention_mask"].sum()), time.perf_counter() - start
         return metrics | {"timing_s/step": seconds, "perf/tokens_per_s": tokens / seconds}
 
@@ -199,7 +202,7 @@ class RayPPOTrainer:
         metrics |= responses.meta_info.pop("metrics")
         return prompts.repeat(n).union(DataProto(responses.batch))
 
-    def _call(self, method: str, batch: DataProto, keys: tuple[str, ...] | None, metrics: dict[str, float]) -> None:
+    def _call(self, method: str, batch: DataProto, keys: Sequence[str], metrics: dict[str, float]) -> None:
         """Run a worker method on the tensors `keys` of `batch`, and add the tensors and metrics it returns."""
         output = getattr(self._workers, method)(batch.select(keys, non_tensor_batch_keys=[]))
         metrics |= output.meta_info.pop("metrics")

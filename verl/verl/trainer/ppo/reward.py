@@ -53,5 +53,5 @@ def _check_ground_truth(reward_model: dict[str, Any], place: str) -> None:
     truth = reward_model.get("ground_truth")
     if (truth.get("target") if isinstance(truth, dict) else truth) is None:
         raise UserError(
-            f"{place}: 'reward_model' has no ground_truth, a text or number or {{target: ...}}; found {reward_model!r:.60}"
+            f"{place}: 'reward_model' has no ground_truth (text, number or {{target: ...}}), found {reward_model!r:.60}"
         )

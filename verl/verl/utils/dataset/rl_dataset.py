@@ -55,11 +55,9 @@ class RLHFDataset(Dataset):
         self.tokenizer, self.config = tokenizer, config
         if tokenizer.chat_template is None:
             raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template, which prompts need")
-        parts = [_read_parquet(file, config.prompt_key) for file in file_list(data_files)]
-        self._places = [
-            f"{file}: row {row}" for file, part in zip(file_list(data_files), parts) for row in range(len(part))
-        ]
-        parts = _numbered(parts)
+        files = file_list(data_files)
+        parts = _numbered([_read_parquet(file, config.prompt_key) for file in files])
+        self._places = [f"{file}: row {row}" for file, part in zip(files, parts) for row in range(len(part))]
         if config.filter_overlong_prompts:
             parts = [self._without_overlong(part) for part in parts]
             dropped = len(self._places) - sum(map(len, parts))
@@ -70,7 +68,7 @@ class RLHFDataset(Dataset):
         # {"target": ...} in the next.
         self._rows = ConcatDataset(parts)
         if not len(self._rows):
-            raise UserError(f"{', '.join(file_list(data_files))}: no prompt of up to {config.max_prompt_length} tokens")
+            raise UserError(f"{', '.join(files)}: no prompt of up to {config.max_prompt_length} tokens")
 
     def _without_overlong(self, part: datasets.Dataset) -> datasets.Dataset:
         lengths = (len(prompt_ids(self.tokenizer, messages)) for messages in part[self.config.prompt_key])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from verl import DataProto
 from xbai.engine import Completion, SamplingParams, load_engine
+from xbai.engine.files import read_config, resolve_dtype
 from xbai.errors import UserError
 
 SAMPLING_KEYS = ("n", "temperature", "top_p", "top_k", "do_sample")
@@ -21,25 +22,32 @@ class EngineRollout:
 
     Args:
         config: the `rollout` section: `name`, `prompt_length`, `response_length`, the sampling keys and the engine's.
-        model_path: the model folder to start from.
+        model: the `model` section: `path`, the folder to start from, and `trust_remote_code`.
         pad_token_id: fills prompts and responses up to their width.
+
+    Attributes:
+        engine: the engine.
+        dtype: what it keeps its weights in.
 
     Raises:
         UserError: an unknown engine, or a key that it cannot honour.
     """
 
-    def __init__(self, config: DictConfig, model_path: str, pad_token_id: int) -> None:
+    def __init__(self, config: DictConfig, model: DictConfig, pad_token_id: int) -> None:
         if config.get("tensor_model_parallel_size", 1) != 1:
             raise UserError("rollout.tensor_model_parallel_size must be 1: every rank has an engine of its own")
         self._config = config
         self._pad_token_id = pad_token_id
         self._response_length: int = config.response_length
+        trust_remote_code = model.get("trust_remote_code", False)
+        self.dtype = resolve_dtype(config.dtype, read_config(model.path, trust_remote_code))
         self.engine = load_engine(
             config.name,
-            model_path,
+            model.path,
             dtype=config.dtype,
             max_model_len=config.get("max_model_len") or config.prompt_length + config.response_length,
             with_scores=False,
+            trust_remote_code=trust_remote_code,
             **_engine_options(config),
         )
 
@@ -105,9 +113,9 @@ class EngineRollout:
 
 
 def _engine_options(config: DictConfig) -> dict[str, Any]:
-    keys = ["max_num_seqs", "max_num_batched_tokens"]
+    keys = ["max_num_seqs"]
     if config.name == "vllm":
-        keys += ["enforce_eager", "swap_space"]
+        keys += ["max_num_batched_tokens", "enforce_eager"]
         if torch.cuda.is_available():
             keys.append("gpu_memory_utilization")
     return {key: config[key] for key in keys if config.get(key) is not None}

@@ -1,0 +1,68 @@
+"""Loading and sharding: what a model is loaded in, kept in and computes with."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM
+
+from verl.utils.fsdp import create_mesh, named_full_tensors, shard_model
+from verl.utils.model import _attention, build_joint_model, loading_dtype
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_sixteen_bits_are_widened_after_sharding(
+    process_group: None, make_tiny_model: Callable[..., Path], tmp_path: Path, tied: bool
+) -> None:
+    folder = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(make_tiny_model(tied=tied), dtype=torch.bfloat16).save_pretrained(folder)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = build_joint_model(folder, loading_dtype(folder, torch.float32))
+    assert model.lm.dtype == torch.bfloat16
+    model = shard_model(model, create_mesh(), OmegaConf.create({}), stored_dtype=torch.float32).eval()
+    assert model.lm.config.dtype == torch.float32
+    found = dict(named_full_tensors(model))
+    assert found.keys() == dict(expected.named_parameters()).keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.named_parameters())
+
+    ids = torch.arange(1, 9)[None]
+    log_probs = model(ids, torch.ones_like(ids), torch.arange(8)[None], response_length=7).log_probs
+    logits = expected(ids).logits[:, :-1].log_softmax(-1)
+    torch.testing.assert_close(log_probs, logits.gather(-1, ids[:, 1:, None]).squeeze(-1))
+    log_probs.sum().backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_only_whole_sixteen_bit_checkpoints_are_loaded_so(tiny_model_dir: Path) -> None:
+    assert loading_dtype(tiny_model_dir, torch.float32) == torch.float32
+    assert loading_dtype(tiny_model_dir, torch.bfloat16) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("gpu", "installed", "dtype", "chosen"),
+    [
+        (True, True, torch.bfloat16, "flash_attention_2"),
+        (True, True, torch.float32, "sdpa"),
+        (True, False, torch.bfloat16, "sdpa"),
+        (False, True, torch.bfloat16, "sdpa"),
+    ],
+)
+def test_flash_attention_where_it_can_run(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, installed: bool, dtype: torch.dtype, chosen: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    assert _attention(dtype) == chosen
