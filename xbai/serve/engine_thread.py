@@ -123,9 +123,8 @@ class ModelThread(ABC, Generic[Model]):
     def _fail_all(self, error: ServiceError) -> None:
         """Fail every waiting future."""
 
-    @abstractmethod
     def _close(self, model: Model) -> None:
-        """Release the model."""
+        """Release the model; what still waits is failed afterwards."""
 
 
 def _answer(future: Future, value: object) -> None:
@@ -284,6 +283,3 @@ class ScorerThread(ModelThread[ScoreModel]):
             _refuse(job.future, error)
         for job in self._running:
             job.future.set_exception(error)
-
-    def _close(self, model: ScoreModel) -> None:
-        self._jobs.clear()
