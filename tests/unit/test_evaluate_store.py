@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from hypothesis import given, settings
@@ -154,6 +155,27 @@ def test_two_runs_cannot_write_one_file(tmp_path: Path) -> None:
         results.add(sample(0, 1))
     with store(path) as results:
         assert len(results) == 2
+
+
+@pytest.mark.parametrize("begins_again", [False, True])
+def test_a_journal_removed_before_it_was_locked_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begins_again: bool
+) -> None:
+    path = tmp_path / "out.jsonl"
+    lock = ResultStore._lock
+
+    def lock_too_late(self: ResultStore, journal: BinaryIO) -> None:
+        monkeypatch.setattr(ResultStore, "_lock", lock)
+        self.journal_path.unlink()
+        if begins_again:
+            self.journal_path.touch()
+        lock(self, journal)
+
+    monkeypatch.setattr(ResultStore, "_lock", lock_too_late)
+    with store(path) as results:
+        results.add(sample(0, 0))
+    with store(path) as results:
+        assert len(results) == 1
 
 
 def test_a_foreign_result_file_is_not_overwritten(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from xbai.errors import UserError
 from xbai.evaluate.results import REFUSED, ResultLine, Sample, SampleKey, StoredQuestion, read_result_lines
@@ -56,9 +56,8 @@ class ResultStore:
             UserError: another process is writing, or the files hold results of other settings or questions.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._journal = self.journal_path.open("a+b")
+        self._journal = self._open_journal()
         try:
-            self._lock()
             self._read_journal()
             self._import_results()
         except BaseException:
@@ -122,8 +121,9 @@ class ResultStore:
             for index, question in self._questions.items():
                 samples = [self.get(key) for key in keys.get(index, [])]
                 stream.write(_encode(self._line(question, samples).to_dict()))
-        self._journal.close()
+        # In this order: a run that waits for the lock must not get it on a journal that is about to vanish.
         self.journal_path.unlink()
+        self._journal.close()
 
     def _line(self, question: StoredQuestion, samples: list[Sample]) -> ResultLine:
         best = max(samples, key=lambda sample: -1.0 if sample.score is None else sample.score, default=None)
@@ -162,9 +162,22 @@ class ResultStore:
             os.fsync(self._journal.fileno())
             self._last_fsync = time.monotonic()
 
-    def _lock(self) -> None:
+    def _open_journal(self) -> BinaryIO:
+        """The journal, locked; opened again where another run finished and removed it in between."""
+        while True:
+            journal = self.journal_path.open("a+b")
+            try:
+                self._lock(journal)
+                if _is_file_at(journal, self.journal_path):
+                    return journal
+            except BaseException:
+                journal.close()
+                raise
+            journal.close()
+
+    def _lock(self, journal: BinaryIO) -> None:
         try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"{self.path}: another run is writing it; wait for it, or choose another --output_file "
@@ -223,6 +236,13 @@ class ResultStore:
         for line in read_result_lines(self.path):
             self._settings.check_same(line.settings or {}, self.path)
             yield line
+
+
+def _is_file_at(stream: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _encode(record: dict[str, Any]) -> bytes:
