@@ -7,10 +7,11 @@ from pathlib import Path
 import datasets
 import pytest
 import ray
+import torch
 
 from verl.trainer import main_ppo
 from verl.trainer.compose import compose_config
-from verl.trainer.config_check import DEFAULTS_FILE, check_config
+from verl.trainer.config_check import DEFAULTS_FILE, TOKEN_BUDGETS, check_config
 from xbai.errors import UserError
 
 RUN_SINGLE_NODE = Path(__file__).parents[2] / "scripts" / "run_single_node.sh"
@@ -51,7 +52,7 @@ def test_a_valid_configuration_passes(small_run):
         ("+trainer.colour=red", "trainer.colour is not a key"),
         ("data.train_files=nowhere.parquet", "data.train_files: nowhere.parquet does not exist"),
         ("data.prompt_key=question", "has no column 'question'; it has data_source, prompt"),
-        ("actor_rollout_ref.model.path=nowhere", "actor_rollout_ref.model.path=nowhere is not a model folder"),
+        ("actor_rollout_ref.model.path=nowhere", "actor_rollout_ref.model.path: nowhere/config.json: no such file"),
         ("data.train_batch_size=6", "data.train_batch_size=6 must be a multiple of"),
         ("actor_rollout_ref.rollout.n=1", "needs at least 2"),
         ("trainer.n_gpus_per_node=3", "4 * 4 = 16 must be a multiple of the 3 processes"),
@@ -67,6 +68,10 @@ def test_a_valid_configuration_passes(small_run):
         ("actor_rollout_ref.actor.fsdp_config.offload_policy=true", "cannot act on CPU"),
         ("actor_rollout_ref.rollout.gpu_memory_utilization=0.5", "cannot act on CPU"),
         ("actor_rollout_ref.rollout.enforce_eager=false", "cannot act with rollout.name=hf"),
+        ("actor_rollout_ref.rollout.max_num_batched_tokens=64", "cannot act with rollout.name=hf"),
+        ("data.max_response_length=5000", "max_position_embeddings of "),
+        ("actor_rollout_ref.actor.fsdp_config.compute_dtype=int8", "compute_dtype=int8 is unknown"),
+        ("+actor_rollout_ref.actor.fsdp_config.model_dtype=int8", "model_dtype=int8 is unknown"),
         ("trainer.resume_mode=resume_path", "needs a folder global_step_N"),
         ("data.train_files=${nowhere}", "Interpolation key 'nowhere' not found"),
         ("actor_rollout_ref.rollout.max_model_len=50", "is less than data.max_prompt_length"),
@@ -74,6 +79,29 @@ def test_a_valid_configuration_passes(small_run):
 )
 def test_a_mistake_is_one_line(fails, override, said):
     assert said in fails(override)
+
+
+@pytest.mark.parametrize(("section", "switch", "budget"), TOKEN_BUDGETS)
+def test_a_token_budget_below_one_sequence_is_refused(small_run, section, switch, budget):
+    small = [*small_run, f"{section}.{budget}=87"]
+    _check(small)
+    with pytest.raises(UserError, match=rf"{section}\.{budget}=87 is less than .* = 88"):
+        _check([*small, f"{section}.{switch}=true"])
+
+
+@pytest.mark.parametrize("section", ["actor", "ref"])
+def test_two_ways_to_offload_exclude_each_other(small_run, monkeypatch, section):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    key = f"actor_rollout_ref.{section}.fsdp_config"
+    on_gpu = [*small_run, "trainer.device=cuda", f"{key}.param_offload=true"]
+    _check(on_gpu)
+    with pytest.raises(UserError, match=f"{key}: param_offload and offload_policy exclude each other"):
+        _check([*on_gpu, f"{key}.offload_policy=true"])
+
+
+def test_a_file_that_is_not_parquet(fails, tmp_path):
+    (tmp_path / "rows.parquet").write_text("{}")
+    assert "rows.parquet is not a parquet file" in fails(f"data.train_files={tmp_path}/rows.parquet")
 
 
 def test_required_keys_are_named(small_run):
@@ -84,7 +112,7 @@ def test_required_keys_are_named(small_run):
 
 def test_model_without_tokenizer(fails, tmp_path, tiny_model_dir):
     (tmp_path / "config.json").write_bytes((tiny_model_dir / "config.json").read_bytes())
-    assert "has no tokenizer" in fails(f"actor_rollout_ref.model.path={tmp_path}")
+    assert "no tokenizer" in fails(f"actor_rollout_ref.model.path={tmp_path}")
 
 
 def test_row_without_prompt(fails, tmp_path):

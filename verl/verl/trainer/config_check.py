@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -15,6 +16,7 @@ from verl.trainer.ppo.core_algos import ADVANTAGE_ESTIMATORS, KL_ESTIMATORS, LOS
 from verl.utils.dataset.rl_dataset import file_list
 from verl.utils.tracking import BACKENDS
 from verl.workers.reward_manager import REWARD_MANAGERS
+from xbai.engine.files import check_model_folder
 from xbai.errors import UserError
 
 DEFAULTS_FILE = Path(__file__).parent / "config" / "ppo_trainer.yaml"
@@ -26,6 +28,7 @@ EXTRA_KEYS = (
 )
 """Keys without a default that command lines add with `+`."""
 
+_DTYPES = (None, "float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
 _OPTIMIZERS, _WARMUPS = ("AdamW", "AdamW8bit", "Adam8bit"), ("constant", "cosine")
 CHOICES: dict[str, tuple[Any, ...]] = {
     "data.truncation": ("error", "left", "right"),
@@ -37,6 +40,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "actor_rollout_ref.actor.kl_loss_type": (*KL_ESTIMATORS, "full"),
     "actor_rollout_ref.actor.optim.name": _OPTIMIZERS,
     "actor_rollout_ref.actor.optim.warmup_style": _WARMUPS,
+    "actor_rollout_ref.actor.fsdp_config.model_dtype": _DTYPES,
+    "actor_rollout_ref.actor.fsdp_config.compute_dtype": _DTYPES,
+    "actor_rollout_ref.ref.fsdp_config.compute_dtype": _DTYPES,
     "actor_rollout_ref.rollout.name": ("vllm", "hf"),
     "actor_rollout_ref.rollout.mode": ("sync", "async"),
     "actor_rollout_ref.rollout.dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -93,6 +99,8 @@ NOT_ON_CPU = (
 )
 NOT_WITH_HF = (
     "actor_rollout_ref.rollout.gpu_memory_utilization",
+    "actor_rollout_ref.rollout.max_num_batched_tokens",
+    "actor_rollout_ref.rollout.free_cache_engine",
     "actor_rollout_ref.rollout.enforce_eager",
 )
 
@@ -104,7 +112,12 @@ NOT_YET_VALUES: dict[tuple[str, str], str] = {
     ("reward_model.reward_manager", "batch"): "grading is per response",
 }
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+TOKEN_BUDGETS = (
+    ("actor_rollout_ref.actor", "use_dynamic_bsz", "ppo_max_token_len_per_gpu"),
+    ("actor_rollout_ref.ref", "log_prob_use_dynamic_bsz", "log_prob_max_token_len_per_gpu"),
+    ("actor_rollout_ref.rollout", "log_prob_use_dynamic_bsz", "log_prob_max_token_len_per_gpu"),
+)
+"""Sections with a switch for token budgets and the budget, which must hold the longest sequence."""
 
 
 def check_config(config: DictConfig) -> None:
@@ -115,6 +128,7 @@ def check_config(config: DictConfig) -> None:
     _check_machine(config)
     _check_acts(config, defaults)
     _check_batch_sizes(config)
+    _check_lengths(config)
     _check_model(config.actor_rollout_ref)
     _check_files(config)
     if config.trainer.resume_mode == "resume_path" and not _is_folder(config.trainer.resume_from_path):
@@ -199,6 +213,13 @@ def _check_acts(config: DictConfig, defaults: DictConfig) -> None:
             raise UserError(f"{key}={value} needs a GPU and cannot act on CPU; leave it at its default")
         if config.actor_rollout_ref.rollout.name == "hf" and key in NOT_WITH_HF:
             raise UserError(f"{key}={value} cannot act with rollout.name=hf; leave it at its default, or use vllm")
+    for section in ("actor", "ref"):
+        fsdp_config = config.actor_rollout_ref[section].fsdp_config
+        if fsdp_config.param_offload and fsdp_config.offload_policy:
+            raise UserError(
+                f"actor_rollout_ref.{section}.fsdp_config: param_offload and offload_policy exclude each other; "
+                "set one of them to false"
+            )
     for (key, value), reason in NOT_YET_VALUES.items():
         if OmegaConf.select(config, key) == value:
             raise UserError(f"{key}={value} cannot act yet: {reason}")
@@ -231,23 +252,31 @@ def _check_batch_sizes(config: DictConfig) -> None:
             f"actor_rollout_ref.rollout.n={n}: algorithm.adv_estimator={config.algorithm.adv_estimator} compares the "
             "responses to one prompt and needs at least 2"
         )
-    room = actor_rollout_ref.rollout.max_model_len
+
+
+def _check_lengths(config: DictConfig) -> None:
+    """Everything that bounds a sequence must have room for the longest prompt with the longest response."""
     needed = config.data.max_prompt_length + config.data.max_response_length
-    if room is not None and room < needed:
-        raise UserError(
-            f"actor_rollout_ref.rollout.max_model_len={room} is less than data.max_prompt_length + "
-            f"data.max_response_length = {needed}"
-        )
+    bounds = {"actor_rollout_ref.rollout.max_model_len": config.actor_rollout_ref.rollout.max_model_len}
+    for section, switch, budget in TOKEN_BUDGETS:
+        if OmegaConf.select(config, f"{section}.{switch}"):
+            bounds[f"{section}.{budget}"] = OmegaConf.select(config, f"{section}.{budget}")
+    folder = config.actor_rollout_ref.model.path
+    positions = _model_config(folder).get("max_position_embeddings")
+    bounds[f"max_position_embeddings of {folder}"] = positions
+    for key, bound in bounds.items():
+        if bound is not None and bound < needed:
+            raise UserError(f"{key}={bound} is less than data.max_prompt_length + data.max_response_length = {needed}")
+
+
+def _model_config(folder: str) -> dict[str, Any]:
+    try:
+        return check_model_folder(folder)
+    except UserError as error:
+        raise UserError(f"actor_rollout_ref.model.path: {error}") from None
 
 
 def _check_model(config: DictConfig) -> None:
-    folder = Path(config.model.path)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"actor_rollout_ref.model.path={folder} is not a model folder (no config.json in it)")
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(
-            f"actor_rollout_ref.model.path={folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)})"
-        )
     head = config.score.model_path
     if config.use_score and head is not None and not Path(head).exists():
         raise UserError(f"actor_rollout_ref.score.model_path={head} does not exist")
@@ -260,11 +289,18 @@ def _check_files(config: DictConfig) -> None:
         for file in file_list(config.data[key]):
             if not Path(file).is_file():
                 raise UserError(f"data.{key}: {file} does not exist")
-            columns = pq.read_schema(file).names
+            columns = _columns(key, file)
             if missing := [name for name in needed if name not in columns]:
                 raise UserError(f"data.{key}: {file} has no column {missing[0]!r}; it has {', '.join(columns)}")
     if config.custom_reward_function.path is not None and not Path(config.custom_reward_function.path).is_file():
         raise UserError(f"custom_reward_function.path={config.custom_reward_function.path} does not exist")
+
+
+def _columns(key: str, file: str) -> list[str]:
+    try:
+        return pq.read_schema(file).names
+    except pa.ArrowInvalid as error:
+        raise UserError(f"data.{key}: {file} is not a parquet file") from error
 
 
 def _is_folder(path: str | None) -> bool:
