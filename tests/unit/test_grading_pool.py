@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,23 @@ def test_a_hard_answer_times_out():
         tower = GradeRequest("math500", "\\boxed{9^{9^{9^{9}}}+x}", "x")
         assert pool.grade([tower, GradeRequest("math500", "\\boxed{2x}", "x+x")]) == [None, 1.0]
         assert pool.failures == {"timeout": 1}
+
+
+@pytest.mark.parametrize(
+    ("response", "answers", "status"), [("right", ["started", "graded"], 0), ("hang", ["started"], -14)]
+)
+def test_an_orphans_alarm_leaves_time_for_imports(tmp_path, response, answers, status):
+    path = tmp_path / "slow.py"
+    path.write_text("import time\ntime.sleep(1.5)\n" + HOSTILE)
+    ours, theirs = Pipe()
+    code = f"from xbai.grading import worker; worker.ORPHAN_GRACE_S = 0.5; worker.main({theirs.fileno()})"
+    with theirs:
+        process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()])
+    ours.send((CustomGrader(str(path)), 0.5, 2**30))
+    ours.send(request(response))
+    assert [ours.recv()[0] for _ in answers] == answers
+    if status:
+        with pytest.raises(EOFError):
+            ours.recv()
+    ours.close()
+    assert process.wait(10) == status

@@ -25,11 +25,10 @@ from types import TracebackType
 import xbai
 from xbai.errors import UserError
 from xbai.grading.dispatch import Grader, GradeRequest, grade
-from xbai.grading.worker import MEMORY, RAISED, REFUSED, STARTED
+from xbai.grading.worker import MEMORY, RAISED, REFUSED, START_TIMEOUT_S, STARTED
 
 logger = logging.getLogger(__name__)
 
-START_TIMEOUT_S = 120.0
 GIBIBYTE = 2**30
 
 

@@ -12,8 +12,10 @@ from xbai.grading.dispatch import Grader, GradeRequest, answer_check, grade
 
 STARTED, GRADED, RAISED, REFUSED, MEMORY = "started", "graded", "raised", "refused", "memory"
 
+START_TIMEOUT_S = 120.0
+"""What the imports of a grader may take."""
 ORPHAN_GRACE_S = 30.0
-"""A worker whose pool was killed ends itself this long after the time limit."""
+"""A worker whose pool was killed ends itself this long after a time limit."""
 
 
 def main(file_descriptor: int) -> None:
@@ -27,19 +29,24 @@ def main(file_descriptor: int) -> None:
             request = connection.recv()
         except EOFError:
             return
-        # Nothing handles this signal in Python, so that it ends even a process that is stuck inside a C call.
-        signal.setitimer(signal.ITIMER_REAL, timeout_s + ORPHAN_GRACE_S)
-        connection.send(_answer(connection, grader, request))
+        connection.send(_answer(connection, grader, request, timeout_s))
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _answer(connection: Connection, grader: Grader, request: GradeRequest) -> tuple[str, float | str]:
+def _end_after(seconds: float) -> None:
+    # Nothing handles this signal in Python, so that it ends even a process that is stuck inside a C call.
+    signal.setitimer(signal.ITIMER_REAL, seconds + ORPHAN_GRACE_S)
+
+
+def _answer(connection: Connection, grader: Grader, request: GradeRequest, timeout_s: float) -> tuple[str, float | str]:
+    _end_after(START_TIMEOUT_S)
     try:
-        # Imports first: the clock starts with the message below.
+        # Imports first: the pool's clock starts with the message below.
         if grader is grade:
             answer_check(request.data_source)
         elif isinstance(grader, CustomGrader):
             grader.load()
+        _end_after(timeout_s)
         connection.send((STARTED, ""))
         return GRADED, float(grader(request))
     except UserError as error:
