@@ -76,6 +76,14 @@ def test_files_of_a_glob_are_put_together(tmp_path: Path) -> None:
     assert (report.questions, report.samples, report.mean_at_1.mean) == (1, 2, 0.5)
 
 
+def test_questions_of_the_same_text_stay_apart(tmp_path: Path) -> None:
+    same = [result_line(index, [RIGHT], [0.5]) | {"settings": {"questions": "d"}} for index in (0, 1)]
+    write(tmp_path / "part0.jsonl", *same)
+    write(tmp_path / "part1.jsonl", same[1])
+    _, questions = report_files("make10", str(tmp_path / "part*"))
+    assert [len(question.correct) for question in questions] == [1, 2]
+
+
 def test_missing_files_and_candidates_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         result_files(str(tmp_path / "none*"))

@@ -150,10 +150,16 @@ def grade_lines(task: str, lines: Sequence[ResultLine], workers: int | None = No
             requests.setdefault((number, response), benchmark.grade_request(question, response))
     with GraderPool(workers) as pool:
         grades = dict(zip(requests, pool.grade(list(requests.values())), strict=True))
-    by_prompt: dict[str, list[int]] = {}
+    by_question: dict[tuple, list[int]] = {}
     for number, line in enumerate(lines):
-        by_prompt.setdefault(line.prompt, []).append(number)
-    return [_graded_question(lines, numbers, grades) for numbers in by_prompt.values()]
+        by_question.setdefault(_identity(line), []).append(number)
+    return [_graded_question(lines, numbers, grades) for numbers in by_question.values()]
+
+
+def _identity(line: ResultLine) -> tuple:
+    """What lines of one question share: its place in its set of questions, or its text where that is not known."""
+    digest = (line.settings or {}).get("questions")
+    return (line.prompt,) if digest is None or line.index is None else (digest, line.index)
 
 
 def _graded_question(
