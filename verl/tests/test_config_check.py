@@ -9,6 +9,7 @@ import pytest
 import ray
 import torch
 
+from verl.single_controller import WorkerLostError
 from verl.trainer import main_ppo
 from verl.trainer.compose import compose_config
 from verl.trainer.config_check import DEFAULTS_FILE, TOKEN_BUDGETS, check_config
@@ -129,6 +130,22 @@ def test_data_source_without_grader(fails, tmp_path):
     datasets.Dataset.from_list([row] * 4).to_parquet(tmp_path / "rows.parquet")
     overrides = [f"data.train_files={tmp_path}/rows.parquet", "custom_reward_function.path=null"]
     assert "data_source 'poetry': no grader for it" in fails(*overrides)
+
+
+def test_a_dead_worker_is_one_line_and_another_exit_status(small_run, monkeypatch, capsys, tmp_path):
+    from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+
+    def die(trainer):
+        raise WorkerLostError("worker rank 1 of actor died in update_actor")
+
+    monkeypatch.setattr(RayPPOTrainer, "init_workers", die)
+    monkeypatch.setattr(sys, "argv", ["main_ppo", *small_run, f"trainer.default_local_dir={tmp_path}"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ending:
+        main_ppo.main()
+    assert ending.value.code == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert [line.partition(";")[0] for line in lines] == ["error: worker rank 1 of actor died in update_actor"]
 
 
 def test_missing_gpus_are_explained_by_the_launch_script(tmp_path):

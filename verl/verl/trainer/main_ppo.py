@@ -22,10 +22,11 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: DictConfig) -> None:
-    """Check, load the data, start the workers and train."""
+    """Check, load the data, start the workers and train; a worker that died is one line and exit status 1."""
     check_config(config)
 
     # Ray and transformers take seconds to import, which a mistake in the configuration should not cost.
+    from verl.single_controller import WorkerLostError
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
     trainer = RayPPOTrainer(config)
@@ -35,6 +36,9 @@ def run(config: DictConfig) -> None:
     try:
         trainer.init_workers()
         trainer.fit()
+    except WorkerLostError as error:
+        sys.stderr.write(f"error: {error}; the same command goes on from the last checkpoint\n")
+        raise SystemExit(1) from None
     finally:
         trainer.close()
 
