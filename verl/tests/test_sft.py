@@ -11,6 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from verl.trainer import main_sft
 from verl.trainer.compose import compose_config
 from verl.utils.dataset.sft_dataset import SFTDataset, collate_examples, length_grouped_batches
 from verl.utils.muon import Muon, orthogonalized
@@ -103,6 +104,21 @@ def test_mistake_on_the_command_line_is_one_line(overrides, message):
     with pytest.raises(UserError, match=message) as caught:
         compose_config("sft_trainer", overrides)
     assert "\n" not in str(caught.value)
+
+
+def test_only_the_first_rank_says_what_all_of_them_found(monkeypatch):
+    monkeypatch.setattr(main_sft, "FIRST_RANK_GRACE_S", 0.0)
+
+    def fail():
+        with main_sft.first_rank_speaks():
+            raise UserError("optim.lr")
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit, match="2"):
+        fail()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UserError, match=r"optim\.lr"):
+        fail()
 
 
 def test_orthogonalized_keeps_singular_vectors_and_levels_singular_values():

@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -46,6 +48,8 @@ from xbai.sprm import (
 )
 
 logger = logging.getLogger(__name__)
+
+FIRST_RANK_GRACE_S = 2.0
 
 
 class SFTTrainer:
@@ -270,7 +274,23 @@ class MetricsWindow:
         return metrics
 
 
+@contextmanager
+def first_rank_speaks() -> Iterator[None]:
+    """Leave a `UserError`, which all ranks of a machine run into alike, to the first of them to say.
+
+    torchrun ends every rank as soon as one has ended, so the others give the first one time.
+    """
+    try:
+        yield
+    except UserError:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        time.sleep(FIRST_RANK_GRACE_S)
+        raise SystemExit(2) from None
+
+
 @exit_on_user_error
+@first_rank_speaks()
 def main() -> None:
     """Entry point of every rank that torchrun starts; without torchrun, one rank."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
