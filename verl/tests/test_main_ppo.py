@@ -39,6 +39,8 @@ EXPECTED = [
     "timing_s/update_actor",
     "timing_s/weight_sync",
     "perf/generate_tokens_per_s",
+    "perf/old_log_prob_tokens_per_s",
+    "perf/ref_tokens_per_s",
     "perf/update_actor_tokens_per_s",
 ]
 

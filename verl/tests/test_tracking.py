@@ -49,9 +49,16 @@ def test_tensorboard_writes_scalars(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("reward")] == [(7, 0.25)]
 
 
+def test_the_console_shows_seconds_and_tokens_per_second_of_every_phase(tmp_path, caplog):
+    with _track(tmp_path, ["console"]) as tracking, caplog.at_level("INFO"):
+        tracking.log({"timing_s/ref": 2.0, "perf/ref_tokens_per_s": 50.0, "perf/ref_memory_gib": 1.0}, 3)
+    assert caplog.messages == ["step 3\n  timing_s: ref 2\n  perf: ref_tokens_per_s 50"]
+
+
 def test_wandb_logs_offline_without_a_key(tmp_path, monkeypatch):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    for variable in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with _track(tmp_path, ["wandb"]) as tracking:
         tracking.log({"reward": 0.25}, 1)
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))

@@ -34,13 +34,13 @@ class Backend(ABC):
 
 
 class ConsoleBackend(Backend):
-    """One log record a step: a line for each part of the names before the slash, without `perf/`."""
+    """One log record a step: a line for each part of the names before the slash, of `perf/` the tokens per second."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         groups: dict[str, list[str]] = {}
         for name, value in metrics.items():
             group, _, short = name.rpartition("/")
-            if group == "perf":
+            if group == "perf" and not short.endswith("tokens_per_s"):
                 continue
             groups.setdefault(group, []).append(f"{short} {value:.4g}")
         lines = [f"  {group or 'other'}: {', '.join(values)}" for group, values in groups.items()]
@@ -111,7 +111,7 @@ class WandbBackend(Backend):
             "id": run_id,
             "resume": "allow",
         }
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
         try:
             self._run = wandb.init(**settings, mode=mode)
         except wandb.errors.CommError as error:
