@@ -25,10 +25,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from verl.trainer.ppo.checkpoint_folder import LATEST_FILE
 from verl.utils.checkpoint import HUGGINGFACE_FOLDER
-from verl.utils.model import torch_dtype
+from verl.utils.model import load_tokenizer, torch_dtype
+from xbai.engine.files import read_config
 from xbai.errors import UserError, exit_on_user_error
 from xbai.files import atomic_directory
 from xbai.sprm import ScoreHead, load_sprm_config, save_score_head
@@ -36,7 +38,6 @@ from xbai.sprm.head import SPRM_CONFIG_FILE
 
 logger = logging.getLogger("model_merger")
 
-LATEST_FILE = "latest_checkpointed_iteration.txt"
 LM_PREFIX, HEAD_PREFIX = "model.lm.", "model.score_head."
 
 
@@ -58,10 +59,11 @@ def find_actor_folder(path: Path) -> Path:
     )
 
 
-def expected_tensors(config: PretrainedConfig, with_head: bool) -> dict[str, Tensor]:
+def expected_tensors(config: PretrainedConfig, with_head: bool, trust_remote_code: bool = False) -> dict[str, Tensor]:
     """Names and shapes (on the meta device) that a checkpoint of this configuration holds."""
     with torch.device("meta"):
-        tensors = {f"{LM_PREFIX}{k}": v for k, v in AutoModelForCausalLM.from_config(config).state_dict().items()}
+        lm = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        tensors = {f"{LM_PREFIX}{name}": tensor for name, tensor in lm.state_dict().items()}
         if with_head:
             tensors |= {f"{HEAD_PREFIX}{k}": v for k, v in ScoreHead(config.hidden_size).state_dict().items()}
     return tensors
@@ -110,13 +112,14 @@ def read_tensors(actor_folder: Path, wanted: Mapping[str, Tensor]) -> dict[str, 
     return tensors
 
 
-def merge(local_dir: Path, target_dir: Path, dtype: str = "auto") -> None:
+def merge(local_dir: Path, target_dir: Path, dtype: str = "auto", trust_remote_code: bool = False) -> None:
     """Write the model of a checkpoint.
 
     Args:
         local_dir: see `find_actor_folder`.
         target_dir: must not exist.
         dtype: of the language model's weights; `auto` keeps what the checkpoint has. The head stays float32.
+        trust_remote_code: run the Python code of the model that was trained.
 
     Raises:
         UserError: no checkpoint, one that does not fit its configuration, or an output folder that exists.
@@ -125,10 +128,10 @@ def merge(local_dir: Path, target_dir: Path, dtype: str = "auto") -> None:
     if target_dir.exists():
         raise UserError(f"{target_dir} exists already; remove it or choose another --target_dir")
     source = actor_folder / HUGGINGFACE_FOLDER
-    config = AutoConfig.from_pretrained(source)
+    config = read_config(source, trust_remote_code)
     with_head = (source / SPRM_CONFIG_FILE).is_file()
     stored = stored_tensors(actor_folder)
-    check_tensors(actor_folder, stored, expected_tensors(config, with_head))
+    check_tensors(actor_folder, stored, expected_tensors(config, with_head, trust_remote_code))
     logger.info("%s: %d tensors, as the configuration says", actor_folder, len(stored))
     lm = {name: tensor for name, tensor in stored.items() if name.startswith(LM_PREFIX)}
     config.dtype = next(iter(lm.values())).dtype if dtype == "auto" else torch_dtype(dtype)
@@ -140,7 +143,7 @@ def merge(local_dir: Path, target_dir: Path, dtype: str = "auto") -> None:
         _write_language_model(actor_folder, folder, lm, config.dtype)
         if with_head:
             head = read_tensors(actor_folder, {k: v for k, v in stored.items() if k.startswith(HEAD_PREFIX)})
-            sprm_config = load_sprm_config(source, AutoTokenizer.from_pretrained(source))
+            sprm_config = load_sprm_config(source, load_tokenizer(source, trust_remote_code))
             save_score_head(folder, {k.removeprefix(HEAD_PREFIX): v for k, v in head.items()}, sprm_config)
     logger.info("%s: written", target_dir)
 
@@ -165,8 +168,9 @@ def main() -> None:
     parser.add_argument("--local_dir", type=Path, required=True, help="checkpoint: actor, step or experiment folder")
     parser.add_argument("--target_dir", type=Path, required=True, help="output folder, which must not exist")
     parser.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16 or float16")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the Python code that the model needs")
     arguments = parser.parse_args()
-    merge(arguments.local_dir, arguments.target_dir, arguments.dtype)
+    merge(**vars(arguments))
 
 
 if __name__ == "__main__":
