@@ -96,11 +96,10 @@ evaluate() {
         --ip 127.0.0.1 --port "$score"
     wait_ready score "http://127.0.0.1:$score" "$service" "$score_log"
     wait_ready policy "http://127.0.0.1:$policy" "$policy_pid" "$policy_log"
-    # The policy service could return fused scores; the score service is asked here so that both are seen working.
     python test/inference.py --task make10 --input_file "$out/data/make10_test.jsonl" \
         --output_file "$out/results/$name.jsonl" --n_samples 1 --branch 32 --model_dir "$model" \
         --score_api_url "http://127.0.0.1:$score/score" --response_api_url "http://127.0.0.1:$policy/generate" \
-        --score_source service --temperature "$temperature" --top_p 1.0 --repetition_penalty 1.0 \
+        --temperature "$temperature" --top_p 1.0 --repetition_penalty 1.0 \
         --max_tokens "$response_length" --response_num 32 --seed "$seed" --max_questions "$problems"
     stop_services
 }

@@ -138,7 +138,11 @@ def infer(
     response_num: Annotated[int, typer.Option("--response_num", min=1, help="Responses asked for at once.")] = 8,
     max_in_flight: Annotated[int, typer.Option("--max_in_flight", min=1, help="Requests at one URL.")] = 32,
     score_source: Annotated[
-        str, typer.Option("--score_source", help="fused (with the responses), service, none, or auto.")
+        str,
+        typer.Option(
+            "--score_source",
+            help="fused (with the responses), service, none, or auto: service where it has a URL, else fused.",
+        ),
     ] = "auto",
     total_parts: Annotated[int, typer.Option("--total_parts", min=1, help="Split the questions over processes.")] = 1,
     part: Annotated[int, typer.Option("--part", min=0, help="Which part to run, from 0.")] = 0,

@@ -58,7 +58,6 @@ def command(
             "model_dir": tiny_model_dir,
             "score_api_url": f"{services['score']}/score",
             "response_api_url": f"{services['policy']}/score",
-            "score_source": "service",
             "max_tokens": 24,
             "response_num": 2,
             **changes,
@@ -133,7 +132,7 @@ def test_fused_scores_equal_the_service_and_a_dead_copy_does_no_harm(
 ) -> None:
     run(command(output_file=tmp_path / "service.jsonl"))
     urls = f"http://127.0.0.1:9/score,{services['policy']}"
-    run(command(output_file=tmp_path / "fused.jsonl", score_source=None, score_api_url=None, response_api_url=urls))
+    run(command(output_file=tmp_path / "fused.jsonl", score_api_url=None, response_api_url=urls))
     fused, served = results(tmp_path / "fused.jsonl"), results(tmp_path / "service.jsonl")
     assert_complete(fused)
     for ours, theirs in zip(fused, served):
@@ -171,7 +170,7 @@ def test_metrics_of_a_run(command: Callable, tmp_path: Path) -> None:
         ({"model_dir": "/nowhere"}, "/nowhere"),
         ({"response_api_url": "ftp://x"}, "is not a service URL"),
         ({"response_api_url": "http://127.0.0.1:9", "patience": 0.1}, "start it first"),
-        ({"score_api_url": None}, "needs --score_api_url"),
+        ({"score_api_url": None, "score_source": "service"}, "needs --score_api_url"),
         ({"effort": "high"}, "--effort high means --branch 32, not 2"),
         ({"total_parts": 2, "part": 2}, "must be from 0 to 1"),
     ],

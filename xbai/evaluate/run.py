@@ -45,7 +45,8 @@ class RunOptions:
         candidates: responses to each question.
         responses_per_request: samples of one `/generate` request.
         max_in_flight: requests in flight at one URL.
-        score_source: `fused` (scores come with the responses), `service`, `none`, or `auto` (fused where offered).
+        score_source: `fused` (scores come with the responses), `service`, `none`, or `auto` (the service where
+            a URL is given, else fused).
         total_parts, part: run only the questions whose index leaves `part` when divided by `total_parts`.
         max_questions: only the first so many.
     """
@@ -177,21 +178,21 @@ async def _run(options: RunOptions, questions: Sequence[StoredQuestion], store: 
             scorer = ServicePool(options.score_api_url, "/score", client, options.retry, options.max_in_flight)
         total = len(questions) * options.candidates
         with Progress(total, done=total - sum(request.count for request in requests)) as progress:
-            fused = bool(requests) and await _use_fused_scores(options, policy, scorer)
+            fused = bool(requests) and await _use_fused_scores(options, policy)
             driver = Driver(options, store, policy, None if options.score_source == "none" else scorer, fused, progress)
             await driver.run(requests, {question.index: question for question in questions})
 
 
-async def _use_fused_scores(options: RunOptions, policy: ServicePool, scorer: ServicePool | None) -> bool:
+async def _use_fused_scores(options: RunOptions, policy: ServicePool) -> bool:
     offers = all(description.get("scores") for description in await policy.describe())
-    if options.score_source in ("service", "none"):
+    if options.score_source in ("service", "none") or (options.score_source == "auto" and options.score_api_url):
         return False
-    if not offers and (options.score_source == "fused" or scorer is None):
+    if not offers:
         raise UserError(
             f"--response_api_url {options.response_api_url}: the service offers no scores; "
             "give --score_api_url, or --score_source none"
         )
-    return offers
+    return True
 
 
 class Driver:
