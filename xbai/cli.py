@@ -62,6 +62,20 @@ def serve_policy(
     engine: Annotated[str, typer.Option("--engine", help="vllm, hf, or auto.")] = "auto",
     dtype: Dtype = "auto",
     max_model_len: MaxModelLen = None,
+    with_scores: Annotated[
+        bool | None,
+        typer.Option(
+            "--with_scores/--no_scores",
+            help="Offer scores, for which most weights are loaded twice; by default where score_module.pt exists.",
+        ),
+    ] = None,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option("--tensor_parallel_size", min=1, help="GPUs that share the model (vllm).")
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float | None,
+        typer.Option("--gpu_memory_utilization", min=0.01, max=1, help="Share of a GPU's memory to take (vllm)."),
+    ] = None,
     max_pending: Annotated[int, typer.Option("--max_pending", min=1, help="Responses queued; beyond it 429.")] = 4096,
     request_timeout: RequestTimeout = 3600.0,
     max_body_mb: MaxBody = 16,
@@ -72,7 +86,18 @@ def serve_policy(
     from xbai.serve.run import serve_policy
 
     limits = Limits(max_pending, request_timeout, max_body_mb << 20, shutdown_timeout)
-    serve_policy(model_path, ip, port, limits, engine=engine, dtype=dtype, max_model_len=max_model_len)
+    serve_policy(
+        model_path,
+        ip,
+        port,
+        limits,
+        engine=engine,
+        with_scores=with_scores,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        tensor_parallel_size=tensor_parallel_size,
+        gpu_memory_utilization=gpu_memory_utilization,
+    )
 
 
 @_command("serve-score")

@@ -10,6 +10,7 @@ import torch
 
 from xbai.engine import vllm as vllm_module
 from xbai.engine.vllm import VLLMEngine
+from xbai.errors import UserError
 
 
 class StartedError(Exception):
@@ -36,3 +37,27 @@ def test_unseeded_requests_differ_between_processes_but_not_between_ranks(
     assert len({start_arguments(tiny_model_dir)["seed"] for _ in range(4)}) == 4
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     assert {start_arguments(tiny_model_dir)["seed"] for _ in range(4)} == {0}
+
+
+def test_the_weights_are_shared_by_as_many_processes_as_asked(tiny_model_dir: Path) -> None:
+    if torch.cuda.is_available() and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs, or none")
+    assert start_arguments(tiny_model_dir)["distributed_executor_backend"] == "uni"
+    shared = start_arguments(tiny_model_dir, tensor_parallel_size=2)
+    assert shared["tensor_parallel_size"] == 2
+    assert "distributed_executor_backend" not in shared
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "message"),
+    [
+        (0, {"gpu_memory_utilization": 0.5}, "gpu_memory_utilization: there is no GPU here"),
+        (2, {"tensor_parallel_size": 4}, "tensor_parallel_size=4: only 2 GPUs here"),
+    ],
+)
+def test_options_for_gpus_that_are_not_there_are_refused(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(UserError, match=message):
+        VLLMEngine(tiny_model_dir, **options)

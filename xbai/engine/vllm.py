@@ -74,6 +74,7 @@ class VLLMEngine(Engine):
         seed: int | None = None,
         **options: Any,
     ) -> None:
+        _check_devices(options)
         config = read_config(model_path, trust_remote_code)
         tokenizer = load_tokenizer(model_path, trust_remote_code)
         length = resolve_max_model_len(max_model_len, config)
@@ -180,6 +181,14 @@ class VLLMEngine(Engine):
             logprobs=0 if params.log_probs else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+
+
+def _check_devices(options: dict[str, Any]) -> None:
+    devices = torch.cuda.device_count()
+    if "gpu_memory_utilization" in options and devices == 0:
+        raise UserError("gpu_memory_utilization: there is no GPU here; remove it")
+    if options.get("tensor_parallel_size", 1) > devices > 0:
+        raise UserError(f"tensor_parallel_size={options['tensor_parallel_size']}: only {devices} GPUs here")
 
 
 def _with_lm_head(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -7,6 +7,8 @@ import os
 import signal
 import socket
 import sys
+from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -18,6 +20,7 @@ from xbai.serve.engine_thread import EngineThread, ModelThread, ScoreModel, Scor
 from xbai.serve.limits import Limits
 from xbai.serve.policy import create_policy_app
 from xbai.serve.score import create_score_app
+from xbai.sprm.head import SCORE_MODULE_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -26,16 +29,25 @@ LISTEN_BACKLOG = 2048
 
 
 def serve_policy(
-    model_path: str, ip: str, port: int, limits: Limits, *, engine: str, dtype: str, max_model_len: int | None
+    model_path: str, ip: str, port: int, limits: Limits, *, engine: str, with_scores: bool | None, **options: Any
 ) -> None:
     """Run the policy service until SIGTERM or SIGINT.
+
+    Args:
+        model_path, ip, port, limits: what to serve, where, and how much of it.
+        engine: as `load_engine` takes it.
+        with_scores: load the score head too, with its copy of the weights; None where the folder has one.
+        **options: further ones of `load_engine`; None leaves its default.
 
     Raises:
         UserError: the port is taken, or the model cannot be loaded.
     """
     check_model_folder(model_path)
+    if with_scores and not (Path(model_path) / SCORE_MODULE_FILE).is_file():
+        raise UserError(f"--with_scores: {model_path} has no {SCORE_MODULE_FILE}; leave it out, or serve another model")
+    given = {name: value for name, value in options.items() if value is not None}
     with listen(ip, port) as listener:
-        thread = EngineThread(lambda: load_engine(engine, model_path, dtype=dtype, max_model_len=max_model_len))
+        thread = EngineThread(lambda: load_engine(engine, model_path, with_scores=with_scores, **given))
         _run(create_policy_app(thread, model_path, limits), thread, listener, limits)
 
 

@@ -1,0 +1,44 @@
+"""Which model the policy service loads, as its flags say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xbai.engine import Engine
+from xbai.errors import UserError
+from xbai.serve import run
+from xbai.serve.limits import Limits
+
+FLAGS = {"dtype": "auto", "max_model_len": None, "tensor_parallel_size": None, "gpu_memory_utilization": None}
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch):
+    """`serve(folder, **flags) -> the engine that would answer`."""
+    loaded: list[Engine] = []
+    monkeypatch.setattr(run, "_run", lambda app, thread, listener, limits: loaded.append(thread._load()))
+
+    def serve_policy(folder: Path, **flags: Any) -> Engine:
+        run.serve_policy(str(folder), "127.0.0.1", 0, Limits(), engine="hf", **(FLAGS | flags))
+        return loaded[-1]
+
+    return serve_policy
+
+
+@pytest.mark.parametrize(("with_scores", "scores"), [(None, True), (True, True), (False, False)])
+def test_scores_are_loaded_unless_told_not_to(serve, tiny_model_dir: Path, with_scores: bool | None, scores: bool):
+    assert (serve(tiny_model_dir, with_scores=with_scores).step_rule is not None) == scores
+
+
+def test_flags_that_cannot_act_are_refused(serve, make_tiny_model) -> None:
+    folder = make_tiny_model()
+    (folder / "score_module.pt").unlink()
+    assert serve(folder, with_scores=None).step_rule is None
+    with pytest.raises(UserError, match=r"--with_scores: .* has no score_module\.pt"):
+        serve(folder, with_scores=True)
+    for flag, value in (("tensor_parallel_size", 2), ("gpu_memory_utilization", 0.5)):
+        with pytest.raises(UserError, match=f"{flag}: the hf engine has no such option"):
+            serve(folder, with_scores=None, **{flag: value})
