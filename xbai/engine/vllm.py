@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import logging
 import os
 import secrets
 import warnings
@@ -228,6 +229,8 @@ def _cache_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
 
 
 def _start(arguments: dict[str, Any]) -> Any:
+    # Said while vLLM is imported, before it has read its logging level.
+    logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
     os.environ.update(_REQUIRED_ENVIRONMENT)
     for name, value in _DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
