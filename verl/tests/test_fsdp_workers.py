@@ -17,7 +17,7 @@ from verl import DataProto
 from verl.single_controller import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from verl.trainer.config_check import DEFAULTS_FILE
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
-from xbai.engine import Scorer
+from xbai.engine import SamplingParams, load_engine
 from xbai.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -149,9 +149,10 @@ def update(group: RayWorkerGroup, batch: DataProto) -> None:
 
 
 def compare_with_merged(merged: Path, batch: DataProto, after: DataProto) -> None:
-    """The merged model's log-probs and step scores must be the updated actor's, and no longer the old ones."""
+    """The merged model's log-probs and step scores, in plain transformers and in vLLM, must be the updated actor's, and
+    no longer the old ones."""
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
-    scorer = Scorer.from_folder(merged, dtype="float32")
+    engine = load_engine("vllm", merged, dtype="float32", with_scores=True, max_num_seqs=4)
     changed = 0.0
     for row in range(len(batch)):
         kept = batch.batch["attention_mask"][row].bool()
@@ -164,9 +165,14 @@ def compare_with_merged(merged: Path, batch: DataProto, after: DataProto) -> Non
         changed += float((found - batch.batch["old_log_probs"][row][: len(expected)]).abs().sum())
         features = after.batch["step_feature_mask"][row]
         step_scores = after.batch["old_step_logits"][row][features].sigmoid()
-        scored = scorer.score([ids.tolist()], [prompt_length])[0]
+        scored = engine.score([ids.tolist()], [prompt_length])[0]
         assert torch.allclose(torch.tensor(scored.step_scores), step_scores, atol=1e-5)
     assert changed > 0.1
+    prompt = batch.batch["prompts"][0].tolist()
+    greedy = SamplingParams(temperature=0.0, max_tokens=RESPONSE_LENGTH)
+    expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=RESPONSE_LENGTH)
+    assert engine.generate([prompt], greedy)[0][0].token_ids == expected[0, PROMPT_LENGTH:].tolist()
+    engine.close()
 
 
 def compare_greedy(group: RayWorkerGroup, prompts: DataProto, merged: Path) -> None:

@@ -79,6 +79,28 @@ def test_the_latest_checkpoint_becomes_the_same_model(experiment: tuple[Path, Pa
     assert result.stderr == f"error: {merged} exists already; remove it or choose another --target_dir\n"
 
 
+def test_the_merged_model_gives_every_token_the_actors_probability(
+    process_group: None, make_tiny_model: Callable[..., Path], merge: Callable, tmp_path: Path
+):
+    source = make_tiny_model(tied=False)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    actor = shard_model(build_joint_model(source), create_mesh(), OmegaConf.create({})).eval()
+    with torch.no_grad():
+        for parameter in actor.parameters():
+            parameter.mul_(1.1)
+    save_checkpoint(tmp_path / "actor", actor, JointOptimizer(actor, OmegaConf.create({"lr": 1e-3})), tokenizer)
+    merge(tmp_path / "actor", tmp_path / "merged")
+
+    before, after = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (source, tmp_path / "merged"))
+    vocabulary = torch.arange(after.config.vocab_size)
+    ids = torch.cat([torch.tensor([[5, 9, 2, 7]]).expand(len(vocabulary), -1), vocabulary[:, None]], dim=1)
+    with torch.no_grad():
+        found = actor(ids, torch.ones_like(ids), torch.arange(5).expand_as(ids), response_length=1).log_probs[:, 0]
+        then, now = (model(ids[:1, :-1]).logits[0, -1].log_softmax(-1) for model in (before, after))
+    torch.testing.assert_close(found, now, atol=1e-5, rtol=1e-5)
+    assert (found - then).abs().max() > 0.01
+
+
 def test_a_tensor_that_does_not_fit_is_named(experiment: tuple[Path, Path], merge: Callable, tmp_path: Path):
     copy = tmp_path / "actor"
     shutil.copytree(experiment[0] / "global_step_3" / "actor", copy)
