@@ -16,7 +16,7 @@ from verl.trainer.ppo.core_algos import ADVANTAGE_ESTIMATORS, KL_ESTIMATORS, LOS
 from verl.utils.dataset.rl_dataset import file_list
 from verl.utils.tracking import BACKENDS
 from verl.workers.reward_manager import REWARD_MANAGERS
-from xbai.engine.files import check_model_folder
+from xbai.engine.files import DTYPES, check_model_folder
 from xbai.errors import UserError
 
 DEFAULTS_FILE = Path(__file__).parent / "config" / "ppo_trainer.yaml"
@@ -28,7 +28,7 @@ EXTRA_KEYS = (
 )
 """Keys without a default that command lines add with `+`."""
 
-_DTYPES = (None, "float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
+_DTYPES = (None, *DTYPES, "fp32", "bf16", "fp16")
 _OPTIMIZERS, _WARMUPS = ("AdamW", "AdamW8bit", "Adam8bit"), ("constant", "cosine")
 CHOICES: dict[str, tuple[Any, ...]] = {
     "data.truncation": ("error", "left", "right"),
@@ -45,7 +45,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "actor_rollout_ref.ref.fsdp_config.compute_dtype": _DTYPES,
     "actor_rollout_ref.rollout.name": ("vllm", "hf"),
     "actor_rollout_ref.rollout.mode": ("sync", "async"),
-    "actor_rollout_ref.rollout.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "actor_rollout_ref.rollout.dtype": ("auto", *DTYPES),
     "reward_model.reward_manager": (*REWARD_MANAGERS, "batch"),
     "algorithm.adv_estimator": tuple(ADVANTAGE_ESTIMATORS),
     "algorithm.kl_penalty": (*KL_ESTIMATORS, "full"),
