@@ -43,10 +43,9 @@ class Variant:
 
 UNCHANGED = {"sft": Variant("SFT as in the quickstart", "sft"), "rl": Variant("RL as in the quickstart", "rl")}
 VARIANTS = {
-    "sft_grad_scale": Variant("SFT, gradient scale 1e-4", "sft", "score.backbone_grad_scale=1e-4"),
+    "sft_grad_scale": Variant("SFT, gradient scale 1", "sft", "score.backbone_grad_scale=1.0"),
     "sft_agreement": Variant("SFT, agreement weighting", "sft", "score.agreement_weighting=true"),
-    "sft_balance": Variant("SFT, class balance", "sft", "score.class_balance=true"),
-    "rl_grad_scale": Variant("RL, gradient scale 1e-4", "rl", f"{SCORE}.backbone_grad_scale=1e-4"),
+    "rl_grad_scale": Variant("RL, gradient scale 1", "rl", f"{SCORE}.backbone_grad_scale=1.0"),
     "rl_agreement": Variant("RL, agreement weighting", "rl", f"{SCORE}.agreement_weighting=true"),
 }
 # Outputs and finished stages that a variant takes from the quickstart: all it does not change.
