@@ -24,6 +24,7 @@ from xbai.errors import UserError, exit_on_user_error
 from xbai.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
+SCORE = "actor_rollout_ref.score"
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,10 @@ class Variant:
 
 UNCHANGED = {"sft": Variant("SFT as in the quickstart", "sft"), "rl": Variant("RL as in the quickstart", "rl")}
 VARIANTS = {
+    "sft_grad_scale": Variant("SFT, gradient scale 1e-4", "sft", "score.backbone_grad_scale=1e-4"),
     "sft_agreement": Variant("SFT, agreement weighting", "sft", "score.agreement_weighting=true"),
-    "sft_head": Variant("SFT, dropout and raw features", "sft", "score.dropout=0.5 score.normalize_features=false"),
-    "rl_agreement": Variant("RL, agreement weighting", "rl", "actor_rollout_ref.score.agreement_weighting=true"),
+    "rl_grad_scale": Variant("RL, gradient scale 1e-4", "rl", f"{SCORE}.backbone_grad_scale=1e-4"),
+    "rl_agreement": Variant("RL, agreement weighting", "rl", f"{SCORE}.agreement_weighting=true"),
 }
 # Outputs and finished stages that a variant takes from the quickstart: all it does not change.
 SHARED = {

@@ -119,7 +119,7 @@ stage_sft() {
         trainer.output_dir="$out/base" trainer.seed="$seed" "${sft_args[@]}"
 }
 
-# The published recipe of run_single_node.sh, in small. Why one setting of the score loss is changed is in the README.
+# The published recipe of run_single_node.sh, in small. Why two settings of the score loss are changed is in the README.
 stage_rl() {
     bash scripts/run_single_node.sh \
         trainer.device=cpu trainer.n_gpus_per_node="$ranks" trainer.seed="$seed" \
@@ -134,6 +134,7 @@ stage_rl() {
         actor_rollout_ref.actor.optim.lr=3e-4 \
         actor_rollout_ref.actor.kl_loss_coef=0.1 \
         actor_rollout_ref.score.optim.lr=1e-3 \
+        actor_rollout_ref.score.backbone_grad_scale=1.0 \
         actor_rollout_ref.score.agreement_weighting=false \
         actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=32768 \
         actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=32768 \
