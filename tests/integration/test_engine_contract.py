@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch._dynamo.utils
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from xbai.engine import Completion, Engine, SamplingParams, load_engine
@@ -89,6 +90,13 @@ def test_log_probs_are_those_of_logits_over_temperature(
     for prompt, chosen, completions in zip(PROMPTS, mixed, loaded.engine.generate(PROMPTS, mixed), strict=True):
         for completion in completions:
             assert_log_probs(loaded.model, prompt, completion, chosen.temperature or 1.0)
+
+
+def test_eager_engines_compile_nothing(loaded: Loaded) -> None:
+    params = SamplingParams(max_tokens=4, top_p=0.9, top_k=3, seed=0, log_probs=True)
+    torch._dynamo.utils.counters.clear()
+    loaded.engine.generate(PROMPTS, params)
+    assert not torch._dynamo.utils.counters["frames"]
 
 
 def test_top_k_keeps_the_most_likely_tokens(loaded: Loaded) -> None:

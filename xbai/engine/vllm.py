@@ -111,6 +111,10 @@ class VLLMEngine(Engine):
         elif torch.distributed.is_initialized():
             arguments["distributed_executor_backend"] = "external_launcher"
         self._owns_process_group = not torch.distributed.is_initialized()
+        if self._on_cpu and arguments["enforce_eager"]:
+            # Even in eager mode vLLM compiles a helper of its log-probs: a machine without a C++ compiler would fail at
+            # the first request, and any other would spend half a minute on it once.
+            torch.compiler.set_stance("force_eager")
         self._llm = _start(arguments | options)
         if not self._owns_process_group:
             # vLLM's own clean-up, also on garbage collection and exit, would destroy the trainer's process group.
