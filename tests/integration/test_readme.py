@@ -59,6 +59,7 @@ class Outcome:
 
 
 SERVICE = Outcome(needs_services=True)
+NO_MODEL = r"config\.json: no such file; give a local"
 OUTCOMES = {
     # The fixture `quickstart` has run it in small; it then finds everything done.
     QUICKSTART: Outcome(says="9/9 Table and figures: finished earlier", within_s=10, variables=MINIATURE),
@@ -74,12 +75,12 @@ OUTCOMES = {
     "python data/prepare.py aime24 aime25": Outcome(2, r"error: cannot download HuggingFaceH4/aime_2024: .*Hub"),
     "python data/prepare.py deepscaler": Outcome(2, r"error: cannot download agentica-org/DeepScaleR.*Hub"),
     # Machines with 8 GPUs lack the model.
-    "bash ./scripts/run_single_node.sh": Outcome(2, "error: .*(needs 8 GPUs.*quickstart.sh|is not a model folder)"),
+    "bash ./scripts/run_single_node.sh": Outcome(2, rf"error: .*(needs 8 GPUs.*quickstart.sh|{NO_MODEL})"),
     "bash ./scripts/run_single_node.sh trainer.device=cpu": Outcome(
         wrote="outputs/two_steps/global_step_2/actor", says="finished 2 steps"
     ),
     "bash ./verl/examples/ray/run_worker_n.sh host1 host2": Outcome(2, "error: .*host1 host2.*", within_s=30),
-    "bash ./scripts/run_multi_node.sh": Outcome(2, r"error: actor_rollout_ref.model.path=.* is not a model folder"),
+    "bash ./scripts/run_multi_node.sh": Outcome(2, rf"error: actor_rollout_ref.model.path: .*{NO_MODEL}"),
     "cd ./verl/scripts && bash model_merger.sh": Outcome(wrote="outputs/merged/score_module.pt"),
     "python test/score_model_queue.py": SERVICE,
     "python test/policy_model_queue.py": SERVICE,
