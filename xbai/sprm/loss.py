@@ -100,7 +100,8 @@ def sprm_loss(
     per_step = F.binary_cross_entropy_with_logits(logits, right.float(), reduction="none")
     weights = torch.where(right, positive, negative) * counted
     total = positive * counts.positive + negative * counts.negative
-    return (per_step * weights).sum() / max(total, 1e-8) if total > 0 else (per_step * weights).sum() * 0.0
+    # Where the total is 0 so is every weight; the sum stays in the graph, so that every rank runs backward alike.
+    return (per_step * weights).sum() / (total or 1.0)
 
 
 def auc(scores: Tensor, labels: Tensor) -> float:
