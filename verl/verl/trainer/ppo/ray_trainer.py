@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from verl.protocol import DataProto, object_array
 from verl.single_controller import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from verl.trainer.ppo.checkpoint_folder import TRAINER_STATE_FILE, CheckpointFolder, step_of
+from verl.trainer.ppo.cluster import start_ray, worker_env
 from verl.trainer.ppo.core_algos import AdvantageInputs, compute_advantages, get_kl_controller, kl_penalty
 from verl.trainer.ppo.metrics import ValidationResult, masked_mean, train_metrics, validation_metrics
 from verl.trainer.ppo.reward import check_gradable, load_reward_manager
@@ -33,7 +32,6 @@ from verl.workers.actor.joint_loss import LossConfig
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
 from verl.workers.reward_manager import Reward
 from xbai.engine.files import eos_token_ids, read_config
-from xbai.errors import UserError
 from xbai.files import atomic_write
 from xbai.sprm import trajectory_scores
 
@@ -41,9 +39,6 @@ logger = logging.getLogger(__name__)
 
 PROMPT_KEYS = ("input_ids", "attention_mask", "position_ids")
 MODEL_INPUT_KEYS = (*PROMPT_KEYS, "prompts", "responses", "response_mask")
-
-QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "TQDM_DISABLE": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-"""Environment of the workers, unless set: their chatter would bury the progress."""
 
 
 class RayPPOTrainer:
@@ -95,15 +90,13 @@ class RayPPOTrainer:
         """Start Ray (or join the cluster) and one process a GPU, each with its part of the models."""
         trainer = self.config.trainer
         on_gpu = trainer.device == "cuda"
-        _start_ray(self.config, on_gpu)
+        start_ray(self.config)
         uses_reference = self._uses_kl_in_loss or self.config.algorithm.use_kl_in_reward
         role = "actor_rollout_ref" if uses_reference else "actor_rollout"
         init = RayClassWithInitArgs(ActorRolloutRefWorker, self._worker_config(), role, trainer.seed)
-        env = {name: os.environ.get(name, value) for name, value in QUIET.items()}
-        env |= {} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
         pool = RayResourcePool([trainer.n_gpus_per_node] * trainer.nnodes, use_gpu=on_gpu)
         logger.info("starting %d worker processes on %s", self._world_size, trainer.device)
-        self._workers = RayWorkerGroup(pool, init, name=role, worker_env=env)
+        self._workers = RayWorkerGroup(pool, init, name=role, worker_env=worker_env(on_gpu))
         self._workers.init_model()
 
     @property
@@ -333,34 +326,6 @@ class RayPPOTrainer:
 
 def _world_size(config: DictConfig) -> int:
     return config.trainer.nnodes * config.trainer.n_gpus_per_node
-
-
-def _start_ray(config: DictConfig, on_gpu: bool) -> None:
-    """Join the cluster that `RAY_ADDRESS` names, or that several nodes imply; otherwise start one on this machine."""
-    options: dict[str, Any] = {"logging_level": logging.WARNING}
-    if os.environ.get("RAY_ADDRESS") or config.trainer.nnodes > 1:
-        _join_cluster(os.environ.get("RAY_ADDRESS", "auto"), options)
-        return
-    num_cpus = config.ray_init.num_cpus
-    if num_cpus is None and not on_gpu:
-        # Processes on CPU may be more than the cores; Ray must not wait for cores that will never be there.
-        num_cpus = max(os.cpu_count() or 1, _world_size(config))
-    # Without an address Ray would join any cluster that it finds on this machine.
-    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
-
-
-def _join_cluster(address: str, options: dict[str, Any]) -> None:
-    """`ray.init`, but a `UserError` at once where Ray waits minutes for a head node that does not answer."""
-    try:
-        if address not in ("auto", "local") and "://" not in address:
-            host, _, port = address.rpartition(":")
-            socket.create_connection((host, port), timeout=10).close()
-        ray.init(address=address, **options)
-    except OSError as error:
-        raise UserError(
-            f"RAY_ADDRESS={address}: no Ray cluster answers; run this on the head node of one "
-            f"(verl/examples/ray/run_worker_n.sh starts it): {str(error).partition('.')[0]}"
-        ) from error
 
 
 def _seed(*parts: int | str) -> int:
