@@ -44,6 +44,21 @@ class Doubler(Worker):
     def total(self, data: DataProto) -> float:
         return float(data.batch["x"].sum())
 
+    @register(Dispatch.DP_COMPUTE_PROTO, group="pairs")
+    def multiply_in_pairs(self, data: DataProto, repeat: int = 1) -> DataProto:
+        self.seen = data.batch["x"].tolist()
+        return self.multiply(data, repeat)
+
+    @register(Dispatch.DP_COMPUTE_METRIC, group="pairs")
+    def total_of_pairs(self, data: DataProto) -> float:
+        if self.rank == 1:
+            raise UserError("rank 1 cannot")
+        return self.total(data)
+
+    @register()
+    def last_seen(self) -> list[int]:
+        return self.seen
+
     @register(Dispatch.ALL_TO_ALL)
     def echo(self, value: str) -> str:
         return value
@@ -106,6 +121,27 @@ def test_dispatch_and_collect(group: RayWorkerGroup):
         group.total(DataProto.from_dict({"x": torch.arange(3)}))
     with pytest.raises(UserError, match=r"^model.path: no such folder$"):
         group.refuse()
+
+
+def test_ranks_of_a_group_share_rows_and_the_first_answers():
+    pool = RayResourcePool([4], use_gpu=False, cpus_per_process=0.25)
+    group = RayWorkerGroup(pool, RayClassWithInitArgs(Doubler, 2), group_sizes={"pairs": 2, "others": 4})
+    try:
+        for rows in (1, 3, 4):
+            doubled = group.multiply_in_pairs(DataProto.from_dict({"x": torch.arange(rows)}), repeat=2)
+            assert doubled.batch["y"].tolist() == [2 * i for i in range(rows) for _ in range(2)]
+            assert set(doubled.batch["rank"].tolist()) == ({0} if rows == 1 else {0, 2})
+        assert group.last_seen() == [[0, 1], [0, 1], [2, 3], [2, 3]]
+        assert set(group.multiply(DataProto.from_dict({"x": torch.arange(4)})).batch["rank"].tolist()) == {0, 1, 2, 3}
+        with pytest.raises(ValueError, match="3 rows do not divide into 2"):
+            group.total_of_pairs(DataProto.from_dict({"x": torch.arange(3)}))
+        with pytest.raises(UserError, match="rank 1 cannot"):
+            group.total_of_pairs(DataProto.from_dict({"x": torch.zeros(4)}))
+    finally:
+        group.shutdown()
+    with pytest.raises(ValueError, match=r"groups of 3 ranks \(pairs\) do not divide 4 ranks"):
+        RayWorkerGroup(pool, RayClassWithInitArgs(Doubler, 2), group_sizes={"pairs": 3})
+    pool.release()
 
 
 @pytest.mark.parametrize("when", ["working", "idle", "in a collective"])

@@ -24,7 +24,8 @@ class Dispatch(Enum):
         where it does not divide; the results are stacked and the rows that come of the padding dropped (a method may
         return k rows for each row). For methods that treat rows independently.
     DP_COMPUTE_METRIC: the same without padding, for methods where an extra row would count; rows must divide.
-    Arguments that are not a `DataProto` go to every rank unchanged.
+    Arguments that are not a `DataProto` go to every rank unchanged. Where ranks work in groups (see `register`), a
+    chunk goes to all ranks of one group, and the result is taken from the first of them.
     """
 
     ONE_TO_ALL = "one_to_all"
@@ -40,26 +41,38 @@ class Registration:
 
     dispatch_mode: Dispatch
     blocking: bool
+    group: str | None = None
 
 
 @dataclass(frozen=True)
 class RankCalls:
-    """The arguments of each called rank, and how to make one result of theirs."""
+    """The arguments of each called rank or group of ranks, and how to make one result of theirs.
+
+    Attributes:
+        arguments: positional and named, one entry for each group of `group_size` consecutive ranks.
+        collect: from the results of the first rank of each group to the result of the call.
+        group_size: ranks that get the same arguments.
+    """
 
     arguments: list[tuple[tuple, dict[str, Any]]]
     collect: Callable[[list[Any]], Any]
+    group_size: int = 1
 
 
-def register(dispatch_mode: Dispatch = Dispatch.ONE_TO_ALL, blocking: bool = True) -> Callable[[F], F]:
+def register(
+    dispatch_mode: Dispatch = Dispatch.ONE_TO_ALL, blocking: bool = True, group: str | None = None
+) -> Callable[[F], F]:
     """Make a worker's method callable on its worker group.
 
     Args:
         dispatch_mode: how arguments and results are dealt out.
         blocking: whether the call on the group waits for the result or returns a `WorkerFuture`.
+        group: for the `DP_` modes, the kind of groups in which consecutive ranks share the rows (sequence or tensor
+            parallel ranks); `RayWorkerGroup(group_sizes=...)` says how many ranks that is, 1 by default.
     """
 
     def decorate(method: F) -> F:
-        setattr(method, REGISTRATION_ATTRIBUTE, Registration(dispatch_mode, blocking))
+        setattr(method, REGISTRATION_ATTRIBUTE, Registration(dispatch_mode, blocking, group))
         return method
 
     return decorate
@@ -71,8 +84,8 @@ def registered_methods(cls: type) -> dict[str, Registration]:
     return {name: registration for name, registration in found if registration is not None}
 
 
-def dispatch(mode: Dispatch, world_size: int, args: tuple, kwargs: dict[str, Any]) -> RankCalls:
-    """Deal the arguments of one call out to the ranks.
+def dispatch(mode: Dispatch, world_size: int, args: tuple, kwargs: dict[str, Any], group_size: int = 1) -> RankCalls:
+    """Deal the arguments of one call out to the ranks, or (`DP_` modes) to the groups of `group_size` ranks.
 
     Raises:
         ValueError: an argument that does not fit `mode`.
@@ -83,20 +96,23 @@ def dispatch(mode: Dispatch, world_size: int, args: tuple, kwargs: dict[str, Any
         return RankCalls([(args, kwargs)] * world_size, list)
     if mode is Dispatch.ALL_TO_ALL:
         return RankCalls(_per_rank(lambda value: _checked_list(value, world_size), world_size, args, kwargs), list)
-    return _dispatch_data_parallel(world_size, args, kwargs, pad=mode is Dispatch.DP_COMPUTE_PROTO)
+    pad = mode is Dispatch.DP_COMPUTE_PROTO
+    return RankCalls(*_deal_rows(world_size // group_size, args, kwargs, pad), group_size)
 
 
-def _dispatch_data_parallel(world_size: int, args: tuple, kwargs: dict[str, Any], pad: bool) -> RankCalls:
+def _deal_rows(
+    groups: int, args: tuple, kwargs: dict[str, Any], pad: bool
+) -> tuple[list[tuple[tuple, dict[str, Any]]], Callable[[list[Any]], Any]]:
     lengths = {len(value) for value in (*args, *kwargs.values()) if isinstance(value, DataProto)}
     if len(lengths) != 1:
         raise ValueError(f"expected batches of one length, got lengths {sorted(lengths)}")
     rows = lengths.pop()
-    padding = -rows % world_size if pad else 0
+    padding = -rows % groups if pad else 0
 
     def cut(value: Any) -> list[Any]:
         if not isinstance(value, DataProto):
-            return [value] * world_size
-        return (pad_dataproto_to_divisor(value, world_size)[0] if pad else value).chunk(world_size)
+            return [value] * groups
+        return (pad_dataproto_to_divisor(value, groups)[0] if pad else value).chunk(groups)
 
     def collect(results: list[Any]) -> Any:
         if not isinstance(results[0], DataProto):
@@ -104,7 +120,7 @@ def _dispatch_data_parallel(world_size: int, args: tuple, kwargs: dict[str, Any]
         stacked = DataProto.concat(results)
         return unpad_dataproto(stacked, padding * (len(stacked) // (rows + padding)))
 
-    return RankCalls(_per_rank(cut, world_size, args, kwargs), collect)
+    return _per_rank(cut, groups, args, kwargs), collect
 
 
 def _per_rank(

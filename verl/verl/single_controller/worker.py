@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -37,3 +38,7 @@ class Worker:
     def worker_info(self) -> WorkerInfo:
         """Rank, process id and host name, for messages about this worker."""
         return WorkerInfo(self.rank, os.getpid(), socket.gethostname())
+
+    def run_without_answer(self, method: str, *args: Any, **kwargs: Any) -> None:
+        """Call a method and keep its result here: another rank of its group sends the same one to the driver."""
+        getattr(self, method)(*args, **kwargs)

@@ -14,6 +14,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from verl.protocol import DataProto
 from verl.single_controller.decorator import RankCalls, Registration, dispatch, registered_methods
 from verl.single_controller.resource_pool import RayResourcePool
 from verl.single_controller.worker import Worker, WorkerInfo
@@ -39,8 +40,16 @@ class RayClassWithInitArgs:
 class WorkerFuture:
     """The result of a call that may still run on the workers."""
 
-    def __init__(self, group: RayWorkerGroup, method: str, refs: list[ray.ObjectRef], collect: Callable) -> None:
-        self._group, self._method, self._refs, self._collect = group, method, refs, collect
+    def __init__(
+        self,
+        group: RayWorkerGroup,
+        method: str,
+        refs: list[ray.ObjectRef],
+        collect: Callable[[list[Any]], Any],
+        group_size: int = 1,
+    ) -> None:
+        self._group, self._method, self._refs = group, method, refs
+        self._collect, self._group_size = collect, group_size
 
     def get(self) -> Any:
         """Wait for all ranks and return the collected result.
@@ -55,7 +64,7 @@ class WorkerFuture:
             for ref in ray.wait(list(waiting), num_returns=1)[0]:
                 rank = waiting.pop(ref)
                 results[rank] = self._result(ref, rank, waiting)
-        return self._collect(results)
+        return self._collect(results[:: self._group_size])
 
     def _result(self, ref: ray.ObjectRef, rank: int, waiting: Mapping[ray.ObjectRef, int]) -> Any:
         try:
@@ -95,7 +104,8 @@ class GroupMethod:
 
     def remote(self, *args: Any, **kwargs: Any) -> WorkerFuture:
         """Start the call on the ranks and return at once."""
-        calls = dispatch(self._registration.dispatch_mode, self._group.world_size, args, kwargs)
+        size = self._group.group_sizes.get(self._registration.group, 1)
+        calls = dispatch(self._registration.dispatch_mode, self._group.world_size, args, kwargs, size)
         return self._group.start(self._name, calls)
 
 
@@ -108,6 +118,7 @@ class RayWorkerGroup:
         ray_cls_with_init: RayClassWithInitArgs,
         name: str = "",
         worker_env: Mapping[str, str] | None = None,
+        group_sizes: Mapping[str, int] | None = None,
     ) -> None:
         """Start the workers and wait until they are constructed.
 
@@ -117,13 +128,20 @@ class RayWorkerGroup:
             name: what they are called in messages, say the role.
             worker_env: environment variables of the worker processes, set before they start; they override the
                 number of OpenMP threads that is derived from the machine.
+            group_sizes: for each kind of group that methods are registered with, how many consecutive ranks share the
+                rows; 1 for kinds that are not named.
 
         Raises:
+            ValueError: a group size that does not divide the number of ranks.
             UserError: the cluster has no room.
             WorkerLostError: a worker died while it was being made.
         """
         self.name = name or ray_cls_with_init.cls.__name__
         self.world_size = resource_pool.world_size
+        self.group_sizes = dict(group_sizes or {})
+        for kind, size in self.group_sizes.items():
+            if self.world_size % size:
+                raise ValueError(f"groups of {size} ranks ({kind}) do not divide {self.world_size} ranks")
         self._infos: list[WorkerInfo] | None = None
         self._workers = _spawn(resource_pool, ray_cls_with_init, _cpu_env(resource_pool) | dict(worker_env or {}))
         refs = [worker.worker_info.remote() for worker in self._workers]
@@ -141,12 +159,18 @@ class RayWorkerGroup:
         return list(self._infos or [])
 
     def start(self, method: str, calls: RankCalls) -> WorkerFuture:
-        """Start `method` on the first ranks, one for each entry of `calls.arguments`."""
-        refs = [
-            getattr(worker, method).remote(*args, **kwargs)
-            for worker, (args, kwargs) in zip(self._workers, calls.arguments)
-        ]
-        return WorkerFuture(self, method, refs, calls.collect)
+        """Start `method` on the first ranks, `calls.group_size` of them for each entry of `calls.arguments`.
+
+        What several ranks get is sent to Ray's object store once, and what several compute comes back once.
+        """
+        size, refs = calls.group_size, []
+        for group, (args, kwargs) in enumerate(calls.arguments):
+            first, *others = self._workers[group * size : (group + 1) * size]
+            if others:
+                args, kwargs = tuple(map(_stored, args)), {key: _stored(value) for key, value in kwargs.items()}
+            refs.append(getattr(first, method).remote(*args, **kwargs))
+            refs += [worker.run_without_answer.remote(method, *args, **kwargs) for worker in others]
+        return WorkerFuture(self, method, refs, calls.collect, size)
 
     def describe(self, rank: int) -> str:
         """A worker by rank, role, process id and node."""
@@ -190,6 +214,11 @@ def _cpu_env(pool: RayResourcePool) -> dict[str, str]:
         return {}
     threads = max(1, (os.cpu_count() or 1) // max(pool.process_on_nodes))
     return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def _stored(value: Any) -> Any:
+    """Rows in Ray's object store, which calls on several workers can refer to; other values as they are."""
+    return ray.put(value) if isinstance(value, DataProto) else value
 
 
 def _in_bundle(group: PlacementGroup, index: int) -> PlacementGroupSchedulingStrategy:
