@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
@@ -12,26 +9,30 @@ from torch import Tensor
 from verl import DataProto
 from verl.single_controller import Dispatch, Worker, register
 from verl.utils.checkpoint import load_checkpoint, save_checkpoint
-from verl.utils.fsdp import (
-    create_mesh,
-    init_distributed,
-    load_parameters,
-    local_device,
-    move_optimizer,
-    named_full_tensors,
-    offload_parameters,
-    shard_model,
-)
-from verl.utils.model import build_joint_model, load_tokenizer, loading_dtype, torch_dtype
+from verl.utils.fsdp import init_distributed, local_device, named_full_tensors
+from verl.utils.model import build_joint_model, load_tokenizer, loading_dtype
 from verl.utils.optim import JointOptimizer
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.actor.joint_model import JointModel
 from verl.workers.phase_metrics import measure_phase
+from verl.workers.placed_model import Dtypes, PlacedModel
 from verl.workers.rollout import EngineRollout
 from xbai.errors import UserError
 from xbai.sprm import SPRMConfig, load_sprm_config, step_feature_mask
 
 ROLES = ("actor_rollout", "actor_rollout_ref")
+
+
+def group_sizes(config: DictConfig) -> dict[str, int]:
+    """How many consecutive ranks share the rows of training (sequence parallelism) and of rollout (tensor parallelism).
+
+    Args:
+        config: the `actor_rollout_ref` section.
+    """
+    return {
+        "train": config.actor.ulysses_sequence_parallel_size,
+        "rollout": config.rollout.tensor_model_parallel_size,
+    }
 
 
 class ActorRolloutRefWorker(Worker):
@@ -65,24 +66,23 @@ class ActorRolloutRefWorker(Worker):
         self._sprm_config: SPRMConfig | None = None
         if config.use_score:
             self._sprm_config = load_sprm_config(config.model.path, self.tokenizer, config.score.get("lang"))
-        self._model = self._build_model(config.actor.fsdp_config, self._sprm_config)
-        self._optimizer = JointOptimizer(
-            self._model, config.actor.optim, config.score.optim if config.use_score else None
+        fsdp_config = config.actor.fsdp_config
+        self._policy = PlacedModel(
+            self._build_model(fsdp_config, self._sprm_config), fsdp_config, self._build_optimizer
         )
-        self._actor = DataParallelPPOActor(config, self._model, self._optimizer)
-        # Each model leaves the GPU before the next one comes.
-        self._offload()
+        self._actor = DataParallelPPOActor(config, self._policy.model, self._policy.optimizer)
         if self.role == "actor_rollout_ref":
-            self._ref_model = self._build_model(config.ref.fsdp_config, None).requires_grad_(False)
-            self._ref = DataParallelPPOActor(config, self._ref_model, log_prob_config=config.ref)
-            self._offload_reference()
+            fsdp_config = config.ref.fsdp_config
+            frozen = self._build_model(fsdp_config, None).requires_grad_(False)
+            self._reference = PlacedModel(frozen, fsdp_config)
+            self._ref = DataParallelPPOActor(config, self._reference.model, log_prob_config=config.ref)
         self._rollout = EngineRollout(config.rollout, config.model, self.tokenizer.pad_token_id)
         self._frees_engine = config.rollout.get("free_cache_engine", True) and local_device().type == "cuda"
         self._engine_is_current = not self._frees_engine
         if self._frees_engine:
             self._rollout.engine.sleep()
 
-    @register(Dispatch.DP_COMPUTE_PROTO)
+    @register(Dispatch.DP_COMPUTE_PROTO, group="rollout")
     def generate_sequences(self, prompts: DataProto) -> DataProto:
         """Sample responses with the present policy; see `EngineRollout.generate`."""
         with measure_phase("weight_sync") as sync_metrics:
@@ -96,7 +96,7 @@ class ActorRolloutRefWorker(Worker):
         output.meta_info["metrics"] = sync_metrics | metrics
         return output
 
-    @register(Dispatch.DP_COMPUTE_PROTO)
+    @register(Dispatch.DP_COMPUTE_PROTO, group="train")
     def compute_log_prob(self, data: DataProto) -> DataProto:
         """What the update compares with: `old_log_probs`, `entropys` [B, R] and, with a score head,
         `step_feature_mask` and `old_step_logits` [B, P+R]."""
@@ -107,35 +107,35 @@ class ActorRolloutRefWorker(Worker):
             columns["step_feature_mask"] = step_feature_mask(
                 data.batch["input_ids"], in_response, self._sprm_config.step_rule
             )
-        with measure_phase("old_log_prob") as metrics, self._policy_on_device():
+        with measure_phase("old_log_prob") as metrics, self._policy.on_device():
             metrics["tokens"] = _tokens(data)
             batch = data.batch.clone(recurse=False).update(columns)
             columns |= dict(self._actor.compute_log_prob(batch).items())
         return DataProto.from_dict(columns, meta_info={"metrics": metrics})
 
-    @register(Dispatch.DP_COMPUTE_PROTO)
+    @register(Dispatch.DP_COMPUTE_PROTO, group="train")
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         """`ref_log_prob` [B, R] under the reference policy."""
-        with measure_phase("ref") as metrics, self._reference_on_device():
+        with measure_phase("ref") as metrics, self._reference.on_device():
             metrics["tokens"] = _tokens(data)
             log_probs = self._ref.compute_log_prob(data.batch, compute_entropy=False)["old_log_probs"]
         return DataProto.from_dict({"ref_log_prob": log_probs}, meta_info={"metrics": metrics})
 
-    @register(Dispatch.DP_COMPUTE_METRIC)
+    @register(Dispatch.DP_COMPUTE_METRIC, group="train")
     def update_actor(self, data: DataProto) -> DataProto:
         """One joint update of policy and score head on the whole batch; the metrics are the same on every rank.
 
         Raises:
             UserError: the batch is not whole mini-batches.
         """
-        responses = len(data) * self.world_size
+        responses = len(data) * self.world_size // group_sizes(self.config)["train"]
         mini_batch = self.config.actor.ppo_mini_batch_size * self.config.rollout.n
         if responses % mini_batch:
             raise UserError(
                 f"actor.ppo_mini_batch_size={self.config.actor.ppo_mini_batch_size} prompts of {self.config.rollout.n} "
                 f"responses must divide the batch of {responses} responses (data.train_batch_size)"
             )
-        with measure_phase("update_actor") as metrics, self._policy_on_device(with_optimizer=True):
+        with measure_phase("update_actor") as metrics, self._policy.on_device(with_optimizer=True):
             metrics["tokens"] = _tokens(data) * self.config.actor.ppo_epochs
             training_metrics = self._actor.update_policy(data.batch)
         self._engine_is_current = False
@@ -144,8 +144,8 @@ class ActorRolloutRefWorker(Worker):
     @register(Dispatch.ONE_TO_ALL)
     def save_checkpoint(self, folder: str) -> None:
         """Write this group's part of a checkpoint; see `verl.utils.checkpoint.save_checkpoint`."""
-        with self._policy_on_device(with_optimizer=True):
-            save_checkpoint(folder, self._model, self._optimizer, self.tokenizer, self._sprm_config)
+        with self._policy.on_device(with_optimizer=True):
+            save_checkpoint(folder, self._policy.model, self._policy.optimizer, self.tokenizer, self._sprm_config)
 
     @register(Dispatch.ONE_TO_ALL)
     def load_checkpoint(self, folder: str) -> None:
@@ -155,81 +155,40 @@ class ActorRolloutRefWorker(Worker):
             UserError: no checkpoint in the folder.
         """
         load_optimizer = not self.config.actor.optim.get("no_load_optim", False)
-        with self._policy_on_device(with_optimizer=True):
-            load_checkpoint(folder, self._model, self._optimizer, load_optimizer=load_optimizer, seed=self._seed)
+        with self._policy.on_device(with_optimizer=True):
+            load_checkpoint(
+                folder, self._policy.model, self._policy.optimizer, load_optimizer=load_optimizer, seed=self._seed
+            )
         self._engine_is_current = False
 
     def _build_model(self, fsdp_config: DictConfig, sprm_config: SPRMConfig | None) -> JointModel:
-        config = self.config
-        stored_dtype = torch_dtype(fsdp_config.get("model_dtype", "float32"))
-        compute_dtype = _compute_dtype(fsdp_config)
-        model = build_joint_model(
+        config, dtypes = self.config, Dtypes.from_config(fsdp_config)
+        return build_joint_model(
             config.model.path,
-            loading_dtype(config.model.path, stored_dtype),
+            loading_dtype(config.model.path, dtypes.stored),
             sprm_config=sprm_config,
             score_model_path=config.score.get("model_path") if sprm_config is not None else None,
             channel=config.score.get("channel") if sprm_config is not None else None,
             trust_remote_code=config.model.get("trust_remote_code", False),
             gradient_checkpointing=config.model.get("enable_gradient_checkpointing", False),
-            compute_dtype=compute_dtype or stored_dtype,
+            compute_dtype=dtypes.compute or dtypes.stored,
         )
-        mesh = create_mesh(fsdp_config.get("fsdp_size", -1))
-        return shard_model(model, mesh, fsdp_config, compute_dtype, stored_dtype)
+
+    def _build_optimizer(self, model: JointModel) -> JointOptimizer:
+        config = self.config
+        return JointOptimizer(model, config.actor.optim, config.score.optim if config.use_score else None)
 
     def _sync_engine(self) -> None:
         if self._engine_is_current:
             return
         if self._frees_engine:
             self._rollout.engine.wake_up(["weights"])
-        with self._policy_on_device():
-            self._rollout.update_weights(named_full_tensors(self._model, self._rollout.dtype))
+        with self._policy.on_device():
+            self._rollout.update_weights(named_full_tensors(self._policy.model, self._rollout.dtype))
         if self._frees_engine:
             # Only now that an offloaded policy has made room again.
             self._rollout.engine.wake_up(["kv_cache"])
         self._engine_is_current = True
-
-    @contextmanager
-    def _policy_on_device(self, with_optimizer: bool = False) -> Iterator[None]:
-        fsdp_config = self.config.actor.fsdp_config
-        if fsdp_config.get("param_offload"):
-            load_parameters(self._model)
-        if with_optimizer and fsdp_config.get("optimizer_offload"):
-            self._move_optimizers(local_device())
-        try:
-            yield
-        finally:
-            self._offload()
-
-    @contextmanager
-    def _reference_on_device(self) -> Iterator[None]:
-        if self.config.ref.fsdp_config.get("param_offload"):
-            load_parameters(self._ref_model)
-        try:
-            yield
-        finally:
-            self._offload_reference()
-
-    def _offload_reference(self) -> None:
-        if self.config.ref.fsdp_config.get("param_offload"):
-            offload_parameters(self._ref_model)
-
-    def _offload(self) -> None:
-        fsdp_config = self.config.actor.fsdp_config
-        if fsdp_config.get("param_offload"):
-            offload_parameters(self._model)
-        if fsdp_config.get("optimizer_offload"):
-            self._move_optimizers("cpu")
-
-    def _move_optimizers(self, device: torch.device | str) -> None:
-        for optimizer in self._optimizer.optimizers.values():
-            move_optimizer(optimizer, device)
-
-
-def _compute_dtype(fsdp_config: DictConfig) -> torch.dtype | None:
-    """By default float32 weights are multiplied in bfloat16 on a GPU, ten times faster, and as they are on CPU."""
-    if (name := fsdp_config.get("compute_dtype")) is not None:
-        return torch_dtype(name)
-    return torch.bfloat16 if local_device().type == "cuda" else None
 
 
 def _tokens(data: DataProto) -> float:

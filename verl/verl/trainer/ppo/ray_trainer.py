@@ -29,7 +29,7 @@ from verl.utils.model import load_tokenizer
 from verl.utils.seqlen_balancing import rows_by_rank
 from verl.utils.tracking import Tracking
 from verl.workers.actor.joint_loss import LossConfig
-from verl.workers.fsdp_workers import ActorRolloutRefWorker
+from verl.workers.fsdp_workers import ActorRolloutRefWorker, group_sizes
 from verl.workers.reward_manager import Reward
 from xbai.engine.files import eos_token_ids, read_config
 from xbai.files import atomic_write
@@ -96,7 +96,7 @@ class RayPPOTrainer:
         init = RayClassWithInitArgs(ActorRolloutRefWorker, self._worker_config(), role, trainer.seed)
         pool = RayResourcePool([trainer.n_gpus_per_node] * trainer.nnodes, use_gpu=on_gpu)
         logger.info("starting %d worker processes on %s", self._world_size, trainer.device)
-        self._workers = RayWorkerGroup(pool, init, name=role, worker_env=worker_env(on_gpu))
+        self._workers = RayWorkerGroup(pool, init, role, worker_env(on_gpu), group_sizes(self.config.actor_rollout_ref))
         self._workers.init_model()
 
     @property
