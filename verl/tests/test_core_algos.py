@@ -25,8 +25,10 @@ from verl.trainer.ppo.core_algos import (
     compute_reinforce_plus_plus_advantage,
     compute_remax_outcome_advantage,
     compute_rloo_outcome_advantage,
+    compute_value_loss,
     get_kl_controller,
     kl_penalty,
+    truncated_importance_weights,
 )
 from xbai.errors import UserError
 
@@ -171,6 +173,35 @@ def test_a_diverged_token_stays_finite() -> None:
     assert got.loss.isfinite().all() and new.grad.isfinite().all()
 
 
+@quick
+@given(
+    tokens=st.lists(st.tuples(rewards, rewards, rewards), min_size=1, max_size=8),
+    clip=st.floats(0.1, 1.0),
+)
+def test_value_loss(tokens: list[tuple[float, float, float]], clip: float) -> None:
+    values, old, returns = (torch.tensor(column, dtype=torch.float64) for column in zip(*tokens))
+    got = compute_value_loss(values, old, returns, clip)
+    expected, clipped = [], []
+    for value, old_value, target in tokens:
+        held = min(max(value, old_value - clip), old_value + clip)
+        expected.append(max((value - target) ** 2, (held - target) ** 2) / 2)
+        clipped.append((held - target) ** 2 > (value - target) ** 2)
+    assert got.loss.tolist() == pytest.approx(expected, abs=1e-12)
+    assert got.clipped.tolist() == clipped
+
+
+def test_a_value_that_left_the_range_for_the_better_gets_no_gradient() -> None:
+    values = torch.tensor([1.0, -1.0], requires_grad=True)
+    compute_value_loss(values, torch.zeros(2), torch.full((2,), 2.0), clip=0.5).loss.sum().backward()
+    assert values.grad.tolist() == [0.0, -3.0]
+
+
+def test_importance_weights_are_truncated_from_above_only() -> None:
+    actor, rollout = torch.tensor([-1.0, -1.0, -900.0]), torch.tensor([-3.0, -0.5, 0.0])
+    weights = truncated_importance_weights(actor, rollout, cap=2.0)
+    assert weights.tolist() == pytest.approx([2.0, math.exp(-0.5), 0.0], abs=1e-6)
+
+
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
 def test_loss_aggregation_adds_up_over_micro_batches(mode: str) -> None:
     loss_mat, _, mask, _ = token_batch()
@@ -189,6 +220,30 @@ def test_loss_aggregation_adds_up_over_micro_batches(mode: str) -> None:
 def test_an_unknown_aggregation_is_a_clear_error() -> None:
     with pytest.raises(UserError, match="loss_agg_mode=mean is unknown"):
         agg_loss(torch.zeros(1, 1), torch.ones(1, 1), "mean", Denominators(1, 1))
+
+
+@quick
+@given(rows=outcomes)
+def test_advantages_of_a_prompt_add_up_to_nothing(rows: list[tuple[str, float, bool]]) -> None:
+    uids, values, graded = columns(rows)
+    for got in (
+        compute_grpo_outcome_advantage(values, uids, graded),
+        compute_grpo_outcome_advantage(values, uids, graded, norm_by_std=False),
+        compute_rloo_outcome_advantage(values, uids, graded),
+    ):
+        for uid in set(uids):
+            assert float(got[[other == uid for other in uids]].sum()) == pytest.approx(0.0, abs=1e-3)
+
+
+def test_gae_without_decay_is_return_less_value_and_without_trace_the_one_step_error() -> None:
+    token_rewards, values, mask, graded = token_batch()
+    _, returns = compute_gae_advantage(token_rewards, values, mask, graded, gamma=1.0, lam=1.0)
+    kept = mask & graded[:, None]
+    expected = (token_rewards * kept).flip(1).cumsum(1).flip(1) * kept
+    torch.testing.assert_close(returns, expected, atol=1e-5, rtol=1e-5)
+    _, returns = compute_gae_advantage(token_rewards, values, mask, graded, gamma=0.5, lam=0.0)
+    following = torch.cat([(values * kept)[:, 1:], torch.zeros(4, 1)], dim=1)
+    torch.testing.assert_close(returns, (token_rewards + 0.5 * following) * kept, atol=1e-5, rtol=1e-5)
 
 
 @quick

@@ -9,6 +9,8 @@ import torch
 from verl.trainer.ppo.metrics import (
     ValidationResult,
     best_of_n,
+    explained_variance,
+    importance_metrics,
     is_truncated,
     log_prob_difference,
     masked_mean,
@@ -31,7 +33,9 @@ def test_truncated_is_full_without_an_end():
 def test_log_prob_difference_ignores_padding():
     rollout, actor = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-1.5, -2.0, float("nan")]])
     found = log_prob_difference(rollout, actor, torch.tensor([[1, 1, 0]]))
-    assert found == {"rollout/log_prob_diff_mean": 0.25, "rollout/log_prob_diff_max": 0.5}
+    # The sampled token is exp(-0.5) times as likely to the actor.
+    expected = {"log_prob_diff_mean": 0.25, "log_prob_diff_max": 0.5, "mismatch_kl": (math.exp(-0.5) - 1 + 0.5) / 2}
+    assert found == pytest.approx({f"rollout/{name}": value for name, value in expected.items()})
 
 
 def test_an_empty_mask_is_nan():
@@ -53,3 +57,25 @@ def test_validation_over_several_batches_and_sources():
     found = validation_metrics(parts, n=2)
     assert found["val/pass@1"] == 0.25 and found["val/a/pass@1"] == 0.5 and found["val/b/pass@1"] == 0.0
     assert found["val/auc"] == 1.0 and found["val/best_of_2"] == 0.5 and found["val/response_length"] == 5.0
+
+
+def test_importance_metrics_against_plain_numbers():
+    actor, rollout = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-1.5, -1.0, 9.0]])
+    found = importance_metrics(rollout, actor, torch.tensor([[1, 1, 0]]), cap=1.2)
+    ratios, weights = [math.exp(0.5), math.exp(-1.0)], [1.2, math.exp(-1.0)]
+    assert found == pytest.approx(
+        {
+            "rollout_is/mean": sum(ratios) / 2,
+            "rollout_is/max": ratios[0],
+            "rollout_is/truncated_fraction": 0.5,
+            "rollout_is/effective_sample_size": sum(weights) ** 2 / (2 * sum(w * w for w in weights)),
+        }
+    )
+
+
+def test_explained_variance():
+    returns, mask = torch.tensor([[1.0, 2.0, 7.0], [3.0, 4.0, 9.0]]), torch.tensor([[1, 1, 0], [1, 1, 0]])
+    assert explained_variance(returns - 5, returns, mask) == 1.0
+    assert explained_variance(torch.zeros(2, 3), returns, mask) == 0.0
+    assert explained_variance(-returns, returns, mask) == -3.0
+    assert math.isnan(explained_variance(returns, torch.ones(2, 3), mask))

@@ -1,4 +1,4 @@
-"""The algorithms as pure functions: advantages, policy loss, loss aggregation, KL estimates and controllers.
+"""The algorithms as pure functions: advantages, policy and value loss, loss aggregation, KL estimates and controllers.
 
 B is responses, R response tokens. Losses are sums over local tokens divided by **global** denominators, so that the
 values of all micro-batches and ranks add up to the loss of the global mini-batch.
@@ -6,13 +6,12 @@ values of all micro-batches and ranks add up to the loss of the global mini-batc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
 from verl.utils.torch_functional import masked_sum
@@ -20,31 +19,35 @@ from xbai.errors import UserError
 
 
 class Groups(NamedTuple):
-    """Which responses belong to one prompt, with the statistics of their gradable members."""
+    """Which responses belong to one prompt, with the statistics of their gradable members.
+
+    In float64: equal rewards less their float32 mean are not quite 0, and their standard deviation is as small.
+    """
 
     of_row: Tensor
     """[B] int64 group of each response."""
     graded: Tensor
     """[B] bool."""
     size: Tensor
-    """[G] float gradable responses of each group."""
+    """[G] float64 gradable responses of each group."""
 
     @classmethod
     def from_uids(cls, uids: Sequence[str] | np.ndarray, graded: Tensor) -> Groups:
         """Group responses by the uid of their prompt."""
         _, inverse = np.unique(np.asarray(uids), return_inverse=True)
         of_row = torch.as_tensor(inverse, device=graded.device).flatten()
-        size = torch.zeros(int(of_row.max()) + 1, device=graded.device).index_add(0, of_row, graded.float())
+        size = torch.zeros(int(of_row.max()) + 1, dtype=torch.float64, device=graded.device)
+        size = size.index_add(0, of_row, graded.double())
         return cls(of_row, graded.bool(), size)
 
     def sum(self, values: Tensor) -> Tensor:
         """[B] to [G], over gradable responses."""
-        return torch.zeros_like(self.size).index_add(0, self.of_row, values.float().masked_fill(~self.graded, 0.0))
+        return torch.zeros_like(self.size).index_add(0, self.of_row, values.double().masked_fill(~self.graded, 0.0))
 
     def centred(self, values: Tensor) -> Tensor:
         """[B] values less their group's mean; 0 for responses that could not be graded."""
         mean = self.sum(values) / self.size.clamp(min=1)
-        return (values.float() - mean[self.of_row]).masked_fill(~self.graded, 0.0)
+        return (values.double() - mean[self.of_row]).masked_fill(~self.graded, 0.0)
 
 
 def compute_grpo_outcome_advantage(
@@ -65,16 +68,16 @@ def compute_grpo_outcome_advantage(
     groups = Groups.from_uids(uids, graded)
     centred = groups.centred(rewards)
     if not norm_by_std:
-        return centred
+        return centred.float()
     std = (groups.sum(centred.square()) / (groups.size - 1).clamp(min=1)).sqrt()
-    return centred / (std[groups.of_row] + eps)
+    return (centred / (std[groups.of_row] + eps)).float()
 
 
 def compute_rloo_outcome_advantage(rewards: Tensor, uids: Sequence[str] | np.ndarray, graded: Tensor) -> Tensor:
     """RLOO (arXiv 2402.14740): outcome reward less the mean of the prompt's **other** gradable responses; [B]."""
     groups = Groups.from_uids(uids, graded)
     size = groups.size[groups.of_row]
-    return groups.centred(rewards) * size / (size - 1).clamp(min=1)
+    return (groups.centred(rewards) * size / (size - 1).clamp(min=1)).float()
 
 
 def compute_remax_outcome_advantage(rewards: Tensor, baselines: Tensor, graded: Tensor) -> Tensor:
@@ -147,28 +150,28 @@ class AdvantageInputs(NamedTuple):
     """[B] rewards of greedy responses, for remax."""
 
 
-def _grpo(inputs: AdvantageInputs, config: DictConfig) -> tuple[Tensor, Tensor]:
+def _grpo(inputs: AdvantageInputs, config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     norm_by_std = config.get("norm_adv_by_std_in_grpo", True)
     rewards = inputs.token_level_rewards.sum(-1)
     return _spread(compute_grpo_outcome_advantage(rewards, inputs.uids, inputs.graded, norm_by_std), inputs)
 
 
-def _rloo(inputs: AdvantageInputs, config: DictConfig) -> tuple[Tensor, Tensor]:
+def _rloo(inputs: AdvantageInputs, config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     rewards = inputs.token_level_rewards.sum(-1)
     return _spread(compute_rloo_outcome_advantage(rewards, inputs.uids, inputs.graded), inputs)
 
 
-def _remax(inputs: AdvantageInputs, config: DictConfig) -> tuple[Tensor, Tensor]:
+def _remax(inputs: AdvantageInputs, config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     rewards = inputs.token_level_rewards.sum(-1)
     return _spread(compute_remax_outcome_advantage(rewards, inputs.baselines, inputs.graded), inputs)
 
 
-def _reinforce_plus_plus(inputs: AdvantageInputs, config: DictConfig) -> tuple[Tensor, Tensor]:
+def _reinforce_plus_plus(inputs: AdvantageInputs, config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     rewards, mask, graded = inputs.token_level_rewards, inputs.response_mask, inputs.graded
     return compute_reinforce_plus_plus_advantage(rewards, mask, graded, config.get("gamma", 1.0))
 
 
-def _gae(inputs: AdvantageInputs, config: DictConfig) -> tuple[Tensor, Tensor]:
+def _gae(inputs: AdvantageInputs, config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     rewards, mask, graded = inputs.token_level_rewards, inputs.response_mask, inputs.graded
     return compute_gae_advantage(rewards, inputs.values, mask, graded, config.get("gamma", 1.0), config.get("lam", 1.0))
 
@@ -178,7 +181,7 @@ def _spread(advantages: Tensor, inputs: AdvantageInputs) -> tuple[Tensor, Tensor
     return per_token, per_token
 
 
-ADVANTAGE_ESTIMATORS: dict[str, Callable[[AdvantageInputs, DictConfig], tuple[Tensor, Tensor]]] = {
+ADVANTAGE_ESTIMATORS: dict[str, Callable[[AdvantageInputs, Mapping[str, Any]], tuple[Tensor, Tensor]]] = {
     "grpo": _grpo,
     "rloo": _rloo,
     "remax": _remax,
@@ -187,13 +190,13 @@ ADVANTAGE_ESTIMATORS: dict[str, Callable[[AdvantageInputs, DictConfig], tuple[Te
 }
 
 
-def compute_advantages(inputs: AdvantageInputs, algorithm: DictConfig) -> tuple[Tensor, Tensor]:
+def compute_advantages(inputs: AdvantageInputs, algorithm: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Advantages and returns [B, R] by `algorithm.adv_estimator`; 0 for responses that could not be graded.
 
     Raises:
         UserError: unknown estimator.
     """
-    name = algorithm.adv_estimator
+    name = algorithm["adv_estimator"]
     if name not in ADVANTAGE_ESTIMATORS:
         raise UserError(f"algorithm.adv_estimator={name} is unknown, use one of {', '.join(ADVANTAGE_ESTIMATORS)}")
     return ADVANTAGE_ESTIMATORS[name](inputs, algorithm)
@@ -229,6 +232,35 @@ def compute_policy_loss(
     negative = advantages < 0
     loss = torch.where(negative, torch.minimum(pessimistic, bound), pessimistic)
     return PolicyLoss(loss, clipped > plain, negative & (pessimistic > bound), -log_ratio)
+
+
+def truncated_importance_weights(old_log_probs: Tensor, rollout_log_probs: Tensor, cap: float) -> Tensor:
+    """How much likelier each token is to the actor than to the engine that sampled it, at most `cap`; any shape.
+
+    Weighed by them, the policy gradient is that of the actor's own samples, but for the truncation's small bias, where
+    the engine computes slightly other probabilities (truncated importance sampling, Yao et al. 2025).
+    """
+    return (old_log_probs - rollout_log_probs).clamp(-20, 20).exp().clamp(max=cap)
+
+
+class ValueLoss(NamedTuple):
+    """Per-token outcome of the critic's clipped regression."""
+
+    loss: Tensor
+    clipped: Tensor
+    """bool: the bound on the step decided the loss."""
+
+
+def compute_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> ValueLoss:
+    """Half the squared error, the worse of that of `values` and of `values` held within `clip` of the old ones (PPO).
+
+    Args:
+        values, old_values, returns: any shape; the old values are those that the advantages were made from.
+        clip: half width of the range around the old values.
+    """
+    held = torch.maximum(torch.minimum(values, old_values + clip), old_values - clip)
+    plain, clipped = (values - returns).square(), (held - returns).square()
+    return ValueLoss(0.5 * torch.maximum(plain, clipped), clipped > plain)
 
 
 LOSS_AGG_MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
@@ -282,7 +314,7 @@ def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, kind: str) -> Tensor:
         kind: `kl` (k1), `abs`, `mse` (k2) or `low_var_kl` (k3, non-negative and unbiased; Schulman 2020).
 
     Raises:
-        UserError: another kind. `full` needs both models' whole distributions, which are never kept.
+        UserError: another kind. `full` is no estimate; the joint model computes it, from both models' hidden states.
     """
     kind = _KL_ALIASES.get(kind, kind)
     if kind not in KL_ESTIMATORS:
@@ -322,16 +354,17 @@ class AdaptiveKLController:
         self.value *= 1 + error * n_steps / self._horizon
 
 
-def get_kl_controller(kl_ctrl: DictConfig) -> KLController:
+def get_kl_controller(kl_ctrl: Mapping[str, Any]) -> KLController:
     """The controller of `algorithm.kl_ctrl`.
 
     Raises:
         UserError: unknown type, or an adaptive one without a positive horizon and target.
     """
-    if kl_ctrl.type == "fixed":
-        return FixedKLController(kl_ctrl.kl_coef)
-    if kl_ctrl.type != "adaptive":
-        raise UserError(f"algorithm.kl_ctrl.type={kl_ctrl.type} is unknown, use fixed or adaptive")
-    if kl_ctrl.horizon <= 0 or kl_ctrl.target_kl <= 0:
+    kind = kl_ctrl["type"]
+    if kind == "fixed":
+        return FixedKLController(kl_ctrl["kl_coef"])
+    if kind != "adaptive":
+        raise UserError(f"algorithm.kl_ctrl.type={kind} is unknown, use fixed or adaptive")
+    if kl_ctrl["horizon"] <= 0 or kl_ctrl["target_kl"] <= 0:
         raise UserError("algorithm.kl_ctrl.type=adaptive needs kl_ctrl.horizon and kl_ctrl.target_kl above 0")
-    return AdaptiveKLController(kl_ctrl.kl_coef, kl_ctrl.target_kl, kl_ctrl.horizon)
+    return AdaptiveKLController(kl_ctrl["kl_coef"], kl_ctrl["target_kl"], kl_ctrl["horizon"])

@@ -18,8 +18,11 @@ def masked_mean(values: Tensor, mask: Tensor) -> float:
     return float(values[mask.bool()].float().mean())
 
 
-def train_metrics(batch: DataProto, eos_token_ids: Sequence[int]) -> dict[str, float]:
-    """Rewards, lengths, entropy, agreement of rollout and actor, and the score head's metrics, before the update."""
+def train_metrics(
+    batch: DataProto, eos_token_ids: Sequence[int], tis_imp_ratio_cap: float | None = None
+) -> dict[str, float]:
+    """Rewards, advantages, lengths, entropy, agreement of rollout and actor, and the score head's metrics, before the
+    update; with `tis_imp_ratio_cap` also the importance weights."""
     columns = batch.batch
     mask, graded, correct = columns["response_mask"].bool(), columns["graded"], columns["correct"]
     rewards, lengths = columns["token_level_scores"].sum(-1), mask.sum(-1)
@@ -35,12 +38,35 @@ def train_metrics(batch: DataProto, eos_token_ids: Sequence[int]) -> dict[str, f
         "prompt_length/mean": float(columns["attention_mask"].sum(-1).float().mean() - lengths.float().mean()),
         **log_prob_difference(columns["rollout_log_probs"], columns["old_log_probs"], mask),
     }
+    for name in ("advantages", "returns"):
+        kept = columns[name][mask & graded[:, None]]
+        metrics |= {f"{name}/{what}": float(value) for what, value in _spread(kept).items()}
+    if "values" in columns:
+        metrics["critic/explained_variance"] = explained_variance(
+            columns["values"], columns["returns"], mask & graded[:, None]
+        )
+    if tis_imp_ratio_cap is not None:
+        log_probs = columns["rollout_log_probs"], columns["old_log_probs"]
+        metrics |= importance_metrics(*log_probs, mask, tis_imp_ratio_cap)
     if "ref_log_prob" in columns:
         metrics["actor/ref_kl"] = masked_mean(columns["old_log_probs"] - columns["ref_log_prob"], mask)
     if "old_step_logits" in columns:
         measured = sprm_metrics(columns["old_step_logits"], columns["step_feature_mask"], correct, graded)
         metrics |= {f"score/{name}": value for name, value in measured.items()}
     return metrics
+
+
+def _spread(values: Tensor) -> dict[str, float]:
+    if not len(values):
+        return dict.fromkeys(("mean", "max", "min"), float("nan"))
+    return {"mean": float(values.mean()), "max": float(values.max()), "min": float(values.min())}
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """Share of the returns' variance that the critic's values foresaw, at most 1; nan without variance; all [B, R]."""
+    values, returns = values[mask.bool()].double(), returns[mask.bool()].double()
+    total = returns.var(correction=0)
+    return float(1 - (returns - values).var(correction=0) / total) if total > 0 else float("nan")
 
 
 def mixed_prompts(uids: Sequence[str], correct: Tensor, graded: Tensor) -> float:
@@ -57,13 +83,34 @@ def is_truncated(responses: Tensor, mask: Tensor, eos_token_ids: Sequence[int]) 
 
 
 def log_prob_difference(rollout: Tensor, actor: Tensor, mask: Tensor) -> dict[str, float]:
-    """How far the rollout engine's log-probs of its own tokens are from the actor's; all [B, R]."""
-    difference = (rollout - actor).abs()[mask.bool()]
+    """How far the rollout engine's log-probs of its own tokens are from the actor's; all [B, R].
+
+    `mismatch_kl` is the low-variance (k3) estimate of KL(engine, actor).
+    """
+    log_ratio = (actor - rollout)[mask.bool()]
+    difference = log_ratio.abs()
     empty = difference.numel() == 0
     return {
         "rollout/log_prob_diff_mean": float("nan") if empty else float(difference.mean()),
         "rollout/log_prob_diff_max": float("nan") if empty else float(difference.max()),
+        "rollout/mismatch_kl": float((log_ratio.expm1() - log_ratio).mean()),
     }
+
+
+def importance_metrics(rollout: Tensor, actor: Tensor, mask: Tensor, cap: float) -> dict[str, float]:
+    """Ratios of the actor's to the engine's probability of each token, before their truncation at `cap`; all [B, R].
+
+    `effective_sample_size` is that of the truncated weights, as a share of the tokens: 1 when all are equal.
+    """
+    ratios = (actor - rollout)[mask.bool()].double().exp()
+    weights = ratios.clamp(max=cap)
+    measured = {
+        "mean": ratios.mean(),
+        "max": ratios.max() if len(ratios) else torch.nan,
+        "truncated_fraction": (ratios > cap).double().mean(),
+        "effective_sample_size": weights.sum().square() / (len(weights) * weights.square().sum()),
+    }
+    return {f"rollout_is/{name}": float(value) for name, value in measured.items()}
 
 
 class ValidationResult(NamedTuple):
