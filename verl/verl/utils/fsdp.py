@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -20,9 +20,11 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
-from verl.workers.actor.joint_model import JointModel
 from xbai.errors import UserError
+
+Model = TypeVar("Model", bound=nn.Module)
 
 # A warning about in-place changes of a module's output, which nothing here makes.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -71,20 +73,20 @@ def create_mesh(fsdp_size: int = -1) -> DeviceMesh:
 
 
 def shard_model(
-    model: JointModel,
+    model: Model,
     mesh: DeviceMesh,
-    fsdp_config: DictConfig,
+    fsdp_config: Mapping[str, Any],
     param_dtype: torch.dtype | None = None,
     stored_dtype: torch.dtype | None = None,
-) -> JointModel:
-    """Shard in place: one group for each decoder layer, one for the score head, one for the rest.
+) -> Model:
+    """Shard in place: one group for each decoder layer, each head, untied embeddings, and one for the rest.
 
     Args:
-        model: whole on every rank, with the same weights.
+        model: whole on every rank, with the same weights; its children are one transformers model and heads on it.
         mesh: from `create_mesh`.
         fsdp_config: reads `reshard_after_forward` (default true) and `offload_policy` (default false).
-        param_dtype: what backbone and LM head compute in (None: the dtype they are stored in). Gradients are reduced,
-            outputs given and the head computed in float32 whatever it is.
+        param_dtype: what the transformers model computes in (None: the dtype it is stored in). Gradients are reduced,
+            outputs given and heads computed in float32 whatever it is.
         stored_dtype: what weights are kept in (None: as they are); a rank widens its own shards only.
 
     Raises:
@@ -94,19 +96,30 @@ def shard_model(
     if offload and local_device().type == "cpu":
         raise UserError("fsdp_config.offload_policy=true needs a GPU to offload from; set it to false on CPU")
     options = {"mesh": mesh, "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
+    reshards = fsdp_config.get("reshard_after_forward", True)
+    backbone = transformers_model(model)
     compute = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-    for layer in model.lm.model.layers:
-        reshard = fsdp_config.get("reshard_after_forward", True)
-        fully_shard(layer, mp_policy=compute, reshard_after_forward=reshard, **options)
-    if model.score_head is not None:
-        full_precision = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
-        fully_shard(model.score_head, mp_policy=full_precision, **options)
+    for layer in backbone.base_model.layers:
+        fully_shard(layer, mp_policy=compute, reshard_after_forward=reshards, **options)
+    full_precision = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+    for head in model.children():
+        if head is not backbone:
+            fully_shard(head, mp_policy=full_precision, reshard_after_forward=reshards, **options)
+    if not backbone.config.tie_word_embeddings:
+        fully_shard(backbone.get_input_embeddings(), mp_policy=compute, reshard_after_forward=reshards, **options)
+    # The LM head stays with the root, gathered once for a whole forward and backward pass: it runs once for every
+    # chunk of tokens, and how many chunks there are differs from rank to rank.
     outermost = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
-    fully_shard(model, mp_policy=outermost, **options)
-    if stored_dtype == torch.float32 and model.lm.dtype != stored_dtype:
+    fully_shard(model, mp_policy=outermost, reshard_after_forward=False, **options)
+    if stored_dtype == torch.float32 and backbone.dtype != stored_dtype:
         model.float()
-        model.lm.config.dtype = stored_dtype
+        backbone.config.dtype = stored_dtype
     return model
+
+
+def transformers_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model among the children of a joint or value model."""
+    return next(child for child in model.children() if isinstance(child, PreTrainedModel))
 
 
 def reshard(model: nn.Module) -> None:
@@ -128,7 +141,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: Te
     torch.nn.utils.clip_grads_with_norm_(list(parameters), max_norm, norm)
 
 
-def named_full_tensors(model: JointModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+def named_full_tensors(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """Gather the weights one parameter at a time, for weight sync: never more than one of them is whole.
 
     A collective: every rank must run the iterator to its end.
@@ -147,17 +160,6 @@ def named_full_tensors(model: JointModel, dtype: torch.dtype | None = None) -> I
         # Before the gathering, which then moves no more bytes than are wanted.
         tensor = tensor.to(dtype) if dtype is not None and name.startswith("lm.") else tensor
         yield name.removeprefix("lm."), tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def offload_parameters(model: nn.Module) -> None:
-    """Move a sharded model to CPU memory until `load_parameters`."""
-    reshard(model)
-    model.to("cpu")
-
-
-def load_parameters(model: nn.Module) -> None:
-    """Move a sharded model back to this rank's device."""
-    model.to(local_device())
 
 
 def move_optimizer(optimizer: torch.optim.Optimizer, device: torch.device | str) -> None:

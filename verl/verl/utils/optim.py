@@ -1,13 +1,13 @@
-"""The optimisers and schedules of policy and score head, stepped together or not at all."""
+"""The optimisers and schedules of a model's parts, stepped together or not at all."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 EIGHT_BIT_OPTIMIZERS = ("AdamW8bit", "Adam8bit")
 
 
-def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: DictConfig) -> Optimizer:
+def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: Mapping[str, Any]) -> Optimizer:
     """The optimiser of one `optim` section: reads `name`, `lr`, `weight_decay`, `betas`, and `adamw_lr` for Muon.
 
     Raises:
@@ -30,12 +30,12 @@ def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config
     """
     name = config.get("name", "AdamW")
     options = {
-        "lr": config.lr,
+        "lr": config["lr"],
         "betas": tuple(config.get("betas", (0.9, 0.999))),
         "weight_decay": config.get("weight_decay", 0.01),
     }
     if name == "Muon":
-        return Muon(named_parameters, adamw_lr=config.adamw_lr, **options)
+        return Muon(named_parameters, adamw_lr=config["adamw_lr"], **options)
     parameters = [parameter for _, parameter in named_parameters]
     if name == "AdamW":
         return torch.optim.AdamW(parameters, **options)
@@ -53,7 +53,7 @@ def _eight_bit_class(name: str) -> type[Optimizer]:
     return getattr(optim, name)
 
 
-def lr_factor(step: int, warmup_steps: int, total_steps: int, config: DictConfig) -> float:
+def lr_factor(step: int, warmup_steps: int, total_steps: int, config: Mapping[str, Any]) -> float:
     """The learning rate at `step` (0-based) relative to its peak.
 
     Args:
@@ -78,7 +78,7 @@ def lr_factor(step: int, warmup_steps: int, total_steps: int, config: DictConfig
     return lowest + (1 - lowest) * cosine
 
 
-def build_schedule(optimizer: Optimizer, config: DictConfig) -> LambdaLR:
+def build_schedule(optimizer: Optimizer, config: Mapping[str, Any]) -> LambdaLR:
     """Warm-up and decay of one `optim` section; `total_training_steps` in it is what ratio and cosine refer to.
 
     Raises:
@@ -96,21 +96,18 @@ def build_schedule(optimizer: Optimizer, config: DictConfig) -> LambdaLR:
     return LambdaLR(optimizer, lambda step: lr_factor(step, warmup_steps, total_steps, config))
 
 
-class JointOptimizer:
-    """One optimiser and schedule for the policy and, when the model has a head, one each for the head.
-
-    A mapping from part (`policy`, `score`) to its optimiser and schedule is what checkpoints and offloading iterate.
+class Optimizers:
+    """One optimiser and one schedule for each part of a model.
 
     Args:
-        model: sharded or plain.
-        policy_config: `actor.optim`.
-        score_config: `score.optim`; required when the model has a head.
+        parts: from a part's name, which metrics and checkpoints use, to its module, sharded or plain, and its `optim`
+            section.
+
+    Attributes:
+        optimizers, schedules: by the part's name; what checkpoints and offloading go through.
     """
 
-    def __init__(self, model: JointModel, policy_config: DictConfig, score_config: DictConfig | None = None) -> None:
-        parts = {"policy": (model.lm, policy_config)}
-        if model.score_head is not None:
-            parts["score"] = (model.score_head, score_config)
+    def __init__(self, parts: Mapping[str, tuple[nn.Module, Mapping[str, Any]]]) -> None:
         self._parameters = {name: list(module.parameters()) for name, (module, _) in parts.items()}
         self.optimizers = {
             name: build_optimizer(module.named_parameters(), config) for name, (module, config) in parts.items()
@@ -123,11 +120,10 @@ class JointOptimizer:
             optimizer.zero_grad(set_to_none=True)
 
     def step(self, max_norm: float) -> dict[str, float]:
-        """Clip policy and head to `max_norm` each and update both; where either gradient is not finite, neither.
+        """Clip each part to `max_norm` and update all of them; where one's gradient is not finite, none.
 
         Returns:
-            Gradient norms before clipping, `grad_norm/policy` and `grad_norm/score`, and `skipped` (0 or 1). The same
-            on every rank.
+            Gradient norms before clipping, `grad_norm/{part}`, and `skipped` (0 or 1). The same on every rank.
         """
         norms = {name: grad_norm(parameters) for name, parameters in self._parameters.items()}
         finite = all(bool(norm.isfinite()) for norm in norms.values())
@@ -141,8 +137,26 @@ class JointOptimizer:
         return {f"grad_norm/{name}": float(norm) for name, norm in norms.items()} | {"skipped": float(not finite)}
 
     def advance_schedules(self) -> dict[str, float]:
-        """Move every schedule on by one; returns the learning rates that were in force, `lr/policy` and `lr/score`."""
+        """Move every schedule on by one; returns the learning rates that were in force, `lr/{part}`."""
         rates = {f"lr/{name}": schedule.get_last_lr()[0] for name, schedule in self.schedules.items()}
         for schedule in self.schedules.values():
             schedule.step()
         return rates
+
+
+class JointOptimizer(Optimizers):
+    """The parts `policy` and, when the model has a head, `score`.
+
+    Args:
+        model: sharded or plain.
+        policy_config: `actor.optim`.
+        score_config: `score.optim`; required when the model has a head.
+    """
+
+    def __init__(
+        self, model: JointModel, policy_config: Mapping[str, Any], score_config: Mapping[str, Any] | None = None
+    ) -> None:
+        parts = {"policy": (model.lm, policy_config)}
+        if model.score_head is not None:
+            parts["score"] = (model.score_head, score_config)
+        super().__init__(parts)

@@ -75,7 +75,7 @@ class ActorRolloutRefWorker(Worker):
             fsdp_config = config.ref.fsdp_config
             frozen = self._build_model(fsdp_config, None).requires_grad_(False)
             self._reference = PlacedModel(frozen, fsdp_config)
-            self._ref = DataParallelPPOActor(config, self._reference.model, log_prob_config=config.ref)
+            self._reference_actor = DataParallelPPOActor(config, self._reference.model, log_prob_config=config.ref)
         self._rollout = EngineRollout(config.rollout, config.model, self.tokenizer.pad_token_id)
         self._frees_engine = config.rollout.get("free_cache_engine", True) and local_device().type == "cuda"
         self._engine_is_current = not self._frees_engine
@@ -118,7 +118,7 @@ class ActorRolloutRefWorker(Worker):
         """`ref_log_prob` [B, R] under the reference policy."""
         with measure_phase("ref") as metrics, self._reference.on_device():
             metrics["tokens"] = _tokens(data)
-            log_probs = self._ref.compute_log_prob(data.batch, compute_entropy=False)["old_log_probs"]
+            log_probs = self._reference_actor.compute_log_prob(data.batch, compute_entropy=False)["old_log_probs"]
         return DataProto.from_dict({"ref_log_prob": log_probs}, meta_info={"metrics": metrics})
 
     @register(Dispatch.DP_COMPUTE_METRIC, group="train")

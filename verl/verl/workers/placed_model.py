@@ -1,0 +1,108 @@
+"""A model on this rank: sharded over all ranks, with its optimiser where it is trained, and where both of them wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from verl.utils.fsdp import create_mesh, local_device, move_optimizer, reshard, shard_model
+from verl.utils.model import torch_dtype
+from verl.utils.optim import Optimizers
+from xbai.errors import UserError
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Dtypes(NamedTuple):
+    """What weights are kept in, and what they are cast to for multiplying (None: nothing)."""
+
+    stored: torch.dtype
+    compute: torch.dtype | None
+
+    @classmethod
+    def from_config(cls, fsdp_config: Mapping[str, Any]) -> Dtypes:
+        """From `model_dtype` and `compute_dtype`.
+
+        By default float32 weights are multiplied in bfloat16 on a GPU, ten times faster, and as they are on CPU.
+        """
+        stored = torch_dtype(fsdp_config.get("model_dtype") or "float32")
+        if (name := fsdp_config.get("compute_dtype")) is not None:
+            return cls(stored, torch_dtype(name))
+        return cls(stored, torch.bfloat16 if local_device().type == "cuda" else None)
+
+
+class PlacedModel(Generic[Model]):
+    """Policy, reference and critic are three of these.
+
+    Between two uses the weights wait in CPU memory with `param_offload`, and the optimiser's state with
+    `optimizer_offload`; with `offload_policy` FSDP2 itself keeps both there and fetches each layer when it is needed.
+
+    Args:
+        model: whole, on the CPU, with the same weights on every rank; it is sharded in place.
+        fsdp_config: the model's section of this name.
+        build_optimizer: makes the optimiser of the sharded model; None for one that is not trained.
+
+    Attributes:
+        model: the sharded model.
+        optimizer: its optimiser, or None.
+
+    Raises:
+        UserError: offloading without a GPU, or an `fsdp_size` that does not divide the ranks.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        fsdp_config: Mapping[str, Any],
+        build_optimizer: Callable[[Model], Optimizers] | None = None,
+    ) -> None:
+        _check_offloading(fsdp_config)
+        self._offloads_model = bool(fsdp_config.get("param_offload"))
+        self._offloads_optimizer = bool(fsdp_config.get("optimizer_offload"))
+        dtypes = Dtypes.from_config(fsdp_config)
+        mesh = create_mesh(fsdp_config.get("fsdp_size", -1))
+        self.model = shard_model(model, mesh, fsdp_config, dtypes.compute, dtypes.stored)
+        self.optimizer = None if build_optimizer is None else build_optimizer(self.model)
+        # The next model that comes to the device finds room.
+        self._offload()
+
+    @contextmanager
+    def on_device(self, with_optimizer: bool = False) -> Iterator[None]:
+        """Have the weights, and the optimiser's state where asked for, on this rank's device inside."""
+        if self._offloads_model:
+            self.model.to(local_device())
+        if self._offloads_optimizer and with_optimizer:
+            self._move_optimizer(local_device())
+        try:
+            yield
+        finally:
+            self._offload()
+
+    def _offload(self) -> None:
+        reshard(self.model)
+        if self._offloads_model:
+            self.model.to("cpu")
+        if self._offloads_optimizer:
+            self._move_optimizer("cpu")
+        if local_device().type == "cuda":
+            # A rollout engine in this process takes its memory from the device, not from torch's cache.
+            torch.cuda.empty_cache()
+
+    def _move_optimizer(self, device: torch.device | str) -> None:
+        for optimizer in {} if self.optimizer is None else self.optimizer.optimizers.values():
+            move_optimizer(optimizer, device)
+
+
+def _check_offloading(fsdp_config: Mapping[str, Any]) -> None:
+    keys = ("param_offload", "optimizer_offload", "offload_policy")
+    chosen = [key for key in keys if fsdp_config.get(key)]
+    if chosen and local_device().type == "cpu":
+        raise UserError(f"fsdp_config.{chosen[0]}=true needs a GPU to offload from; set it to false on CPU")
+    if "offload_policy" in chosen and len(chosen) > 1:
+        raise UserError(
+            f"fsdp_config.offload_policy=true keeps everything in CPU memory already: set {chosen[0]} to false"
+        )
