@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl.trainer.ppo.core_algos import ADVANTAGE_ESTIMATORS, KL_ESTIMATORS, LOSS_AGG_MODES
 from verl.utils.dataset.rl_dataset import file_list
+from verl.utils.model_shapes import KNOWN_CONFIGS
 from verl.utils.tracking import BACKENDS
 from verl.workers.reward_manager import REWARD_MANAGERS
 from xbai.engine.files import DTYPES, check_model_folder
@@ -46,7 +47,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "actor_rollout_ref.rollout.name": ("vllm", "hf"),
     "actor_rollout_ref.rollout.mode": ("sync", "async"),
     "actor_rollout_ref.rollout.dtype": ("auto", *DTYPES),
-    "reward_model.reward_manager": (*REWARD_MANAGERS, "batch"),
+    "reward_model.reward_manager": tuple(REWARD_MANAGERS),
     "algorithm.adv_estimator": tuple(ADVANTAGE_ESTIMATORS),
     "algorithm.kl_penalty": (*KL_ESTIMATORS, "full"),
     "algorithm.kl_ctrl.type": ("fixed", "adaptive"),
@@ -68,6 +69,8 @@ POSITIVE = (
     "actor_rollout_ref.rollout.temperature",
     "actor_rollout_ref.rollout.val_kwargs.n",
     "reward_model.timeout_s",
+    "reward_model.batch_timeout_s",
+    "reward_model.memory_gib",
     "trainer.nnodes",
     "trainer.n_gpus_per_node",
     "trainer.total_epochs",
@@ -106,10 +109,8 @@ NOT_WITH_HF = (
 
 NOT_YET_VALUES: dict[tuple[str, str], str] = {
     ("algorithm.adv_estimator", "gae"): "there is no critic worker",
-    ("algorithm.adv_estimator", "remax"): "the greedy baseline is not sampled",
     ("algorithm.kl_penalty", "full"): "it needs both models' whole distributions",
     ("actor_rollout_ref.actor.kl_loss_type", "full"): "it needs both models' whole distributions",
-    ("reward_model.reward_manager", "batch"): "grading is per response",
 }
 
 TOKEN_BUDGETS = (
@@ -120,19 +121,33 @@ TOKEN_BUDGETS = (
 """Sections with a switch for token budgets and the budget, which must hold the longest sequence."""
 
 
-def check_config(config: DictConfig) -> None:
-    """Raise a `UserError` for the first thing that is wrong; `trainer.device=auto` becomes what it means here."""
+def _raise(message: str) -> None:
+    raise UserError(message)
+
+
+def check_config(config: DictConfig, not_found: Callable[[str], None] | None = None) -> None:
+    """Raise a `UserError` for the first thing that is wrong; `trainer.device=auto` becomes what it means here.
+
+    Args:
+        config: composed and resolved.
+        not_found: for a dry run, which is about other machines than this one: takes what would be said of a file that
+            is missing, in place of the error. Nothing then depends on this machine's hardware; `auto` becomes cuda.
+    """
     defaults = OmegaConf.load(DEFAULTS_FILE)
     _check_known(config, defaults)
     _check_values(config, defaults)
-    _check_machine(config)
+    if not_found is None:
+        _check_machine(config)
+    elif config.trainer.device == "auto":
+        config.trainer.device = "cuda"
+    not_found = not_found or _raise
     _check_acts(config, defaults)
     _check_batch_sizes(config)
-    _check_lengths(config)
-    _check_model(config.actor_rollout_ref)
-    _check_files(config)
+    _check_lengths(config, not_found)
+    _check_model(config.actor_rollout_ref, not_found)
+    _check_files(config, not_found)
     if config.trainer.resume_mode == "resume_path" and not _is_folder(config.trainer.resume_from_path):
-        raise UserError(
+        not_found(
             f"trainer.resume_from_path={config.trainer.resume_from_path}: resume_mode=resume_path needs a folder "
             "global_step_N"
         )
@@ -223,10 +238,15 @@ def _check_acts(config: DictConfig, defaults: DictConfig) -> None:
     for (key, value), reason in NOT_YET_VALUES.items():
         if OmegaConf.select(config, key) == value:
             raise UserError(f"{key}={value} cannot act yet: {reason}")
+    cap = config.actor_rollout_ref.actor.tis_imp_ratio_cap
+    if cap is not None and not (isinstance(cap, int | float) and cap > 0):
+        raise UserError(f"actor_rollout_ref.actor.tis_imp_ratio_cap={cap} must be a number above 0, or null for none")
     if config.ray_init.num_cpus is not None and (os.environ.get("RAY_ADDRESS") or config.trainer.nnodes > 1):
         raise UserError(f"ray_init.num_cpus={config.ray_init.num_cpus} cannot act on a Ray cluster that runs already")
     if (kept := config.trainer.max_actor_ckpt_to_keep) is not None and kept < 1:
         raise UserError(f"trainer.max_actor_ckpt_to_keep={kept} must be at least 1, or null to keep all")
+    if (limit := config.reward_model.max_ungraded_batches) is not None and limit < 1:
+        raise UserError(f"reward_model.max_ungraded_batches={limit} must be at least 1, or null for no limit")
     if config.trainer.length_penalty and config.trainer.length_penalty_coeff <= 0:
         raise UserError("trainer.length_penalty_coeff must be above 0 with trainer.length_penalty=true")
 
@@ -254,7 +274,7 @@ def _check_batch_sizes(config: DictConfig) -> None:
         )
 
 
-def _check_lengths(config: DictConfig) -> None:
+def _check_lengths(config: DictConfig, not_found: Callable[[str], None]) -> None:
     """Everything that bounds a sequence must have room for the longest prompt with the longest response."""
     needed = config.data.max_prompt_length + config.data.max_response_length
     bounds = {"actor_rollout_ref.rollout.max_model_len": config.actor_rollout_ref.rollout.max_model_len}
@@ -262,38 +282,43 @@ def _check_lengths(config: DictConfig) -> None:
         if OmegaConf.select(config, f"{section}.{switch}"):
             bounds[f"{section}.{budget}"] = OmegaConf.select(config, f"{section}.{budget}")
     folder = config.actor_rollout_ref.model.path
-    positions = _model_config(folder).get("max_position_embeddings")
+    positions = _model_config(folder, not_found).get("max_position_embeddings")
     bounds[f"max_position_embeddings of {folder}"] = positions
     for key, bound in bounds.items():
         if bound is not None and bound < needed:
             raise UserError(f"{key}={bound} is less than data.max_prompt_length + data.max_response_length = {needed}")
 
 
-def _model_config(folder: str) -> dict[str, Any]:
+def _model_config(folder: str, not_found: Callable[[str], None]) -> dict[str, Any]:
     try:
         return check_model_folder(folder)
     except UserError as error:
-        raise UserError(f"actor_rollout_ref.model.path: {error}") from None
+        message = f"actor_rollout_ref.model.path: {error}"
+    if (Path(folder) / "config.json").exists():
+        raise UserError(message)
+    not_found(message)
+    return KNOWN_CONFIGS.get(Path(folder).name, {})
 
 
-def _check_model(config: DictConfig) -> None:
+def _check_model(config: DictConfig, not_found: Callable[[str], None]) -> None:
     head = config.score.model_path
     if config.use_score and head is not None and not Path(head).exists():
-        raise UserError(f"actor_rollout_ref.score.model_path={head} does not exist")
+        not_found(f"actor_rollout_ref.score.model_path={head} does not exist")
 
 
-def _check_files(config: DictConfig) -> None:
+def _check_files(config: DictConfig, not_found: Callable[[str], None]) -> None:
     needed = [config.data.prompt_key]
     needed += [config.data.reward_fn_key, "reward_model"]
     for key in ("train_files", "val_files"):
         for file in file_list(config.data[key]):
             if not Path(file).is_file():
-                raise UserError(f"data.{key}: {file} does not exist")
+                not_found(f"data.{key}: {file} does not exist")
+                continue
             columns = _columns(key, file)
             if missing := [name for name in needed if name not in columns]:
                 raise UserError(f"data.{key}: {file} has no column {missing[0]!r}; it has {', '.join(columns)}")
     if config.custom_reward_function.path is not None and not Path(config.custom_reward_function.path).is_file():
-        raise UserError(f"custom_reward_function.path={config.custom_reward_function.path} does not exist")
+        not_found(f"custom_reward_function.path={config.custom_reward_function.path} does not exist")
 
 
 def _columns(key: str, file: str) -> list[str]:
