@@ -81,13 +81,13 @@ def packed_attention(
         [1, n, heads, d], None
 
     Raises:
-        ValueError: the model was called without `packing`.
+        ValueError: the model was called without `packing`, or with rows of a batch.
         UserError: the model's attention is of a kind that this function does not compute.
     """
-    if packing is None:
+    if packing is None or query.shape[0] != 1:
         raise ValueError(
-            f"attention {PACKED_ATTENTION!r} computes packed sequences: call the model with packing=Packing(...) "
-            "and attention_mask=None, or load it with another attn_implementation"
+            f"attention {PACKED_ATTENTION!r} computes packed sequences: call the model with input_ids [1, N], no "
+            "attention_mask and packing=Packing(...), or load it with another attn_implementation"
         )
     _check_kind(module, dropout, kwargs)
     query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
@@ -137,11 +137,18 @@ def _varlen(
         )
     from torch.nn.attention.varlen import varlen_attn
 
-    options = {"enable_gqa": True}
-    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
+    if not _varlen_attn_takes_gqa():
         key, value = (_repeat_heads(x, query) for x in (key, value))
-        options = {}
-    return varlen_attn(query, key, value, *extents, scale=scaling, window_size=window_size, **options)
+        return varlen_attn(query, key, value, *extents, scale=scaling, window_size=window_size)
+    return varlen_attn(query, key, value, *extents, scale=scaling, window_size=window_size, enable_gqa=True)
+
+
+@cache
+def _varlen_attn_takes_gqa() -> bool:
+    """PyTorch 2.11 does not name `enable_gqa`, 2.13 insists on it."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _repeat_heads(x: Tensor, query: Tensor) -> Tensor:
