@@ -162,4 +162,4 @@ def test_a_killed_worker_is_named_at_once(group: RayWorkerGroup, when: str):
 
 def test_no_room_in_the_cluster_is_one_clear_line():
     with pytest.raises(UserError, match=r"no room for \[2\] processes"):
-        RayResourcePool([2], use_gpu=False, cpus_per_process=8, timeout_s=1).placement_groups()
+        RayResourcePool([2], use_gpu=False, cpus_per_process=8, timeout_s=1).nodes()

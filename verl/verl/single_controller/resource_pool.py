@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from verl.single_controller.nodes import Node, alive_nodes, look_up_nodes
 from xbai.errors import UserError
 
 
 @dataclass
 class RayResourcePool:
-    """One placement group a node, each with one bundle a process; worker groups may share it.
+    """A part of each of several nodes, reserved as one; worker groups may share it.
 
     Attributes:
-        process_on_nodes: number of processes on each node.
+        process_on_nodes: number of processes on each node; no two entries are ever the same node.
         use_gpu: give each process one GPU.
         cpus_per_process: CPUs (or a fraction of one) reserved for each process.
         max_colocate_count: how many worker groups may share the pool's processes.
-        timeout_s: how long to wait for the cluster to have the room.
+        timeout_s: how long to wait for room that others hold.
     """
 
     process_on_nodes: Sequence[int]
@@ -29,7 +28,8 @@ class RayResourcePool:
     cpus_per_process: float = 1.0
     max_colocate_count: int = 1
     timeout_s: float = 60.0
-    _groups: list[PlacementGroup] = field(default_factory=list, init=False, repr=False)
+    _group: PlacementGroup | None = field(default=None, init=False, repr=False)
+    _nodes: list[Node] = field(default_factory=list, init=False, repr=False)
 
     @property
     def world_size(self) -> int:
@@ -38,35 +38,57 @@ class RayResourcePool:
 
     @property
     def worker_resources(self) -> dict[str, float]:
-        """What one worker of one worker group takes of its bundle, as options of a Ray actor."""
+        """What one worker of one worker group takes of its node's part, as options of a Ray actor."""
         share = 1 / self.max_colocate_count
         return {"num_cpus": self.cpus_per_process * share, "num_gpus": share if self.use_gpu else 0}
 
-    def placement_groups(self) -> list[PlacementGroup]:
-        """The pool's placement groups, made on the first call; every bundle of a group lies on one node.
+    def nodes(self) -> list[Node]:
+        """The pool's nodes in the order of the ranks, reserved on the first call.
+
+        All that a node gives is one bundle, so it lies on one node, and STRICT_SPREAD puts every bundle on another.
 
         Raises:
-            UserError: the cluster has no room for them.
+            UserError: the cluster has no room: at once where its nodes are too few or too small, after `timeout_s`
+                where others use them.
         """
-        if not self._groups:
-            bundle = {"CPU": self.cpus_per_process} | ({"GPU": 1} if self.use_gpu else {})
-            self._groups = [placement_group([bundle] * count, "STRICT_PACK") for count in self.process_on_nodes]
-            deadline = time.monotonic() + self.timeout_s
-            if not all(group.wait(max(0.0, deadline - time.monotonic())) for group in self._groups):
+        if not self._nodes:
+            bundles = [self._bundle(count) for count in self.process_on_nodes]
+            if not self._fits(bundles):
+                raise UserError(self._no_room("it has"))
+            self._group = placement_group(bundles, "STRICT_SPREAD")
+            if not self._group.wait(self.timeout_s):
                 self.release()
-                raise UserError(self._no_room(bundle))
-        return self._groups
+                raise UserError(self._no_room(f"after {self.timeout_s:g} s others still use some of"))
+            self._nodes = look_up_nodes(self._group, list(self.process_on_nodes), self.timeout_s)
+        return self._nodes
 
     def release(self) -> None:
         """Give the resources back to the cluster."""
-        for group in self._groups:
-            remove_placement_group(group)
-        self._groups = []
+        if self._group is not None:
+            remove_placement_group(self._group)
+        self._group, self._nodes = None, []
 
-    def _no_room(self, bundle: dict[str, float]) -> str:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        found = [{kind: node.get(kind, 0) for kind in bundle} for node in nodes]
+    def _bundle(self, processes: int) -> dict[str, float]:
+        gpus = {"GPU": processes} if self.use_gpu else {}
+        return {"CPU": self.cpus_per_process * processes} | gpus
+
+    @staticmethod
+    def _fits(bundles: list[dict[str, float]]) -> bool:
+        """Whether each bundle could have a node of its own, were nothing in use (bundles only differ in size)."""
+        totals = [node["Resources"] for node in alive_nodes()]
+        return all(
+            sum(all(total.get(kind, 0) >= amount for kind, amount in bundle.items()) for total in totals)
+            >= sum(other["CPU"] >= bundle["CPU"] for other in bundles)
+            for bundle in bundles
+        )
+
+    def _no_room(self, verb: str) -> str:
+        process, found = self._bundle(1), []
+        for node in alive_nodes():
+            has = ", ".join(f"{node['Resources'].get(kind, 0):g} {kind}" for kind in process)
+            found.append(f"{node['NodeManagerAddress']} ({has})")
         return (
-            f"Ray has no room for {list(self.process_on_nodes)} processes a node (trainer.nnodes, "
-            f"trainer.n_gpus_per_node) of {bundle} each; its nodes have {found}, some perhaps in use"
+            f"Ray has no room for {list(self.process_on_nodes)} processes on as many nodes (trainer.nnodes, "
+            f"trainer.n_gpus_per_node), of {process} each; {verb} {len(found)} node{'s' if len(found) > 1 else ''}: "
+            f"{', '.join(found)}"
         )

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.protocol import DataProto
 from verl.single_controller.decorator import RankCalls, Registration, dispatch, registered_methods
+from verl.single_controller.nodes import Node, answers
 from verl.single_controller.resource_pool import RayResourcePool
 from verl.single_controller.worker import Worker, WorkerInfo
 from xbai.errors import UserError
@@ -79,7 +77,10 @@ class WorkerFuture:
             raise
 
     def _raise_if_lost(self, waiting: Mapping[ray.ObjectRef, int]) -> None:
-        """When a process dies, its peers' collectives may fail before Ray notices: give the death time to show."""
+        """When a process dies, its peers' collectives may fail before Ray notices: give the death time to show.
+
+        Ray takes longer for a whole node, but a node that is gone does not answer either.
+        """
         if not waiting:
             return
         ended, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=LOST_PEER_GRACE_S, fetch_local=False)
@@ -90,6 +91,7 @@ class WorkerFuture:
                 raise self._group.lost(waiting[ref], self._method, error) from None
             except RayTaskError:
                 continue
+        self._group.raise_if_silent(waiting.values(), self._method)
 
 
 class GroupMethod:
@@ -126,8 +128,8 @@ class RayWorkerGroup:
             resource_pool: where they run.
             ray_cls_with_init: their class and its arguments.
             name: what they are called in messages, say the role.
-            worker_env: environment variables of the worker processes, set before they start; they override the
-                number of OpenMP threads that is derived from the machine.
+            worker_env: environment variables of the worker processes, set before they start; they override what
+                is derived from each node: the number of OpenMP threads and the network interface of gloo.
             group_sizes: for each kind of group that methods are registered with, how many consecutive ranks share the
                 rows; 1 for kinds that are not named.
 
@@ -143,7 +145,7 @@ class RayWorkerGroup:
             if self.world_size % size:
                 raise ValueError(f"groups of {size} ranks ({kind}) do not divide {self.world_size} ranks")
         self._infos: list[WorkerInfo] | None = None
-        self._workers = _spawn(resource_pool, ray_cls_with_init, _cpu_env(resource_pool) | dict(worker_env or {}))
+        self._workers = _spawn(resource_pool, ray_cls_with_init, worker_env or {})
         refs = [worker.worker_info.remote() for worker in self._workers]
         try:
             self._infos = WorkerFuture(self, "__init__", refs, list).get()
@@ -177,12 +179,19 @@ class RayWorkerGroup:
         if not self._infos:
             return f"worker rank {rank} of {self.name}"
         info = self._infos[rank]
-        return f"worker rank {rank} of {self.name} (pid {info.pid} on node {info.node})"
+        return f"worker rank {rank} of {self.name} (pid {info.pid} on node {info.node}, {info.address})"
 
     def lost(self, rank: int, method: str, error: RayError) -> WorkerLostError:
         """The error that says which worker died, in which method, and what Ray knows about it."""
         reason = " ".join(str(error).split())
         return WorkerLostError(f"{self.describe(rank)} died in {method}; Ray says: {reason}")
+
+    def raise_if_silent(self, ranks: Iterable[int], method: str) -> None:
+        """Raise a `WorkerLostError` for the first of `ranks` whose node does not answer."""
+        node_of = {self._infos[rank].node_id: rank for rank in sorted(ranks, reverse=True)} if self._infos else {}
+        for node_id, rank in node_of.items():
+            if not answers(node_id):
+                raise WorkerLostError(f"{self.describe(rank)} was lost in {method}: its node does not answer")
 
     def shutdown(self) -> None:
         """End all worker processes, at once."""
@@ -191,29 +200,27 @@ class RayWorkerGroup:
         self._workers = []
 
 
-def _spawn(pool: RayResourcePool, init: RayClassWithInitArgs, env: dict[str, str]) -> list[ActorHandle]:
-    groups = pool.placement_groups()
-    address, port = ray.get(_free_address.options(scheduling_strategy=_in_bundle(groups[0], 0)).remote())
-    common = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "WORLD_SIZE": str(pool.world_size)} | env
+def _spawn(pool: RayResourcePool, init: RayClassWithInitArgs, env: Mapping[str, str]) -> list[ActorHandle]:
+    nodes = pool.nodes()
+    port = ray.get(_free_port.options(scheduling_strategy=nodes[0].strategy).remote())
+    common = {"MASTER_ADDR": nodes[0].address, "MASTER_PORT": str(port), "WORLD_SIZE": str(pool.world_size)}
     actor_class, workers = ray.remote(init.cls), []
-    for group, count in zip(groups, pool.process_on_nodes):
-        for local_rank in range(count):
-            ranks = {"RANK": str(len(workers)), "LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(count)}
+    for node in nodes:
+        of_node = node.gloo_interface | ({} if pool.use_gpu else _cpu_env(node)) | dict(env)
+        for local_rank in range(node.processes):
+            ranks = {"RANK": str(len(workers)), "LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(node.processes)}
             options = actor_class.options(
                 **pool.worker_resources,
-                scheduling_strategy=_in_bundle(group, local_rank),
-                runtime_env={"env_vars": common | ranks},
+                scheduling_strategy=node.strategy,
+                runtime_env={"env_vars": of_node | common | ranks},
             )
             workers.append(options.remote(*init.args, **init.kwargs))
     return workers
 
 
-def _cpu_env(pool: RayResourcePool) -> dict[str, str]:
+def _cpu_env(node: Node) -> dict[str, str]:
     """Threads for processes that compute on the CPU: together they use each core once, and wait without spinning."""
-    if pool.use_gpu:
-        return {}
-    threads = max(1, (os.cpu_count() or 1) // max(pool.process_on_nodes))
-    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    return {"OMP_NUM_THREADS": str(max(1, node.cpu_count // node.processes)), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def _stored(value: Any) -> Any:
@@ -221,13 +228,9 @@ def _stored(value: Any) -> Any:
     return ray.put(value) if isinstance(value, DataProto) else value
 
 
-def _in_bundle(group: PlacementGroup, index: int) -> PlacementGroupSchedulingStrategy:
-    return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-
-
 @ray.remote(num_cpus=0)
-def _free_address() -> tuple[str, int]:
-    """Where rank 0's torch.distributed store can listen; runs in rank 0's bundle."""
+def _free_port() -> int:
+    """Where rank 0's torch.distributed store can listen; runs on rank 0's node."""
     with socket.socket() as probe:
         probe.bind(("", 0))
-        return ray.util.get_node_ip_address(), probe.getsockname()[1]
+        return probe.getsockname()[1]

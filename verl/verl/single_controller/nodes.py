@@ -1,0 +1,111 @@
+"""The machines of a Ray cluster: how they are told apart, where they listen, and whether they still do."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+ANSWER_TIMEOUT_S = 5.0
+SIOCGIFADDR = 0x8915
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine's part of a placement.
+
+    Attributes:
+        id: Ray's name for it.
+        address: the IP address by which the other nodes reach it.
+        interface: the network interface that has this address; None where it is not an IPv4 one.
+        cpu_count: its CPU cores.
+        processes: how many ranks run there.
+        strategy: places a Ray task or actor there.
+    """
+
+    id: str
+    address: str
+    interface: str | None
+    cpu_count: int
+    processes: int
+    strategy: PlacementGroupSchedulingStrategy
+
+    @property
+    def gloo_interface(self) -> dict[str, str]:
+        """The variable that has gloo listen where the other nodes reach this one; alone it asks the host's name."""
+        return {"GLOO_SOCKET_IFNAME": self.interface} if self.interface else {}
+
+
+def look_up_nodes(group: PlacementGroup, processes: list[int], timeout_s: float) -> list[Node]:
+    """The node of each bundle of a placed group: the driver's own first, if it has one, then by address.
+
+    Args:
+        group: a ready placement group, one bundle a node.
+        processes: ranks of each bundle.
+        timeout_s: how long the nodes may take to answer.
+    """
+    node_ids = ray.util.placement_group_table(group)["bundles_to_node_id"]
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    strategies = [PlacementGroupSchedulingStrategy(group, index) for index in range(len(processes))]
+    asked = [
+        _look_around.options(scheduling_strategy=strategy).remote(addresses[node_ids[index]])
+        for index, strategy in enumerate(strategies)
+    ]
+    here = ray.get_runtime_context().get_node_id()
+    nodes = [
+        Node(node_ids[index], addresses[node_ids[index]], interface, cpu_count, processes[index], strategies[index])
+        for index, (interface, cpu_count) in enumerate(ray.get(asked, timeout=timeout_s))
+    ]
+    return sorted(nodes, key=lambda node: (node.id != here, _address_order(node.address)))
+
+
+def answers(node_id: str) -> bool:
+    """Whether a node's Ray process takes connections: known at once, where Ray's own verdict may take half a minute."""
+    node = next((node for node in ray.nodes() if node["NodeID"] == node_id), None)
+    if node is None or not node["Alive"]:
+        return False
+    try:
+        where = (node["NodeManagerAddress"], node["NodeManagerPort"])
+        socket.create_connection(where, timeout=ANSWER_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    """Ray's records of the nodes that run, by address."""
+    return sorted(
+        (node for node in ray.nodes() if node["Alive"]), key=lambda node: _address_order(node["NodeManagerAddress"])
+    )
+
+
+def _address_order(address: str) -> tuple[int, bytes]:
+    """Numeric order, so that 10.0.0.9 comes before 10.0.0.10."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return family, socket.inet_pton(family, address)
+
+
+@ray.remote(num_cpus=0)
+def _look_around(address: str) -> tuple[str | None, int]:
+    """The interface and the number of cores of the node on which this runs; a node's own setting comes first."""
+    return os.environ.get("GLOO_SOCKET_IFNAME") or _interface_of(address), os.cpu_count() or 1
+
+
+def _interface_of(address: str) -> str | None:
+    """The network interface of this machine that has an IPv4 address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
+            except OSError:  # it has no IPv4 address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None
