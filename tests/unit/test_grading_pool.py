@@ -88,7 +88,7 @@ def test_order_is_kept_over_many_requests():
 def test_submit_overlaps_with_other_work_and_processes_are_reused(grader):
     with GraderPool(1, timeout_s=20.0, grader=grader) as pool:
         futures = [pool.submit(request("pid")) for _ in range(5)]
-        pids = {future.result() for future in futures}
+        pids = {future.result().value for future in futures}
     assert len(pids) == 1
     assert not process_is_alive(int(pids.pop()))
 

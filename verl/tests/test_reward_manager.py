@@ -1,5 +1,7 @@
 """Rewards: where they lie, what a failed grade does, penalties, custom functions."""
 
+import time
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -10,14 +12,17 @@ from verl.trainer.ppo.reward import check_gradable, load_reward_manager
 from xbai.errors import UserError
 
 
-def _config(manager="prime", custom=None, **trainer):
+def _config(manager="prime", custom=None, workers=1, **trainer):
     return OmegaConf.create(
         {
             "data": {"reward_fn_key": "data_source", "max_response_length": 40},
             "reward_model": {
                 "reward_manager": manager,
-                "num_workers": 1,
+                "num_workers": workers,
                 "timeout_s": 5,
+                "batch_timeout_s": 5,
+                "memory_gib": 0.25,
+                "max_ungraded_batches": 3,
                 "overlong_buffer": {"len": 10, "penalty_factor": 1.0},
             },
             "custom_reward_function": {"path": custom, "name": "compute_score"},
@@ -56,25 +61,115 @@ def test_reward_lies_on_the_last_token(manager, tiny_tokenizer, make_batch):
     assert reward.graded.all()
 
 
-def test_custom_function_that_crashes_or_raises_costs_only_its_sample(tmp_path, tiny_tokenizer, make_batch):
-    path = tmp_path / "reward.py"
-    path.write_text(
-        "import os\n"
-        "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
-        "    if solution_str == 'die': os._exit(1)\n"
-        "    if solution_str == 'raise': raise ValueError\n"
-        "    return {'score': len(solution_str) / 10}\n"
-    )
-    batch = make_batch(["die", "12345678", "raise", "1"])
-    reward = _reward(_config(custom=str(path)), tiny_tokenizer, batch)
-    assert reward.graded.tolist() == [False, True, False, True]
-    assert reward.reward_tensor.sum(-1).tolist() == pytest.approx([0, 0.8, 0, 0.1])
-    assert reward.correct.tolist() == [0, 1, 0, 0]
+HOSTILE = """
+import os, re, signal, time
 
-    inputs = AdvantageInputs(reward.reward_tensor, batch.batch["response_mask"], reward.graded, ["a"] * 4)
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    if solution_str == "hang":
+        # In C, holding the interpreter's lock, deaf to signals.
+        signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals))
+        re.match("(a|aa)+$", "a" * 100 + "b")
+    if solution_str == "exit": os._exit(0)
+    if solution_str == "bomb": [bytearray(2**24) for _ in range(2**10)]
+    if solution_str == "raise": raise ValueError
+    if solution_str == "nan": return float("nan")
+    return {"score": len(solution_str) / 10, "even": len(solution_str) % 2 == 0, "note": "seen"}
+
+def compute_scores(data_sources, solution_strs, ground_truths, extra_infos):
+    if "unknown" in solution_strs:
+        return [None if s == "unknown" else {"score": 1, "even": 0} for s in solution_strs]
+    if "few" in solution_strs:
+        return [1.0]
+    return [compute_score(*each) for each in zip(data_sources, solution_strs, ground_truths)]
+"""
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    path = tmp_path / "reward.py"
+    path.write_text(HOSTILE)
+    return str(path)
+
+
+def test_a_hostile_function_masks_just_its_sample_in_time(hostile, tiny_tokenizer, make_batch):
+    texts = ["hang", "12345678", "exit", "1", "bomb", "22", "raise", "333", "nan", "4444"]
+    batch = make_batch(texts)
+    start = time.monotonic()
+    reward = _reward(_config(custom=hostile, workers=2), tiny_tokenizer, batch)
+    assert time.monotonic() - start < 5 + 10
+    assert reward.graded.tolist() == [False, True] * 5
+    assert reward.reward_tensor.sum(-1).tolist() == pytest.approx([0, 0.8, 0, 0.1, 0, 0.2, 0, 0.3, 0, 0.4])
+    assert reward.correct.tolist() == [0, 1, *[0] * 8]
+    counted = {name: value for name, value in reward.metrics.items() if name.startswith("reward/")}
+    assert counted == {
+        "reward/ungraded_timeout": 1,
+        "reward/ungraded_crash": 1,
+        "reward/ungraded_memory": 1,
+        "reward/ungraded_error": 2,
+    }
+    assert reward.metrics["reward_extra/even"] == 3 / 5
+    assert reward.reward_extra_info["note"].tolist() == [None, "seen"] * 5
+
+    inputs = AdvantageInputs(reward.reward_tensor, batch.batch["response_mask"], reward.graded, ["a"] * len(texts))
     algorithm = OmegaConf.create({"adv_estimator": "grpo", "norm_adv_by_std_in_grpo": False})
     advantages, _ = compute_advantages(inputs, algorithm)
-    assert advantages[:, 0].tolist() == pytest.approx([0, 0.35, 0, -0.35])
+    assert advantages[:, 0].tolist() == pytest.approx([0, 0.44, 0, -0.26, 0, -0.16, 0, -0.06, 0, 0.04])
+
+
+def _batch_config(path):
+    config = _config("batch", custom=path)
+    config.custom_reward_function.name = "compute_scores"
+    return config
+
+
+def test_a_batch_function_is_called_once_with_lists(hostile, tiny_tokenizer, make_batch):
+    reward = _reward(_batch_config(hostile), tiny_tokenizer, make_batch(["1", "12345678"]))
+    assert reward.reward_tensor.sum(-1).tolist() == pytest.approx([0.1, 0.8])
+    assert reward.metrics["reward_extra/even"] == 0.5
+    reward = _reward(_batch_config(hostile), tiny_tokenizer, make_batch(["1", "unknown"]))
+    assert reward.graded.tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("hang", "timeout"), ("exit", "crash"), ("bomb", "memory"), ("raise", "error"), ("few", "error")],
+)
+def test_a_batch_function_that_fails_masks_the_batch(text, reason, hostile, tiny_tokenizer, make_batch):
+    reward = _reward(_batch_config(hostile), tiny_tokenizer, make_batch(["1", text, "22"]))
+    assert not reward.graded.any() and not reward.reward_tensor.any()
+    assert reward.metrics[f"reward/ungraded_{reason}"] == 3
+
+
+def test_a_run_that_never_gets_a_grade_ends(hostile, tiny_tokenizer, make_batch):
+    manager = load_reward_manager(_config(custom=hostile), tiny_tokenizer)
+    bad, good = make_batch(["raise"] * 2), make_batch(["raise", "1"])
+    try:
+        for batch in (bad, bad, good, bad, bad):
+            manager(batch)
+        with pytest.raises(UserError, match=r"no response of the last 3 batches .* 2 of 2 error, ValueError"):
+            manager(bad)
+    finally:
+        manager.close()
+
+
+def test_grading_goes_on_while_nobody_waits(tmp_path, tiny_tokenizer, make_batch):
+    path = tmp_path / "slow.py"
+    path.write_text(
+        "import time\ndef compute_score(**_):\n    time.sleep(0.5)\n    return {'score': 0.0, 'acc': True}\n"
+    )
+    manager = load_reward_manager(_config(custom=str(path), workers=2), tiny_tokenizer)
+    try:
+        manager(make_batch(["", ""]))
+        waited = manager(make_batch(["", ""]))
+        pending = manager.launch(make_batch(["", ""]))
+        time.sleep(1.5)
+        overlapped = pending.result()
+    finally:
+        manager.close()
+    assert waited.metrics["timing_s/reward_wait"] > 0.4
+    assert overlapped.metrics["timing_s/reward"] > 0.4
+    assert overlapped.metrics["timing_s/reward_wait"] < 0.1
+    assert overlapped.correct.all()
 
 
 def test_length_penalty_falls_on_right_answers_only(tiny_tokenizer, make_batch):
@@ -93,6 +188,8 @@ def test_dapo_punishes_the_last_tokens_before_the_limit(tiny_tokenizer, make_bat
 def test_unknown_names_are_refused(tmp_path, tiny_tokenizer):
     with pytest.raises(UserError, match="reward_manager=magic"):
         load_reward_manager(_config("magic"), tiny_tokenizer)
+    with pytest.raises(UserError, match=r"reward_manager=batch needs custom_reward_function\.path"):
+        load_reward_manager(_config("batch"), tiny_tokenizer)
     with pytest.raises(UserError, match="data_source 'poetry'"):
         check_gradable([("a: row 0", "make10", {"ground_truth": "1"}), ("a: row 1", "poetry", {})], _config())
     with pytest.raises(UserError, match=r"custom_reward_function\.path"):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from xbai.errors import UserError
 from xbai.grading.dispatch import GradeRequest
@@ -17,24 +18,23 @@ from xbai.grading.dispatch import GradeRequest
 class CustomGrader:
     """Grades by calling `name(data_source, solution_str, ground_truth, extra_info)` of the Python file `path`.
 
-    The function returns the score, or a dict that holds it as `score`. Picklable, so that it reaches the grading
+    The function returns the score, or a dict that holds it as `score` (see `as_grade`). Picklable, so that it reaches the grading
     processes.
     """
 
     path: str
     name: str = "compute_score"
 
-    def __call__(self, request: GradeRequest) -> float:
-        """The function's score of one response."""
-        result = self.load()(
+    def __call__(self, request: GradeRequest) -> Any:
+        """What the function returns for one response."""
+        return self.load()(
             data_source=request.data_source,
             solution_str=request.response,
             ground_truth=request.ground_truth,
             extra_info=request.extra_info,
         )
-        return float(result["score"] if isinstance(result, dict) else result)
 
-    def load(self) -> Callable[..., float | dict[str, float]]:
+    def load(self) -> Callable[..., Any]:
         """The function itself.
 
         Raises:
@@ -46,6 +46,29 @@ class CustomGrader:
         if not callable(function):
             raise UserError(f"custom_reward_function.name: {self.path} defines no function {self.name}")
         return function
+
+
+class CustomBatchGrader(CustomGrader):
+    """Grades many responses by one call, `name(data_sources, solution_strs, ground_truths, extra_infos)`: four lists.
+
+    The function returns a list with a score or dict for each response; None for one that it could not grade.
+    """
+
+    def __call__(self, requests: Sequence[GradeRequest]) -> list[Any]:
+        """What the function returns for each response.
+
+        Raises:
+            ValueError: not one result for each response.
+        """
+        results = self.load()(
+            data_sources=[request.data_source for request in requests],
+            solution_strs=[request.response for request in requests],
+            ground_truths=[request.ground_truth for request in requests],
+            extra_infos=[request.extra_info for request in requests],
+        )
+        if len(results) != len(requests):
+            raise ValueError(f"{self.name} returned {len(results)} scores for {len(requests)} responses")
+        return list(results)
 
 
 @cache

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from xbai.errors import UserError
 
-Grader = Callable[["GradeRequest"], float]
+Grader = Callable[..., Any]
+"""From a `GradeRequest` (or, for a batch, a list of them) to what `as_grade` takes (or a list of that)."""
 AnswerCheck = Callable[[str, str], bool]
 
 ANSWER_CHECKS = {
@@ -48,6 +50,46 @@ class GradeRequest:
         if isinstance(truth, float) and truth.is_integer():
             truth = int(truth)
         return str(truth)
+
+
+@dataclass(frozen=True)
+class Grade:
+    """What became of one response.
+
+    Attributes:
+        value: the score; None where the response could not be graded.
+        failure: why not: one of `FAILURES`.
+        detail: the same in words.
+        extras: what a grader of one's own returned besides the score: numbers and texts by name.
+    """
+
+    value: float | None
+    failure: str | None = None
+    detail: str = ""
+    extras: dict[str, Any] = field(default_factory=dict)
+
+
+FAILURES = TIMEOUT, CRASH, MEMORY, ERROR = ("timeout", "crash", "memory", "error")
+
+
+def as_grade(result: Any) -> Grade:
+    """The grade that a grader's result means: a number, or a dict that holds it as `score` beside other entries.
+
+    None and numbers that are not finite are no grade.
+    """
+    if isinstance(result, Grade):
+        return result
+    entries = dict(result) if isinstance(result, dict) else {"score": result}
+    score = entries.pop("score")
+    if score is None or not math.isfinite(score):
+        return Grade(None, ERROR, f"the score {score} is not a number to train on")
+    return Grade(float(score), extras={str(name): _plain(value) for name, value in entries.items()})
+
+
+def _plain(value: Any) -> bool | float | str | None:
+    """A value that any process can read: numpy and torch scalars as Python's, everything else as text."""
+    value = value.item() if callable(getattr(value, "item", None)) and getattr(value, "size", 1) == 1 else value
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def answer_check(data_source: str) -> AnswerCheck:

@@ -24,12 +24,15 @@ from types import TracebackType
 
 import xbai
 from xbai.errors import UserError
-from xbai.grading.dispatch import Grader, GradeRequest, grade
-from xbai.grading.worker import MEMORY, RAISED, REFUSED, START_TIMEOUT_S, STARTED
+from xbai.grading.dispatch import CRASH, ERROR, MEMORY, TIMEOUT, Grade, Grader, GradeRequest, grade
+from xbai.grading.worker import OUT_OF_MEMORY, RAISED, REFUSED, START_TIMEOUT_S, STARTED
 
 logger = logging.getLogger(__name__)
 
 GIBIBYTE = 2**30
+
+KILL_GRACE_S = 5.0
+"""How long to wait for a killed process: one that the kernel holds in a system call ends only after it."""
 
 
 class GraderPool:
@@ -37,7 +40,7 @@ class GraderPool:
 
     Args:
         workers: processes; the machine's cores when not given.
-        timeout_s: wall-clock limit of one grade (imports not counted).
+        timeout_s: wall-clock limit of one call of the grader (imports not counted).
         grader: what grades; picklable. Default: by the request's data source.
         memory_bytes: address space of one worker.
 
@@ -62,16 +65,17 @@ class GraderPool:
         # One thread per worker does nothing but wait for it.
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="grader")
 
-    def submit(self, request: GradeRequest) -> Future[float | None]:
-        """Grade in the background; the future holds the grade, or None where the response could not be graded.
-
-        A `UserError` of the grader (an unknown data source, say) comes out of the future.
-        """
+    def submit(self, request: GradeRequest) -> Future[Grade]:
+        """Grade in the background. A `UserError` of the grader (an unknown data source, say) comes out of the future."""
         return self._threads.submit(self._grade_one, request)
+
+    def submit_batch(self, requests: Sequence[GradeRequest]) -> Future[list[Grade]]:
+        """Grade all in one call of a grader that takes a list; where it fails, none of them has a grade."""
+        return self._threads.submit(self._grade_batch, list(requests))
 
     def grade(self, requests: Sequence[GradeRequest]) -> list[float | None]:
         """Grade all, in the order given; None where a response could not be graded."""
-        return [future.result() for future in [self.submit(request) for request in requests]]
+        return [future.result().value for future in [self.submit(request) for request in requests]]
 
     def close(self) -> None:
         """Drop what has not begun, wait for what has, and end the processes. Safe to call twice."""
@@ -85,23 +89,42 @@ class GraderPool:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _grade_one(self, request: GradeRequest) -> float | None:
+    def _grade_one(self, request: GradeRequest) -> Grade:
+        try:
+            grade = self._ask(request)
+        except _CouldNotGradeError as failure:
+            grade = failure.grade
+        self._note([grade], f"a response of {request.data_source} was")
+        return grade
+
+    def _grade_batch(self, requests: list[GradeRequest]) -> list[Grade]:
+        try:
+            grades = self._ask(requests)
+        except _CouldNotGradeError as failure:
+            grades = [failure.grade] * len(requests)
+        failed = sum(grade.value is None for grade in grades)
+        self._note(grades, f"{failed} of {len(grades)} responses were")
+        return grades
+
+    def _ask(self, request: GradeRequest | list[GradeRequest]) -> Grade | list[Grade]:
         worker = self._idle.get()
         try:
             return worker.grade(request)
-        except _CouldNotGradeError as failure:
-            with self._failures_lock:
-                self.failures[failure.reason] += 1
-            logger.warning("a response of %s was not graded: %s", request.data_source, failure)
-            return None
         finally:
             self._idle.put(worker)
 
+    def _note(self, grades: Sequence[Grade], subject: str) -> None:
+        failed = [grade for grade in grades if grade.value is None]
+        if failed:
+            with self._failures_lock:
+                self.failures.update(grade.failure for grade in failed)
+            logger.warning("%s not graded: %s (%s)", subject, failed[0].failure, failed[0].detail)
+
 
 class _CouldNotGradeError(Exception):
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason} ({detail})")
-        self.reason = reason
+    def __init__(self, failure: str, detail: str) -> None:
+        super().__init__(f"{failure} ({detail})")
+        self.grade = Grade(None, failure, detail)
 
 
 class _Worker:
@@ -112,7 +135,7 @@ class _Worker:
         self._settings = pickle.dumps((grader, timeout_s, memory_bytes))
         self._process: subprocess.Popen | None = None
 
-    def grade(self, request: GradeRequest) -> float:
+    def grade(self, request: GradeRequest | list[GradeRequest]) -> Grade | list[Grade]:
         if self._process is None:
             self._start()
         try:
@@ -121,14 +144,14 @@ class _Worker:
             if kind == STARTED:
                 kind, value = self._receive(self._timeout_s)
         except (EOFError, OSError) as error:
-            raise _CouldNotGradeError("crash", f"the process ended with status {self.stop()}") from error
+            raise _CouldNotGradeError(CRASH, f"the process ended with status {self.stop()}") from error
         if kind == REFUSED:
             raise UserError(value)
-        if kind == MEMORY:
+        if kind == OUT_OF_MEMORY:
             self.stop()
-            raise _CouldNotGradeError("memory", f"more than {self._memory_bytes / GIBIBYTE:.1f} GiB")
+            raise _CouldNotGradeError(MEMORY, f"more than {self._memory_bytes / GIBIBYTE:.1f} GiB")
         if kind == RAISED:
-            raise _CouldNotGradeError("error", value)
+            raise _CouldNotGradeError(ERROR, value)
         return value
 
     def stop(self) -> int | None:
@@ -139,12 +162,14 @@ class _Worker:
         self._connection.close()
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        return process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(KILL_GRACE_S)
+        return None
 
-    def _receive(self, timeout_s: float) -> tuple[str, float | str]:
+    def _receive(self, timeout_s: float) -> tuple[str, Grade | list[Grade] | str]:
         if not self._connection.poll(timeout_s):
             self.stop()
-            raise _CouldNotGradeError("timeout", f"no answer within {timeout_s:g} s")
+            raise _CouldNotGradeError(TIMEOUT, f"no answer within {timeout_s:g} s")
         return self._connection.recv()
 
     def _start(self) -> None:

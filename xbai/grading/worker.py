@@ -8,9 +8,9 @@ from multiprocessing.connection import Connection
 
 from xbai.errors import UserError
 from xbai.grading.custom import CustomGrader
-from xbai.grading.dispatch import Grader, GradeRequest, answer_check, grade
+from xbai.grading.dispatch import Grade, Grader, GradeRequest, answer_check, as_grade, grade
 
-STARTED, GRADED, RAISED, REFUSED, MEMORY = "started", "graded", "raised", "refused", "memory"
+STARTED, GRADED, RAISED, REFUSED, OUT_OF_MEMORY = "started", "graded", "raised", "refused", "memory"
 
 START_TIMEOUT_S = 120.0
 """What the imports of a grader may take."""
@@ -38,7 +38,9 @@ def _end_after(seconds: float) -> None:
     signal.setitimer(signal.ITIMER_REAL, seconds + ORPHAN_GRACE_S)
 
 
-def _answer(connection: Connection, grader: Grader, request: GradeRequest, timeout_s: float) -> tuple[str, float | str]:
+def _answer(
+    connection: Connection, grader: Grader, request: GradeRequest | list[GradeRequest], timeout_s: float
+) -> tuple[str, Grade | list[Grade] | str]:
     _end_after(START_TIMEOUT_S)
     try:
         # Imports first: the pool's clock starts with the message below.
@@ -48,10 +50,11 @@ def _answer(connection: Connection, grader: Grader, request: GradeRequest, timeo
             grader.load()
         _end_after(timeout_s)
         connection.send((STARTED, ""))
-        return GRADED, float(grader(request))
+        result = grader(request)
+        return GRADED, [as_grade(each) for each in result] if isinstance(request, list) else as_grade(result)
     except UserError as error:
         return REFUSED, str(error)
     except MemoryError:
-        return MEMORY, ""
+        return OUT_OF_MEMORY, ""
     except Exception as error:
         return RAISED, f"{type(error).__name__}: {error}"[:500]

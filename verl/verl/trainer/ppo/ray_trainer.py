@@ -30,7 +30,7 @@ from verl.utils.seqlen_balancing import rows_by_rank
 from verl.utils.tracking import Tracking
 from verl.workers.actor.joint_loss import LossConfig
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, group_sizes
-from verl.workers.reward_manager import Reward
+from verl.workers.reward_manager import PendingReward, Reward
 from xbai.engine.files import eos_token_ids, read_config
 from xbai.files import atomic_write
 from xbai.sprm import trajectory_scores
@@ -64,6 +64,8 @@ class RayPPOTrainer:
         self._checkpoints = CheckpointFolder(config.trainer.default_local_dir, config.trainer.max_actor_ckpt_to_keep)
         self._resume_from = self._checkpoints.find(config.trainer.resume_mode, config.trainer.resume_from_path)
         self.step = step_of(self._resume_from) if self._resume_from else 0
+        self._estimator = config.algorithm.adv_estimator
+        self._tis_imp_ratio_cap: float | None = config.actor_rollout_ref.actor.tis_imp_ratio_cap
         self._kl_controller = get_kl_controller(config.algorithm.kl_ctrl)
         self._reward_manager = load_reward_manager(config, self.tokenizer)
         self._update_keys = LossConfig.from_config(config.actor_rollout_ref).batch_keys()
@@ -91,7 +93,7 @@ class RayPPOTrainer:
         trainer = self.config.trainer
         on_gpu = trainer.device == "cuda"
         start_ray(self.config)
-        uses_reference = self._uses_kl_in_loss or self.config.algorithm.use_kl_in_reward
+        uses_reference = self.config.actor_rollout_ref.actor.use_kl_loss or self.config.algorithm.use_kl_in_reward
         role = "actor_rollout_ref" if uses_reference else "actor_rollout"
         init = RayClassWithInitArgs(ActorRolloutRefWorker, self._worker_config(), role, trainer.seed)
         pool = RayResourcePool([trainer.n_gpus_per_node] * trainer.nnodes, use_gpu=on_gpu)
@@ -100,8 +102,14 @@ class RayPPOTrainer:
         self._workers.init_model()
 
     @property
-    def _uses_kl_in_loss(self) -> bool:
-        return self.config.actor_rollout_ref.actor.use_kl_loss
+    def _uses_reference_log_probs(self) -> bool:
+        actor = self.config.actor_rollout_ref.actor
+        # The update itself computes the full KL, from the reference's hidden states.
+        return self.config.algorithm.use_kl_in_reward or (actor.use_kl_loss and actor.kl_loss_type != "full")
+
+    @property
+    def _uses_full_kl_in_reward(self) -> bool:
+        return self.config.algorithm.use_kl_in_reward and self.config.algorithm.kl_penalty == "full"
 
     def _worker_config(self) -> DictConfig:
         config = OmegaConf.create(OmegaConf.to_container(self.config.actor_rollout_ref, resolve=True))
@@ -134,17 +142,18 @@ class RayPPOTrainer:
         """One step of the algorithm on a batch of prompts; returns its metrics."""
         start, metrics = time.perf_counter(), {}
         batch = self._generate(prompts, self._rollout.n, metrics)
-        pending = self._reward_manager.launch(batch)
-        if not self.config.reward_model.launch_reward_fn_async:
-            pending.result()
+        pending = self._launch_grading(batch)
+        baseline = self._launch_baseline(prompts, metrics) if self._estimator == "remax" else None
         self._call("compute_log_prob", batch, MODEL_INPUT_KEYS, metrics)
-        if self._uses_kl_in_loss or self.config.algorithm.use_kl_in_reward:
-            self._call("compute_ref_log_prob", batch, MODEL_INPUT_KEYS, metrics)
-        with _timed("reward_wait", metrics):
-            reward = pending.result()
+        if self._uses_reference_log_probs:
+            self._call("compute_ref_log_prob", batch, MODEL_INPUT_KEYS, metrics, full_kl=self._uses_full_kl_in_reward)
+        reward = pending.result()
+        metrics |= reward.metrics
         self._add_reward(batch, reward, metrics)
+        if baseline is not None:
+            self._add_baseline(batch, baseline.result(), metrics)
         self._add_advantages(batch)
-        metrics |= train_metrics(batch, self._eos_token_ids)
+        metrics |= train_metrics(batch, self._eos_token_ids, self._tis_imp_ratio_cap)
         self._dump(batch, reward)
         self._arrange_for_ranks(batch, metrics)
         self._call("update_actor", batch, self._update_keys, metrics)
@@ -189,15 +198,29 @@ class RayPPOTrainer:
 
     def _generate(self, prompts: DataProto, n: int, metrics: dict[str, float], **meta_info: Any) -> DataProto:
         """Sample `n` responses a prompt; the rows of one prompt lie next to each other."""
-        request = prompts.pop(PROMPT_KEYS, ["seed"])
-        request.meta_info |= meta_info
+        request = prompts.select(PROMPT_KEYS, ["seed"])
+        request.meta_info |= {"n": n, **meta_info}
         responses = self._workers.generate_sequences(request)
         metrics |= responses.meta_info.pop("metrics")
-        return prompts.repeat(n).union(DataProto(responses.batch))
+        return DataProto(non_tensor_batch=prompts.non_tensor_batch).repeat(n).union(DataProto(responses.batch))
 
-    def _call(self, method: str, batch: DataProto, keys: Sequence[str], metrics: dict[str, float]) -> None:
+    def _launch_grading(self, batch: DataProto) -> PendingReward:
+        pending = self._reward_manager.launch(batch)
+        if not self.config.reward_model.launch_reward_fn_async:
+            pending.wait()
+        return pending
+
+    def _launch_baseline(self, prompts: DataProto, metrics: dict[str, float]) -> PendingReward:
+        """Sample each prompt's greedy response, whose reward is ReMax's baseline, and start grading it."""
+        with _timed("generate_baseline", metrics):
+            greedy = self._generate(prompts, 1, {}, do_sample=False)
+        return self._launch_grading(greedy)
+
+    def _call(
+        self, method: str, batch: DataProto, keys: Sequence[str], metrics: dict[str, float], **meta_info: Any
+    ) -> None:
         """Run a worker method on the tensors `keys` of `batch`, and add the tensors and metrics it returns."""
-        output = getattr(self._workers, method)(batch.select(keys, non_tensor_batch_keys=[]))
+        output = getattr(self._workers, method)(DataProto(batch.batch.select(*keys), meta_info=meta_info))
         metrics |= output.meta_info.pop("metrics")
         batch.union(output)
 
@@ -208,15 +231,36 @@ class RayPPOTrainer:
         batch.batch["token_level_rewards"] = scores
         if self.config.algorithm.use_kl_in_reward:
             columns, mask = batch.batch, batch.batch["response_mask"]
-            kl = kl_penalty(columns["old_log_probs"], columns["ref_log_prob"], self.config.algorithm.kl_penalty) * mask
+            if self._uses_full_kl_in_reward:
+                kl = columns["ref_kl"]
+            else:
+                kind = self.config.algorithm.kl_penalty
+                kl = kl_penalty(columns["old_log_probs"], columns["ref_log_prob"], kind) * mask
             metrics |= {"reward/kl": masked_mean(kl, mask), "reward/kl_coef": self._kl_controller.value}
             columns["token_level_rewards"] = scores - self._kl_controller.value * kl
             self._kl_controller.update(metrics["reward/kl"], n_steps=len(batch))
 
+    def _add_baseline(self, batch: DataProto, baseline: Reward, metrics: dict[str, float]) -> None:
+        """Give each response its prompt's greedy reward; one that could not be graded is no baseline, nor is it zero:
+        it masks the prompt's responses."""
+        rewards, graded = baseline.reward_tensor.sum(-1), baseline.graded
+        columns, n = batch.batch, self._rollout.n
+        columns["baselines"] = rewards.repeat_interleave(n)
+        columns["graded"] = columns["graded"] & graded.repeat_interleave(n)
+        metrics |= {
+            "reward/baseline": masked_mean(rewards, graded),
+            "reward/ungraded_baselines": float((~graded).sum()),
+        }
+
     def _add_advantages(self, batch: DataProto) -> None:
         columns = batch.batch
         inputs = AdvantageInputs(
-            columns["token_level_rewards"], columns["response_mask"], columns["graded"], batch.non_tensor_batch["uid"]
+            columns["token_level_rewards"],
+            columns["response_mask"],
+            columns["graded"],
+            batch.non_tensor_batch["uid"],
+            columns.get("values"),
+            columns.get("baselines"),
         )
         columns["advantages"], columns["returns"] = compute_advantages(inputs, self.config.algorithm)
 
@@ -280,8 +324,11 @@ class RayPPOTrainer:
             "graded": reward.graded,
             "tokens": columns["response_mask"].sum(-1),
         }
+        if "baselines" in columns:
+            values["baseline"] = columns["baselines"]
         if "old_step_logits" in columns:
             values["score"] = trajectory_scores(columns["old_step_logits"], columns["step_feature_mask"])
+        values = reward.reward_extra_info | values
         table = {**texts, **{name: value.tolist() for name, value in values.items()}}
         with atomic_write(Path(folder) / f"{self.step}.jsonl", "w") as stream:
             for row in zip(*table.values()):

@@ -2,15 +2,16 @@
 
 from verl.workers.reward_manager.manager import (
     REWARD_MANAGERS,
+    BatchRewardManager,
     DAPORewardManager,
     NaiveRewardManager,
-    PendingReward,
     PrimeRewardManager,
-    Reward,
 )
+from verl.workers.reward_manager.reward import PendingReward, Reward
 
 __all__ = [
     "REWARD_MANAGERS",
+    "BatchRewardManager",
     "DAPORewardManager",
     "NaiveRewardManager",
     "PendingReward",

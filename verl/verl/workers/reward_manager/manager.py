@@ -2,59 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from verl.protocol import DataProto
+from verl.workers.reward_manager.reward import PendingReward, Reward, make_reward
 from xbai.errors import UserError
-from xbai.grading import CustomGrader, GradeRequest, GraderPool, grade
-
-RIGHT_ABOVE = 0.5
-"""A grade above this counts as a right answer: the label of the score head and of the pass rate."""
-
-
-@dataclass(frozen=True)
-class Reward:
-    """What grading a batch of B responses gave."""
-
-    reward_tensor: Tensor
-    """[B, R] float32: the reward on the last response token, 0 elsewhere and for responses without a grade."""
-    correct: Tensor
-    """[B] float32: 1 for a right answer, 0 for a wrong one or none."""
-    graded: Tensor
-    """[B] bool: False where the grader timed out, crashed or raised."""
-    reward_extra_info: dict[str, np.ndarray]
-    """Per response: `grade` as the grader gave it (nan without one) and `penalty` subtracted from it."""
-
-
-class PendingReward:
-    """Grades that may still be under way."""
-
-    def __init__(self, manager: RewardManager, response_mask: Tensor, futures: list[Future[float | None]]) -> None:
-        self._manager, self._response_mask, self._futures = manager, response_mask, futures
-
-    def result(self) -> Reward:
-        """Wait for the grades.
-
-        Raises:
-            UserError: of a grader that cannot grade this data at all (unknown data source, bad custom function).
-        """
-        grades = [future.result() for future in self._futures]
-        graded = torch.tensor([g is not None for g in grades])
-        values = torch.tensor([0.0 if g is None else g for g in grades])
-        lengths = self._response_mask.sum(-1)
-        correct = (values > RIGHT_ABOVE).float()
-        penalty = self._manager.penalty(lengths, correct).masked_fill(~graded, 0.0)
-        reward_tensor = torch.zeros(self._response_mask.shape)
-        reward_tensor[torch.arange(len(grades)), (lengths - 1).clamp(min=0)] = values - penalty
-        extra = {"grade": values.masked_fill(~graded, torch.nan).numpy(), "penalty": penalty.numpy()}
-        return Reward(reward_tensor, correct, graded, extra)
+from xbai.grading import CustomBatchGrader, CustomGrader, Grade, GradeRequest, GraderPool, grade
+from xbai.grading.dispatch import Grader
+from xbai.grading.pool import GIBIBYTE
 
 
 class RewardManager:
@@ -68,16 +30,19 @@ class RewardManager:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DictConfig, workers: int | None) -> None:
-        custom = config.custom_reward_function
-        grader = grade if custom.path is None else CustomGrader(custom.path, custom.name)
-        self._tokenizer, self._config = tokenizer, config
-        self._pool = GraderPool(workers, config.reward_model.timeout_s, grader)
+        section = config.reward_model
+        self._tokenizer, self._config, self._ungraded_batches = tokenizer, config, 0
+        self._pool = GraderPool(workers, self._timeout_s(), self._grader(), int(section.memory_gib * GIBIBYTE))
 
     def launch(self, data: DataProto) -> PendingReward:
         """Start grading; reads `responses` and `response_mask` [B, R], the data source and `reward_model`."""
-        return PendingReward(
-            self, data.batch["response_mask"], [self._pool.submit(request) for request in self._requests(data)]
-        )
+        mask = data.batch["response_mask"]
+
+        def finish(grades: list[Grade]) -> Reward:
+            self._check_any_graded(grades)
+            return make_reward(grades, mask, self.penalty)
+
+        return PendingReward(self._submit(self._requests(data)), finish)
 
     def __call__(self, data: DataProto) -> Reward:
         """Grade and wait."""
@@ -97,6 +62,28 @@ class RewardManager:
     def close(self) -> None:
         """End the grading processes."""
         self._pool.close()
+
+    def _timeout_s(self) -> float:
+        return self._config.reward_model.timeout_s
+
+    def _grader(self) -> Grader:
+        custom = self._config.custom_reward_function
+        return grade if custom.path is None else CustomGrader(custom.path, custom.name)
+
+    def _submit(self, requests: Sequence[GradeRequest]) -> Sequence[Future[Grade] | Future[list[Grade]]]:
+        return [self._pool.submit(request) for request in requests]
+
+    def _check_any_graded(self, grades: Sequence[Grade]) -> None:
+        """One batch without grades may be bad luck; when nothing is ever graded the run trains on nothing."""
+        self._ungraded_batches = 0 if any(g.value is not None for g in grades) else self._ungraded_batches + 1
+        limit = self._config.reward_model.max_ungraded_batches
+        if limit is not None and self._ungraded_batches >= limit:
+            reason, count = Counter(g.failure for g in grades).most_common(1)[0]
+            detail = next(g.detail for g in grades if g.failure == reason)
+            raise UserError(
+                f"no response of the last {limit} batches could be graded (last: {count} of {len(grades)} {reason}, "
+                f"{detail}); correct the reward function, or raise reward_model.max_ungraded_batches"
+            )
 
     def _requests(self, data: DataProto) -> list[GradeRequest]:
         columns, mask = data.non_tensor_batch, data.batch["response_mask"].bool()
@@ -125,6 +112,32 @@ class NaiveRewardManager(RewardManager):
         super().__init__(tokenizer, config, workers=1)
 
 
+class BatchRewardManager(RewardManager):
+    """Hands all responses of a batch to one call of `custom_reward_function`, in one process.
+
+    The call has `reward_model.batch_timeout_s`; where it hangs, dies or raises, no response of the batch has a grade,
+    so the step learns nothing from it. For a single response that it cannot grade the function returns None.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DictConfig) -> None:
+        if config.custom_reward_function.path is None:
+            raise UserError(
+                "reward_model.reward_manager=batch needs custom_reward_function.path, a Python file whose function "
+                "takes the lists data_sources, solution_strs, ground_truths and extra_infos"
+            )
+        super().__init__(tokenizer, config, workers=1)
+
+    def _timeout_s(self) -> float:
+        return self._config.reward_model.batch_timeout_s
+
+    def _grader(self) -> Grader:
+        custom = self._config.custom_reward_function
+        return CustomBatchGrader(custom.path, custom.name)
+
+    def _submit(self, requests: Sequence[GradeRequest]) -> Sequence[Future[list[Grade]]]:
+        return [self._pool.submit_batch(requests)]
+
+
 class DAPORewardManager(PrimeRewardManager):
     """Grades in parallel and punishes responses that come close to the length limit (DAPO, arXiv 2503.14476, eq. 13).
 
@@ -150,4 +163,5 @@ REWARD_MANAGERS: dict[str, type[RewardManager]] = {
     "naive": NaiveRewardManager,
     "prime": PrimeRewardManager,
     "dapo": DAPORewardManager,
+    "batch": BatchRewardManager,
 }
