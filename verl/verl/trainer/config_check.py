@@ -203,15 +203,21 @@ def _check_machine(config: DictConfig) -> None:
         "to run small on CPU: trainer.device=cpu trainer.n_gpus_per_node=2 with a tiny model, "
         "as scripts/quickstart.sh does"
     )
+    # On a cluster the driver may run on a machine without GPUs; Ray then finds out whether there is room.
+    on_cluster = trainer.nnodes > 1 or bool(os.environ.get("RAY_ADDRESS"))
     if trainer.device == "auto":
+        if on_cluster and not gpus:
+            raise UserError(
+                "trainer.device=auto looks at this machine only, which has no GPU; for the cluster (trainer.nnodes, "
+                "RAY_ADDRESS) set it to cuda or cpu"
+            )
         trainer.device = "cuda" if gpus else "cpu"
         if not gpus and wanted > cores:
             raise UserError(
                 f"trainer.n_gpus_per_node={wanted} needs {wanted} GPUs a machine; this one has none, and {cores} CPU "
                 f"cores; {small}"
             )
-    # With several machines the driver may run on one without GPUs; Ray then finds out whether there is room.
-    if trainer.device == "cuda" and trainer.nnodes == 1 and gpus < wanted:
+    if trainer.device == "cuda" and not on_cluster and gpus < wanted:
         less = f"set trainer.n_gpus_per_node={gpus}, or " if gpus else ""
         raise UserError(
             f"trainer.n_gpus_per_node={wanted} needs {wanted} GPUs; this machine has {gpus or 'none'}; {less}{small}"

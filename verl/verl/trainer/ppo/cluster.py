@@ -1,51 +1,114 @@
-"""The Ray cluster of a run: joined, or started on this machine."""
+"""The Ray cluster of a run: joined, or started on this machine; and what its nodes must have in common."""
 
 from __future__ import annotations
 
 import logging
 import os
-import socket
-from typing import Any
+import secrets
+from pathlib import Path
 
+import grpc
 import ray
 from omegaconf import DictConfig
 
+from verl.single_controller import RayResourcePool
 from xbai.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+HEAD_TIMEOUT_S = 10.0
+NODES_TIMEOUT_S = 60.0
 
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "TQDM_DISABLE": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 """Environment of the workers, unless set: their chatter would bury the progress."""
 
+INHERITED = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_DISTRIBUTED_", "VLLM_", "HF_HUB_", "TOKENIZERS_", "WANDB_", *QUIET)
+"""Workers get the driver's variables that begin so, on every node."""
+SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+"""Not those that end so: Ray shows and logs the variables that it sets, and no worker logs in anywhere."""
+
 
 def worker_env(on_gpu: bool) -> dict[str, str]:
     """Environment variables of the worker processes on every node."""
-    env = {name: os.environ.get(name, value) for name, value in QUIET.items()}
-    return env if on_gpu else env | {"CUDA_VISIBLE_DEVICES": ""}
+    inherited = {
+        name: value for name, value in os.environ.items() if name.startswith(INHERITED) and not name.endswith(SECRETS)
+    }
+    return QUIET | inherited | ({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""})
 
 
 def start_ray(config: DictConfig) -> None:
     """Join the cluster that `RAY_ADDRESS` names, or that several nodes imply; otherwise start one on this machine."""
-    options: dict[str, Any] = {"logging_level": logging.WARNING}
     trainer = config.trainer
     if os.environ.get("RAY_ADDRESS") or trainer.nnodes > 1:
-        _join_cluster(os.environ.get("RAY_ADDRESS", "auto"), options)
+        _join_cluster(os.environ.get("RAY_ADDRESS") or "auto")
         return
     num_cpus = config.ray_init.num_cpus
     if num_cpus is None and trainer.device == "cpu":
         # Processes on CPU may be more than the cores; Ray must not wait for cores that will never be there.
         num_cpus = max(os.cpu_count() or 1, trainer.n_gpus_per_node)
     # Without an address Ray would join any cluster that it finds on this machine.
-    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
 
 
-def _join_cluster(address: str, options: dict[str, Any]) -> None:
-    """`ray.init`, but a `UserError` at once where Ray waits minutes for a head node that does not answer."""
+def check_shared_folder(folder: str | Path, pool: RayResourcePool) -> None:
+    """Raise a `UserError` unless every node of `pool` sees, and may change, what this machine writes into `folder`."""
+    folder, content = Path(folder).resolve(), secrets.token_hex()
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".probe_{secrets.token_hex(4)}"
+    probe.write_text(content)
     try:
-        if address not in ("auto", "local") and "://" not in address:
-            host, _, port = address.rpartition(":")
-            socket.create_connection((host, port), timeout=10).close()
-        ray.init(address=address, **options)
-    except OSError as error:
+        asked = [_sees.options(scheduling_strategy=node.strategy).remote(probe, content) for node in pool.nodes()]
+        answers = ray.get(asked, timeout=NODES_TIMEOUT_S)
+    finally:
+        probe.unlink()
+    if blind := [node.address for node, sees in zip(pool.nodes(), answers) if not sees]:
+        raise UserError(
+            f"trainer.default_local_dir={folder}: {', '.join(blind)} cannot see or change what the driver writes "
+            "there; checkpoints need a folder that all nodes share, under the same path"
+        )
+
+
+@ray.remote(num_cpus=0)
+def _sees(probe: Path, content: str) -> bool:
+    try:
+        return probe.read_text() == content and os.access(probe.parent, os.W_OK)
+    except OSError:
+        return False
+
+
+def _join_cluster(address: str) -> None:
+    """`ray.init`, but a `UserError` at once where Ray waits minutes for a head node that does not answer."""
+    if "://" in address:
+        raise UserError(f"RAY_ADDRESS={address}: Ray Client cannot drive a run; start it on a node, with HOST:PORT")
+    try:
+        head = _last_started() if address == "auto" else address
+        if head is not None:
+            _check_head(head)
+        ray.init(address=address, logging_level=logging.WARNING)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
         raise UserError(
             f"RAY_ADDRESS={address}: no Ray cluster answers; run this on the head node of one "
-            f"(verl/examples/ray/run_worker_n.sh starts it): {str(error).partition('.')[0]}"
+            f"(verl/examples/ray/run_worker_n.sh starts it): {reason}"
         ) from error
+
+
+def _last_started() -> str | None:
+    """The address that `ray start` left on this machine, and which `auto` means even when that head is long dead."""
+    try:
+        return (Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster").read_text().strip() or None
+    except FileNotFoundError:
+        return None
+
+
+def _check_head(address: str) -> None:
+    """Raise a `ConnectionError` unless something that speaks Ray's protocol answers."""
+    if os.environ.get("RAY_USE_TLS", "0") != "0":
+        return
+    with grpc.insecure_channel(address) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(HEAD_TIMEOUT_S)
+        except grpc.FutureTimeoutError:
+            raise ConnectionError(
+                f"nothing that is a Ray head answers at {address} within {HEAD_TIMEOUT_S:g} s"
+            ) from None
