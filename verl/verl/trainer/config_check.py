@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from verl.trainer.critic_config import check_critic
 from verl.trainer.ppo.core_algos import ADVANTAGE_ESTIMATORS, KL_ESTIMATORS, LOSS_AGG_MODES
 from verl.utils.dataset.rl_dataset import file_list
 from verl.utils.model_shapes import KNOWN_CONFIGS
@@ -44,6 +45,10 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "actor_rollout_ref.actor.fsdp_config.model_dtype": _DTYPES,
     "actor_rollout_ref.actor.fsdp_config.compute_dtype": _DTYPES,
     "actor_rollout_ref.ref.fsdp_config.compute_dtype": _DTYPES,
+    "critic.strategy": ("fsdp", "fsdp2"),
+    "critic.model.fsdp_config.compute_dtype": _DTYPES,
+    "critic.optim.name": _OPTIMIZERS,
+    "critic.optim.warmup_style": _WARMUPS,
     "actor_rollout_ref.rollout.name": ("vllm", "hf"),
     "actor_rollout_ref.rollout.mode": ("sync", "async"),
     "actor_rollout_ref.rollout.dtype": ("auto", *DTYPES),
@@ -85,8 +90,6 @@ NOT_YET: dict[str, str] = {
     "actor_rollout_ref.rollout.mode": "rollouts are synchronous",
     "actor_rollout_ref.rollout.chat_scheduler": "rollouts are synchronous",
     "actor_rollout_ref.rollout.swap_space": "the engine does not swap to CPU memory",
-    "critic": "there is no critic worker",
-    "trainer.critic_warmup": "there is no critic worker",
     "trainer.default_hdfs_dir": "checkpoints stay in trainer.default_local_dir",
 }
 """Keys and sections that cannot act yet, and why: another value than the default is an error."""
@@ -99,6 +102,9 @@ NOT_ON_CPU = (
     "actor_rollout_ref.ref.fsdp_config.offload_policy",
     "actor_rollout_ref.rollout.gpu_memory_utilization",
     "actor_rollout_ref.rollout.free_cache_engine",
+    "critic.model.fsdp_config.param_offload",
+    "critic.model.fsdp_config.optimizer_offload",
+    "critic.model.fsdp_config.offload_policy",
 )
 NOT_WITH_HF = (
     "actor_rollout_ref.rollout.gpu_memory_utilization",
@@ -108,7 +114,6 @@ NOT_WITH_HF = (
 )
 
 NOT_YET_VALUES: dict[tuple[str, str], str] = {
-    ("algorithm.adv_estimator", "gae"): "there is no critic worker",
     ("algorithm.kl_penalty", "full"): "it needs both models' whole distributions",
     ("actor_rollout_ref.actor.kl_loss_type", "full"): "it needs both models' whole distributions",
 }
@@ -141,8 +146,10 @@ def check_config(config: DictConfig, not_found: Callable[[str], None] | None = N
     elif config.trainer.device == "auto":
         config.trainer.device = "cuda"
     not_found = not_found or _raise
-    _check_acts(config, defaults)
+    changed = _changed(config, defaults)
+    _check_acts(config, changed)
     _check_batch_sizes(config)
+    check_critic(config, changed, not_found)
     _check_lengths(config, not_found)
     _check_model(config.actor_rollout_ref, not_found)
     _check_files(config, not_found)
@@ -224,9 +231,12 @@ def _check_machine(config: DictConfig) -> None:
         )
 
 
-def _check_acts(config: DictConfig, defaults: DictConfig) -> None:
+def _changed(config: DictConfig, defaults: DictConfig) -> dict[str, Any]:
     default_of = dict(leaves(defaults))
-    changed = {key: value for key, value in leaves(config) if value != default_of.get(key)}
+    return {key: value for key, value in leaves(config) if value != default_of.get(key)}
+
+
+def _check_acts(config: DictConfig, changed: Mapping[str, Any]) -> None:
     for key, value in changed.items():
         if reason := next((NOT_YET[stem] for stem in NOT_YET if f"{key}.".startswith(f"{stem}.")), None):
             raise UserError(f"{key}={value} cannot act yet: {reason}; leave it at its default")

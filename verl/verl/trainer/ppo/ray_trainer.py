@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from verl.protocol import DataProto, object_array
 from verl.single_controller import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from verl.trainer.ppo.checkpoint_folder import TRAINER_STATE_FILE, CheckpointFolder, step_of
-from verl.trainer.ppo.cluster import start_ray, worker_env
+from verl.trainer.ppo.cluster import check_shared_folder, start_ray, worker_env
 from verl.trainer.ppo.core_algos import AdvantageInputs, compute_advantages, get_kl_controller, kl_penalty
 from verl.trainer.ppo.metrics import ValidationResult, masked_mean, train_metrics, validation_metrics
 from verl.trainer.ppo.reward import check_gradable, load_reward_manager
@@ -97,6 +97,8 @@ class RayPPOTrainer:
         role = "actor_rollout_ref" if uses_reference else "actor_rollout"
         init = RayClassWithInitArgs(ActorRolloutRefWorker, self._worker_config(), role, trainer.seed)
         pool = RayResourcePool([trainer.n_gpus_per_node] * trainer.nnodes, use_gpu=on_gpu)
+        if trainer.nnodes > 1:
+            check_shared_folder(trainer.default_local_dir, pool)
         logger.info("starting %d worker processes on %s", self._world_size, trainer.device)
         self._workers = RayWorkerGroup(pool, init, role, worker_env(on_gpu), group_sizes(self.config.actor_rollout_ref))
         self._workers.init_model()
