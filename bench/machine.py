@@ -1,0 +1,48 @@
+"""What every benchmark says of the machine it ran on, and how it hands over its figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from xbai.files import atomic_write
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores, memory, accelerator and versions."""
+    found: dict[str, Any] = {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}
+        found |= {"cuda": torch.version.cuda}
+    return found
+
+
+def _cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def report(result: dict[str, Any], out: Path) -> None:
+    """Write the result as JSON, and print it as one line, the last."""
+    with atomic_write(out, "w") as stream:
+        json.dump(result, stream, indent=1)
+        stream.write("\n")
+    sys.stdout.write(json.dumps(result) + "\n")
+    sys.stdout.flush()
