@@ -1,0 +1,108 @@
+"""The worker that holds the critic of PPO with GAE."""
+
+from __future__ import annotations
+
+import torch
+from omegaconf import DictConfig
+
+from verl import DataProto
+from verl.single_controller import Dispatch, Worker, register
+from verl.utils.checkpoint import load_checkpoint, save_checkpoint
+from verl.utils.fsdp import init_distributed
+from verl.utils.model import load_tokenizer, loading_dtype
+from verl.utils.optim import Optimizers
+from verl.utils.ulysses import check_head_counts, sequence_parallel_group
+from verl.workers.critic.dp_critic import DataParallelPPOCritic
+from verl.workers.critic.value_model import ValueModel, build_value_model
+from verl.workers.phase_metrics import measure_phase
+from verl.workers.placed_model import Dtypes, PlacedModel
+from xbai.errors import UserError
+
+
+class CriticWorker(Worker):
+    """The critic of one rank. Results carry `meta_info["metrics"]`, as those of `ActorRolloutRefWorker` do.
+
+    Args:
+        config: from `critic_config`, with `optim.total_training_steps`.
+        seed: of shuffling; each rank derives its own.
+    """
+
+    def __init__(self, config: DictConfig, seed: int = 1) -> None:
+        self.config, self._seed = config, seed
+
+    @register(Dispatch.ONE_TO_ALL)
+    def init_model(self) -> None:
+        """Join the critics' process group and load this rank's part of the model.
+
+        Raises:
+            UserError: a model folder or configuration that does not fit.
+        """
+        init_distributed()
+        torch.manual_seed(self._seed + self.rank)
+        config, sp_size = self.config, self.config.ulysses_sequence_parallel_size
+        self.tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+        model = self._build_model()
+        shape = model.backbone.config
+        check_head_counts(shape.num_attention_heads, shape.num_key_value_heads, sp_size)
+        self._critic_model = PlacedModel(model, config.model.fsdp_config, self._build_optimizer)
+        self._critic = DataParallelPPOCritic(
+            config, self._critic_model.model, self._critic_model.optimizer, sequence_parallel_group(sp_size)
+        )
+
+    @register(Dispatch.DP_COMPUTE_PROTO, group="train")
+    def compute_values(self, data: DataProto) -> DataProto:
+        """`values` [B, R] of the states before each response token."""
+        with measure_phase("values") as metrics, self._critic_model.on_device():
+            metrics["tokens"] = float(data.batch["attention_mask"].sum())
+            values = self._critic.compute_values(data.batch)
+        return DataProto.from_dict({"values": values}, meta_info={"metrics": metrics})
+
+    @register(Dispatch.DP_COMPUTE_METRIC, group="train")
+    def update_critic(self, data: DataProto) -> DataProto:
+        """Move the values towards `returns`; the metrics are the same on every rank.
+
+        Raises:
+            UserError: the batch is not whole mini-batches.
+        """
+        config = self.config
+        responses = len(data) * self.world_size // config.ulysses_sequence_parallel_size
+        if responses % (config.ppo_mini_batch_size * config.rollout_n):
+            raise UserError(
+                f"critic.ppo_mini_batch_size={config.ppo_mini_batch_size} prompts of {config.rollout_n} responses must "
+                f"divide the batch of {responses} responses (data.train_batch_size)"
+            )
+        with measure_phase("update_critic") as metrics, self._critic_model.on_device(with_optimizer=True):
+            metrics["tokens"] = float(data.batch["attention_mask"].sum()) * config.ppo_epochs
+            training_metrics = self._critic.update_critic(data.batch)
+        return DataProto(meta_info={"metrics": training_metrics | metrics})
+
+    @register(Dispatch.ONE_TO_ALL)
+    def save_checkpoint(self, folder: str) -> None:
+        """Write this group's part of a checkpoint; see `verl.utils.checkpoint.save_checkpoint`."""
+        with self._critic_model.on_device(with_optimizer=True):
+            save_checkpoint(folder, self._critic_model.model, self._critic_model.optimizer, self.tokenizer)
+
+    @register(Dispatch.ONE_TO_ALL)
+    def load_checkpoint(self, folder: str) -> None:
+        """Go on from what `save_checkpoint` wrote.
+
+        Raises:
+            UserError: no checkpoint in the folder.
+        """
+        with self._critic_model.on_device(with_optimizer=True):
+            load_checkpoint(folder, self._critic_model.model, self._critic_model.optimizer, seed=self._seed)
+
+    def _build_model(self) -> ValueModel:
+        model = self.config.model
+        dtypes = Dtypes.from_config(model.fsdp_config)
+        return build_value_model(
+            model.path,
+            loading_dtype(model.path, dtypes.stored),
+            packed=model.use_remove_padding,
+            trust_remote_code=model.trust_remote_code,
+            gradient_checkpointing=model.enable_gradient_checkpointing,
+            compute_dtype=dtypes.compute or dtypes.stored,
+        )
+
+    def _build_optimizer(self, model: ValueModel) -> Optimizers:
+        return Optimizers({"critic": (model, self.config.optim)})
