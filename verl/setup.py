@@ -27,4 +27,10 @@ setup(
         "transformers>=5.16,<5.20",
         "wandb>=0.20,<0.32",
     ],
+    extras_require={
+        # optim.name=AdamW8bit and Adam8bit
+        "adam8bit": ["torchao>=0.18,<0.19"],
+        # model.use_liger, on GPUs
+        "liger": ["liger-kernel>=0.8,<0.9"],
+    },
 )

@@ -12,21 +12,22 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from verl.utils.fsdp import clip_gradients, grad_norm
+from verl.utils.eight_bit_adam import EIGHT_BIT_OPTIMIZERS, EightBitAdam, check_eight_bit
+from verl.utils.fsdp import clip_gradients, grad_norm, local_device
 from verl.utils.muon import Muon
 from verl.workers.actor.joint_model import JointModel
 from xbai.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-EIGHT_BIT_OPTIMIZERS = ("AdamW8bit", "Adam8bit")
+MAX_NONFINITE = 10
 
 
 def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: Mapping[str, Any]) -> Optimizer:
     """The optimiser of one `optim` section: reads `name`, `lr`, `weight_decay`, `betas`, and `adamw_lr` for Muon.
 
     Raises:
-        UserError: unknown name, or an 8-bit one without torchao.
+        UserError: unknown name, or an 8-bit one that cannot run here.
     """
     name = config.get("name", "AdamW")
     options = {
@@ -40,17 +41,9 @@ def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config
     if name == "AdamW":
         return torch.optim.AdamW(parameters, **options)
     if name in EIGHT_BIT_OPTIMIZERS:
-        return _eight_bit_class(name)(parameters, **options)
+        check_eight_bit(name, local_device().type)
+        return EightBitAdam(name, parameters, **options)
     raise UserError(f"optim.name={name} is unknown, use AdamW, Muon, {' or '.join(EIGHT_BIT_OPTIMIZERS)}")
-
-
-def _eight_bit_class(name: str) -> type[Optimizer]:
-    try:
-        # Not bitsandbytes: its kernels take no DTensor, which is what FSDP2's parameters are.
-        from torchao import optim
-    except ImportError as error:
-        raise UserError(f"optim.name={name} needs torchao (pip install torchao); or use optim.name=AdamW") from error
-    return getattr(optim, name)
 
 
 def lr_factor(step: int, warmup_steps: int, total_steps: int, config: Mapping[str, Any]) -> float:
@@ -102,12 +95,16 @@ class Optimizers:
     Args:
         parts: from a part's name, which metrics and checkpoints use, to its module, sharded or plain, and its `optim`
             section.
+        max_nonfinite: how many updates in a row may be left out because a gradient was not finite.
 
     Attributes:
         optimizers, schedules: by the part's name; what checkpoints and offloading go through.
     """
 
-    def __init__(self, parts: Mapping[str, tuple[nn.Module, Mapping[str, Any]]]) -> None:
+    def __init__(
+        self, parts: Mapping[str, tuple[nn.Module, Mapping[str, Any]]], max_nonfinite: int = MAX_NONFINITE
+    ) -> None:
+        self._max_nonfinite, self._nonfinite_in_a_row = max_nonfinite, 0
         self._parameters = {name: list(module.parameters()) for name, (module, _) in parts.items()}
         self.optimizers = {
             name: build_optimizer(module.named_parameters(), config) for name, (module, config) in parts.items()
@@ -119,22 +116,43 @@ class Optimizers:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
 
-    def step(self, max_norm: float) -> dict[str, float]:
-        """Clip each part to `max_norm` and update all of them; where one's gradient is not finite, none.
+    def step(self, max_norm: float, loss: float = 0.0) -> dict[str, float]:
+        """Clip each part to `max_norm` and update all of them; where the loss or a gradient is not finite, none.
+
+        Args:
+            max_norm: of a part's gradient over all ranks.
+            loss: of the global mini-batch, the same on every rank.
 
         Returns:
             Gradient norms before clipping, `grad_norm/{part}`, and `skipped` (0 or 1). The same on every rank.
+
+        Raises:
+            UserError: on every rank, after `max_nonfinite` updates in a row that were left out.
         """
         norms = {name: grad_norm(parameters) for name, parameters in self._parameters.items()}
-        finite = all(bool(norm.isfinite()) for norm in norms.values())
+        metrics = {f"grad_norm/{name}": float(norm) for name, norm in norms.items()}
+        finite = all(map(math.isfinite, (loss, *metrics.values())))
         if finite:
             for name, norm in norms.items():
                 clip_gradients(self._parameters[name], max_norm, norm)
                 self.optimizers[name].step()
-        else:
-            logger.warning("gradient not finite (%s): update skipped", {n: float(v) for n, v in norms.items()})
         self.zero_grad()
-        return {f"grad_norm/{name}": float(norm) for name, norm in norms.items()} | {"skipped": float(not finite)}
+        self._count_nonfinite(finite, {"loss": loss, **metrics})
+        return metrics | {"skipped": float(not finite)}
+
+    def _count_nonfinite(self, finite: bool, values: dict[str, float]) -> None:
+        if finite:
+            self._nonfinite_in_a_row = 0
+            return
+        self._nonfinite_in_a_row += 1
+        seen = ", ".join(f"{name} {value:g}" for name, value in values.items())
+        logger.warning("update left out: not finite (%s)", seen)
+        if self._nonfinite_in_a_row >= self._max_nonfinite:
+            raise UserError(
+                f"{self._nonfinite_in_a_row} updates in a row were not finite (last: {seen}) and changed nothing; "
+                "resume from the last checkpoint with a lower optim.lr or grad_clip, or in compute_dtype=float32 "
+                "(max_nonfinite_updates is what stopped the run)"
+            )
 
     def advance_schedules(self) -> dict[str, float]:
         """Move every schedule on by one; returns the learning rates that were in force, `lr/{part}`."""
@@ -151,12 +169,17 @@ class JointOptimizer(Optimizers):
         model: sharded or plain.
         policy_config: `actor.optim`.
         score_config: `score.optim`; required when the model has a head.
+        max_nonfinite: `actor.max_nonfinite_updates`.
     """
 
     def __init__(
-        self, model: JointModel, policy_config: Mapping[str, Any], score_config: Mapping[str, Any] | None = None
+        self,
+        model: JointModel,
+        policy_config: Mapping[str, Any],
+        score_config: Mapping[str, Any] | None = None,
+        max_nonfinite: int = MAX_NONFINITE,
     ) -> None:
         parts = {"policy": (model.lm, policy_config)}
         if model.score_head is not None:
             parts["score"] = (model.score_head, score_config)
-        super().__init__(parts)
+        super().__init__(parts, max_nonfinite)
