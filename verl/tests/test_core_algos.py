@@ -17,7 +17,6 @@ from verl.trainer.ppo.core_algos import (
     AdaptiveKLController,
     AdvantageInputs,
     Denominators,
-    agg_loss,
     compute_advantages,
     compute_gae_advantage,
     compute_grpo_outcome_advantage,
@@ -28,6 +27,7 @@ from verl.trainer.ppo.core_algos import (
     compute_value_loss,
     get_kl_controller,
     kl_penalty,
+    token_weights,
     truncated_importance_weights,
 )
 from xbai.errors import UserError
@@ -212,14 +212,15 @@ def test_loss_aggregation_adds_up_over_micro_batches(mode: str) -> None:
         "seq-mean-token-mean": sum(sum(row) / len(row) for row in rows) / 4,
     }[mode]
     totals = Denominators(tokens=float(mask.sum()), sequences=4.0)
-    loss_mat = loss_mat.masked_fill(~mask, float("nan"))
-    shares = [agg_loss(loss_mat[rows], mask[rows], mode, totals) for rows in (slice(0, 1), slice(1, 4))]
+    weights = [token_weights(mask[rows], mode, totals) for rows in (slice(0, 1), slice(1, 4))]
+    assert not torch.cat(weights)[~mask].any()
+    shares = [(part * loss_mat[rows]).sum() for part, rows in zip(weights, (slice(0, 1), slice(1, 4)))]
     assert float(sum(shares)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_unknown_aggregation_is_a_clear_error() -> None:
     with pytest.raises(UserError, match="loss_agg_mode=mean is unknown"):
-        agg_loss(torch.zeros(1, 1), torch.ones(1, 1), "mean", Denominators(1, 1))
+        token_weights(torch.ones(1, 1), "mean", Denominators(1, 1))
 
 
 @quick

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from verl.utils.fsdp import named_full_tensors
 from verl.utils.model import build_joint_model, load_tokenizer, torch_dtype
 from verl.utils.optim import JointOptimizer, build_optimizer, build_schedule
+from verl.utils.packing import padded_layout
 from verl.workers.actor.joint_model import JointModel
-from verl.workers.actor.micro_batches import MicroBatching
 from xbai.errors import UserError
 from xbai.sprm import SPRMConfig, load_sprm_config
 
@@ -36,9 +36,16 @@ def forward(model: JointModel, **options: object) -> object:
     input_ids = torch.randint(0, 200, (2, 9), generator=generator)
     features = torch.zeros(2, 9, dtype=torch.bool)
     features[0, [4, 6]] = True
-    positions = torch.arange(9).expand(2, -1)
-    mask = torch.ones_like(input_ids)
-    return model(input_ids, mask, positions, response_length=5, feature_mask=features, **options), input_ids, features
+    layout = padded_layout(
+        {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "position_ids": torch.arange(9).expand(2, -1),
+            "response_mask": torch.ones(2, 5),
+            "step_feature_mask": features,
+        }
+    )
+    return model(layout, **options), input_ids, features
 
 
 def test_one_pass_gives_what_transformers_gives(model: JointModel) -> None:
@@ -46,9 +53,10 @@ def test_one_pass_gives_what_transformers_gives(model: JointModel) -> None:
     plain = model.lm(input_ids, output_hidden_states=True)
     log_softmax = (plain.logits[:, 3:-1] / 0.5).log_softmax(-1)
     log_probs = log_softmax.gather(-1, input_ids[:, 4:, None]).squeeze(-1)
-    torch.testing.assert_close(output.log_probs, log_probs, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(output.entropy, -(log_softmax.exp() * log_softmax).sum(-1), rtol=1e-5, atol=1e-5)
-    step_logits = model.score_head(plain.hidden_states[-2]) * features
+    entropy = -(log_softmax.exp() * log_softmax).sum(-1)
+    torch.testing.assert_close(output.log_probs, log_probs.flatten(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.entropy, entropy.flatten(), rtol=1e-5, atol=1e-5)
+    step_logits = model.score_head(plain.hidden_states[-2])[features]
     torch.testing.assert_close(output.step_logits, step_logits, rtol=1e-5, atol=1e-5)
 
 
@@ -65,12 +73,12 @@ def test_backbone_grad_scale_acts_on_the_backbone_only(model: JointModel, scale:
     torch.testing.assert_close(scaled[1], full[1])
 
 
-def test_rows_without_steps_give_the_head_zero_gradients(model: JointModel) -> None:
-    ids = torch.ones(1, 4, dtype=torch.long)
-    none = torch.zeros(1, 4, dtype=torch.bool)
-    output = model(ids, torch.ones_like(ids), torch.arange(4)[None], response_length=2, feature_mask=none)
+def test_rows_without_tokens_and_steps_give_zero_gradients(model: JointModel) -> None:
+    ids, nothing = torch.ones(1, 4, dtype=torch.long), torch.zeros(1, 4)
+    batch = {"input_ids": ids, "attention_mask": ids, "position_ids": torch.arange(4)[None]}
+    output = model(padded_layout({**batch, "response_mask": nothing[:, :2], "step_feature_mask": nothing}))
     (output.log_probs.sum() + output.step_logits.sum()).backward()
-    assert all(p.grad is not None and not p.grad.any() for p in model.score_head.parameters())
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
 def test_names_for_weight_sync(model: JointModel, make_tiny_model: Callable[..., Path]) -> None:
@@ -162,18 +170,3 @@ def test_a_gradient_that_is_not_finite_skips_both_updates(
     assert metrics["skipped"] == 0
     assert metrics["grad_norm/score"] == pytest.approx(sum(p.numel() for p in model.score_head.parameters()) ** 0.5)
     assert all(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-
-
-def test_token_budget_packs_every_row_once_within_the_budget() -> None:
-    torch.manual_seed(0)
-    prompts, responses = torch.randint(1, 7, (20, 1)), torch.randint(1, 11, (20, 1))
-    columns = torch.arange(16)
-    mask = ((columns >= 6 - prompts) & (columns < 6 + responses)).long()
-    parts = MicroBatching(1, max_tokens=32).split(mask, response_length=10)
-    assert sorted(torch.cat(parts).tolist()) == list(range(20))
-    for rows in parts:
-        width = int(mask[rows, :6].sum(-1).max() + mask[rows, 6:].sum(-1).max())
-        assert len(rows) * width <= 32
-    assert len(parts) < 20
-    with pytest.raises(UserError, match=r"=15 is below .* = 16"):
-        MicroBatching(1, max_tokens=15).split(mask, response_length=10)

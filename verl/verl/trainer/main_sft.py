@@ -29,7 +29,7 @@ from verl.utils.dataset.sft_dataset import SFTDataset, SFTExample, collate_examp
 from verl.utils.fsdp import create_mesh, init_distributed, named_full_tensors, shard_model
 from verl.utils.model import build_joint_model, load_tokenizer, loading_dtype, torch_dtype
 from verl.utils.optim import JointOptimizer
-from verl.utils.torch_functional import masked_sum
+from verl.utils.packing import TokenLayout, padded_layout
 from verl.utils.tracking import Tracking
 from verl.workers.actor.joint_model import JointModel, JointOutput
 from xbai.errors import UserError, exit_on_user_error
@@ -167,15 +167,18 @@ class SFTTrainer:
         counted, counts = self._steps_that_count(micro_batches)
         self.model.train()
         for batch, batch_counted in zip(micro_batches, counted):
-            output = self._forward(batch)
-            lm_loss = -masked_sum(output.log_probs, batch["response_mask"][:, 1:]) / tokens
+            layout = padded_layout(batch)
+            output = self._forward(layout)
+            lm_loss = -output.log_probs.sum() / tokens
             loss, score_loss = lm_loss, torch.zeros_like(lm_loss)
             if self.sprm_config is not None:
+                step_counted, labels = layout.steps(batch_counted), layout.steps(batch["correct"][:, None])
+                # To the loss of the head a flat step is a trajectory of one.
                 score_loss = sprm_loss(
-                    output.step_logits, batch_counted, batch["correct"], counts, self.config.score.class_balance
+                    output.step_logits[:, None], step_counted[:, None], labels, counts, self.config.score.class_balance
                 )
                 loss = loss + self.config.score.loss_coef * score_loss
-                window.add_scores(output.step_logits, batch)
+                window.add_scores(layout.restore_steps(output.step_logits), batch)
             # FSDP2 takes the mean over ranks where the shares are to be added up.
             (loss * self.world_size).backward()
             window.add_losses(lm_loss, score_loss)
@@ -186,18 +189,13 @@ class SFTTrainer:
         batch = collate_examples(examples, self.tokenizer.pad_token_id)
         if self.sprm_config is not None:
             rule = self.sprm_config.step_rule
-            batch["feature_mask"] = step_feature_mask(batch["input_ids"], batch["response_mask"], rule)
+            batch["step_feature_mask"] = step_feature_mask(batch["input_ids"], batch["response_mask"], rule)
+        # A layout wants a column before those of the response.
+        batch["response_mask"] = batch["response_mask"][:, 1:]
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
-    def _forward(self, batch: dict[str, Tensor]) -> JointOutput:
-        return self.model(
-            batch["input_ids"],
-            batch["attention_mask"],
-            batch["position_ids"],
-            response_length=batch["input_ids"].shape[1] - 1,
-            feature_mask=batch.get("feature_mask"),
-            backbone_grad_scale=self.config.score.backbone_grad_scale,
-        )
+    def _forward(self, layout: TokenLayout) -> JointOutput:
+        return self.model(layout, backbone_grad_scale=self.config.score.backbone_grad_scale)
 
     def _steps_that_count(self, micro_batches: list[dict[str, Tensor]]) -> tuple[list[Tensor | None], StepCounts]:
         """The steps with w_n = 1 of each micro-batch, by the head in evaluation mode, and their global number."""
@@ -207,7 +205,8 @@ class SFTTrainer:
         counted = []
         for batch in micro_batches:
             logits = self._evaluate(batch) if agreement else torch.zeros_like(batch["input_ids"], dtype=torch.float)
-            counted.append(counted_steps(logits, batch["feature_mask"], batch["correct"], batch["graded"], agreement))
+            features = batch["step_feature_mask"]
+            counted.append(counted_steps(logits, features, batch["correct"], batch["graded"], agreement))
         counts = sum(count_by_class(mask, batch["correct"]) for mask, batch in zip(counted, micro_batches))
         dist.all_reduce(counts)
         return counted, StepCounts(*counts.tolist())
@@ -215,7 +214,8 @@ class SFTTrainer:
     @torch.no_grad()
     def _evaluate(self, batch: dict[str, Tensor]) -> Tensor:
         self.model.eval()
-        return self._forward(batch).step_logits
+        layout = padded_layout(batch)
+        return layout.restore_steps(self._forward(layout).step_logits)
 
     def save(self) -> None:
         """Write the model folder with tokenizer, head and step rule. A collective."""
@@ -252,7 +252,7 @@ class MetricsWindow:
     def add_scores(self, step_logits: Tensor, batch: dict[str, Tensor]) -> None:
         """Trajectory scores of one micro-batch's graded rows."""
         graded = batch["graded"]
-        self._scores += trajectory_scores(step_logits.detach(), batch["feature_mask"])[graded].tolist()
+        self._scores += trajectory_scores(step_logits.detach(), batch["step_feature_mask"])[graded].tolist()
         self._labels += batch["correct"][graded].tolist()
 
     def end_step(self, tokens: int) -> None:

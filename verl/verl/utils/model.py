@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from verl.utils.packed_attention import PACKED_ATTENTION
 from verl.workers.actor.joint_model import JointModel
 from xbai.engine import files
 from xbai.errors import UserError
@@ -66,6 +68,7 @@ def build_joint_model(
     trust_remote_code: bool = False,
     gradient_checkpointing: bool = False,
     compute_dtype: torch.dtype | None = None,
+    packed: bool = False,
 ) -> JointModel:
     """Load the LM of a Hugging Face folder and, when `sprm_config` is given, a score head, on the CPU.
 
@@ -79,21 +82,24 @@ def build_joint_model(
         trust_remote_code: passed on to transformers.
         gradient_checkpointing: recompute each decoder layer in the backward pass.
         compute_dtype: what FSDP2 will cast the weights to (None: `dtype`); flash attention works in 16 bits only.
+        packed: for packed sequences (`model.use_remove_padding`), and for them alone.
 
     Raises:
-        UserError: no such folder, no model in it, a head that does not fit.
+        UserError: no such folder, no model in it, a head that does not fit, a model that cannot be packed.
     """
     files.check_model_folder(path)
     try:
         lm = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
-            attn_implementation=_attention(compute_dtype or dtype),
+            attn_implementation=attention_for(compute_dtype or dtype, packed),
             trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: no causal LM that transformers can load ({reason})") from error
+    if packed:
+        check_packable(lm)
     if gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     hidden_size = lm.config.hidden_size
@@ -106,9 +112,33 @@ def build_joint_model(
     return JointModel(lm, load_score_head(score_model_path or path, hidden_size, sprm_config))
 
 
-def _attention(compute_dtype: torch.dtype) -> str:
+def attention_for(compute_dtype: torch.dtype, packed: bool = False) -> str:
+    """The `attn_implementation` for padded or for packed sequences."""
+    if packed:
+        return PACKED_ATTENTION
     has_flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
     return "flash_attention_2" if has_flash and compute_dtype != torch.float32 else "sdpa"
+
+
+def check_packable(lm: PreTrainedModel) -> None:
+    """Refuse a model in which a token would see the sequences packed before its own.
+
+    Raises:
+        UserError: it does not hand what says where sequences begin on to its attention, or mixes tokens elsewhere.
+    """
+    backbone = lm.base_model
+    takes_anything = all(
+        any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values())
+        for module in (backbone, backbone.layers[0])
+    )
+    kinds = set(getattr(lm.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if lm.is_backend_compatible() and takes_anything and not kinds:
+        return
+    reason = f"its {kinds.pop()} layers do" if kinds else "its attention does"
+    raise UserError(
+        f"{type(lm).__name__} cannot compute packed sequences ({reason} not take them): set "
+        "actor_rollout_ref.model.use_remove_padding=false"
+    )
 
 
 def _fresh_head(hidden_size: int, config: SPRMConfig) -> ScoreHead:

@@ -9,20 +9,23 @@ import torch
 from torch import Tensor
 
 
-def balanced_partitions(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Cut items into `parts` equally large sets of about equal total length.
+def balanced_partitions(lengths: Sequence[int], parts: int, equally_many: bool = True) -> list[list[int]]:
+    """Cut items into `parts` sets of about equal total length.
 
     Longest first, each item goes to the shortest set that still has room.
 
     Args:
-        lengths: of the items; as many as `parts` divides.
+        lengths: of the items, above 0.
+        parts: how many sets.
+        equally_many: each set gets the same number of items, which `parts` must divide. Otherwise no set is empty
+            unless there are fewer items than sets, and the longest set gets no longer with more of them.
 
     Returns:
         Item numbers of each set, ascending.
     """
-    if len(lengths) % parts:
+    if equally_many and len(lengths) % parts:
         raise ValueError(f"{len(lengths)} items do not divide into {parts} sets")
-    room = len(lengths) // parts
+    room = len(lengths) // parts if equally_many else len(lengths)
     sets: list[list[int]] = [[] for _ in range(parts)]
     open_sets = [(0, part) for part in range(parts)]
     for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from verl import DataProto
 from verl.single_controller import Dispatch, Worker, register
-from verl.utils.checkpoint import load_checkpoint, save_checkpoint
+from verl.utils.checkpoint import BackgroundSaves, load_checkpoint, save_checkpoint
 from verl.utils.fsdp import init_distributed, local_device, named_full_tensors
 from verl.utils.model import build_joint_model, load_tokenizer, loading_dtype
 from verl.utils.optim import JointOptimizer
@@ -76,6 +76,7 @@ class ActorRolloutRefWorker(Worker):
             frozen = self._build_model(fsdp_config, None).requires_grad_(False)
             self._reference = PlacedModel(frozen, fsdp_config)
             self._reference_actor = DataParallelPPOActor(config, self._reference.model, log_prob_config=config.ref)
+        self._background_saves = BackgroundSaves()
         self._rollout = EngineRollout(config.rollout, config.model, self.tokenizer.pad_token_id)
         self._frees_engine = config.rollout.get("free_cache_engine", True) and local_device().type == "cuda"
         self._engine_is_current = not self._frees_engine
@@ -109,8 +110,7 @@ class ActorRolloutRefWorker(Worker):
             )
         with measure_phase("old_log_prob") as metrics, self._policy.on_device():
             metrics["tokens"] = _tokens(data)
-            batch = data.batch.clone(recurse=False).update(columns)
-            columns |= dict(self._actor.compute_log_prob(batch).items())
+            columns |= self._actor.compute_log_prob({**dict(data.batch.items()), **columns})
         return DataProto.from_dict(columns, meta_info={"metrics": metrics})
 
     @register(Dispatch.DP_COMPUTE_PROTO, group="train")
@@ -142,10 +142,24 @@ class ActorRolloutRefWorker(Worker):
         return DataProto(meta_info={"metrics": training_metrics | metrics})
 
     @register(Dispatch.ONE_TO_ALL)
-    def save_checkpoint(self, folder: str) -> None:
-        """Write this group's part of a checkpoint; see `verl.utils.checkpoint.save_checkpoint`."""
+    def save_checkpoint(self, folder: str, background: bool = False) -> None:
+        """Write this group's part of a checkpoint; with `background` only copy it, and write the copy meanwhile.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        save = self._background_saves.start if background else save_checkpoint
         with self._policy.on_device(with_optimizer=True):
-            save_checkpoint(folder, self._policy.model, self._policy.optimizer, self.tokenizer, self._sprm_config)
+            save(folder, self._policy.model, self._policy.optimizer, self.tokenizer, self._sprm_config)
+
+    @register(Dispatch.ONE_TO_ALL)
+    def checkpoint_is_written(self) -> bool:
+        """Whether the save in the background is done; does not wait.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        return self._background_saves.is_done()
 
     @register(Dispatch.ONE_TO_ALL)
     def load_checkpoint(self, folder: str) -> None:
@@ -176,7 +190,8 @@ class ActorRolloutRefWorker(Worker):
 
     def _build_optimizer(self, model: JointModel) -> JointOptimizer:
         config = self.config
-        return JointOptimizer(model, config.actor.optim, config.score.optim if config.use_score else None)
+        score_config = config.score.optim if config.use_score else None
+        return JointOptimizer(model, config.actor.optim, score_config, config.actor.max_nonfinite_updates)
 
     def _sync_engine(self) -> None:
         if self._engine_is_current:

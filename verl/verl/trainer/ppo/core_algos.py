@@ -274,14 +274,16 @@ class Denominators:
     sequences: float
 
 
-def agg_loss(loss_mat: Tensor, mask: Tensor, mode: str, denominators: Denominators) -> Tensor:
-    """This micro-batch's share of the mean of `loss_mat` [B, R] over `mask` [B, R]; 0 where nothing counts.
+def token_weights(mask: Tensor, mode: str, denominators: Denominators) -> Tensor:
+    """What each token weighs in the loss: `(token_weights(...) * losses).sum()` is this micro-batch's share of it.
 
     Args:
-        loss_mat: per-token losses; values off the mask may be anything.
-        mask: the tokens that count.
+        mask: [B, R], the tokens that count, of whole responses.
         mode: `token-mean`, or the mean over responses of their tokens' sum or mean.
         denominators: of the global mini-batch, with the same mask.
+
+    Returns:
+        [B, R] float32, 0 off the mask.
 
     Raises:
         UserError: unknown mode.
@@ -289,11 +291,9 @@ def agg_loss(loss_mat: Tensor, mask: Tensor, mode: str, denominators: Denominato
     if mode not in LOSS_AGG_MODES:
         raise UserError(f"actor.loss_agg_mode={mode} is unknown, use one of {', '.join(LOSS_AGG_MODES)}")
     if mode == "token-mean":
-        return masked_sum(loss_mat, mask) / max(denominators.tokens, 1)
-    per_response = loss_mat.masked_fill(~mask.bool(), 0.0).sum(-1)
-    if mode == "seq-mean-token-mean":
-        per_response = per_response / mask.sum(-1).clamp(min=1)
-    return per_response.sum() / max(denominators.sequences, 1)
+        return mask.float() / max(denominators.tokens, 1)
+    weights = mask.float() / max(denominators.sequences, 1)
+    return weights / mask.sum(-1, keepdim=True).clamp(min=1) if mode == "seq-mean-token-mean" else weights
 
 
 KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {

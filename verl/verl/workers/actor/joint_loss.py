@@ -8,14 +8,15 @@ alone, so that the loss does not depend on how a mini-batch is split over micro-
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from omegaconf import DictConfig
-from tensordict import TensorDict
 from torch import Tensor
 
-from verl.trainer.ppo.core_algos import Denominators, agg_loss, compute_policy_loss, kl_penalty
+from verl.trainer.ppo.core_algos import Denominators, compute_policy_loss, kl_penalty, token_weights
+from verl.utils.packing import Batch, TokenLayout
 from verl.workers.actor.joint_model import JointOutput
 from xbai.sprm import StepCounts, count_by_class, counted_steps, sprm_loss
 
@@ -39,13 +40,13 @@ class LossConfig:
     class_balance: bool
 
     @classmethod
-    def from_config(cls, config: DictConfig) -> LossConfig:
+    def from_config(cls, config: Mapping[str, Any]) -> LossConfig:
         """Read `actor.*`, `use_score` and `score.*`; `clip_ratio` stands in where a side of its own is null."""
-        actor, score = config.actor, config.get("score") or DictConfig({})
+        actor, score = config["actor"], config.get("score") or {}
         clip_low, clip_high = actor.get("clip_ratio_low"), actor.get("clip_ratio_high")
         return cls(
-            clip_low=actor.clip_ratio if clip_low is None else clip_low,
-            clip_high=actor.clip_ratio if clip_high is None else clip_high,
+            clip_low=actor["clip_ratio"] if clip_low is None else clip_low,
+            clip_high=actor["clip_ratio"] if clip_high is None else clip_high,
             clip_c=actor.get("clip_ratio_c", 3.0),
             agg_mode=actor.get("loss_agg_mode", "token-mean"),
             entropy_coeff=actor.get("entropy_coeff", 0.0),
@@ -83,12 +84,12 @@ class Totals:
         return cls(Denominators(tokens, sequences), StepCounts(positive, negative))
 
 
-def loss_mask(batch: TensorDict) -> Tensor:
+def loss_mask(batch: Batch) -> Tensor:
     """[B, R] bool: response tokens of the trajectories that could be graded."""
     return batch["response_mask"].bool() & batch["graded"].bool()[:, None]
 
 
-def steps_that_count(batch: TensorDict, config: LossConfig) -> Tensor:
+def steps_that_count(batch: Batch, config: LossConfig) -> Tensor:
     """[B, T] bool: the steps with w_n = 1, by the logits before the update."""
     features = batch["step_feature_mask"].bool()
     return counted_steps(
@@ -96,7 +97,7 @@ def steps_that_count(batch: TensorDict, config: LossConfig) -> Tensor:
     )
 
 
-def local_totals(batch: TensorDict, config: LossConfig) -> Tensor:
+def local_totals(batch: Batch, config: LossConfig) -> Tensor:
     """[4] float64: tokens, responses, positive and negative steps of this rank that count; to be summed over ranks."""
     mask = loss_mask(batch)
     classes = torch.zeros(2)
@@ -107,45 +108,51 @@ def local_totals(batch: TensorDict, config: LossConfig) -> Tensor:
 
 
 def joint_loss(
-    output: JointOutput, batch: TensorDict, totals: Totals, config: LossConfig
+    output: JointOutput, layout: TokenLayout, batch: Batch, totals: Totals, config: LossConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One micro-batch's share of the loss.
 
     Args:
-        output: of the joint model on `batch`.
+        output: of the joint model on `layout`.
+        layout: of `batch`.
         batch: a micro-batch with the keys of `LossConfig.batch_keys`.
         totals: of the global mini-batch.
         config: coefficients and switches.
 
     Returns:
-        Scalar loss, and detached scalar metrics; both are shares, which add up over micro-batches and ranks.
+        Scalar loss, and detached scalar metrics; all are shares, which add up over micro-batches and ranks.
     """
     mask, denominators = loss_mask(batch), totals.denominators
-    # Off the mask the log-probs are of padding or of nothing; equal ones keep exp() finite there.
-    old_log_probs = torch.where(mask, batch["old_log_probs"], output.log_probs.detach())
+    weights = layout.tokens(token_weights(mask, config.agg_mode, denominators))
+    mean_weights = layout.tokens(token_weights(mask, "token-mean", denominators))
+    old_log_probs, advantages = layout.tokens(batch["old_log_probs"]), layout.tokens(batch["advantages"])
     policy = compute_policy_loss(
-        old_log_probs, output.log_probs, batch["advantages"], config.clip_low, config.clip_high, config.clip_c
+        old_log_probs, output.log_probs, advantages, config.clip_low, config.clip_high, config.clip_c
     )
-    loss = pg_loss = agg_loss(policy.loss, mask, config.agg_mode, denominators)
+    loss = pg_loss = (weights * policy.loss).sum()
     metrics = {
         "pg_loss": pg_loss,
-        "pg_clipfrac": agg_loss(policy.clipped.float(), mask, "token-mean", denominators),
-        "pg_clipfrac_lower": agg_loss(policy.dual_clipped.float(), mask, "token-mean", denominators),
-        "ppo_kl": agg_loss(policy.approx_kl, mask, "token-mean", denominators),
+        "pg_clipfrac": (mean_weights * policy.clipped).sum(),
+        "pg_clipfrac_lower": (mean_weights * policy.dual_clipped).sum(),
+        "ppo_kl": (mean_weights * policy.approx_kl).sum(),
     }
     if config.entropy_coeff != 0:
-        metrics["entropy_loss"] = agg_loss(output.entropy, mask, config.agg_mode, denominators)
+        metrics["entropy_loss"] = (weights * output.entropy).sum()
         loss = loss - config.entropy_coeff * metrics["entropy_loss"]
     if config.use_kl_loss:
-        ref_log_probs = torch.where(mask, batch["ref_log_prob"], output.log_probs.detach())
-        per_token = kl_penalty(output.log_probs, ref_log_probs, config.kl_loss_type)
-        metrics["kl_loss"] = agg_loss(per_token, mask, config.agg_mode, denominators)
+        kl = kl_penalty(output.log_probs, layout.tokens(batch["ref_log_prob"]), config.kl_loss_type)
+        metrics["kl_loss"] = (weights * kl).sum()
         loss = loss + config.kl_loss_coef * metrics["kl_loss"]
     if config.use_score:
-        counted = steps_that_count(batch, config)
-        metrics["score_loss"] = sprm_loss(
-            output.step_logits, counted, batch["correct"], totals.steps, config.class_balance
-        )
+        metrics["score_loss"] = _score_loss(output.step_logits, layout, batch, totals.steps, config)
         loss = loss + config.score_loss_coef * metrics["score_loss"]
     metrics["loss"] = loss
     return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def _score_loss(
+    step_logits: Tensor, layout: TokenLayout, batch: Batch, counts: StepCounts, config: LossConfig
+) -> Tensor:
+    counted, labels = layout.steps(steps_that_count(batch, config)), layout.steps(batch["correct"][:, None])
+    # To the loss of the head a flat step is a trajectory of one.
+    return sprm_loss(step_logits[:, None], counted[:, None], labels, counts, config.class_balance)

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
-from tensordict import TensorDict
 from torch import Tensor
 
 from verl.utils.fsdp import local_device
-from verl.utils.torch_functional import trim_padding
+from verl.utils.packing import Batch
+from verl.utils.seqlen_balancing import balanced_partitions
 from xbai.errors import UserError
+
+
+class RowSizes(NamedTuple):
+    """The tokens of each row of a batch."""
+
+    prompts: list[int]
+    responses: list[int]
+
+    @classmethod
+    def of(cls, batch: Batch) -> RowSizes:
+        """Count the tokens of `attention_mask` before and in the response."""
+        mask, response_length = batch["attention_mask"], batch["response_mask"].shape[1]
+        return cls(mask[:, :-response_length].sum(-1).tolist(), mask[:, -response_length:].sum(-1).tolist())
+
+    @property
+    def totals(self) -> list[int]:
+        """Prompt and response together."""
+        return [prompt + response for prompt, response in zip(self.prompts, self.responses)]
 
 
 @dataclass(frozen=True)
@@ -21,94 +41,151 @@ class MicroBatching:
 
     Attributes:
         rows: rows of a micro-batch; unused where there is a token budget.
-        max_tokens: padded tokens of a micro-batch, or None.
+        max_tokens: how many tokens a micro-batch may compute, or None.
+        packed: padding is not computed, and so does not count.
         key: the configuration key behind it, for messages.
     """
 
     rows: int
     max_tokens: int | None = None
+    packed: bool = False
     key: str = "micro_batch_size_per_gpu"
 
     @classmethod
-    def for_update(cls, actor: DictConfig) -> MicroBatching:
-        """From `actor_rollout_ref.actor`."""
-        if actor.get("use_dynamic_bsz", False):
-            return cls(1, actor.ppo_max_token_len_per_gpu, "actor.ppo_max_token_len_per_gpu")
-        whole_job = actor.get("ppo_micro_batch_size")
+    def for_update(cls, section: Mapping[str, Any], packed: bool = False, sp_size: int = 1) -> MicroBatching:
+        """From `actor_rollout_ref.actor` or `critic`; `sp_size` ranks share `sp_size` budgets."""
+        if section.get("use_dynamic_bsz", False):
+            budget = section["ppo_max_token_len_per_gpu"] * sp_size
+            return cls(1, budget, packed, "ppo_max_token_len_per_gpu")
+        whole_job = section.get("ppo_micro_batch_size")
         if whole_job is not None:
-            return cls(max(1, whole_job // dist.get_world_size()), key="actor.ppo_micro_batch_size")
-        return cls(actor.ppo_micro_batch_size_per_gpu, key="actor.ppo_micro_batch_size_per_gpu")
+            rows = whole_job * sp_size // dist.get_world_size()
+            return cls(max(1, rows), packed=packed, key="ppo_micro_batch_size")
+        return cls(section["ppo_micro_batch_size_per_gpu"], packed=packed, key="ppo_micro_batch_size_per_gpu")
 
     @classmethod
-    def for_log_prob(cls, section: DictConfig) -> MicroBatching:
-        """From `actor_rollout_ref.rollout` or `.ref`."""
+    def for_log_prob(cls, section: Mapping[str, Any], packed: bool = False, sp_size: int = 1) -> MicroBatching:
+        """From `actor_rollout_ref.rollout` or `.ref`; `sp_size` as in `for_update`."""
         if section.get("log_prob_use_dynamic_bsz", False):
-            return cls(1, section.log_prob_max_token_len_per_gpu, "log_prob_max_token_len_per_gpu")
-        return cls(section.log_prob_micro_batch_size_per_gpu, key="log_prob_micro_batch_size_per_gpu")
+            budget = section["log_prob_max_token_len_per_gpu"] * sp_size
+            return cls(1, budget, packed, "log_prob_max_token_len_per_gpu")
+        rows = section["log_prob_micro_batch_size_per_gpu"]
+        return cls(rows, packed=packed, key="log_prob_micro_batch_size_per_gpu")
 
     def __post_init__(self) -> None:
         if self.rows < 1:
             raise UserError(f"{self.key}={self.rows} must be at least 1")
 
-    def split(self, attention_mask: Tensor, response_length: int) -> list[Tensor]:
-        """Row indices of each local micro-batch; together they hold every row once.
+    def tokens(self, sizes: RowSizes, rows: list[int]) -> int:
+        """What a forward pass over `rows` computes."""
+        if self.packed:
+            return sum(sizes.prompts[row] + sizes.responses[row] for row in rows)
+        widest = (max((column[row] for row in rows), default=0) for column in sizes)
+        return len(rows) * _padded_width(*widest)
 
-        Args:
-            attention_mask: [batch, prompt + response] of this rank.
-            response_length: columns of the response.
+    def fewest(self, sizes: RowSizes) -> int:
+        """The smallest number of micro-batches that `fill` can share the rows out over; it can for any larger one.
 
         Raises:
-            UserError: the budget is below the width of the batch.
+            UserError: a row alone is over the budget.
+        """
+        rows = len(sizes.prompts)
+        if self.max_tokens is None:
+            return -(-rows // self.rows)
+        longest = max(self.tokens(sizes, [row]) for row in range(rows))
+        if longest > self.max_tokens:
+            raise UserError(f"{self.key}: a budget of {self.max_tokens} tokens is less than the {longest} of one row")
+        if not self.packed:
+            return len(_neighbours(sizes, self.max_tokens))
+        count = -(-sum(sizes.totals) // self.max_tokens)
+        while max(self.tokens(sizes, part) for part in self._parts(sizes, count)) > self.max_tokens:
+            count += 1
+        return count
+
+    def fill(self, sizes: RowSizes, count: int) -> list[list[int]]:
+        """Share the rows out over `count` micro-batches, at least `fewest`, of about as many tokens each.
+
+        Returns:
+            Row numbers of each micro-batch, together every row once. With a budget, none is over it, and the one with
+            the most tokens comes first, as it does on the other ranks. None is empty where there are as many rows.
         """
         if self.max_tokens is None:
-            return list(torch.arange(len(attention_mask)).split(self.rows))
-        if attention_mask.shape[1] > self.max_tokens:
-            raise UserError(
-                f"{self.key}={self.max_tokens} is below max_prompt_length + max_response_length = "
-                f"{attention_mask.shape[1]}: one response may not fit"
-            )
-        return self._pack(attention_mask, response_length)
+            return [part.tolist() for part in torch.arange(len(sizes.prompts)).tensor_split(count)]
+        return sorted(self._parts(sizes, count), key=lambda rows: -self.tokens(sizes, rows))
 
-    def _pack(self, attention_mask: Tensor, response_length: int) -> list[Tensor]:
-        # A padded micro-batch is as wide as its longest prompt and its longest response together.
-        prompts = attention_mask[:, :-response_length].sum(-1).tolist()
-        responses = attention_mask[:, -response_length:].sum(-1).tolist()
-        longest_first = attention_mask.sum(-1).argsort(descending=True, stable=True).tolist()
-        packed: list[list[int]] = []
-        widest_prompt = widest_response = 0
-        for row in longest_first:
-            widest_prompt, widest_response = max(widest_prompt, prompts[row]), max(widest_response, responses[row])
-            if packed and (len(packed[-1]) + 1) * (widest_prompt + widest_response) <= self.max_tokens:
-                packed[-1].append(row)
-            else:
-                packed.append([row])
-                widest_prompt, widest_response = prompts[row], responses[row]
-        return [torch.tensor(rows) for rows in packed]
+    def _parts(self, sizes: RowSizes, count: int) -> list[list[int]]:
+        if self.packed:
+            return balanced_partitions(sizes.totals, count, equally_many=False)
+        return _level_neighbours(sizes, count, self.max_tokens)
 
 
-def agreed_count(local_count: int) -> int:
-    """The largest count over ranks. A collective."""
-    count = torch.tensor(local_count, device=local_device())
-    dist.all_reduce(count, dist.ReduceOp.MAX)
-    return int(count)
+def _padded_width(prompt: int, response: int) -> int:
+    # A padded micro-batch is as wide as its longest prompt and its longest response, and at least a column of each.
+    return max(prompt, 1) + max(response, 1)
 
 
-def trim(batch: TensorDict, response_length: int) -> tuple[TensorDict, int, int]:
-    """Cut off the columns that are padding in every row.
+def _neighbours(sizes: RowSizes, budget: int) -> list[list[int]]:
+    """Rows of like length together, as many as fit `budget`: the fewest parts that the sorted rows can be cut into."""
+    parts: list[list[int]] = []
+    prompt = response = 0
+    for row in sorted(range(len(sizes.prompts)), key=lambda row: -sizes.prompts[row] - sizes.responses[row]):
+        prompt, response = max(prompt, sizes.prompts[row]), max(response, sizes.responses[row])
+        if parts and (len(parts[-1]) + 1) * _padded_width(prompt, response) <= budget:
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+            prompt, response = sizes.prompts[row], sizes.responses[row]
+    return parts
+
+
+def _level_neighbours(sizes: RowSizes, count: int, max_tokens: int) -> list[list[int]]:
+    """`_neighbours` in `count` parts, the largest of which is as small as can be."""
+    budgets = range(1, max_tokens + 1)
+    lowest = bisect_left(budgets, -count, key=lambda budget: -len(_neighbours(sizes, budget)))
+    parts = _neighbours(sizes, budgets[lowest])
+    while len(parts) < min(count, len(sizes.prompts)):
+        part = max((part for part in parts if len(part) > 1), key=len)
+        parts.remove(part)
+        parts += [part[: len(part) // 2], part[len(part) // 2 :]]
+    return parts + [[] for _ in range(count - len(parts))]
+
+
+class MicroBatches:
+    """A rank's rows, in as many micro-batches as every other rank has. Making one is a collective.
 
     Args:
-        batch: tensors [B, prompt + response], [B, response] and [B].
-        response_length: columns of the response.
-
-    Returns:
-        The narrower batch, and how many columns went at its left (prompt) and right (response) side.
+        batch: this rank's rows; the same on all ranks of a sequence-parallel group.
+        batching: how many rows go together.
     """
-    time = batch["input_ids"].shape[1]
-    left, right = trim_padding(batch["attention_mask"], response_length)
 
-    def cut(value: Tensor) -> Tensor:
-        if value.dim() < 2:
-            return value
-        return value[:, left : time - right] if value.shape[1] == time else value[:, : response_length - right]
+    def __init__(self, batch: Batch, batching: MicroBatching) -> None:
+        self._batch = batch
+        sizes = RowSizes.of(batch)
+        self._parts = batching.fill(sizes, _largest_over_ranks(batching.fewest(sizes)))
+        self._tokens = [batching.tokens(sizes, rows) for rows in self._parts]
 
-    return batch.apply(cut), left, right
+    def __iter__(self) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """Row numbers and columns of each micro-batch.
+
+        A rank with fewer rows than micro-batches makes up for it with single rows without any response token or step,
+        which add nothing to a loss; their row numbers are none.
+        """
+        blank = ("response_mask", "step_feature_mask")
+        for rows in self._parts:
+            part = {name: column[rows or [0]] for name, column in self._batch.items()}
+            yield rows, part if rows else part | {n: torch.zeros_like(part[n]) for n in blank if n in part}
+
+    def balance(self) -> dict[str, float]:
+        """`micro_batches` of a rank, and `tokens_per_micro_batch_max_over_mean` over all of them. A collective."""
+        device, count = local_device(), len(self._tokens)
+        most, total = (torch.tensor(tokens, device=device) for tokens in (max(self._tokens), sum(self._tokens)))
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        dist.all_reduce(total)
+        mean = float(total) / (count * dist.get_world_size())
+        return {"micro_batches": float(count), "tokens_per_micro_batch_max_over_mean": float(most) / mean}
+
+
+def _largest_over_ranks(local: int) -> int:
+    largest = torch.tensor(local, device=local_device())
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)

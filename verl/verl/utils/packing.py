@@ -1,0 +1,157 @@
+"""From padded rows to the tokens that a model computes, and back.
+
+A micro-batch arrives padded: rows of [prompt | response]. What matters of it lies flat: the response tokens, whose
+log-probabilities are wanted, and the step features. A `TokenLayout` says where the model's hidden states hold them, be
+the rows computed as they are or packed end to end without padding and cut up among sequence-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from verl.utils.packed_attention import Packing
+from verl.utils.torch_functional import trim_padding
+
+Batch = Mapping[str, Tensor]
+"""`input_ids attention_mask position_ids [B, T]`, `response_mask [B, R]` (of the last R columns) and, for a model with
+a score head, `step_feature_mask [B, T]`."""
+
+NOT_HERE = -1
+
+
+class TokenLayout:
+    """Where the response tokens and step features of a micro-batch lie in what this rank's model computes.
+
+    M response tokens, those whose predecessor is computed on this rank, and K step features, both in the order of rows
+    and within a row of columns. Over the ranks of a sequence-parallel group every token and feature occurs once.
+
+    No dataclass: FSDP2 copies those on their way into a model.
+
+    Args:
+        batch: the padded rows; best on the CPU, from where nothing waits for the device.
+        backbone_inputs: see the attribute.
+        slots: [B, T] index of each token in the flattened hidden states, `NOT_HERE` for those that are not among them.
+        device: of the model; None for where the batch lies.
+        sp_group: the ranks that share these rows.
+
+    Attributes:
+        backbone_inputs: the keyword arguments of the model's backbone, on the device.
+        predictors: [M] indices into the flattened hidden states, of the position before each response token.
+        labels: [M] the response tokens.
+        features: [K] indices into the flattened hidden states; None without `step_feature_mask`.
+
+    Raises:
+        ValueError: a response token has no token before it.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        backbone_inputs: dict[str, Any],
+        slots: Tensor,
+        device: torch.device | None,
+        sp_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        response, attended = batch["response_mask"].bool(), batch["attention_mask"].bool()
+        self._shape, self._width = response.shape, attended.shape[1]
+        self._sp_group = sp_group
+        self._device = device or slots.device
+        before_response = slice(self._width - self._shape[1] - 1, self._width - 1)
+        if (response & ~attended[:, before_response]).any():
+            raise ValueError("every response token needs a token right before it, in the prompt or in the response")
+        predictors = slots[:, before_response]
+        self._tokens = (response & (predictors != NOT_HERE)).nonzero(as_tuple=True)
+        self.backbone_inputs = backbone_inputs
+        self.predictors = self._moved(predictors[self._tokens])
+        self.labels = self._moved(batch["input_ids"][:, -self._shape[1] :][self._tokens])
+        self.features: Tensor | None = None
+        if "step_feature_mask" in batch.keys():  # noqa: SIM118 (a TensorDict's `in` looks for values)
+            self._steps = (batch["step_feature_mask"].bool() & (slots != NOT_HERE)).nonzero(as_tuple=True)
+            self.features = self._moved(slots[self._steps])
+
+    def _moved(self, values: Tensor) -> Tensor:
+        return values.to(self._device, non_blocking=True)
+
+    def tokens(self, column: Tensor) -> Tensor:
+        """[M] what a column [B, R] (or [B, 1]) says of each response token of this rank."""
+        return self._moved(column.expand(self._shape)[self._tokens])
+
+    def steps(self, column: Tensor) -> Tensor:
+        """[K] what a column [B, T] (or [B, 1]) says of each step feature of this rank."""
+        return self._moved(column.expand(-1, self._width)[self._steps])
+
+    def restore_tokens(self, values: Tensor) -> Tensor:
+        """[B, R] with `values` [M] at the response tokens and 0 elsewhere; those of all ranks that share the rows."""
+        return self._restored(values, self._tokens, self._shape[1])
+
+    def restore_steps(self, values: Tensor) -> Tensor:
+        """[B, T] with `values` [K] at the step features and 0 elsewhere; those of all ranks that share the rows."""
+        return self._restored(values, self._steps, self._width)
+
+    @torch.no_grad()
+    def _restored(self, values: Tensor, places: tuple[Tensor, ...], width: int) -> Tensor:
+        whole = values.new_zeros(self._shape[0], width)
+        whole[tuple(place.to(whole.device, non_blocking=True) for place in places)] = values
+        if self._sp_group is not None:
+            dist.all_reduce(whole, group=self._sp_group)
+        return whole
+
+
+def padded_layout(batch: Batch, device: torch.device | None = None) -> TokenLayout:
+    """Compute the rows as they are, without the columns that are padding in every one of them."""
+    rows, time = batch["input_ids"].shape
+    left, right = trim_padding(batch["attention_mask"], batch["response_mask"].shape[1])
+    columns = slice(left, time - right)
+    narrow = {name: batch[name][:, columns] for name in ("input_ids", "attention_mask", "position_ids")}
+    slots = torch.full((rows, time), NOT_HERE, device=batch["input_ids"].device)
+    slots[:, columns] = torch.arange(narrow["input_ids"].numel(), device=slots.device).view(rows, -1)
+    inputs = {name: value.to(device or slots.device, non_blocking=True) for name, value in narrow.items()}
+    return TokenLayout(batch, inputs, slots, device)
+
+
+def packed_layout(
+    batch: Batch, device: torch.device | None = None, sp_group: dist.ProcessGroup | None = None
+) -> TokenLayout:
+    """Compute the rows end to end as one, no padding among them; each rank of `sp_group` an equal slice of it.
+
+    Where the tokens do not divide among the ranks, a short sequence of its own fills them up.
+    """
+    attended = batch["attention_mask"].bool()
+    total = int(attended.sum())
+    slots = torch.where(attended, attended.flatten().cumsum(0).view_as(attended) - 1, NOT_HERE)
+    ranks = 1 if sp_group is None else dist.get_world_size(sp_group)
+    fill = -total % ranks if total else ranks
+    ids = F.pad(batch["input_ids"][attended], (0, fill))
+    positions = torch.cat([batch["position_ids"][attended], torch.arange(fill, device=ids.device)])
+    if sp_group is not None:
+        size = len(ids) // ranks
+        start = dist.get_rank(sp_group) * size
+        ids, positions = ids[start : start + size], positions[start : start + size]
+        slots = torch.where((slots >= start) & (slots < start + size), slots - start, NOT_HERE)
+    lengths = [length for length in [*attended.sum(-1).tolist(), fill] if length]
+    device = device or ids.device
+    inputs = {
+        "input_ids": ids[None].to(device, non_blocking=True),
+        "position_ids": positions[None].to(device, non_blocking=True),
+        "attention_mask": None,
+        "packing": Packing(
+            torch.tensor([0, *lengths]).cumsum(0).int().to(device, non_blocking=True), max(lengths), sp_group
+        ),
+    }
+    return TokenLayout(batch, inputs, slots, device, sp_group)
+
+
+def layout_maker(
+    packed: bool, device: torch.device, sp_group: dist.ProcessGroup | None = None
+) -> Callable[[Batch], TokenLayout]:
+    """The way from a micro-batch to its layout that `model.use_remove_padding` and sequence parallelism ask for."""
+    if packed:
+        return partial(packed_layout, device=device, sp_group=sp_group)
+    return partial(padded_layout, device=device)
