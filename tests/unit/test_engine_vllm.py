@@ -36,6 +36,7 @@ def test_unseeded_requests_differ_between_processes_but_not_between_ranks(
 ) -> None:
     assert len({start_arguments(tiny_model_dir)["seed"] for _ in range(4)}) == 4
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     assert {start_arguments(tiny_model_dir)["seed"] for _ in range(4)} == {0}
 
 
@@ -46,6 +47,16 @@ def test_the_weights_are_shared_by_as_many_processes_as_asked(tiny_model_dir: Pa
     shared = start_arguments(tiny_model_dir, tensor_parallel_size=2)
     assert shared["tensor_parallel_size"] == 2
     assert "distributed_executor_backend" not in shared
+
+
+def test_ranks_that_do_not_divide_into_engines_are_refused(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    assert start_arguments(tiny_model_dir, tensor_parallel_size=4)["tensor_parallel_size"] == 4
+    with pytest.raises(UserError, match="tensor_parallel_size=3 must divide the 4 ranks"):
+        VLLMEngine(tiny_model_dir, tensor_parallel_size=3)
 
 
 @pytest.mark.parametrize(

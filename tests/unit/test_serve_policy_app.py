@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from xbai.engine import Completion, Engine
 from xbai.engine.base import Sample
+from xbai.engine.weight_check import HeldWeight
 from xbai.serve.engine_thread import EngineThread
 from xbai.serve.limits import Limits
 from xbai.serve.policy import create_policy_app
@@ -48,6 +49,9 @@ class GatedEngine(Engine):
 
     def _load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         raise RuntimeError("there are no weights")
+
+    def _held_weights(self) -> dict[str, HeldWeight]:
+        return {}
 
 
 Start = Callable[..., tuple[str, GatedEngine, EngineThread]]

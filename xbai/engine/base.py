@@ -6,7 +6,7 @@ import hashlib
 import random
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from xbai.engine.files import LM_HEAD, weight_shapes
 from xbai.engine.scorer import HEAD_PREFIX, PromptTooLong, Scored, Scorer
+from xbai.engine.weight_check import HeldWeight, WeightCheck
 from xbai.errors import UserError
 
 if TYPE_CHECKING:
@@ -115,7 +116,12 @@ class Engine(ABC):
         tokenizer: the model's tokenizer.
         max_model_len: most tokens of prompt plus response.
         step_rule: the score head's step rule; None for an engine without scores.
+        prompt_tokens: of all samples finished so far.
+        cached_prompt_tokens: how many of these were not computed, because another sample's prompt began with them.
     """
+
+    prompt_tokens = 0
+    cached_prompt_tokens = 0
 
     def __init__(
         self,
@@ -218,22 +224,36 @@ class Engine(ABC):
             self._check_ids(ids, most=self.max_model_len)
         return scorer.score(sequences, response_starts)
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], check: bool = False) -> None:
         """Take a whole model's weights, streamed under their Hugging Face names; the head's under `score_head.*`.
 
+        Args:
+            weights: each is released before the next one is asked for.
+            check: compare what the engine then holds of the language model with what it was given.
+
         Raises:
-            UserError: a name or shape that is not this model's, or a weight left out (a tied LM head may be).
+            UserError: a name or shape that is not this model's, a weight left out (a tied LM head may be), or one that
+                did not arrive as it was sent.
             RuntimeError: requests are unfinished.
         """
         if self.has_unfinished():
             raise RuntimeError("update_weights() while requests are unfinished would mix two models in one response")
-        self._load_weights(self._checked(weights))
+        if not check:
+            self._load_weights(self._checked(weights))
+            return
+        weight_check = WeightCheck(self._held_weights())
+        self._load_weights(weight_check.watch(self._checked(weights)))
+        weight_check.compare()
 
-    def sleep(self) -> None:  # noqa: B027 (optional, not abstract)
-        """Give the accelerator's memory back until `wake_up`; weights must be updated after it. No-op on CPU."""
+    def sleep(self, level: int = 2) -> None:  # noqa: B027 (optional, not abstract)
+        """Give the accelerator's memory back until `wake_up`. No-op on CPU.
+
+        Args:
+            level: 1 keeps the weights in CPU memory, 2 drops them, so that they must be updated after waking up.
+        """
 
     def wake_up(self, parts: Sequence[str] | None = None) -> None:  # noqa: B027
-        """Undo `sleep`, save for the weights; of `weights` and `kv_cache` only those named (None: both)."""
+        """Undo `sleep`, save for weights that it dropped; of `weights` and `kv_cache` only those named (None: both)."""
 
     def close(self) -> None:  # noqa: B027
         """Free what the engine holds; it cannot be used afterwards."""
@@ -253,6 +273,10 @@ class Engine(ABC):
     @abstractmethod
     def _load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Load the language model's weights."""
+
+    @abstractmethod
+    def _held_weights(self) -> Mapping[str, HeldWeight]:
+        """What the engine (this rank's part of it) holds of each of the language model's weights."""
 
     def _checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         expected = self._weight_shapes

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from xbai.engine.files import (
 )
 from xbai.engine.sampling import BatchSampler
 from xbai.engine.scorer import Scorer, truncate_backbone
+from xbai.engine.weight_check import HeldWeight
 from xbai.sprm import load_score_head, load_sprm_config
 
 
@@ -95,6 +97,12 @@ class HFEngine(Engine):
         with torch.no_grad():
             for name, tensor in weights:
                 parameters[name].copy_(tensor)
+
+    def _held_weights(self) -> Mapping[str, HeldWeight]:
+        return {
+            name: HeldWeight((), parameter.dtype, partial(iter, (parameter,)))
+            for name, parameter in self._model.named_parameters(remove_duplicate=False)
+        }
 
     def _next_batch(self) -> list[Sample]:
         batch: list[Sample] = []

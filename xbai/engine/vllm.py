@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +18,14 @@ from torch import Tensor
 from xbai.engine.base import Completion, Engine, Sample
 from xbai.engine.files import LM_HEAD, eos_token_ids, load_tokenizer, read_config, resolve_dtype, resolve_max_model_len
 from xbai.engine.scorer import Scorer
+from xbai.engine.weight_check import HeldWeight
 from xbai.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-    from vllm.v1.worker.worker_base import WorkerBase
 
 # vLLM reads these when it is first imported. A value set by the user stays, save for the first two: the engine core
-# must run in this process, and with the model runner whose sampler `_use_tempered_log_probs` knows.
+# must run in this process, and with the model runner whose sampler vllm_sampler.py extends.
 _REQUIRED_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
 _DEFAULT_ENVIRONMENT = {
     # On CPU every warning is about a setting made here on purpose.
@@ -42,8 +42,10 @@ _MAX_CPU_CACHE_BYTES = 4 * 2**30
 class VLLMEngine(Engine):
     """vLLM driven request by request.
 
-    Where torch.distributed is initialised already (a trainer), each rank gets an engine of its own; all ranks must
-    construct theirs at the same time. Elsewhere vLLM initialises it, so construct engines after your process group.
+    Where torch.distributed is initialised already (a trainer), each rank gets an engine of its own, or with
+    `tensor_parallel_size` its part of one: so many consecutive ranks then make the same calls in the same order. All
+    ranks must construct theirs at the same time. Elsewhere vLLM initialises it, so construct engines after your process
+    group.
 
     Args:
         model_path: a Hugging Face model folder.
@@ -99,6 +101,8 @@ class VLLMEngine(Engine):
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
             "logprobs_mode": "raw_logprobs",
+            # The samples of a prompt share its KV cache.
+            "enable_prefix_caching": True,
         }
         if self._on_cpu:
             arguments |= _cpu_arguments(config, torch_dtype, length, arguments)
@@ -106,11 +110,9 @@ class VLLMEngine(Engine):
             # Of the memory that is free now, which a score head's backbone or a trainer shares.
             free, total = torch.cuda.mem_get_info()
             arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": 0.9 * free / total}
-        if options.get("tensor_parallel_size", 1) == 1:
-            arguments["distributed_executor_backend"] = "uni"
-        elif torch.distributed.is_initialized():
-            arguments["distributed_executor_backend"] = "external_launcher"
         self._owns_process_group = not torch.distributed.is_initialized()
+        if self._owns_process_group and options.get("tensor_parallel_size", 1) == 1:
+            arguments["distributed_executor_backend"] = "uni"
         if self._on_cpu and arguments["enforce_eager"]:
             # Even in eager mode vLLM compiles a helper of its log-probs: a machine without a C++ compiler would fail at
             # the first request, and any other would spend half a minute on it once.
@@ -119,18 +121,22 @@ class VLLMEngine(Engine):
         if not self._owns_process_group:
             # vLLM's own clean-up, also on garbage collection and exit, would destroy the trainer's process group.
             self._llm.engine_core._finalizer.detach()
-        self._llm.collective_rpc(_use_tempered_log_probs)
+        from xbai.engine.vllm_sampler import use_tempered_log_probs
+
+        self._llm.collective_rpc(use_tempered_log_probs)
         self._eos_ids = eos_token_ids(model_path, config, tokenizer)
         self._samples: dict[str, Sample] = {}
 
-    def sleep(self) -> None:
-        """Free KV cache and weights on the accelerator; after `wake_up`, update the weights. No-op on CPU."""
+    def sleep(self, level: int = 2) -> None:
+        """Free KV cache and weights on the accelerator; after `wake_up` from level 2, update the weights."""
         if not self._on_cpu:
-            self._llm.sleep(level=2)
+            self._llm.sleep(level=level)
 
     def wake_up(self, parts: Sequence[str] | None = None) -> None:
         """Allocate again what `sleep` freed, or of `weights` and `kv_cache` only the named parts."""
         if not self._on_cpu:
+            # vLLM's memory does not come from torch's cache, which may hold what is free.
+            torch.cuda.empty_cache()
             self._llm.wake_up(None if parts is None else list(parts))
 
     def close(self) -> None:
@@ -157,17 +163,22 @@ class VLLMEngine(Engine):
         self._llm.abort_request(keys)
 
     def _advance(self) -> list[tuple[Sample, Completion]]:
-        return [
-            (self._samples.pop(output.request_id), _completion(output.outputs[0]))
-            for output in self._llm.step()
-            if output.finished
-        ]
+        finished = [output for output in self._llm.step() if output.finished]
+        for output in finished:
+            self.prompt_tokens += len(output.prompt_token_ids)
+            self.cached_prompt_tokens += output.num_cached_tokens or 0
+        return [(self._samples.pop(output.request_id), _completion(output.outputs[0])) for output in finished]
 
     def _load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         if self._config.tie_word_embeddings:
             weights = _with_lm_head(weights)
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self._llm.reset_prefix_cache()
+
+    def _held_weights(self) -> Mapping[str, HeldWeight]:
+        from xbai.engine.vllm_weights import held_weights
+
+        return self._llm.collective_rpc(held_weights)[0]
 
     def _vllm_params(self, sample: Sample) -> Any:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -189,11 +200,15 @@ class VLLMEngine(Engine):
 
 
 def _check_devices(options: dict[str, Any]) -> None:
-    devices = torch.cuda.device_count()
+    devices, tensor_parallel_size = torch.cuda.device_count(), options.get("tensor_parallel_size", 1)
     if "gpu_memory_utilization" in options and devices == 0:
         raise UserError("gpu_memory_utilization: there is no GPU here; remove it")
-    if options.get("tensor_parallel_size", 1) > devices > 0:
-        raise UserError(f"tensor_parallel_size={options['tensor_parallel_size']}: only {devices} GPUs here")
+    if torch.distributed.is_initialized():
+        # Each rank has a GPU and may see no other one.
+        if (ranks := torch.distributed.get_world_size()) % tensor_parallel_size:
+            raise UserError(f"tensor_parallel_size={tensor_parallel_size} must divide the {ranks} ranks")
+    elif tensor_parallel_size > devices > 0:
+        raise UserError(f"tensor_parallel_size={tensor_parallel_size}: only {devices} GPUs here")
 
 
 def _with_lm_head(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -251,27 +266,10 @@ def _construct(arguments: dict[str, Any]) -> Any:
     unknown = sorted(arguments.keys() - {field.name for field in dataclasses.fields(EngineArgs)})
     if unknown:
         raise UserError(f"engine option {unknown[0]}: vLLM {vllm.__version__} has no such option; remove it")
+    if torch.distributed.is_initialized():
+        from xbai.engine.vllm_executor import RankExecutor
+
+        # Ranks that see only their own GPU cannot open each other's memory, which these two ways of reducing do.
+        os.environ.setdefault("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
+        arguments |= {"distributed_executor_backend": RankExecutor, "disable_custom_all_reduce": True}
     return LLMEngine.from_engine_args(EngineArgs(**{k: v for k, v in arguments.items() if v is not None}))
-
-
-def _use_tempered_log_probs(worker: WorkerBase) -> None:
-    """Make a worker's sampler return log-probs of logits / temperature.
-
-    vLLM offers log-probs of the raw logits or of the logits after temperature *and* penalties, top-k and top-p; what
-    an actor recomputes (and what importance ratios need) lies between the two.
-    """
-    from vllm.v1.sample.sampler import Sampler
-
-    class TemperedLogProbSampler(Sampler):
-        def forward(self, logits: Tensor, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
-            self._temperature = sampling_metadata.temperature
-            return super().forward(logits, sampling_metadata, *args, **kwargs)
-
-        def compute_logprobs(self, logits: Tensor) -> Tensor:
-            if self._temperature is not None:
-                greedy = self._temperature < 1e-5
-                logits = logits.float() / torch.where(greedy, 1.0, self._temperature)[:, None]
-            return logits.log_softmax(-1, dtype=torch.float32)
-
-    runner = worker.model_runner
-    runner.sampler = TemperedLogProbSampler("raw_logprobs", runner.sampler.use_fp64_gumbel)
