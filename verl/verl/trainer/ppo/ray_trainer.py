@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from verl.protocol import DataProto, object_array
 from verl.single_controller import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from verl.trainer.critic_config import critic_config
 from verl.trainer.ppo.checkpoint_folder import TRAINER_STATE_FILE, CheckpointFolder, step_of
 from verl.trainer.ppo.cluster import check_shared_folder, start_ray, worker_env
 from verl.trainer.ppo.core_algos import AdvantageInputs, compute_advantages, get_kl_controller, kl_penalty
@@ -29,6 +30,8 @@ from verl.utils.model import load_tokenizer
 from verl.utils.seqlen_balancing import rows_by_rank
 from verl.utils.tracking import Tracking
 from verl.workers.actor.joint_loss import LossConfig
+from verl.workers.critic.dp_critic import UPDATE_KEYS
+from verl.workers.critic_worker import CriticWorker
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, group_sizes
 from verl.workers.reward_manager import PendingReward, Reward
 from xbai.engine.files import eos_token_ids, read_config
@@ -65,11 +68,13 @@ class RayPPOTrainer:
         self._resume_from = self._checkpoints.find(config.trainer.resume_mode, config.trainer.resume_from_path)
         self.step = step_of(self._resume_from) if self._resume_from else 0
         self._estimator = config.algorithm.adv_estimator
+        self._critic_config = critic_config(config) if self._estimator == "gae" else None
         self._tis_imp_ratio_cap: float | None = config.actor_rollout_ref.actor.tis_imp_ratio_cap
         self._kl_controller = get_kl_controller(config.algorithm.kl_ctrl)
         self._reward_manager = load_reward_manager(config, self.tokenizer)
         self._update_keys = LossConfig.from_config(config.actor_rollout_ref).batch_keys()
         self._workers: RayWorkerGroup | None = None
+        self._critic: RayWorkerGroup | None = None
 
     def _load_data(self) -> None:
         data, trainer = self.config.data, self.config.trainer
@@ -96,12 +101,19 @@ class RayPPOTrainer:
         uses_reference = self.config.actor_rollout_ref.actor.use_kl_loss or self.config.algorithm.use_kl_in_reward
         role = "actor_rollout_ref" if uses_reference else "actor_rollout"
         init = RayClassWithInitArgs(ActorRolloutRefWorker, self._worker_config(), role, trainer.seed)
-        pool = RayResourcePool([trainer.n_gpus_per_node] * trainer.nnodes, use_gpu=on_gpu)
+        processes, groups = [trainer.n_gpus_per_node] * trainer.nnodes, 1 if self._critic_config is None else 2
+        pool = RayResourcePool(processes, use_gpu=on_gpu, max_colocate_count=groups)
         if trainer.nnodes > 1:
             check_shared_folder(trainer.default_local_dir, pool)
         logger.info("starting %d worker processes on %s", self._world_size, trainer.device)
         self._workers = RayWorkerGroup(pool, init, role, worker_env(on_gpu), group_sizes(self.config.actor_rollout_ref))
         self._workers.init_model()
+        if self._critic_config is not None:
+            self._critic_config.optim.total_training_steps = self.total_steps
+            init = RayClassWithInitArgs(CriticWorker, self._critic_config, trainer.seed)
+            sizes = {"train": self._critic_config.ulysses_sequence_parallel_size}
+            self._critic = RayWorkerGroup(pool, init, "critic", worker_env(on_gpu), sizes)
+            self._critic.init_model()
 
     @property
     def _uses_reference_log_probs(self) -> bool:
@@ -116,8 +128,9 @@ class RayPPOTrainer:
     def _worker_config(self) -> DictConfig:
         config = OmegaConf.create(OmegaConf.to_container(self.config.actor_rollout_ref, resolve=True))
         with open_dict(config):
-            config.actor.optim.total_training_steps = self.total_steps
-            config.score.optim.total_training_steps = self.total_steps
+            updates = max(1, self.total_steps - self.config.trainer.critic_warmup)
+            config.actor.optim.total_training_steps = updates
+            config.score.optim.total_training_steps = updates
         return config
 
     def fit(self) -> None:
@@ -146,9 +159,11 @@ class RayPPOTrainer:
         batch = self._generate(prompts, self._rollout.n, metrics)
         pending = self._launch_grading(batch)
         baseline = self._launch_baseline(prompts, metrics) if self._estimator == "remax" else None
-        self._call("compute_log_prob", batch, MODEL_INPUT_KEYS, metrics)
+        self._compute(self._workers.compute_log_prob, batch, metrics)
         if self._uses_reference_log_probs:
-            self._call("compute_ref_log_prob", batch, MODEL_INPUT_KEYS, metrics, full_kl=self._uses_full_kl_in_reward)
+            self._compute(self._workers.compute_ref_log_prob, batch, metrics, full_kl=self._uses_full_kl_in_reward)
+        if self._critic is not None:
+            self._compute(self._critic.compute_values, batch, metrics)
         reward = pending.result()
         metrics |= reward.metrics
         self._add_reward(batch, reward, metrics)
@@ -157,8 +172,12 @@ class RayPPOTrainer:
         self._add_advantages(batch)
         metrics |= train_metrics(batch, self._eos_token_ids, self._tis_imp_ratio_cap)
         self._dump(batch, reward)
-        self._arrange_for_ranks(batch, metrics)
-        self._call("update_actor", batch, self._update_keys, metrics)
+        if self._critic is not None:
+            rows = self._critic_config.ppo_mini_batch_size * self._rollout.n
+            self._update(self._critic, "update_critic", batch.select(UPDATE_KEYS, []), rows, metrics)
+        if self.step > self.config.trainer.critic_warmup:
+            rows = self.config.actor_rollout_ref.actor.ppo_mini_batch_size * self._rollout.n
+            self._update(self._workers, "update_actor", batch.select(self._update_keys, []), rows, metrics)
         tokens, seconds = float(batch.batch["attention_mask"].sum()), time.perf_counter() - start
         return metrics | {"timing_s/step": seconds, "perf/tokens_per_s": tokens / seconds}
 
@@ -176,8 +195,8 @@ class RayPPOTrainer:
     def close(self) -> None:
         """End graders, workers and this run's part in Ray."""
         self._reward_manager.close()
-        if self._workers is not None:
-            self._workers.shutdown()
+        for group in filter(None, (self._workers, self._critic)):
+            group.shutdown()
         ray.shutdown()
 
     # The parts of a step
@@ -218,13 +237,23 @@ class RayPPOTrainer:
             greedy = self._generate(prompts, 1, {}, do_sample=False)
         return self._launch_grading(greedy)
 
-    def _call(
-        self, method: str, batch: DataProto, keys: Sequence[str], metrics: dict[str, float], **meta_info: Any
+    def _compute(
+        self, method: Callable[[DataProto], DataProto], batch: DataProto, metrics: dict[str, float], **meta_info: Any
     ) -> None:
-        """Run a worker method on the tensors `keys` of `batch`, and add the tensors and metrics it returns."""
-        output = getattr(self._workers, method)(DataProto(batch.batch.select(*keys), meta_info=meta_info))
+        """Run a model of the workers over `batch`, and add the tensors and metrics that it gives."""
+        output = method(DataProto(batch.batch.select(*MODEL_INPUT_KEYS), meta_info=meta_info))
         metrics |= output.meta_info.pop("metrics")
         batch.union(output)
+
+    def _update(
+        self, group: RayWorkerGroup, method: str, batch: DataProto, mini_batch_rows: int, metrics: dict[str, float]
+    ) -> None:
+        """Train a model of the workers on `batch`, whose rows go to the ranks so that all have about as many tokens."""
+        sharers, lengths = group.world_size // group.group_sizes["train"], batch.batch["attention_mask"].sum(-1)
+        order = rows_by_rank(lengths, mini_batch_rows, sharers, self.config.trainer.balance_batch)
+        of_rank = lengths[order].view(sharers, -1).sum(-1).float()
+        metrics["perf/rank_tokens_max_over_mean"] = float(of_rank.max() / of_rank.mean())
+        metrics |= getattr(group, method)(batch[order]).meta_info["metrics"]
 
     def _add_reward(self, batch: DataProto, reward: Reward, metrics: dict[str, float]) -> None:
         """Add scores, outcome and, with `use_kl_in_reward`, the KL penalty."""
@@ -266,21 +295,12 @@ class RayPPOTrainer:
         )
         columns["advantages"], columns["returns"] = compute_advantages(inputs, self.config.algorithm)
 
-    def _arrange_for_ranks(self, batch: DataProto, metrics: dict[str, float]) -> None:
-        """Put the rows in the order in which the ranks' chunks are about equally long."""
-        lengths = batch.batch["attention_mask"].sum(-1)
-        mini_batch_rows = self.config.actor_rollout_ref.actor.ppo_mini_batch_size * self._rollout.n
-        order = rows_by_rank(lengths, mini_batch_rows, self._world_size, self.config.trainer.balance_batch)
-        batch.reorder(order)
-        of_rank = lengths[order].view(self._world_size, -1).sum(-1).float()
-        metrics["perf/rank_tokens_max_over_mean"] = float(of_rank.max() / of_rank.mean())
-
     def _validate_batch(self, prompts: DataProto, n: int) -> ValidationResult:
         batch = self._generate(prompts, n, {}, validate=True)
         pending = self._reward_manager.launch(batch)
         scores = None
         if self.config.actor_rollout_ref.use_score:
-            self._call("compute_log_prob", batch, MODEL_INPUT_KEYS, {})
+            self._compute(self._workers.compute_log_prob, batch, {})
             scores = trajectory_scores(batch.batch["old_step_logits"], batch.batch["step_feature_mask"])
         reward = pending.result()
         sources = batch.non_tensor_batch[self.config.data.reward_fn_key]

@@ -63,12 +63,13 @@ def build_value_model(
     """
     files.check_model_folder(path)
     try:
-        backbone = AutoModel.from_pretrained(
-            path,
-            dtype=dtype,
-            attn_implementation=attention_for(compute_dtype or dtype, packed),
-            trust_remote_code=trust_remote_code,
-        )
+        with files.quiet_transformers():
+            backbone = AutoModel.from_pretrained(
+                path,
+                dtype=dtype,
+                attn_implementation=attention_for(compute_dtype or dtype, packed),
+                trust_remote_code=trust_remote_code,
+            )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: no model that transformers can load ({reason})") from error
