@@ -13,10 +13,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from verl.trainer.critic_config import check_critic
+from verl.trainer.placement_config import check_kernels, check_placement
 from verl.trainer.ppo.core_algos import ADVANTAGE_ESTIMATORS, KL_ESTIMATORS, LOSS_AGG_MODES
+from verl.trainer.rollout_check import check_rollout
 from verl.utils.dataset.rl_dataset import file_list
 from verl.utils.model_shapes import KNOWN_CONFIGS
 from verl.utils.tracking import BACKENDS
+from verl.utils.ulysses import check_head_counts
 from verl.workers.reward_manager import REWARD_MANAGERS
 from xbai.engine.files import DTYPES, check_model_folder
 from xbai.errors import UserError
@@ -51,6 +54,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "critic.optim.warmup_style": _WARMUPS,
     "actor_rollout_ref.rollout.name": ("vllm", "hf"),
     "actor_rollout_ref.rollout.mode": ("sync", "async"),
+    "actor_rollout_ref.rollout.sleep_level": (1, 2),
     "actor_rollout_ref.rollout.dtype": ("auto", *DTYPES),
     "reward_model.reward_manager": tuple(REWARD_MANAGERS),
     "algorithm.adv_estimator": tuple(ADVANTAGE_ESTIMATORS),
@@ -67,10 +71,14 @@ POSITIVE = (
     "actor_rollout_ref.actor.ppo_mini_batch_size",
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
     "actor_rollout_ref.actor.ppo_epochs",
+    "actor_rollout_ref.actor.max_nonfinite_updates",
     "actor_rollout_ref.actor.grad_clip",
+    "actor_rollout_ref.actor.ulysses_sequence_parallel_size",
+    "actor_rollout_ref.ref.ulysses_sequence_parallel_size",
     "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu",
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu",
     "actor_rollout_ref.rollout.n",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size",
     "actor_rollout_ref.rollout.temperature",
     "actor_rollout_ref.rollout.val_kwargs.n",
     "reward_model.timeout_s",
@@ -82,14 +90,6 @@ POSITIVE = (
 )
 
 NOT_YET: dict[str, str] = {
-    "actor_rollout_ref.model.use_remove_padding": "batches are padded",
-    "actor_rollout_ref.model.use_liger": "its kernels are not wired in",
-    "actor_rollout_ref.model.use_fused_kernels": "its kernels are not wired in",
-    "actor_rollout_ref.actor.ulysses_sequence_parallel_size": "sequences are not split over processes",
-    "actor_rollout_ref.rollout.tensor_model_parallel_size": "every process runs a rollout engine of its own",
-    "actor_rollout_ref.rollout.mode": "rollouts are synchronous",
-    "actor_rollout_ref.rollout.chat_scheduler": "rollouts are synchronous",
-    "actor_rollout_ref.rollout.swap_space": "the engine does not swap to CPU memory",
     "trainer.default_hdfs_dir": "checkpoints stay in trainer.default_local_dir",
 }
 """Keys and sections that cannot act yet, and why: another value than the default is an error."""
@@ -102,11 +102,14 @@ NOT_ON_CPU = (
     "actor_rollout_ref.ref.fsdp_config.offload_policy",
     "actor_rollout_ref.rollout.gpu_memory_utilization",
     "actor_rollout_ref.rollout.free_cache_engine",
+    "actor_rollout_ref.rollout.sleep_level",
     "critic.model.fsdp_config.param_offload",
     "critic.model.fsdp_config.optimizer_offload",
     "critic.model.fsdp_config.offload_policy",
 )
 NOT_WITH_HF = (
+    "actor_rollout_ref.rollout.tensor_model_parallel_size",
+    "actor_rollout_ref.rollout.sleep_level",
     "actor_rollout_ref.rollout.gpu_memory_utilization",
     "actor_rollout_ref.rollout.max_num_batched_tokens",
     "actor_rollout_ref.rollout.free_cache_engine",
@@ -148,6 +151,10 @@ def check_config(config: DictConfig, not_found: Callable[[str], None] | None = N
     not_found = not_found or _raise
     changed = _changed(config, defaults)
     _check_acts(config, changed)
+    check_placement(config)
+    check_kernels(config, not_found)
+    _check_sequence_parallel(config, not_found)
+    check_rollout(config, _model_config(config.actor_rollout_ref.model.path, not_found))
     _check_batch_sizes(config)
     check_critic(config, changed, not_found)
     _check_lengths(config, not_found)
@@ -244,13 +251,6 @@ def _check_acts(config: DictConfig, changed: Mapping[str, Any]) -> None:
             raise UserError(f"{key}={value} needs a GPU and cannot act on CPU; leave it at its default")
         if config.actor_rollout_ref.rollout.name == "hf" and key in NOT_WITH_HF:
             raise UserError(f"{key}={value} cannot act with rollout.name=hf; leave it at its default, or use vllm")
-    for section in ("actor", "ref"):
-        fsdp_config = config.actor_rollout_ref[section].fsdp_config
-        if fsdp_config.param_offload and fsdp_config.offload_policy:
-            raise UserError(
-                f"actor_rollout_ref.{section}.fsdp_config: param_offload and offload_policy exclude each other; "
-                "set one of them to false"
-            )
     for (key, value), reason in NOT_YET_VALUES.items():
         if OmegaConf.select(config, key) == value:
             raise UserError(f"{key}={value} cannot act yet: {reason}")
@@ -267,6 +267,21 @@ def _check_acts(config: DictConfig, changed: Mapping[str, Any]) -> None:
         raise UserError("trainer.length_penalty_coeff must be above 0 with trainer.length_penalty=true")
 
 
+def _check_sequence_parallel(config: DictConfig, not_found: Callable[[str], None]) -> None:
+    world, model = config.trainer.nnodes * config.trainer.n_gpus_per_node, config.actor_rollout_ref.model
+    for section in ("actor", "ref"):
+        key = f"actor_rollout_ref.{section}.ulysses_sequence_parallel_size"
+        if (size := OmegaConf.select(config, key)) == 1:
+            continue
+        if world % size:
+            raise UserError(f"{key}={size} must divide the {world} processes (trainer.nnodes * n_gpus_per_node)")
+        if not model.use_remove_padding:
+            raise UserError(f"{key}={size} needs packed sequences: set actor_rollout_ref.model.use_remove_padding=true")
+        shape = _model_config(model.path, not_found)
+        if (heads := shape.get("num_attention_heads")) is not None:
+            check_head_counts(heads, shape.get("num_key_value_heads") or heads, size)
+
+
 def _check_batch_sizes(config: DictConfig) -> None:
     actor_rollout_ref, world = config.actor_rollout_ref, config.trainer.nnodes * config.trainer.n_gpus_per_node
     n, train, mini = (
@@ -278,10 +293,12 @@ def _check_batch_sizes(config: DictConfig) -> None:
         raise UserError(
             f"data.train_batch_size={train} must be a multiple of actor_rollout_ref.actor.ppo_mini_batch_size={mini}"
         )
-    if mini * n % world:
+    sp = actor_rollout_ref.actor.ulysses_sequence_parallel_size
+    if mini * n % (world // sp):
+        sharers = f"groups of {sp} processes" if sp > 1 else "processes"
         raise UserError(
             f"actor_rollout_ref.actor.ppo_mini_batch_size * rollout.n = {mini} * {n} = {mini * n} must be a multiple "
-            f"of the {world} processes (trainer.nnodes * trainer.n_gpus_per_node)"
+            f"of the {world // sp} {sharers} (trainer.nnodes * trainer.n_gpus_per_node)"
         )
     if config.algorithm.adv_estimator in ("grpo", "rloo") and n < 2:
         raise UserError(
@@ -296,7 +313,11 @@ def _check_lengths(config: DictConfig, not_found: Callable[[str], None]) -> None
     bounds = {"actor_rollout_ref.rollout.max_model_len": config.actor_rollout_ref.rollout.max_model_len}
     for section, switch, budget in TOKEN_BUDGETS:
         if OmegaConf.select(config, f"{section}.{switch}"):
-            bounds[f"{section}.{budget}"] = OmegaConf.select(config, f"{section}.{budget}")
+            size = config.actor_rollout_ref[
+                "ref" if section.endswith(".ref") else "actor"
+            ].ulysses_sequence_parallel_size
+            times = " * ulysses_sequence_parallel_size" if size > 1 else ""
+            bounds[f"{section}.{budget}{times}"] = OmegaConf.select(config, f"{section}.{budget}") * size
     folder = config.actor_rollout_ref.model.path
     positions = _model_config(folder, not_found).get("max_position_embeddings")
     bounds[f"max_position_embeddings of {folder}"] = positions

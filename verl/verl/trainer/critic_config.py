@@ -61,10 +61,6 @@ def check_critic(config: DictConfig, changed: Mapping[str, Any], not_found: Call
         return
     critic = critic_config(config)
     _check_sizes(critic, config)
-    if critic.model.fsdp_config.param_offload and critic.model.fsdp_config.offload_policy:
-        raise UserError(
-            "critic.model.fsdp_config: param_offload and offload_policy exclude each other; set one of them to false"
-        )
     if config.critic.model.path is not None:
         _check_model(critic.model.path, config, not_found)
 

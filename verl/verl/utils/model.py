@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from verl.utils.liger import apply_liger, check_liger
 from verl.utils.packed_attention import PACKED_ATTENTION
 from verl.workers.actor.joint_model import JointModel
 from xbai.engine import files
@@ -69,6 +70,8 @@ def build_joint_model(
     gradient_checkpointing: bool = False,
     compute_dtype: torch.dtype | None = None,
     packed: bool = False,
+    use_liger: bool = False,
+    fused_kernels: bool = False,
 ) -> JointModel:
     """Load the LM of a Hugging Face folder and, when `sprm_config` is given, a score head, on the CPU.
 
@@ -83,9 +86,12 @@ def build_joint_model(
         gradient_checkpointing: recompute each decoder layer in the backward pass.
         compute_dtype: what FSDP2 will cast the weights to (None: `dtype`); flash attention works in 16 bits only.
         packed: for packed sequences (`model.use_remove_padding`), and for them alone.
+        use_liger: see `apply_liger`.
+        fused_kernels: see `token_log_probs`.
 
     Raises:
-        UserError: no such folder, no model in it, a head that does not fit, a model that cannot be packed.
+        UserError: no such folder, no model in it, a head that does not fit, a model that cannot be packed, kernels that
+            cannot run.
     """
     files.check_model_folder(path)
     try:
@@ -100,16 +106,21 @@ def build_joint_model(
         raise UserError(f"{path}: no causal LM that transformers can load ({reason})") from error
     if packed:
         check_packable(lm)
+    if use_liger:
+        check_liger("cuda" if torch.cuda.is_available() else "cpu")
+        apply_liger(lm)
     if gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     hidden_size = lm.config.hidden_size
     if channel is not None and channel != hidden_size:
         raise UserError(f"actor_rollout_ref.score.channel={channel}, but the hidden size of {path} is {hidden_size}")
     if sprm_config is None:
-        return JointModel(lm)
-    if score_model_path is None and not (Path(path) / SCORE_MODULE_FILE).exists():
-        return JointModel(lm, _fresh_head(hidden_size, sprm_config))
-    return JointModel(lm, load_score_head(score_model_path or path, hidden_size, sprm_config))
+        head = None
+    elif score_model_path is None and not (Path(path) / SCORE_MODULE_FILE).exists():
+        head = _fresh_head(hidden_size, sprm_config)
+    else:
+        head = load_score_head(score_model_path or path, hidden_size, sprm_config)
+    return JointModel(lm, head, fused_kernels=fused_kernels)
 
 
 def attention_for(compute_dtype: torch.dtype, packed: bool = False) -> str:

@@ -21,6 +21,7 @@ def token_log_probs(
     temperature: float = 1.0,
     compute_entropy: bool = False,
     logits_per_chunk: int = LOGITS_PER_CHUNK,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities of `labels`, and the entropy of the distributions they come from, by chunks of tokens.
 
@@ -34,14 +35,17 @@ def token_log_probs(
         temperature: divides the logits.
         compute_entropy: also return the entropies (nats).
         logits_per_chunk: how many logits may exist at once.
+        fused: have torch.compile make one kernel of what follows the logits, which then never exist in float32.
 
     Returns:
         Log-probabilities [...] in float32 (float64 for float64 inputs), and entropies [...] or None.
     """
     tokens_per_chunk = max(1, logits_per_chunk // vocab_size)
 
+    from_logits = _fused_chunk_log_probs if fused else _chunk_log_probs
+
     def run(hidden_chunk: Tensor, label_chunk: Tensor) -> tuple[Tensor, Tensor | None]:
-        return _chunk_log_probs(lm_head(hidden_chunk), label_chunk, temperature, compute_entropy)
+        return from_logits(lm_head(hidden_chunk), label_chunk, temperature, compute_entropy)
 
     chunks = zip(hidden.flatten(0, -2).split(tokens_per_chunk), labels.flatten().split(tokens_per_chunk))
     if torch.is_grad_enabled():
@@ -65,6 +69,9 @@ def _chunk_log_probs(
         return log_probs, None
     probs = (logits - log_partition[:, None]).exp()
     return log_probs, log_partition - (probs * logits).sum(-1)
+
+
+_fused_chunk_log_probs = torch.compile(_chunk_log_probs, dynamic=True)
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
@@ -9,9 +12,10 @@ from torch import Tensor
 from verl import DataProto
 from verl.single_controller import Dispatch, Worker, register
 from verl.utils.checkpoint import BackgroundSaves, load_checkpoint, save_checkpoint
-from verl.utils.fsdp import init_distributed, local_device, named_full_tensors
+from verl.utils.fsdp import init_distributed, named_full_tensors
 from verl.utils.model import build_joint_model, load_tokenizer, loading_dtype
 from verl.utils.optim import JointOptimizer
+from verl.utils.ulysses import sequence_parallel_group
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.actor.joint_model import JointModel
 from verl.workers.phase_metrics import measure_phase
@@ -24,13 +28,14 @@ ROLES = ("actor_rollout", "actor_rollout_ref")
 
 
 def group_sizes(config: DictConfig) -> dict[str, int]:
-    """How many consecutive ranks share the rows of training (sequence parallelism) and of rollout (tensor parallelism).
+    """How many consecutive ranks share rows: in training and reference by sequence, in rollout by tensor parallelism.
 
     Args:
         config: the `actor_rollout_ref` section.
     """
     return {
         "train": config.actor.ulysses_sequence_parallel_size,
+        "reference": config.ref.ulysses_sequence_parallel_size,
         "rollout": config.rollout.tensor_model_parallel_size,
     }
 
@@ -70,31 +75,31 @@ class ActorRolloutRefWorker(Worker):
         self._policy = PlacedModel(
             self._build_model(fsdp_config, self._sprm_config), fsdp_config, self._build_optimizer
         )
-        self._actor = DataParallelPPOActor(config, self._policy.model, self._policy.optimizer)
+        sizes = group_sizes(config)
+        sp_group = sequence_parallel_group(sizes["train"])
+        self._actor = DataParallelPPOActor(config, self._policy.model, self._policy.optimizer, sp_group=sp_group)
         if self.role == "actor_rollout_ref":
             fsdp_config = config.ref.fsdp_config
             frozen = self._build_model(fsdp_config, None).requires_grad_(False)
             self._reference = PlacedModel(frozen, fsdp_config)
-            self._reference_actor = DataParallelPPOActor(config, self._reference.model, log_prob_config=config.ref)
+            if sizes["reference"] != sizes["train"]:
+                sp_group = sequence_parallel_group(sizes["reference"])
+            self._reference_actor = DataParallelPPOActor(
+                config, self._reference.model, log_prob_config=config.ref, sp_group=sp_group
+            )
         self._background_saves = BackgroundSaves()
         self._rollout = EngineRollout(config.rollout, config.model, self.tokenizer.pad_token_id)
-        self._frees_engine = config.rollout.get("free_cache_engine", True) and local_device().type == "cuda"
-        self._engine_is_current = not self._frees_engine
-        if self._frees_engine:
-            self._rollout.engine.sleep()
 
     @register(Dispatch.DP_COMPUTE_PROTO, group="rollout")
     def generate_sequences(self, prompts: DataProto) -> DataProto:
         """Sample responses with the present policy; see `EngineRollout.generate`."""
         with measure_phase("weight_sync") as sync_metrics:
-            self._sync_engine()
+            sync_metrics |= self._rollout.wake_up(self._policy_weights)
         with measure_phase("generate") as metrics:
             output = self._rollout.generate(prompts)
             metrics["tokens"] = float(output.batch["response_mask"].sum())
-        if self._frees_engine:
-            self._rollout.engine.sleep()
-            self._engine_is_current = False
-        output.meta_info["metrics"] = sync_metrics | metrics
+        self._rollout.sleep()
+        output.meta_info["metrics"] |= sync_metrics | metrics
         return output
 
     @register(Dispatch.DP_COMPUTE_PROTO, group="train")
@@ -109,15 +114,15 @@ class ActorRolloutRefWorker(Worker):
                 data.batch["input_ids"], in_response, self._sprm_config.step_rule
             )
         with measure_phase("old_log_prob") as metrics, self._policy.on_device():
-            metrics["tokens"] = _tokens(data)
+            metrics["tokens"] = _tokens(data) / group_sizes(self.config)["train"]
             columns |= self._actor.compute_log_prob({**dict(data.batch.items()), **columns})
         return DataProto.from_dict(columns, meta_info={"metrics": metrics})
 
-    @register(Dispatch.DP_COMPUTE_PROTO, group="train")
+    @register(Dispatch.DP_COMPUTE_PROTO, group="reference")
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         """`ref_log_prob` [B, R] under the reference policy."""
         with measure_phase("ref") as metrics, self._reference.on_device():
-            metrics["tokens"] = _tokens(data)
+            metrics["tokens"] = _tokens(data) / group_sizes(self.config)["reference"]
             log_probs = self._reference_actor.compute_log_prob(data.batch, compute_entropy=False)["old_log_probs"]
         return DataProto.from_dict({"ref_log_prob": log_probs}, meta_info={"metrics": metrics})
 
@@ -128,7 +133,8 @@ class ActorRolloutRefWorker(Worker):
         Raises:
             UserError: the batch is not whole mini-batches.
         """
-        responses = len(data) * self.world_size // group_sizes(self.config)["train"]
+        sharers = group_sizes(self.config)["train"]
+        responses = len(data) * self.world_size // sharers
         mini_batch = self.config.actor.ppo_mini_batch_size * self.config.rollout.n
         if responses % mini_batch:
             raise UserError(
@@ -136,9 +142,9 @@ class ActorRolloutRefWorker(Worker):
                 f"responses must divide the batch of {responses} responses (data.train_batch_size)"
             )
         with measure_phase("update_actor") as metrics, self._policy.on_device(with_optimizer=True):
-            metrics["tokens"] = _tokens(data) * self.config.actor.ppo_epochs
+            metrics["tokens"] = _tokens(data) * self.config.actor.ppo_epochs / sharers
             training_metrics = self._actor.update_policy(data.batch)
-        self._engine_is_current = False
+        self._rollout.policy_has_changed()
         return DataProto(meta_info={"metrics": training_metrics | metrics})
 
     @register(Dispatch.ONE_TO_ALL)
@@ -173,7 +179,7 @@ class ActorRolloutRefWorker(Worker):
             load_checkpoint(
                 folder, self._policy.model, self._policy.optimizer, load_optimizer=load_optimizer, seed=self._seed
             )
-        self._engine_is_current = False
+        self._rollout.policy_has_changed()
 
     def _build_model(self, fsdp_config: DictConfig, sprm_config: SPRMConfig | None) -> JointModel:
         config, dtypes = self.config, Dtypes.from_config(fsdp_config)
@@ -186,6 +192,9 @@ class ActorRolloutRefWorker(Worker):
             trust_remote_code=config.model.get("trust_remote_code", False),
             gradient_checkpointing=config.model.get("enable_gradient_checkpointing", False),
             compute_dtype=dtypes.compute or dtypes.stored,
+            use_liger=config.model.get("use_liger", False),
+            fused_kernels=config.model.get("use_fused_kernels", False),
+            packed=config.model.get("use_remove_padding", False),
         )
 
     def _build_optimizer(self, model: JointModel) -> JointOptimizer:
@@ -193,17 +202,10 @@ class ActorRolloutRefWorker(Worker):
         score_config = config.score.optim if config.use_score else None
         return JointOptimizer(model, config.actor.optim, score_config, config.actor.max_nonfinite_updates)
 
-    def _sync_engine(self) -> None:
-        if self._engine_is_current:
-            return
-        if self._frees_engine:
-            self._rollout.engine.wake_up(["weights"])
+    @contextmanager
+    def _policy_weights(self) -> Iterator[Iterator[tuple[str, Tensor]]]:
         with self._policy.on_device():
-            self._rollout.update_weights(named_full_tensors(self._policy.model, self._rollout.dtype))
-        if self._frees_engine:
-            # Only now that an offloaded policy has made room again.
-            self._rollout.engine.wake_up(["kv_cache"])
-        self._engine_is_current = True
+            yield named_full_tensors(self._policy.model, self._rollout.dtype)
 
 
 def _tokens(data: DataProto) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from verl.utils.packing import Batch, TokenLayout, layout_maker
 from verl.workers.actor.joint_loss import LossConfig, Totals, joint_loss, local_totals
 from verl.workers.actor.joint_model import JointModel, JointOutput
 from verl.workers.actor.micro_batches import MicroBatches, MicroBatching
+from verl.workers.mini_batches import MiniBatching, summed_over_ranks
 from xbai.errors import UserError
 
 
@@ -64,14 +65,8 @@ class DataParallelPPOActor:
         actor = config["actor"]
         self._loss_config = LossConfig.from_config(config)
         self._update_batching = MicroBatching.for_update(actor, self._packed, self._sp_size)
-        self._epochs, self._shuffle, self._grad_clip = actor["ppo_epochs"], actor["shuffle"], actor["grad_clip"]
-        responses, groups = actor["ppo_mini_batch_size"] * config["rollout"]["n"], self._world_size // self._sp_size
-        if responses % groups:
-            raise UserError(
-                f"actor.ppo_mini_batch_size * rollout.n = {responses} must be a multiple of the number of ranks"
-                f"{' over ulysses_sequence_parallel_size' if self._sp_size > 1 else ''}, {groups}"
-            )
-        self._mini_batch_rows = responses // groups
+        self._mini_batching = MiniBatching(actor, config["rollout"]["n"], self._sp_group, "actor")
+        self._grad_clip = actor["grad_clip"]
 
     @torch.no_grad()
     def compute_log_prob(self, data: Batch, compute_entropy: bool = True) -> dict[str, Tensor]:
@@ -123,28 +118,13 @@ class DataParallelPPOActor:
         self.model.train()
         data = {key: data[key] for key in self._loss_config.batch_keys()}
         history: dict[str, list[float]] = defaultdict(list)
-        for mini_batch in self._mini_batches(data):
+        for mini_batch in self._mini_batching.split(data):
             for name, value in self._update(mini_batch).items():
                 history[name].append(value)
         metrics = {name: sum(values) / len(values) for name, values in history.items()}
         metrics |= self.optimizer.advance_schedules()
         skipped = sum(history["skipped"])
         return _prefixed({**metrics, "skipped_updates": skipped})
-
-    def _mini_batches(self, data: Batch) -> Iterator[Batch]:
-        for _ in range(self._epochs):
-            for rows in self._row_order(len(data["input_ids"])).split(self._mini_batch_rows):
-                yield {name: column[rows] for name, column in data.items()}
-
-    def _row_order(self, rows: int) -> Tensor:
-        if not self._shuffle:
-            return torch.arange(rows)
-        order = torch.randperm(rows)
-        if self._sp_group is None:
-            return order
-        order = order.to(self._device)
-        dist.broadcast(order, group=self._sp_group, group_src=0)
-        return order.cpu()
 
     def _update(self, mini_batch: Batch) -> dict[str, float]:
         totals = local_totals(mini_batch, self._loss_config).to(self._device)
@@ -156,10 +136,10 @@ class DataParallelPPOActor:
         for _, batch in micro_batches:
             for name, value in self._forward_backward(batch, totals).items():
                 sums[name] = sums[name] + value
-        metrics = self._summed_over_ranks(sums) | micro_batches.balance()
+        metrics = summed_over_ranks(sums) | micro_batches.balance()
         if self._loss_config.use_score:
             metrics |= {"counted_right": totals.steps.positive, "counted_wrong": totals.steps.negative}
-        return metrics | self.optimizer.step(self._grad_clip)
+        return metrics | self.optimizer.step(self._grad_clip, metrics["loss"])
 
     def _forward_backward(self, batch: Batch, totals: Totals) -> dict[str, Tensor]:
         layout = self._layout(batch)
@@ -176,11 +156,6 @@ class DataParallelPPOActor:
             compute_entropy=compute_entropy,
             backbone_grad_scale=self._loss_config.backbone_grad_scale if self.model.training else 1.0,
         )
-
-    def _summed_over_ranks(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        stacked = torch.stack(list(sums.values())).double()
-        dist.all_reduce(stacked)
-        return dict(zip(sums, stacked.tolist()))
 
 
 METRIC_NAMES = {

@@ -35,12 +35,16 @@ class JointModel(nn.Module):
     Args:
         lm: a transformers causal LM with `.model` (its `.layers` are decoder layers) and `.lm_head`.
         score_head: None for a plain policy or reference model.
+        fused_kernels: compile what follows the logits, see `token_log_probs`.
     """
 
-    def __init__(self, lm: PreTrainedModel, score_head: ScoreHead | None = None) -> None:
+    def __init__(
+        self, lm: PreTrainedModel, score_head: ScoreHead | None = None, *, fused_kernels: bool = False
+    ) -> None:
         super().__init__()
         self.lm = lm
         self.score_head = score_head
+        self._fused_kernels = fused_kernels
 
     def forward(
         self,
@@ -71,6 +75,7 @@ class JointModel(nn.Module):
             self.lm.config.vocab_size,
             temperature=temperature,
             compute_entropy=compute_entropy,
+            fused=self._fused_kernels,
         )
         if features is None:
             return JointOutput(log_probs, entropy, None)

@@ -1,0 +1,58 @@
+"""Checks of how models are placed and which kernels they run: `fsdp_config`, `optim.name`, `use_liger` and the like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from omegaconf import DictConfig, OmegaConf
+
+from verl.utils.compiler import check_compiler
+from verl.utils.eight_bit_adam import EIGHT_BIT_OPTIMIZERS, check_eight_bit
+from verl.utils.liger import check_liger
+from xbai.errors import UserError
+
+FSDP_CONFIGS = (
+    "actor_rollout_ref.actor.fsdp_config",
+    "actor_rollout_ref.ref.fsdp_config",
+    "critic.model.fsdp_config",
+)
+OPTIMS = ("actor_rollout_ref.actor.optim", "actor_rollout_ref.score.optim", "critic.optim")
+
+
+def check_placement(config: DictConfig) -> None:
+    """Raise a `UserError` for the first `fsdp_config` that contradicts itself or the number of processes."""
+    processes = config.trainer.nnodes * config.trainer.n_gpus_per_node
+    for name in FSDP_CONFIGS:
+        section = OmegaConf.select(config, name)
+        for key in ("param_offload", "optimizer_offload"):
+            if section.offload_policy and section.get(key):
+                raise UserError(
+                    f"{name}: {key} and offload_policy exclude each other (offload_policy keeps weights and optimiser "
+                    "in CPU memory at all times); set one of them to false"
+                )
+        size = section.fsdp_size
+        if size == 0 or size < -1 or (size > 0 and processes % size):
+            raise UserError(
+                f"{name}.fsdp_size={size} must divide the {processes} processes (trainer.nnodes * "
+                "trainer.n_gpus_per_node), or be -1 for all of them"
+            )
+
+
+def check_kernels(config: DictConfig, not_found: Callable[[str], None]) -> None:
+    """Say what optimisers and kernels need and this machine lacks.
+
+    Args:
+        config: the trainer's whole configuration, `trainer.device` resolved.
+        not_found: takes what is to be said.
+    """
+    device = config.trainer.device
+    try:
+        for name in OPTIMS:
+            if (optimizer := OmegaConf.select(config, name).name) in EIGHT_BIT_OPTIMIZERS:
+                check_eight_bit(optimizer, device, f"{name}.name")
+        if config.actor_rollout_ref.model.use_liger:
+            check_liger(device, "actor_rollout_ref.model.use_liger")
+        if config.actor_rollout_ref.model.use_fused_kernels:
+            check_compiler("actor_rollout_ref.model.use_fused_kernels=true", device)
+    except UserError as error:
+        not_found(str(error))
