@@ -62,7 +62,9 @@ def test_a_valid_configuration_passes(small_run):
         ("data.max_response_length=0", "data.max_response_length=0 must be above 0"),
         ("trainer.logger=[console,mlflow]", "trainer.logger: mlflow is unknown"),
         ("algorithm.adv_estimator=magic", "algorithm.adv_estimator=magic is unknown, use one of grpo, "),
-        ("actor_rollout_ref.actor.ulysses_sequence_parallel_size=2", "cannot act yet"),
+        ("actor_rollout_ref.actor.ulysses_sequence_parallel_size=2", "set actor_rollout_ref.model.use_remove_padding="),
+        ("actor_rollout_ref.actor.ulysses_sequence_parallel_size=3", "=3 must divide the 2 processes"),
+        ("actor_rollout_ref.ref.ulysses_sequence_parallel_size=0", "=0 must be above 0"),
         ("+actor_rollout_ref.rollout.chat_scheduler=x", "cannot act yet"),
         ("critic.optim.lr=1", "critic.optim.lr=1 cannot act yet"),
         ("algorithm.adv_estimator=gae", "there is no critic worker"),
@@ -155,3 +157,18 @@ def test_missing_gpus_are_explained_by_the_launch_script(tmp_path):
     assert ended.returncode == 2
     assert ended.stderr.count("\n") == 1
     assert "needs 4096 GPUs; this machine has" in ended.stderr and "trainer.device=cpu" in ended.stderr
+
+
+def test_sequence_parallel_sizes_fit_the_model_and_multiply_budgets(small_run):
+    shared = "actor_rollout_ref.actor.ulysses_sequence_parallel_size"
+    packed = [*small_run, "actor_rollout_ref.model.use_remove_padding=true", "trainer.n_gpus_per_node=4"]
+    config = _check([*packed, f"{shared}=2"])
+    assert config.actor_rollout_ref.ref.ulysses_sequence_parallel_size == 2, "the actor's, unless it is set"
+    with pytest.raises(UserError, match=r"=4 does not divide the model's 2 attention heads: choose one of 1, 2$"):
+        _check([*packed, f"{shared}=4"])
+    budget = [*packed, "actor_rollout_ref.actor.use_dynamic_bsz=true"]
+    _check([*budget, f"{shared}=2", "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=44"])
+    with pytest.raises(UserError, match=r"ppo_max_token_len_per_gpu \* ulysses_sequence_parallel_size=86 is less than"):
+        _check([*budget, f"{shared}=2", "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=43"])
+    with pytest.raises(UserError, match="= 4 must be a multiple of the 3 groups of 2 processes"):
+        _check([*packed, f"{shared}=2", "trainer.n_gpus_per_node=6", "actor_rollout_ref.actor.ppo_mini_batch_size=1"])

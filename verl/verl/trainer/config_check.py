@@ -16,6 +16,7 @@ from verl.trainer.critic_config import check_critic
 from verl.trainer.placement_config import check_kernels, check_placement
 from verl.trainer.ppo.core_algos import ADVANTAGE_ESTIMATORS, KL_ESTIMATORS, LOSS_AGG_MODES
 from verl.trainer.rollout_check import check_rollout
+from verl.trainer.ppo.remote_folder import check_url, is_url
 from verl.utils.dataset.rl_dataset import file_list
 from verl.utils.model_shapes import KNOWN_CONFIGS
 from verl.utils.tracking import BACKENDS
@@ -90,7 +91,6 @@ POSITIVE = (
 )
 
 NOT_YET: dict[str, str] = {
-    "trainer.default_hdfs_dir": "checkpoints stay in trainer.default_local_dir",
 }
 """Keys and sections that cannot act yet, and why: another value than the default is an error."""
 
@@ -160,7 +160,10 @@ def check_config(config: DictConfig, not_found: Callable[[str], None] | None = N
     _check_lengths(config, not_found)
     _check_model(config.actor_rollout_ref, not_found)
     _check_files(config, not_found)
-    if config.trainer.resume_mode == "resume_path" and not _is_folder(config.trainer.resume_from_path):
+    for key in ("default_hdfs_dir", "resume_from_path"):
+        if (url := config.trainer[key]) is not None and (key == "default_hdfs_dir" or is_url(url)):
+            check_url(f"trainer.{key}", url)
+    if config.trainer.resume_mode == "resume_path" and not _is_checkpoint(config.trainer.resume_from_path):
         not_found(
             f"trainer.resume_from_path={config.trainer.resume_from_path}: resume_mode=resume_path needs a folder "
             "global_step_N"
@@ -365,5 +368,6 @@ def _columns(key: str, file: str) -> list[str]:
         raise UserError(f"data.{key}: {file} is not a parquet file") from error
 
 
-def _is_folder(path: str | None) -> bool:
-    return path is not None and Path(path).is_dir()
+def _is_checkpoint(path: str | None) -> bool:
+    """A folder that is there, or a URL, which is looked at later."""
+    return path is not None and (is_url(path) or Path(path).is_dir())
