@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import runpy
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
+from torch.distributed._shard.sharded_tensor import Shard as ShardOfTensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor, init_from_local_shards
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verl.utils.checkpoint import save_checkpoint
 from verl.utils.fsdp import create_mesh, shard_model
 from verl.utils.model import build_joint_model
 from verl.utils.optim import JointOptimizer
+from verl.utils.packing import padded_layout
 from xbai.errors import UserError
 from xbai.sprm import load_score_head, load_sprm_config
 
@@ -76,7 +85,7 @@ def test_the_latest_checkpoint_becomes_the_same_model(experiment: tuple[Path, Pa
     assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
     result = run_shell(folder, merged)
     assert result.returncode == 2
-    assert result.stderr == f"error: {merged} exists already; remove it or choose another --target_dir\n"
+    assert result.stderr.splitlines()[-1] == f"error: {merged} exists already; remove it or choose another --target_dir"
 
 
 def test_the_merged_model_gives_every_token_the_actors_probability(
@@ -95,10 +104,16 @@ def test_the_merged_model_gives_every_token_the_actors_probability(
     vocabulary = torch.arange(after.config.vocab_size)
     ids = torch.cat([torch.tensor([[5, 9, 2, 7]]).expand(len(vocabulary), -1), vocabulary[:, None]], dim=1)
     with torch.no_grad():
-        found = actor(ids, torch.ones_like(ids), torch.arange(5).expand_as(ids), response_length=1).log_probs[:, 0]
+        found = actor(padded_layout(one_token_responses(ids))).log_probs
         then, now = (model(ids[:1, :-1]).logits[0, -1].log_softmax(-1) for model in (before, after))
     torch.testing.assert_close(found, now, atol=1e-5, rtol=1e-5)
     assert (found - then).abs().max() > 0.01
+
+
+def one_token_responses(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    ones = torch.ones_like(ids)
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    return {"input_ids": ids, "attention_mask": ones, "position_ids": positions, "response_mask": ones[:, -1:]}
 
 
 def test_a_tensor_that_does_not_fit_is_named(experiment: tuple[Path, Path], merge: Callable, tmp_path: Path):
@@ -106,9 +121,7 @@ def test_a_tensor_that_does_not_fit_is_named(experiment: tuple[Path, Path], merg
     shutil.copytree(experiment[0] / "global_step_3" / "actor", copy)
     path = copy / "huggingface" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 96}))
-    wrong = (
-        r"12 tensors do not fit .*: model.lm.model.layers.0.mlp.down_proj.weight has shape \[64, 128\], .*\[64, 96\]"
-    )
+    wrong = r"12 tensors do not fit .*: model.layers.0.mlp.down_proj.weight has shape \[64, 128\], .*\[64, 96\]"
     with pytest.raises(UserError, match=wrong):
         merge(copy, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -124,9 +137,151 @@ def test_a_damaged_checkpoint_leaves_nothing_behind(experiment: tuple[Path, Path
     assert [path.name for path in tmp_path.iterdir()] == ["actor"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dtensor", "hybrid", "sharded_tensor"])
+def test_shards_of_verl_0_3_become_the_same_model(kind: str, make_tiny_model, merge: Callable, tmp_path: Path):
+    source, actor, world = make_tiny_model(tied=False), tmp_path / "actor", 4 if kind == "hybrid" else 2
+    actor.mkdir()
+    ranks = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(world), kind, str(source), str(actor)])
+        for rank in range(world)
+    ]
+    assert [process.wait(timeout=300) for process in ranks] == [0] * world
+    with pytest.raises(UserError, match=r"no config.json; name the model that was trained with --hf_model_path"):
+        merge(actor, tmp_path / "out")
+    shutil.copy(source / "score_module.pt", actor)
+
+    merge(actor, tmp_path / "out", hf_model_path=source)
+    before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (source, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    config = load_sprm_config(tmp_path / "out", AutoTokenizer.from_pretrained(tmp_path / "out"))
+    heads = [load_score_head(path, 64, config).state_dict() for path in (source, tmp_path / "out")]
+    assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
+
+    (actor / f"model_world_size_{world}_rank_1.pt").unlink()
+    with pytest.raises(UserError, match=f"model_world_size_{world}_rank_1.pt is missing"):
+        merge(actor, tmp_path / "again", hf_model_path=source)
+
+
+def save_like_verl(rank: int, world: int, kind: str, source: Path, folder: Path) -> None:
+    """What FSDP1's sharded state dict holds (FSDP1 itself does not run on CPU), saved as verl 0.3 does."""
+    store = dist.FileStore(str(folder.parent / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    state = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    if kind == "sharded_tensor":
+        sharded = {name: as_sharded_tensor(tensor, rank, world) for name, tensor in state.items()}
+    else:
+        shape, names = ((2, world // 2), ("ddp", "fsdp")) if kind == "hybrid" else ((world,), ("fsdp",))
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        placements = [Replicate(), Shard(0)][-len(shape) :]
+        sharded = {name: distribute_tensor(tensor, mesh, placements) for name, tensor in state.items()}
+    torch.save(sharded, folder / f"model_world_size_{world}_rank_{rank}.pt")
+    dist.destroy_process_group()
+
+
+def as_sharded_tensor(tensor: torch.Tensor, rank: int, world: int) -> ShardedTensor:
+    chunks = tensor.chunk(world)
+    offsets = [sum(len(chunk) for chunk in chunks[:rank]), *[0] * (tensor.dim() - 1)]
+    local = [ShardOfTensor.from_tensor_and_offsets(chunks[rank], offsets, rank)] if rank < len(chunks) else []
+    return init_from_local_shards(local, *tensor.shape)
+
+
+class Intruder:
+    """Something that runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("intruded",)
+
+
+def test_shards_that_hold_more_than_tensors_are_not_loaded(
+    make_tiny_model, merge: Callable, tmp_path: Path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    actor, source = tmp_path / "actor", make_tiny_model(tied=False)
+    actor.mkdir()
+    torch.save({"model.norm.weight": Intruder()}, actor / "model_world_size_1_rank_0.pt")
+    with pytest.raises(UserError, match=r"rank_0.pt: holds more than tensors"):
+        merge(actor, tmp_path / "out", hf_model_path=source)
+    (actor / "model_world_size_1_rank_0.pt").write_bytes(b"PK" + bytes(100))
+    with pytest.raises(UserError, match=r"rank_0.pt: the file is damaged"):
+        merge(actor, tmp_path / "out", hf_model_path=source)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["actor"]
+
+
+def test_values_that_training_has_broken_are_named(make_tiny_model, merge: Callable, tmp_path: Path):
+    source = make_tiny_model(tied=False)
+    state = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    state["model.norm.weight"][3] = torch.nan
+    (tmp_path / "actor").mkdir()
+    torch.save(state, tmp_path / "actor" / "model_world_size_1_rank_0.pt")
+    with pytest.raises(UserError, match=r"model.norm.weight holds values that are not finite"):
+        merge(tmp_path, tmp_path / "out", hf_model_path=source)
+    assert not (tmp_path / "out").exists()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The three routes of the Hub that a push of small files takes."""
+
+    repositories: ClassVar[dict[str, dict[str, bytes]]] = {}
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        if self.path == "/api/repos/create":
+            name = "{organization}/{name}".format(**json.loads(body))
+            self.repositories[name] = {}
+            self._answer({"url": f"http://{self.headers['Host']}/{name}", "name": name})
+        elif self.path.endswith("/preupload/main"):
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
+            self._answer({"files": files})
+        else:
+            name = self.path.removeprefix("/api/models/").removesuffix("/commit/main")
+            lines = [json.loads(line) for line in body.splitlines()]
+            files = [line["value"] for line in lines if line["key"] == "file"]
+            self.repositories[name] |= {file["path"]: base64.b64decode(file["content"]) for file in files}
+            self._answer({"commitUrl": f"http://{self.headers['Host']}/{name}/commit/1", "commitOid": "1"})
+
+    def _answer(self, value: dict) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: object) -> None:
+        """Quiet."""
+
+
+@pytest.mark.slow
+def test_the_merged_model_is_pushed_whole(experiment: tuple[Path, Path], tmp_path: Path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    variables = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_test"}
+    result = run_shell(experiment[0], tmp_path / "out", "--hf_upload_path", "team/model", **variables)
+    server.shutdown()
+    assert result.returncode == 0, result.stderr
+    written = {str(path.relative_to(tmp_path / "out")): path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert {"model.safetensors", "score_module.pt", "tokenizer.json"} <= written.keys()
+    assert Hub.repositories["team/model"] == written
+
+    server.server_close()
+    result = run_shell(experiment[0], tmp_path / "again", "--hf_upload_path", "team/model", **variables)
+    assert result.returncode == 2
+    assert f"{tmp_path / 'again'} is written, but could not be pushed to team/model" in result.stderr
+    assert (tmp_path / "again" / "model.safetensors").is_file()
+
+
 def test_what_is_missing_is_said(merge: Callable, tmp_path: Path):
     with pytest.raises(UserError, match=r"not a checkpoint: expected .* with .metadata"):
         merge(tmp_path, tmp_path / "out")
     result = run_shell()
     assert result.returncode == 2
     assert "LOCAL_DIR (the checkpoint) and TARGET_DIR (the folder to write) missing" in result.stderr
+
+
+if __name__ == "__main__":
+    save_like_verl(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), Path(sys.argv[5]))
