@@ -18,8 +18,8 @@ from xbai.grading.dispatch import GradeRequest
 class CustomGrader:
     """Grades by calling `name(data_source, solution_str, ground_truth, extra_info)` of the Python file `path`.
 
-    The function returns the score, or a dict that holds it as `score` (see `as_grade`). Picklable, so that it reaches the grading
-    processes.
+    The function returns the score, or a dict that holds it as `score` (see `as_grade`). Picklable, so that it reaches
+    the grading processes.
     """
 
     path: str

@@ -66,7 +66,7 @@ class GraderPool:
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="grader")
 
     def submit(self, request: GradeRequest) -> Future[Grade]:
-        """Grade in the background. A `UserError` of the grader (an unknown data source, say) comes out of the future."""
+        """Grade in the background; a `UserError` of the grader (an unknown data source, say) comes out of it."""
         return self._threads.submit(self._grade_one, request)
 
     def submit_batch(self, requests: Sequence[GradeRequest]) -> Future[list[Grade]]:

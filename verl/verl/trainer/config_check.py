@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from verl.trainer.critic_config import check_critic
 from verl.trainer.placement_config import check_kernels, check_placement
 from verl.trainer.ppo.core_algos import ADVANTAGE_ESTIMATORS, KL_ESTIMATORS, LOSS_AGG_MODES
-from verl.trainer.rollout_check import check_rollout
 from verl.trainer.ppo.remote_folder import check_url, is_url
+from verl.trainer.rollout_check import check_rollout
 from verl.utils.dataset.rl_dataset import file_list
 from verl.utils.model_shapes import KNOWN_CONFIGS
 from verl.utils.tracking import BACKENDS
@@ -154,7 +154,7 @@ def check_config(config: DictConfig, not_found: Callable[[str], None] | None = N
     check_placement(config)
     check_kernels(config, not_found)
     _check_sequence_parallel(config, not_found)
-    check_rollout(config, _model_config(config.actor_rollout_ref.model.path, not_found))
+    check_rollout(config, lambda: _model_config(config.actor_rollout_ref.model.path, not_found))
     _check_batch_sizes(config)
     check_critic(config, changed, not_found)
     _check_lengths(config, not_found)

@@ -30,10 +30,10 @@ def run(config: DictConfig) -> None:
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
     trainer = RayPPOTrainer(config)
-    if trainer.is_done:
-        logger.info("nothing left to do: step %d of %d is done", trainer.step, trainer.total_steps)
-        return
     try:
+        if trainer.is_done:
+            trainer.end_without_training()
+            return
         trainer.init_workers()
         trainer.fit()
     except WorkerLostError as error:

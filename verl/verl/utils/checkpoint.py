@@ -1,20 +1,22 @@
-"""Sharded checkpoints of one training process group (`global_step_N/actor/`), loadable at another world size.
+"""Sharded checkpoints of one training process group (`global_step_N/{actor,critic}/`), loadable at another world size.
 
     actor/
-      *.distcp .metadata     model, both optimisers and both schedules (torch.distributed.checkpoint)
-      rng_rank_R.pt          random states of rank R
+      *.distcp .metadata     model, optimisers, schedules and each rank's random states (torch.distributed.checkpoint)
       huggingface/           config, tokenizer and sprm_config.json, for the model merger
 
-Model keys in it are `model.lm.<Hugging Face name>` and `model.score_head.*`. Saving fills the folder that the caller
-names, and returns when every byte of this rank is on the disk; the caller makes the step folder visible at once (a
-rename, after all ranks are done).
+Model keys in it are `model.<name in the module>`, so the policy's `model.lm.<Hugging Face name>` and
+`model.score_head.*`. Saving fills the folder that the caller names; when every rank's bytes are on the disk, the caller
+makes the step folder visible at once (a rename). `.metadata` is written last of all.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import random
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +24,23 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from transformers import PreTrainedTokenizerBase
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from verl.utils.fsdp import reshard
-from verl.utils.optim import JointOptimizer
-from verl.workers.actor.joint_model import JointModel
+from verl.utils.optim import Optimizers
 from xbai.errors import UserError
 from xbai.files import atomic_write, fsync_tree
 from xbai.sprm import SPRMConfig
@@ -45,33 +53,92 @@ HUGGINGFACE_FOLDER = "huggingface"
 
 def save_checkpoint(
     folder: str | Path,
-    model: JointModel,
-    optimizer: JointOptimizer,
+    model: nn.Module,
+    optimizer: Optimizers,
     tokenizer: PreTrainedTokenizerBase,
     sprm_config: SPRMConfig | None = None,
 ) -> None:
-    """Write everything that training needs to go on. A collective.
+    """Write everything that training needs to go on; returns when all ranks' bytes are on the disk. A collective.
 
     Args:
         folder: `.../actor`, in a step folder that is not yet visible under its final name.
-        model, optimizer: of this rank.
+        model, optimizer: of this rank; the model holds one transformers model, whose configuration is written.
         tokenizer, sprm_config: travel with the weights.
+
+    Raises:
+        UserError: the disk is full, or a rank could not write for another reason; on every rank.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    reshard(model)
-    dcp.save(_state_dict(model, optimizer), storage_writer=dcp.FileSystemWriter(folder, sync_files=True))
-    with atomic_write(_rng_path(folder, dist.get_rank())) as stream:
-        torch.save({"world_size": dist.get_world_size(), **rng_state()}, stream)
-    if dist.get_rank() == 0:
-        _save_huggingface_files(folder / HUGGINGFACE_FOLDER, model, tokenizer, sprm_config)
-    dist.barrier()
+    writer = _Writer(folder, model, tokenizer, sprm_config)
+    try:
+        dcp.save(_everything(model, optimizer), storage_writer=writer)
+    except CheckpointException as error:
+        raise _not_saved(folder, error) from error
+
+
+class BackgroundSaves:
+    """`save_checkpoint` that returns once the state is copied to CPU memory, and writes the copy during training.
+
+    Costs CPU memory for this rank's weights and optimiser states (pinned on a GPU machine, and kept for the next save).
+    One save at a time: `is_done` must have said so before the next.
+    """
+
+    def __init__(self) -> None:
+        on_gpu = torch.cuda.is_available()
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=on_gpu,
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=on_gpu,
+            )
+        )
+        # Training's own collectives must never meet those of the writing thread.
+        self._group = dist.new_group(backend="gloo")
+        self._save: Future | None = None
+        self._folder: Path | None = None
+
+    def start(
+        self,
+        folder: str | Path,
+        model: nn.Module,
+        optimizer: Optimizers,
+        tokenizer: PreTrainedTokenizerBase,
+        sprm_config: SPRMConfig | None = None,
+    ) -> None:
+        """Copy the state and begin to write it; arguments as `save_checkpoint`. A collective."""
+        self._folder = Path(folder)
+        self._save = dcp.async_save(
+            _everything(model, optimizer),
+            storage_writer=_Writer(folder, model, tokenizer, sprm_config),
+            process_group=self._group,
+            async_stager=self._stager,
+        )
+
+    def is_done(self) -> bool:
+        """Whether all ranks' bytes are on the disk.
+
+        Raises:
+            UserError: a rank could not write; on every rank.
+        """
+        if self._save is None:
+            return True
+        if not self._save.done():
+            return False
+        save, self._save = self._save, None
+        try:
+            save.result()
+        except CheckpointException as error:
+            raise _not_saved(self._folder, error) from error
+        return True
 
 
 def load_checkpoint(
-    folder: str | Path, model: JointModel, optimizer: JointOptimizer, *, load_optimizer: bool = True, seed: int = 0
+    folder: str | Path, model: nn.Module, optimizer: Optimizers, *, load_optimizer: bool = True, seed: int = 0
 ) -> None:
     """Restore what `save_checkpoint` wrote, in place. A collective.
+
+    Moments and the place in the schedules come from the checkpoint; learning rates and other settings of the
+    optimisers are the configuration's, so that a run can go on with others.
 
     Args:
         folder: `.../global_step_N/actor`.
@@ -80,21 +147,29 @@ def load_checkpoint(
         seed: for the random states, when the checkpoint was written by another number of ranks.
 
     Raises:
-        UserError: no checkpoint in the folder.
+        UserError: no checkpoint in the folder, or one of another model.
     """
     folder = Path(folder)
     if not (folder / ".metadata").exists():
         raise UserError(f"{folder}: no checkpoint here (no .metadata); resume from a global_step_N folder that has one")
     reshard(model)
-    state = _state_dict(model, optimizer if load_optimizer else None)
-    dcp.load(state, checkpoint_id=folder)
+    state = _state(model, optimizer if load_optimizer else None)
+    saved_by = sum(key.startswith("rng.") for key in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+    if saved_by == dist.get_world_size():
+        state["rng"] = {_rank_key(): b""}
+    try:
+        dcp.load(state, checkpoint_id=folder)
+    except CheckpointException as error:
+        raise UserError(f"{folder}: the checkpoint does not fit this model: {_reason(error)}") from error
     set_model_state_dict(model, state["model"])
     if load_optimizer:
         for name, part in optimizer.optimizers.items():
-            set_optimizer_state_dict(model, part, optim_state_dict=state[f"{name}_optimizer"])
-        for name, schedule in optimizer.schedules.items():
-            schedule.load_state_dict(state[f"{name}_schedule"])
-    _load_rng(folder, seed)
+            _load_optimizer(model, part, state[f"{name}_optimizer"])
+            _load_schedule(name, optimizer.schedules[name], state[f"{name}_schedule"])
+    if "rng" in state:
+        set_rng_state(torch.load(io.BytesIO(state["rng"][_rank_key()]), weights_only=False))
+    else:
+        _seed_anew(folder, saved_by, seed)
 
 
 def rng_state() -> dict[str, Any]:
@@ -116,7 +191,40 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _state_dict(model: JointModel, optimizer: JointOptimizer | None) -> dict[str, Any]:
+class _Writer(dcp.FileSystemWriter):
+    """Also writes the Hugging Face files, on rank 0, as a part of the save: where they fail, it fails on every rank."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        sprm_config: SPRMConfig | None,
+    ) -> None:
+        super().__init__(folder, sync_files=True)
+        language_model = next(part for part in model.children() if isinstance(part, PreTrainedModel))
+        target = Path(folder) / HUGGINGFACE_FOLDER
+        self._write_files = partial(_save_huggingface_files, target, language_model, tokenizer, sprm_config)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        self._write_files()
+        super().finish(metadata, results)
+
+
+def _save_huggingface_files(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sprm_config: SPRMConfig | None
+) -> None:
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if sprm_config is not None:
+        with atomic_write(folder / SPRM_CONFIG_FILE, "w") as stream:
+            json.dump(sprm_config.to_dict(), stream, indent=2)
+    fsync_tree(folder)
+
+
+def _state(model: nn.Module, optimizer: Optimizers | None) -> dict[str, Any]:
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
     if optimizer is not None:
         for name, part in optimizer.optimizers.items():
@@ -126,32 +234,54 @@ def _state_dict(model: JointModel, optimizer: JointOptimizer | None) -> dict[str
     return state
 
 
-def _rng_path(folder: Path, rank: int) -> Path:
-    return folder / f"rng_rank_{rank}.pt"
+def _everything(model: nn.Module, optimizer: Optimizers) -> dict[str, Any]:
+    reshard(model)
+    random_states = io.BytesIO()
+    torch.save(rng_state(), random_states)
+    return _state(model, optimizer) | {"rng": {_rank_key(): random_states.getvalue()}}
 
 
-def _load_rng(folder: Path, seed: int) -> None:
+def _rank_key() -> str:
+    return f"rank_{dist.get_rank()}"
+
+
+def _not_saved(folder: str | Path, error: CheckpointException) -> UserError:
+    return UserError(f"{folder}: the checkpoint could not be written: {_reason(error)}")
+
+
+def _reason(error: CheckpointException) -> str:
+    """The first rank's failure, in one line."""
+    rank, (failure, _) = min(error.failures.items())
+    text = " ".join(str(failure).split())
+    return f"rank {rank}: {type(failure).__name__}: {text[:300]}"
+
+
+def _load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    configured = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    set_optimizer_state_dict(model, optimizer, optim_state_dict=state)
+    for group, settings in zip(optimizer.param_groups, configured):
+        group.update(settings)
+
+
+def _load_schedule(name: str, schedule: LambdaLR, state: dict[str, Any]) -> None:
+    configured = schedule.base_lrs
+    if [float(rate) for rate in state["base_lrs"]] != [float(rate) for rate in configured]:
+        logger.info("peak learning rate of %s: %s until now, %s from here on", name, state["base_lrs"], configured)
+    schedule.load_state_dict({**state, "base_lrs": configured})
+    for group, peak, factor in zip(schedule.optimizer.param_groups, configured, schedule.lr_lambdas):
+        rate = peak * factor(schedule.last_epoch)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+
+
+def _seed_anew(folder: Path, saved_by: int, seed: int) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    saved_by = torch.load(_rng_path(folder, 0), weights_only=False)["world_size"]
-    if saved_by == world_size:
-        set_rng_state(torch.load(_rng_path(folder, rank), weights_only=False))
-        return
     logger.warning(
         "%s was written by %d ranks, now there are %d: random states start anew", folder, saved_by, world_size
     )
     random.seed(seed + rank)
     np.random.seed(seed + rank)
     torch.manual_seed(seed + rank)
-
-
-def _save_huggingface_files(
-    folder: Path, model: JointModel, tokenizer: PreTrainedTokenizerBase, sprm_config: SPRMConfig | None
-) -> None:
-    model.lm.config.save_pretrained(folder)
-    if model.lm.can_generate():
-        model.lm.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    if sprm_config is not None:
-        with atomic_write(folder / SPRM_CONFIG_FILE, "w") as stream:
-            json.dump(sprm_config.to_dict(), stream, indent=2)
-    fsync_tree(folder)

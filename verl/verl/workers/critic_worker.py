@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from verl import DataProto
 from verl.single_controller import Dispatch, Worker, register
-from verl.utils.checkpoint import load_checkpoint, save_checkpoint
+from verl.utils.checkpoint import BackgroundSaves, load_checkpoint, save_checkpoint
 from verl.utils.fsdp import init_distributed
 from verl.utils.model import load_tokenizer, loading_dtype
 from verl.utils.optim import Optimizers
@@ -48,6 +48,7 @@ class CriticWorker(Worker):
         self._critic = DataParallelPPOCritic(
             config, self._critic_model.model, self._critic_model.optimizer, sequence_parallel_group(sp_size)
         )
+        self._background_saves = BackgroundSaves()
 
     @register(Dispatch.DP_COMPUTE_PROTO, group="train")
     def compute_values(self, data: DataProto) -> DataProto:
@@ -77,10 +78,24 @@ class CriticWorker(Worker):
         return DataProto(meta_info={"metrics": training_metrics | metrics})
 
     @register(Dispatch.ONE_TO_ALL)
-    def save_checkpoint(self, folder: str) -> None:
-        """Write this group's part of a checkpoint; see `verl.utils.checkpoint.save_checkpoint`."""
+    def save_checkpoint(self, folder: str, background: bool = False) -> None:
+        """Write this group's part of a checkpoint; with `background` only copy it, and write the copy meanwhile.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        save = self._background_saves.start if background else save_checkpoint
         with self._critic_model.on_device(with_optimizer=True):
-            save_checkpoint(folder, self._critic_model.model, self._critic_model.optimizer, self.tokenizer)
+            save(folder, self._critic_model.model, self._critic_model.optimizer, self.tokenizer)
+
+    @register(Dispatch.ONE_TO_ALL)
+    def checkpoint_is_written(self) -> bool:
+        """Whether the save in the background is done; does not wait.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        return self._background_saves.is_done()
 
     @register(Dispatch.ONE_TO_ALL)
     def load_checkpoint(self, folder: str) -> None:

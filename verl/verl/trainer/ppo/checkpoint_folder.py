@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,7 +34,7 @@ class CheckpointFolder:
 
     def step_folder(self, step: int) -> Path:
         """Where the checkpoint after `step` lies."""
-        return self.folder / f"global_step_{step}"
+        return self.folder / step_name(step)
 
     def find(self, resume_mode: str, resume_from_path: str | None) -> Path | None:
         """The checkpoint to go on from, or None for a new run.
@@ -61,7 +61,7 @@ class CheckpointFolder:
 
     @contextmanager
     def write(self, step: int) -> Iterator[Path]:
-        """Yield an empty folder to fill; on success it becomes the latest checkpoint and old ones are dropped."""
+        """Yield an empty folder to fill; on success it takes its final name and is the latest checkpoint."""
         final = self.step_folder(step)
         if final.exists():
             _remove(final)
@@ -69,18 +69,24 @@ class CheckpointFolder:
             yield temporary
         with atomic_write(self.folder / LATEST_FILE, "w") as stream:
             stream.write(str(step))
-        self._drop_old(step)
 
-    def _drop_old(self, latest: int) -> None:
-        if self._max_to_keep is None:
+    def drop_old(self, in_use: Collection[int] = ()) -> None:
+        """Delete all but the newest `max_to_keep` checkpoints up to the latest, and those `in_use`."""
+        latest = self.folder / LATEST_FILE
+        if self._max_to_keep is None or not latest.exists():
             return
-        earlier = sorted(step for step in self._steps() if step < latest)
-        for step in earlier[: max(0, len(earlier) + 1 - self._max_to_keep)]:
-            _remove(self.step_folder(step))
+        for step in surplus(self._steps(), int(latest.read_text()), self._max_to_keep):
+            if step not in in_use:
+                _remove(self.step_folder(step))
 
     def _steps(self) -> list[int]:
         names = (re.fullmatch(r"global_step_(\d+)", path.name) for path in self.folder.iterdir())
         return [int(name[1]) for name in names if name]
+
+
+def step_name(step: int) -> str:
+    """What the checkpoint after `step` is called."""
+    return f"global_step_{step}"
 
 
 def step_of(checkpoint: Path) -> int:
@@ -93,6 +99,12 @@ def step_of(checkpoint: Path) -> int:
     if name is None:
         raise UserError(f"{checkpoint}: a checkpoint folder is called global_step_N")
     return int(name[1])
+
+
+def surplus(steps: Collection[int], latest: int, max_to_keep: int) -> list[int]:
+    """Which of `steps` to delete so that `max_to_keep` up to `latest` stay. Later ones are of a run before this one."""
+    earlier = sorted(step for step in steps if step < latest)
+    return earlier[: max(0, len(earlier) + 1 - max_to_keep)]
 
 
 def _checked(checkpoint: Path, named_by: str) -> Path:

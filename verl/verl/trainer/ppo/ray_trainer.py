@@ -12,19 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from verl.protocol import DataProto, object_array
 from verl.single_controller import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from verl.trainer.critic_config import critic_config
-from verl.trainer.ppo.checkpoint_folder import TRAINER_STATE_FILE, CheckpointFolder, step_of
 from verl.trainer.ppo.cluster import check_shared_folder, start_ray, worker_env
 from verl.trainer.ppo.core_algos import AdvantageInputs, compute_advantages, get_kl_controller, kl_penalty
 from verl.trainer.ppo.metrics import ValidationResult, masked_mean, train_metrics, validation_metrics
 from verl.trainer.ppo.reward import check_gradable, load_reward_manager
-from verl.utils.checkpoint import rng_state, set_rng_state
+from verl.trainer.ppo.run_state import RunState
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, create_dataloader
 from verl.utils.model import load_tokenizer
 from verl.utils.seqlen_balancing import rows_by_rank
@@ -64,13 +62,12 @@ class RayPPOTrainer:
         model_config = read_config(model.path, model.trust_remote_code)
         self._eos_token_ids = eos_token_ids(model.path, model_config, self.tokenizer)
         self._load_data()
-        self._checkpoints = CheckpointFolder(config.trainer.default_local_dir, config.trainer.max_actor_ckpt_to_keep)
-        self._resume_from = self._checkpoints.find(config.trainer.resume_mode, config.trainer.resume_from_path)
-        self.step = step_of(self._resume_from) if self._resume_from else 0
         self._estimator = config.algorithm.adv_estimator
         self._critic_config = critic_config(config) if self._estimator == "gae" else None
         self._tis_imp_ratio_cap: float | None = config.actor_rollout_ref.actor.tis_imp_ratio_cap
         self._kl_controller = get_kl_controller(config.algorithm.kl_ctrl)
+        self._run_state = RunState(config, self._train_data, self._loader, self._kl_controller)
+        self.step = self._run_state.step
         self._reward_manager = load_reward_manager(config, self.tokenizer)
         self._update_keys = LossConfig.from_config(config.actor_rollout_ref).batch_keys()
         self._workers: RayWorkerGroup | None = None
@@ -84,7 +81,11 @@ class RayPPOTrainer:
             columns = dataset.values(data.reward_fn_key), dataset.values("reward_model")
             check_gradable(zip(dataset.places(), *columns), self.config)
         self._loader = create_dataloader(
-            self._train_data, data.train_batch_size, shuffle=data.shuffle, seed=trainer.seed
+            self._train_data,
+            data.train_batch_size,
+            shuffle=data.shuffle,
+            seed=trainer.seed,
+            num_workers=data.dataloader_num_workers,
         )
         self.total_steps = trainer.total_training_steps or trainer.total_epochs * len(self._loader)
 
@@ -92,6 +93,14 @@ class RayPPOTrainer:
     def is_done(self) -> bool:
         """The checkpoint to resume from is already at the last step."""
         return self.step >= self.total_steps
+
+    def end_without_training(self) -> None:
+        """Say that nothing is left to do, and copy to the remote folder what an earlier run could not."""
+        key = "total_epochs" if self.config.trainer.total_training_steps is None else "total_training_steps"
+        value = self.config.trainer[key]
+        done = f"step {self.step} of {self.total_steps} is done"
+        logger.info("nothing left to do: %s; raise trainer.%s=%d to go on", done, key, value)
+        self._run_state.catch_up()
 
     def init_workers(self) -> None:
         """Start Ray (or join the cluster) and one process a GPU, each with its part of the models."""
@@ -116,6 +125,12 @@ class RayPPOTrainer:
             self._critic.init_model()
 
     @property
+    def _groups(self) -> dict[str, RayWorkerGroup]:
+        """The worker groups that there are, by the name of their part of a checkpoint."""
+        groups = {"actor": self._workers, "critic": self._critic}
+        return {name: group for name, group in groups.items() if group is not None}
+
+    @property
     def _uses_reference_log_probs(self) -> bool:
         actor = self.config.actor_rollout_ref.actor
         # The update itself computes the full KL, from the reference's hidden states.
@@ -136,22 +151,22 @@ class RayPPOTrainer:
     def fit(self) -> None:
         """Train from the resumed step to the last one, validating, logging and saving on the way."""
         trainer = self.config.trainer
-        self._checkpoints.prepare(resuming=self._resume_from is not None)
-        if self._resume_from is not None:
-            self._load(self._resume_from)
+        self._run_state.restore(self._groups)
         with self._tracking() as tracking, self._progress() as report:
             if self.step == 0 and trainer.val_before_train and self._val_data:
                 tracking.log(self.validate(), step=0)
             for prompts in self._prompt_batches():
+                self._run_state.check()
                 metrics = self.train_step(prompts)
                 if self._val_data and self._is_due(trainer.test_freq):
                     metrics |= self.validate()
                 tracking.log(metrics, self.step)
                 # After logging: what a checkpoint stands for is never missing from the logs.
                 if self._is_due(trainer.save_freq):
-                    self._save()
+                    self._run_state.save(self.step, self._groups)
                 report(metrics)
-        logger.info("finished %d steps; everything lies in %s", self.step, self._checkpoints.folder)
+        self._run_state.finish()
+        logger.info("finished %d steps; everything lies in %s", self.step, self._run_state.folder)
 
     def train_step(self, prompts: DataProto) -> dict[str, float]:
         """One step of the algorithm on a batch of prompts; returns its metrics."""
@@ -193,9 +208,10 @@ class RayPPOTrainer:
         return validation_metrics(results, n) | timing
 
     def close(self) -> None:
-        """End graders, workers and this run's part in Ray."""
+        """End graders, workers and this run's part in Ray; a checkpoint being written gets a little time."""
         self._reward_manager.close()
-        for group in filter(None, (self._workers, self._critic)):
+        self._run_state.close()
+        for group in self._groups.values():
             group.shutdown()
         ray.shutdown()
 
@@ -203,12 +219,11 @@ class RayPPOTrainer:
 
     def _prompt_batches(self) -> Iterator[DataProto]:
         """Batches of prompts until the last step, epoch after epoch; `step` counts them."""
+        batches = self._run_state.batches()
         while not self.is_done:
-            for columns in self._loader:
-                self.step += 1
-                yield self._seeded(DataProto.from_single_dict(columns), self.step)
-                if self.is_done:
-                    return
+            columns = next(batches)
+            self.step += 1
+            yield self._seeded(DataProto.from_single_dict(columns), self.step)
 
     def _seeded(self, prompts: DataProto, occasion: int | str) -> DataProto:
         """Give each prompt its sampling seed: a run that is resumed samples what an uninterrupted one does."""
@@ -308,28 +323,6 @@ class RayPPOTrainer:
 
     # Files
 
-    def _save(self) -> None:
-        start = time.perf_counter()
-        with self._checkpoints.write(self.step) as folder:
-            self._workers.save_checkpoint(str(folder.resolve() / "actor"))
-            state = {
-                "step": self.step,
-                "loader": self._loader.state_dict(),
-                "rng": rng_state(),
-                "kl_coef": self._kl_controller.value,
-            }
-            torch.save(state, folder / TRAINER_STATE_FILE)
-        seconds = time.perf_counter() - start
-        logger.info("saved %s in %.1f s", self._checkpoints.step_folder(self.step), seconds)
-
-    def _load(self, checkpoint: Path) -> None:
-        logger.info("going on from %s (step %d of %d)", checkpoint, self.step, self.total_steps)
-        self._workers.load_checkpoint(str(checkpoint.resolve() / "actor"))
-        state = torch.load(checkpoint / TRAINER_STATE_FILE, weights_only=False)
-        self._loader.load_state_dict(state["loader"])
-        self._kl_controller.value = state["kl_coef"]
-        set_rng_state(state["rng"])
-
     def _dump(self, batch: DataProto, reward: Reward) -> None:
         """Write the step's samples to `trainer.rollout_data_dir`."""
         folder = self.config.trainer.rollout_data_dir
@@ -378,7 +371,7 @@ class RayPPOTrainer:
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
-            TextColumn(f"→ {self._checkpoints.folder}"),
+            TextColumn(f"→ {self._run_state.folder}"),
         )
         with Progress(*columns) as progress:
             task = progress.add_task("", total=self.total_steps, completed=self.step)

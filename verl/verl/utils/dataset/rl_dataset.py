@@ -140,8 +140,17 @@ def collate_fn(items: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[st
     return {key: padded(key) for key in fill} | {key: object_array(item.get(key) for item in items) for key in others}
 
 
-def create_dataloader(dataset: RLHFDataset, batch_size: int, *, shuffle: bool, seed: int) -> StatefulDataLoader:
+def create_dataloader(
+    dataset: RLHFDataset, batch_size: int, *, shuffle: bool, seed: int, num_workers: int = 0
+) -> StatefulDataLoader:
     """Endlessly restartable batches of whole size, whose `state_dict` resumes at the very next one.
+
+    Args:
+        dataset: what to read.
+        batch_size: rows.
+        shuffle: a new order every epoch.
+        seed: of the order.
+        num_workers: processes that prepare batches ahead; 0: none, this process does it.
 
     Raises:
         UserError: fewer rows than one batch.
@@ -156,4 +165,5 @@ def create_dataloader(dataset: RLHFDataset, batch_size: int, *, shuffle: bool, s
         sampler=RandomSampler(dataset, generator=generator) if shuffle else None,
         collate_fn=lambda items: collate_fn(items, dataset.tokenizer.pad_token_id),
         drop_last=True,
+        num_workers=num_workers,
     )

@@ -32,8 +32,8 @@ class Reward:
     graded: Tensor
     """[B] bool: False where the grader timed out, crashed, raised or gave no number."""
     reward_extra_info: dict[str, np.ndarray]
-    """Per response: `grade` as the grader gave it (None without one), `penalty` subtracted from it, and what a grader of
-    one's own returned besides."""
+    """Per response: `grade` as the grader gave it (None without one), `penalty` subtracted from it, and what a custom
+    function returned besides."""
     metrics: dict[str, float]
     """`reward/ungraded_{reason}`, `reward_extra/{name}` (means), `timing_s/reward` (from launch to the last grade) and
     `timing_s/reward_wait` (of that, how long somebody waited)."""

@@ -1,0 +1,285 @@
+"""What of a run outlives its process: the checkpoint it goes on from, and those it writes."""
+
+from __future__ import annotations
+
+import io
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, TimeoutError, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from verl.single_controller import RayWorkerGroup
+from verl.trainer.ppo.checkpoint_folder import TRAINER_STATE_FILE, CheckpointFolder, step_name, step_of
+from verl.trainer.ppo.core_algos import KLController
+from verl.trainer.ppo.data_identity import data_identity, differences
+from verl.trainer.ppo.remote_folder import RemoteFolder, Uploads, is_url
+from verl.utils.checkpoint import HUGGINGFACE_FOLDER, rng_state, set_rng_state
+from verl.utils.dataset.rl_dataset import RLHFDataset
+from xbai.engine.files import read_config
+from xbai.errors import UserError
+from xbai.sprm.head import SPRM_CONFIG_FILE
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.2
+"""How often to ask the workers whether a save in the background is done."""
+CLOSE_TIMEOUT_S = 30.0
+"""How long a run that ends by an error waits for a save under way."""
+MODEL_SHAPE = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+"""Fields of config.json in which a checkpoint and the model of a run that goes on from it must agree."""
+
+WorkerGroups = Mapping[str, RayWorkerGroup]
+"""Worker groups by the name of their part of a checkpoint: `actor`, and `critic` where there is one."""
+
+
+class RunState:
+    """Finds the checkpoint to go on from, restores it, and writes new ones (with `trainer.async_save`, meanwhile).
+
+    Args:
+        config: composed and checked.
+        dataset, loader: the training data and its batches.
+        kl_controller: its coefficient belongs to the state.
+
+    Attributes:
+        checkpoint: the one to go on from; None for a new run.
+        step: of that checkpoint, or 0.
+
+    Raises:
+        UserError: a checkpoint that is not there or does not fit the run, a remote folder that cannot be used.
+    """
+
+    def __init__(
+        self, config: DictConfig, dataset: RLHFDataset, loader: StatefulDataLoader, kl_controller: KLController
+    ) -> None:
+        trainer = config.trainer
+        self._config, self._loader, self._kl_controller = config, loader, kl_controller
+        self._folder = CheckpointFolder(trainer.default_local_dir, trainer.max_actor_ckpt_to_keep)
+        self._remote = self._uploads = None
+        if trainer.default_hdfs_dir is not None:
+            self._remote = RemoteFolder(trainer.default_hdfs_dir, trainer.max_actor_ckpt_to_keep)
+            self._uploads = Uploads(self._remote)
+        self._identity = data_identity(config, dataset)
+        self.checkpoint = self._find()
+        self._state: dict[str, Any] | None = None
+        self._keeps_place = True
+        self._epoch, self._batch = 1, 0
+        if self.checkpoint is not None:
+            self._check_model(self.checkpoint)
+            self._state = torch.load(self.checkpoint / TRAINER_STATE_FILE, weights_only=False)
+            self._check_data(self._state["data"])
+        self.step = step_of(self.checkpoint) if self.checkpoint is not None else 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._saving: Future[None] | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoints lie."""
+        return self._folder.folder
+
+    def restore(self, groups: WorkerGroups) -> None:
+        """Make ready for saving; where there is a checkpoint, put workers, data and random states where it was."""
+        self._folder.prepare(resuming=self.checkpoint is not None)
+        if self.checkpoint is None:
+            return
+        self._upload_if_behind(self.checkpoint)
+        for part, group in groups.items():
+            group.load_checkpoint(str(self.checkpoint.resolve() / part))
+        if self._keeps_place:
+            self._loader.load_state_dict(self._state["loader"])
+            self._epoch, self._batch = self._state["place"]
+        self._kl_controller.value = self._state["kl_coef"]
+        set_rng_state(self._state["rng"])
+        logger.info("going on from %s: step %d is done%s", self.checkpoint, self.step, self._place_in_words())
+        self._state = None
+
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """Batches of prompts, epoch after epoch, without end, from the place where the checkpoint was."""
+        while True:
+            for columns in self._loader:
+                self._batch += 1
+                yield columns
+            self._epoch, self._batch = self._epoch + 1, 0
+
+    def save(self, step: int, groups: WorkerGroups) -> None:
+        """Write the checkpoint after `step`: returns when it is on the disk, or, with `trainer.async_save`, as soon as
+        training may change the weights again.
+
+        Raises:
+            UserError: this save failed, or the one before.
+        """
+        start = time.perf_counter()
+        self._wait_for_save()
+        state = {
+            "step": step,
+            "loader": self._loader.state_dict(),
+            "place": (self._epoch, self._batch),
+            "rng": rng_state(),
+            "kl_coef": self._kl_controller.value,
+            "data": self._identity,
+        }
+        copied: Future[None] = Future()
+        self._saving = self._thread.submit(self._write, step, state, groups, copied)
+        if self._config.trainer.async_save:
+            wait([copied, self._saving], return_when=FIRST_COMPLETED)
+            self.check()
+        else:
+            self._wait_for_save()
+        logger.info("training waited %.1f s for the checkpoint of step %d", time.perf_counter() - start, step)
+
+    def check(self) -> None:
+        """Raise the error of a save that failed in the background."""
+        if self._saving is not None and self._saving.done():
+            self._wait_for_save()
+
+    def finish(self) -> None:
+        """Wait until everything is written, and copied to the remote folder or given up.
+
+        Raises:
+            UserError: the last save failed.
+        """
+        self._wait_for_save()
+        if self._uploads is None:
+            return
+        if self._uploads.in_use:
+            logger.info("waiting for the copies in %s", self._remote.url)
+        self._uploads.wait()
+        self._folder.drop_old()
+        if self._uploads.failed:
+            logger.error("not copied to %s: %s", self._remote.url, ", ".join(map(str, self._uploads.failed)))
+
+    def catch_up(self) -> None:
+        """Copy the checkpoint found to the remote folder, where that has none as new, and wait."""
+        if self.checkpoint is not None:
+            self._upload_if_behind(self.checkpoint)
+        self.finish()
+
+    def close(self) -> None:
+        """Let a save under way end, for a while, when the run ends early; copies that are not done start over when the
+        run goes on."""
+        try:
+            if self._saving is not None:
+                self._saving.result(CLOSE_TIMEOUT_S)
+        except TimeoutError:
+            logger.warning("a checkpoint was still being written and is lost; the latest one whole stays")
+        except Exception as error:
+            logger.warning("a checkpoint could not be written: %s", " ".join(str(error).split())[:300])
+        self._saving = None
+        self._thread.shutdown(wait=False)
+
+    def _write(self, step: int, state: dict[str, Any], groups: WorkerGroups, copied: Future[None]) -> None:
+        """Runs in the saving thread."""
+        start = time.perf_counter()
+        try:
+            with self._folder.write(step) as folder:
+                _write_state(state, folder / TRAINER_STATE_FILE)
+                background = self._config.trainer.async_save
+                for part, group in groups.items():
+                    group.save_checkpoint(str(folder.resolve() / part), background=background)
+                copied.set_result(None)
+                # Asked, not waited for: a worker answers between two phases of training.
+                while background and not all(all(group.checkpoint_is_written()) for group in groups.values()):
+                    time.sleep(POLL_S)
+            if self._uploads is not None:
+                self._uploads.submit(self._folder.step_folder(step))
+            self._folder.drop_old(self._uploads.in_use if self._uploads is not None else ())
+        except OSError as error:
+            raise UserError(self._not_saved(step, error)) from error
+        except UserError as error:
+            raise UserError(self._not_saved(step, error)) from error
+        logger.info("saved %s in %.1f s", self._folder.step_folder(step), time.perf_counter() - start)
+
+    def _not_saved(self, step: int, error: Exception) -> str:
+        return (
+            f"trainer.default_local_dir={self.folder}: the checkpoint of step {step} was not saved ({error}); make "
+            "room or choose another folder; the same command goes on from the checkpoint before"
+        )
+
+    def _wait_for_save(self) -> None:
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.result()
+
+    # What a run goes on from
+
+    def _find(self) -> Path | None:
+        trainer = self._config.trainer
+        if trainer.resume_mode == "resume_path" and is_url(trainer.resume_from_path):
+            url, _, name = trainer.resume_from_path.rstrip("/").rpartition("/")
+            return RemoteFolder(url, key="trainer.resume_from_path").fetch(name, self._folder)
+        found = self._folder.find(trainer.resume_mode, trainer.resume_from_path)
+        if found is None and self._remote is not None and trainer.resume_mode == "auto":
+            step = self._remote.latest()
+            found = None if step is None else self._remote.fetch(step_name(step), self._folder)
+        return found
+
+    def _upload_if_behind(self, checkpoint: Path) -> None:
+        """A run that was killed may have saved what it could not copy any more."""
+        if self._uploads is None or checkpoint.parent.resolve() != self.folder.resolve():
+            return
+        copied = self._remote.latest()
+        if copied is None or copied < step_of(checkpoint):
+            self._uploads.submit(checkpoint)
+
+    def _check_model(self, checkpoint: Path) -> None:
+        """A checkpoint of another model is one line, before the workers load anything."""
+        section, saved = self._config.actor_rollout_ref, checkpoint / "actor" / HUGGINGFACE_FOLDER
+        if not (saved / "config.json").is_file():
+            raise UserError(f"{saved}: no config.json; this is no checkpoint of this trainer")
+        then, now = (read_config(path, section.model.trust_remote_code) for path in (saved, section.model.path))
+        for field in MODEL_SHAPE:
+            if getattr(then, field, None) != getattr(now, field, None):
+                raise UserError(
+                    f"{checkpoint} is of another model: its {field} is {getattr(then, field, None)}, that of "
+                    f"actor_rollout_ref.model.path={section.model.path} is {getattr(now, field, None)}; {_ANEW}"
+                )
+        had_head = (saved / SPRM_CONFIG_FILE).is_file()
+        if had_head != section.use_score:
+            raise UserError(
+                f"{checkpoint} was written with actor_rollout_ref.use_score={str(had_head).lower()}; set that, "
+                f"or {_ANEW}"
+            )
+
+    def _check_data(self, then: dict[str, Any]) -> None:
+        changes = differences(then, self._identity)
+        self._keeps_place = not changes
+        if not changes:
+            return
+        if not self._config.trainer.resume_with_new_data:
+            raise UserError(
+                f"{changes[0]} since {self.checkpoint} was written, so that its place in the data means nothing now; "
+                "put that back, or accept it with trainer.resume_with_new_data=true, which keeps the weights and the "
+                "step and begins a new epoch over the data"
+            )
+        logger.warning("%s: a new epoch over the data begins", "; ".join(changes))
+
+    def _place_in_words(self) -> str:
+        if not self._keeps_place:
+            return ", and a new epoch over the data begins"
+        if self._batch == len(self._loader):
+            return f", which ended epoch {self._epoch}: epoch {self._epoch + 1} begins"
+        return f", batch {self._batch} of {len(self._loader)} in epoch {self._epoch}"
+
+
+_ANEW = "start anew with trainer.resume_mode=disable"
+
+
+def _write_state(state: dict[str, Any], path: Path) -> None:
+    # By way of memory: torch's own writing to a file hides why it failed.
+    content = io.BytesIO()
+    torch.save(state, content)
+    path.write_bytes(content.getvalue())
