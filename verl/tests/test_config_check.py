@@ -65,7 +65,6 @@ def test_a_valid_configuration_passes(small_run):
         ("actor_rollout_ref.actor.ulysses_sequence_parallel_size=2", "set actor_rollout_ref.model.use_remove_padding="),
         ("actor_rollout_ref.actor.ulysses_sequence_parallel_size=3", "=3 must divide the 2 processes"),
         ("actor_rollout_ref.ref.ulysses_sequence_parallel_size=0", "=0 must be above 0"),
-        ("+actor_rollout_ref.rollout.chat_scheduler=x", "cannot act yet"),
         ("critic.optim.lr=1", "critic.optim.lr=1 cannot act yet"),
         ("algorithm.adv_estimator=gae", "there is no critic worker"),
         ("actor_rollout_ref.actor.fsdp_config.offload_policy=true", "cannot act on CPU"),

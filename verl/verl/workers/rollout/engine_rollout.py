@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -10,15 +11,20 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from verl import DataProto
+from verl.workers.phase_metrics import GIB
 from xbai.engine import Completion, SamplingParams, load_engine
 from xbai.engine.files import read_config, resolve_dtype
-from xbai.errors import UserError
 
+Weights = Iterable[tuple[str, Tensor]]
 SAMPLING_KEYS = ("n", "temperature", "top_p", "top_k", "do_sample")
 
 
 class EngineRollout:
-    """One engine for each data-parallel rank.
+    """One engine for each rank, or one for each `tensor_model_parallel_size` consecutive ranks, which then make the
+    same calls with the same prompts.
+
+    On a GPU with `free_cache_engine` the engine sleeps but for generating; `sleep_level` 1 keeps its weights in CPU
+    memory, 2 drops them.
 
     Args:
         config: the `rollout` section: `name`, `prompt_length`, `response_length`, the sampling keys and the engine's.
@@ -34,8 +40,6 @@ class EngineRollout:
     """
 
     def __init__(self, config: DictConfig, model: DictConfig, pad_token_id: int) -> None:
-        if config.get("tensor_model_parallel_size", 1) != 1:
-            raise UserError("rollout.tensor_model_parallel_size must be 1: every rank has an engine of its own")
         self._config = config
         self._pad_token_id = pad_token_id
         self._response_length: int = config.response_length
@@ -50,10 +54,58 @@ class EngineRollout:
             trust_remote_code=trust_remote_code,
             **_engine_options(config),
         )
+        self._is_current, self._is_asleep = True, False
+        self.sleep()
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take the policy's weights, by their Hugging Face names."""
-        self.engine.update_weights(weights)
+    def policy_has_changed(self) -> None:
+        """Have `wake_up` bring the new weights."""
+        self._is_current = False
+
+    def sleep(self) -> None:
+        """Leave the GPU's memory to training, where `free_cache_engine` asks for it."""
+        if _frees_memory(self._config):
+            level = self._config.get("sleep_level", 2)
+            self.engine.sleep(level)
+            self._is_asleep = True
+            self._is_current = self._is_current and level == 1
+
+    def wake_up(self, policy_weights: Callable[[], AbstractContextManager[Weights]]) -> dict[str, float]:
+        """Make the engine ready to generate with the present policy.
+
+        The KV cache comes last, so that it and a policy that is there for the sync never take memory together.
+
+        Args:
+            policy_weights: has the policy on the device inside and yields its weights, by their Hugging Face names;
+                not called when the engine has them already.
+
+        Returns:
+            `perf/weight_sync_gib`, what was brought.
+
+        Raises:
+            UserError: with `check_weight_sync`, the first weight that did not arrive as it was sent.
+        """
+        metrics: dict[str, float] = {}
+        if self._is_asleep:
+            self.engine.wake_up(["weights"])
+        if not self._is_current:
+            with policy_weights() as weights:
+                metrics["perf/weight_sync_gib"] = self._update_weights(weights) / GIB
+        if self._is_asleep:
+            self.engine.wake_up(["kv_cache"])
+        self._is_current, self._is_asleep = True, False
+        return metrics
+
+    def _update_weights(self, weights: Weights) -> int:
+        sent = 0
+
+        def counted() -> Iterator[tuple[str, Tensor]]:
+            nonlocal sent
+            for name, tensor in weights:
+                sent += tensor.nbytes
+                yield name, tensor
+
+        self.engine.update_weights(counted(), check=self._config.get("check_weight_sync", False))
+        return sent
 
     def generate(self, prompts: DataProto) -> DataProto:
         """Sample `n` responses for each prompt.
@@ -66,16 +118,23 @@ class EngineRollout:
         Returns:
             Rows of one prompt next to each other: `prompts` [B*n, P], `responses` [B*n, R] padded on the right,
             `input_ids attention_mask position_ids` [B*n, P+R], `response_mask` [B*n, R], and `rollout_log_probs`
-            [B*n, R] in float32, 0 on padding.
+            [B*n, R] in float32, 0 on padding. `meta_info["metrics"]` has `rollout/prefix_cache_hit_rate`, the share of
+            prompt tokens that were not computed anew, of an engine that counts it.
         """
         ids, mask = prompts.batch["input_ids"], prompts.batch["attention_mask"]
         sampling = self._sampling(prompts.meta_info)
         seeds = prompts.non_tensor_batch.get("seed", [None] * len(prompts))
+        counted, cached = self.engine.prompt_tokens, self.engine.cached_prompt_tokens
         completions = self.engine.generate(
             [row[kept].tolist() for row, kept in zip(ids, mask.bool())],
             [SamplingParams(**sampling, seed=None if seed is None else int(seed)) for seed in seeds],
         )
-        return self._to_batch(ids, mask, [one for group in completions for one in group], sampling["n"])
+        batch = self._to_batch(ids, mask, [one for group in completions for one in group], sampling["n"])
+        batch.meta_info["metrics"] = {}
+        if counted := self.engine.prompt_tokens - counted:
+            hit_rate = (self.engine.cached_prompt_tokens - cached) / counted
+            batch.meta_info["metrics"]["rollout/prefix_cache_hit_rate"] = hit_rate
+        return batch
 
     def _sampling(self, meta_info: Mapping[str, Any]) -> dict[str, Any]:
         source = self._config.val_kwargs if meta_info.get("validate") else self._config
@@ -118,4 +177,11 @@ def _engine_options(config: DictConfig) -> dict[str, Any]:
         keys += ["max_num_batched_tokens", "enforce_eager"]
         if torch.cuda.is_available():
             keys.append("gpu_memory_utilization")
-    return {key: config[key] for key in keys if config.get(key) is not None}
+    options = {key: config[key] for key in keys if config.get(key) is not None}
+    if (ranks := config.get("tensor_model_parallel_size", 1)) > 1:
+        options["tensor_parallel_size"] = ranks
+    return options
+
+
+def _frees_memory(config: DictConfig) -> bool:
+    return config.get("free_cache_engine", True) and torch.cuda.is_available()

@@ -1,0 +1,138 @@
+"""When the rollout engine sleeps, wakes up and takes weights; what it counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from verl import DataProto
+from verl.trainer.config_check import DEFAULTS_FILE
+from verl.workers.rollout import EngineRollout, engine_rollout
+
+WEIGHTS = {"a": torch.zeros(2**10), "b": torch.zeros(2**9, dtype=torch.bfloat16)}
+SYNC = ["wake weights", "policy to the device", "weights a b", "policy off the device", "wake kv_cache"]
+
+
+class RecordingEngine:
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.checks: list[bool] = []
+
+    def sleep(self, level: int) -> None:
+        self.calls.append(f"sleep {level}")
+
+    def wake_up(self, parts: list[str]) -> None:
+        self.calls += [f"wake {part}" for part in parts]
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], check: bool) -> None:
+        self.calls.append(" ".join(["weights", *(name for name, _ in weights)]))
+        self.checks.append(check)
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> RecordingEngine:
+    engine = RecordingEngine()
+    monkeypatch.setattr(engine_rollout, "load_engine", lambda *_, **__: engine)
+    return engine
+
+
+def rollout_config(**changes: object) -> DictConfig:
+    config = OmegaConf.load(DEFAULTS_FILE)
+    config.data.max_prompt_length, config.data.max_response_length = 256, 8
+    config.actor_rollout_ref.rollout.update(dtype="float32", max_num_seqs=8, **changes)
+    OmegaConf.resolve(config.actor_rollout_ref.rollout)
+    return config.actor_rollout_ref.rollout
+
+
+def make_rollout(folder: Path, **changes: object) -> EngineRollout:
+    return EngineRollout(rollout_config(**changes), OmegaConf.create({"path": str(folder)}), pad_token_id=0)
+
+
+def wake_up(rollout: EngineRollout, engine: RecordingEngine) -> dict[str, float]:
+    @contextmanager
+    def policy_weights() -> Iterator[Iterable[tuple[str, Tensor]]]:
+        engine.calls.append("policy to the device")
+        yield WEIGHTS.items()
+        engine.calls.append("policy off the device")
+
+    return rollout.wake_up(policy_weights)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_the_kv_cache_comes_after_the_policy_has_gone(engine: RecordingEngine, tiny_model_dir: Path):
+    rollout = make_rollout(tiny_model_dir, check_weight_sync=True)
+    metrics = wake_up(rollout, engine)
+    assert metrics == {"perf/weight_sync_gib": 5 * 2**10 / 2**30}
+    assert engine.calls == ["sleep 2", *SYNC]
+    assert engine.checks == [True]
+    rollout.sleep()
+    wake_up(rollout, engine)
+    assert engine.calls == 2 * ["sleep 2", *SYNC]
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_level_1_keeps_weights_that_have_not_changed(engine: RecordingEngine, tiny_model_dir: Path):
+    rollout = make_rollout(tiny_model_dir, sleep_level=1)
+    assert wake_up(rollout, engine) == {}
+    assert engine.calls == ["sleep 1", "wake weights", "wake kv_cache"]
+    rollout.sleep()
+    rollout.policy_has_changed()
+    wake_up(rollout, engine)
+    assert engine.calls[3:] == ["sleep 1", *SYNC]
+
+
+@pytest.mark.parametrize("frees", [True, False])
+def test_an_engine_that_keeps_its_memory_only_takes_weights(
+    engine: RecordingEngine, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, frees: bool
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: not frees)
+    rollout = make_rollout(tiny_model_dir, free_cache_engine=frees)
+    wake_up(rollout, engine)
+    rollout.sleep()
+    rollout.policy_has_changed()
+    wake_up(rollout, engine)
+    wake_up(rollout, engine)
+    assert engine.calls == SYNC[1:4]
+    assert engine.checks == [False]
+
+
+@pytest.mark.slow
+def test_samples_of_a_prompt_share_its_cache_until_the_weights_change(make_tiny_model):
+    pytest.importorskip("vllm")
+    rollout = make_rollout(make_tiny_model(seed=0), n=4)
+    ids = torch.randint(0, 200, (2, 256))
+    prompts = DataProto.from_dict({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, {"seed": [1, 2]})
+    first = rollout.generate(prompts)
+    # One of two blocks of 128 tokens: the last token is always computed.
+    assert first.meta_info["metrics"]["rollout/prefix_cache_hit_rate"] == pytest.approx(3 / 4 / 2)
+    again = rollout.generate(prompts)
+    assert again.meta_info["metrics"]["rollout/prefix_cache_hit_rate"] == pytest.approx(1 / 2)
+    assert torch.equal(again.batch["responses"], first.batch["responses"])
+
+    other = make_rollout(make_tiny_model(seed=1), n=4, name="hf")
+    weights = dict(other.engine._model.named_parameters())
+
+    @contextmanager
+    def policy_weights() -> Iterator[Iterable[tuple[str, Tensor]]]:
+        yield ((name, weight.detach()) for name, weight in weights.items())
+
+    rollout.policy_has_changed()
+    rollout.wake_up(policy_weights)
+    changed = rollout.generate(prompts)
+    assert changed.meta_info["metrics"]["rollout/prefix_cache_hit_rate"] == pytest.approx(3 / 4 / 2)
+    fresh = make_rollout(make_tiny_model(seed=1), n=4).generate(prompts)
+    assert torch.equal(changed.batch["responses"], fresh.batch["responses"])
+    assert torch.equal(changed.batch["rollout_log_probs"], fresh.batch["rollout_log_probs"])
+    assert not torch.equal(changed.batch["responses"], first.batch["responses"])
+    assert other.generate(prompts).meta_info["metrics"] == {}

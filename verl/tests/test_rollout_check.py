@@ -1,0 +1,60 @@
+"""Each key of the rollout section acts or is one clear line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from verl.trainer.compose import compose_config
+from verl.trainer.config_check import DEFAULTS_FILE, check_config
+from xbai.errors import UserError
+
+VLLM = "actor_rollout_ref.rollout.name=vllm"
+ROLLOUT = "actor_rollout_ref.rollout"
+
+
+def check(overrides: list[str]) -> None:
+    check_config(compose_config(DEFAULTS_FILE.stem, overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([f"{ROLLOUT}.mode=async"], "mode=async is for verl's agent loops, which this trainer does not have"),
+        ([f"+{ROLLOUT}.chat_scheduler=x"], "chat_scheduler=x cannot act: it schedules verl's agent loops"),
+        ([f"+{ROLLOUT}.swap_space=16"], "swap_space=16 cannot act: vLLM swaps no more"),
+        ([f"{ROLLOUT}.sleep_level=3"], "sleep_level=3 is unknown, use one of 1, 2"),
+        ([f"{ROLLOUT}.sleep_level=1"], "sleep_level=1 needs a GPU and cannot act on CPU"),
+        ([f"{ROLLOUT}.free_cache_engine=false"], "free_cache_engine=False needs a GPU"),
+        ([f"{ROLLOUT}.tensor_model_parallel_size=0"], "tensor_model_parallel_size=0 must be above 0"),
+        ([f"{ROLLOUT}.tensor_model_parallel_size=4"], "=4 must divide trainer.n_gpus_per_node=2"),
+        (
+            [f"{ROLLOUT}.tensor_model_parallel_size=2", f"{ROLLOUT}.name=hf"],
+            "tensor_model_parallel_size=2 cannot act with rollout.name=hf",
+        ),
+        (
+            [f"{ROLLOUT}.tensor_model_parallel_size=4", "trainer.n_gpus_per_node=4"],
+            "=4 must divide the model's num_attention_heads=2",
+        ),
+    ],
+)
+def test_a_key_that_cannot_act_is_one_line(
+    small_run: list[str], monkeypatch: pytest.MonkeyPatch, overrides: list[str], said: str
+):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    with pytest.raises(UserError, match=said):
+        check([*small_run, VLLM, *overrides])
+
+
+def test_an_engine_that_never_sleeps_has_no_level(small_run: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    on_gpu = [*small_run, VLLM, "trainer.device=cuda", f"{ROLLOUT}.sleep_level=1"]
+    check(on_gpu)
+    with pytest.raises(UserError, match="sleep_level=1 cannot act with free_cache_engine=false"):
+        check([*on_gpu, f"{ROLLOUT}.free_cache_engine=false"])
+
+
+def test_what_divides_passes(small_run: list[str], tiny_model_dir: Path):
+    check([*small_run, VLLM, f"{ROLLOUT}.tensor_model_parallel_size=2", f"{ROLLOUT}.check_weight_sync=true"])

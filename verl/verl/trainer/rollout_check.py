@@ -1,0 +1,54 @@
+"""Checks of the rollout section: what vLLM can divide among ranks, and keys of verl that nothing here can honour."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from omegaconf import DictConfig
+
+from xbai.errors import UserError
+
+SECTION = "actor_rollout_ref.rollout"
+NOTHING_TO_ACT_ON = {
+    "chat_scheduler": "it schedules verl's agent loops, which this trainer does not have; remove it",
+    "swap_space": "vLLM swaps no more, it computes what it has preempted again; remove it",
+}
+
+
+def check_rollout(config: DictConfig, model_config: Callable[[], Mapping[str, Any]]) -> None:
+    """Raise a `UserError` for the first key that cannot act.
+
+    Args:
+        config: composed and resolved.
+        model_config: reads the model's config.json, as far as a dry run finds it.
+    """
+    rollout = config.actor_rollout_ref.rollout
+    if rollout.mode == "async":
+        raise UserError(
+            f"{SECTION}.mode=async is for verl's agent loops, which this trainer does not have; use mode=sync"
+        )
+    for key, reason in NOTHING_TO_ACT_ON.items():
+        if rollout.get(key) is not None:
+            raise UserError(f"{SECTION}.{key}={rollout[key]} cannot act: {reason}")
+    if rollout.sleep_level != 2 and not rollout.free_cache_engine:
+        raise UserError(
+            f"{SECTION}.sleep_level={rollout.sleep_level} cannot act with free_cache_engine=false, with which the "
+            "engine never sleeps"
+        )
+    if rollout.tensor_model_parallel_size > 1:
+        _check_tensor_parallel(rollout.tensor_model_parallel_size, config.trainer.n_gpus_per_node, model_config())
+
+
+def _check_tensor_parallel(size: int, ranks_of_node: int, shape: Mapping[str, Any]) -> None:
+    key = f"{SECTION}.tensor_model_parallel_size={size}"
+    if ranks_of_node % size:
+        raise UserError(
+            f"{key} must divide trainer.n_gpus_per_node={ranks_of_node}: ranks that share an engine are on one machine"
+        )
+    for name in ("num_attention_heads", "intermediate_size"):
+        if (shape.get(name) or size) % size:
+            raise UserError(f"{key} must divide the model's {name}={shape[name]}")
+    heads = shape.get("num_key_value_heads") or size
+    if heads % size and size % heads:
+        raise UserError(f"{key} must divide the model's num_key_value_heads={heads} or be a multiple of it")
