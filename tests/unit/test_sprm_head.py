@@ -1,6 +1,5 @@
 """The score head's published form and its files."""
 
-import json
 
 import pytest
 import torch
@@ -33,13 +32,6 @@ def test_normalised_features_make_the_scale_irrelevant():
     head = ScoreHead(8, normalize_features=True).eval()
     x = torch.randn(4, 8)
     assert torch.allclose(head(x), head(100 * x), atol=1e-4)
-
-
-def test_a_head_saved_with_token_ids_of_the_generation_prompt(tmp_path, tiny_tokenizer):
-    value = CONFIG.to_dict()
-    value["step_rule"]["generation_prompt_ids"] = tiny_tokenizer.encode(value["step_rule"].pop("generation_prompt"))
-    (tmp_path / "sprm_config.json").write_text(json.dumps(value))
-    assert load_sprm_config(tmp_path, tiny_tokenizer) == CONFIG
 
 
 def test_round_trip_beside_a_model(tmp_path):

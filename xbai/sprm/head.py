@@ -83,11 +83,7 @@ def load_sprm_config(folder: str | Path, tokenizer: PreTrainedTokenizerBase, lan
     if not path.exists():
         return SPRMConfig(StepRule.from_tokenizer(tokenizer, lang or "en"))
     try:
-        value = json.loads(path.read_text())
-        # How the first heads were saved.
-        if "generation_prompt_ids" in value["step_rule"]:
-            value["step_rule"]["generation_prompt"] = tokenizer.decode(value["step_rule"].pop("generation_prompt_ids"))
-        config = SPRMConfig.from_dict(value)
+        config = SPRMConfig.from_dict(json.loads(path.read_text()))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a valid SPRM configuration ({error})") from error
     if lang is not None and lang != config.step_rule.lang:
