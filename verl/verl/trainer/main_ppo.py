@@ -1,7 +1,7 @@
 """Reinforcement learning of a reflective generative model: `python -m verl.trainer.main_ppo key=value ...`.
 
 The command line is Hydra's override grammar over `config/ppo_trainer.yaml`; `--cfg` prints the composed configuration
-and ends.
+and ends, `--dry-run` also checks it and says what the run would take (`verl.trainer.dry_run`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from rich.logging import RichHandler
 
 from verl.trainer.compose import compose_config
 from verl.trainer.config_check import DEFAULTS_FILE, check_config
+from verl.trainer.dry_run import dry_run
 from xbai.errors import exit_on_user_error
 
 logger = logging.getLogger(__name__)
@@ -58,9 +59,13 @@ def main() -> None:
     """Entry point."""
     _log_to_console()
     arguments = sys.argv[1:]
-    config = compose_config(DEFAULTS_FILE.stem, [argument for argument in arguments if argument != "--cfg"])
+    overrides = [argument for argument in arguments if argument not in ("--cfg", "--dry-run")]
+    config = compose_config(DEFAULTS_FILE.stem, overrides)
     if "--cfg" in arguments:
         sys.stdout.write(OmegaConf.to_yaml(config))
+        return
+    if "--dry-run" in arguments:
+        sys.stdout.write(dry_run(config))
         return
     run(config)
 

@@ -1,0 +1,195 @@
+"""What a training run would be, on a machine that cannot run it: `main_ppo --dry-run [key=value ...]`.
+
+Checks the configuration for the machines it names (not for this one) and prints it resolved, the numbers of
+micro-batches and optimiser steps, and a memory estimate for each phase on one GPU. It needs no weights, only the
+model's `config.json`; of well-known models (`verl.utils.model_shapes.KNOWN_CONFIGS`) the folder's name is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+
+from verl.trainer.config_check import check_config
+from verl.trainer.critic_config import critic_config
+from verl.trainer.memory_estimate import GIB
+from verl.trainer.memory_phases import COMMON_GPU, GPUS_GIB, PhaseMemory, changes_to_fit
+from verl.utils.model_shapes import MODEL_TYPES, ModelShape, config_of
+from verl.workers.actor.micro_batches import MicroBatching, RowSizes
+
+
+class Batches(NamedTuple):
+    """The micro-batches of one phase on one process.
+
+    Attributes:
+        phase: what they are of.
+        rows: responses that they hold together.
+        fewest: how many there are when all responses are as short as can be.
+        full_length: how many when prompts and responses are as long as they may be, the most that there can be.
+        per_step: how often a training step goes through them.
+    """
+
+    phase: str
+    rows: int
+    fewest: int
+    full_length: int
+    per_step: int
+
+
+def dry_run(config: DictConfig) -> str:
+    """The report.
+
+    Raises:
+        UserError: a configuration that could not run on the machines it is for.
+    """
+    missing: list[str] = []
+    check_config(config, missing.append)
+    world = config.trainer.nnodes * config.trainer.n_gpus_per_node
+    what = "processes on CPU" if config.trainer.device == "cpu" else "GPUs"
+    sections = [
+        f"Dry run: {config.trainer.nnodes} x {config.trainer.n_gpus_per_node} {what}; nothing is started.",
+        "The resolved configuration:\n\n" + OmegaConf.to_yaml(config, resolve=True).rstrip(),
+        "\n".join(f"not found here: {line}" for line in missing),
+        _steps(config, world),
+        _memory(config),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def batches(config: DictConfig) -> Iterator[Batches]:
+    """The micro-batches of every phase, counted by what the workers count them with."""
+    root, longest = config.actor_rollout_ref, (config.data.max_prompt_length, config.data.max_response_length)
+    world = config.trainer.nnodes * config.trainer.n_gpus_per_node
+    sp_size, packed, n = root.actor.ulysses_sequence_parallel_size, root.model.use_remove_padding, root.rollout.n
+    groups = world // sp_size
+    every, mini_batch = config.data.train_batch_size * n // groups, root.actor.ppo_mini_batch_size * n // groups
+    mini_batches = config.data.train_batch_size // root.actor.ppo_mini_batch_size
+
+    def counted(phase: str, batching: MicroBatching, rows: int, per_step: int = 1) -> Batches:
+        shortest, full = (RowSizes([p] * rows, [r] * rows) for p, r in ((1, 1), longest))
+        return Batches(phase, rows, batching.fewest(shortest), batching.fewest(full), per_step)
+
+    yield counted("log-prob", MicroBatching.for_log_prob(root.rollout, packed, sp_size), every)
+    if root.actor.use_kl_loss or config.algorithm.use_kl_in_reward:
+        yield counted("reference", MicroBatching.for_log_prob(root.ref, packed, sp_size), every)
+    section = _per_gpu(root.actor, world)
+    update = MicroBatching.for_update(section, packed, sp_size)
+    yield counted("update, a mini-batch", update, mini_batch, mini_batches * root.actor.ppo_epochs)
+    if config.algorithm.adv_estimator == "gae":
+        critic = critic_config(config)
+        critic_groups = world // critic.ulysses_sequence_parallel_size
+        batching = MicroBatching.for_update(
+            critic, critic.model.use_remove_padding, critic.ulysses_sequence_parallel_size
+        )
+        times = config.data.train_batch_size // critic.ppo_mini_batch_size * critic.ppo_epochs
+        yield counted("critic update, a mini-batch", batching, critic.ppo_mini_batch_size * n // critic_groups, times)
+
+
+def _per_gpu(actor: DictConfig, world: int) -> Mapping[str, Any]:
+    # The deprecated form for the whole job would ask the process group, which a dry run has not, for its size.
+    if actor.ppo_micro_batch_size is None or actor.use_dynamic_bsz:
+        return actor
+    rows = max(1, actor.ppo_micro_batch_size * actor.ulysses_sequence_parallel_size // world)
+    return {"ppo_micro_batch_size_per_gpu": rows}
+
+
+def _steps(config: DictConfig, world: int) -> str:
+    root, data = config.actor_rollout_ref, config.data
+    responses = data.train_batch_size * root.rollout.n
+    longest = data.max_prompt_length + data.max_response_length
+    updates = data.train_batch_size // root.actor.ppo_mini_batch_size * root.actor.ppo_epochs
+    lines = [
+        f"A training step: {data.train_batch_size} prompts x {root.rollout.n} responses = {responses:,} responses, of "
+        f"at most {longest:,} tokens with their prompts: up to {responses * longest:,} tokens, "
+        f"{responses * longest // world:,} a process.",
+        f"Optimiser steps in it: {updates} ({data.train_batch_size // root.actor.ppo_mini_batch_size} mini-batches x "
+        f"{root.actor.ppo_epochs} epochs).",
+        "Micro-batches of a process:",
+    ]
+    header = ["", "responses", "micro-batches", "of full length", "in a step", "of full length"]
+    rows = [
+        [
+            one.phase,
+            str(one.rows),
+            f"{one.fewest} to {one.full_length}" if one.fewest != one.full_length else str(one.fewest),
+            str(one.full_length),
+            f"{one.fewest * one.per_step} to {one.full_length * one.per_step}",
+            str(one.full_length * one.per_step),
+        ]
+        for one in batches(config)
+    ]
+    return "\n".join(lines) + "\n\n" + table(header, rows)
+
+
+def _memory(config: DictConfig) -> str:
+    folder = config.actor_rollout_ref.model.path
+    found = config_of(folder)
+    if found is None or found.model_type not in MODEL_TYPES:
+        reason = "its config.json is not here" if found is None else f"model_type={found.model_type} is not counted"
+        return f"No memory estimate for {folder}: {reason}."
+    shape = ModelShape.from_config(found)
+    critic_shape = shape
+    if config.algorithm.adv_estimator == "gae" and (critic := config_of(critic_config(config).model.path)) is not None:
+        critic_shape = ModelShape.from_config(critic)
+    sizes = {name: PhaseMemory(config, shape, critic_shape, gib * GIB) for name, gib in GPUS_GIB.items()}
+    fitting = [name for name, memory in sizes.items() if memory.excess <= 0]
+    shown = fitting[0] if fitting else next(name for name, gib in GPUS_GIB.items() if gib == COMMON_GPU)
+    parts = [
+        f"The model has {shape.parameters:,} parameters"
+        + (f" and the score head {shape.score_head_parameters:,}." if config.actor_rollout_ref.use_score else "."),
+        f"Memory of one GPU with {shown}, in GiB; each phase at its highest:",
+        _phase_table(sizes[shown]),
+        _verdict(config, sizes, fitting, shown),
+    ]
+    return "\n\n".join(parts)
+
+
+def _phase_table(memory: PhaseMemory) -> str:
+    names = list(dict.fromkeys(name for components in memory.phases.values() for name in components))
+    rows = [
+        [name, *(_gib(components.get(name, 0.0)) for components in memory.phases.values())]
+        for name in names
+        if any(components.get(name) for components in memory.phases.values())
+    ]
+    rows.append(["with CUDA, NCCL, fragments", *(_gib(peak) for peak in memory.peaks.values())])
+    return table(["", *memory.phases], rows)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f}" if size else "-"
+
+
+def _verdict(config: DictConfig, sizes: Mapping[str, PhaseMemory], fitting: list[str], shown: str) -> str:
+    peaks = sizes[shown].peaks
+    phase = max(peaks, key=peaks.get)
+    lines = [
+        f"Highest: {phase}, {peaks[phase] / GIB:.1f} GiB. An engine's KV cache holds "
+        f"{sizes[shown].cached_sequences:.1f} sequences of full length."
+    ]
+    if fitting:
+        lines.append(f"It fits GPUs with: {', '.join(fitting)}.")
+    for name, memory in sizes.items():
+        if name in fitting or memory.gpu_bytes > COMMON_GPU * GIB:
+            continue
+        changes = changes_to_fit(memory)
+        if changes is None:
+            lines.append(f"It does not fit {name}, whatever is changed but the number of GPUs.")
+        else:
+            lines.append(f"To fit {name}: " + " ".join(f"{key}={_value(value)}" for key, value in changes.items()))
+    return "\n".join(lines)
+
+
+def _value(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Columns under their heads: the first one to the left, numbers to the right."""
+    lines = [header, *rows]
+    first, *others = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join([line[0].ljust(first), *(cell.rjust(width) for cell, width in zip(line[1:], others))]).rstrip()
+        for line in lines
+    )

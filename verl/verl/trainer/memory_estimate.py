@@ -1,0 +1,181 @@
+"""What a configuration will take of a GPU's memory, phase by phase, from sizes alone.
+
+Of the tensors that count: those that grow with the model, the tokens of a micro-batch or the vocabulary. What a decoder
+layer saves is counted for transformers' own modules; fused kernels save less. `verl/tests/test_dry_run.py` compares the
+formulas with what torch allocates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from verl.utils.model_shapes import ModelShape
+
+GIB = 2**30
+BYTES = {"float32": 4, "fp32": 4, "bfloat16": 2, "bf16": 2, "float16": 2, "fp16": 2}
+
+# Bytes of one logit of a chunk: forward (with entropies), and where the backward pass computes it again.
+LOGIT_FORWARD, LOGIT_BACKWARD = 12, 20
+# A second-moment state in 8 bits, its scale and its sign map: per parameter and moment.
+EIGHT_BIT_STATE = 1.02
+# What torch, CUDA and NCCL keep for themselves, and what lies between blocks.
+CONTEXT_BYTES, FRAGMENTATION = 2 * GIB, 0.05
+# Of the engines: the hf engine's KV cache in tokens, and the most that vLLM's takes on CPU.
+HF_CACHE_SLOTS, CPU_CACHE_BYTES = 131072, 4 * GIB
+
+Components = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One sharded model on one GPU, as `PlacedModel` keeps it.
+
+    Attributes:
+        shape: of the model.
+        config: its `fsdp_config`.
+        shards: GPUs that share one copy.
+        compute: bytes of a weight as it is multiplied.
+        stored: bytes of a weight as it is kept.
+        states: bytes of optimiser state for one parameter, 0 for a model that is not trained.
+        has_lm_head: a critic has none.
+    """
+
+    shape: ModelShape
+    config: Mapping[str, Any]
+    shards: int
+    compute: int
+    stored: int
+    states: float
+    has_lm_head: bool = True
+
+    @classmethod
+    def from_config(
+        cls,
+        shape: ModelShape,
+        fsdp_config: Mapping[str, Any],
+        optim: Mapping[str, Any] | None,
+        world: int,
+        on_gpu: bool,
+        has_lm_head: bool = True,
+    ) -> Placement:
+        """As `shard_model` reads `fsdp_config`, and `build_optimizer` `optim` (None: not trained)."""
+        size = fsdp_config.get("fsdp_size", -1)
+        stored = BYTES[fsdp_config.get("model_dtype") or "float32"]
+        chosen = fsdp_config.get("compute_dtype")
+        compute = BYTES[chosen] if chosen else (2 if on_gpu else stored)
+        states = 0.0
+        if optim is not None:
+            states = 2 * EIGHT_BIT_STATE if "8bit" in optim["name"] else 2.0 * stored
+        return cls(shape, fsdp_config, size if size > 0 else world, compute, stored, states, has_lm_head)
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        without = 0 if self.has_lm_head or self.shape.tied else self.shape.embedding_parameters
+        return self.shape.parameters - without
+
+    @property
+    def weights(self) -> float:
+        """Bytes of this GPU's shard; gradients take as many."""
+        return self.parameters * self.stored / self.shards
+
+    @property
+    def optimizer(self) -> float:
+        """Bytes of the optimiser's state for it."""
+        return self.parameters * self.states / self.shards
+
+    def resident(self, in_use: bool, with_optimizer: bool = False) -> tuple[float, float]:
+        """Bytes of weights and of optimiser state on the GPU, in a phase that uses the model or in another one's."""
+        if self.config.get("offload_policy"):
+            return 0.0, 0.0
+        weights = self.weights if in_use or not self.config.get("param_offload") else 0.0
+        away = self.config.get("optimizer_offload") and not with_optimizer
+        return weights, 0.0 if away else self.optimizer
+
+    @property
+    def _outer(self) -> int:
+        return self.shape.embedding_parameters * (1 if self.has_lm_head or self.shape.tied else 0)
+
+    @property
+    def _layers_at_once(self) -> int:
+        # The one that computes, the next one's all-gather, and the buffer that it arrives in.
+        return 3 if self.config.get("reshard_after_forward", True) else self.shape.layers
+
+    def gathered(self) -> float:
+        """Bytes of whole weights during a forward pass: the LM head and some layers."""
+        return self.compute * (self._outer + self._layers_at_once * self.shape.layer_parameters)
+
+    def gathered_in_backward(self) -> float:
+        """The same while a layer's gradients are made and reduced in float32, the LM head's being there already."""
+        return self.gathered() + self.compute * self._outer + (self.compute + 4) * self.shape.layer_parameters
+
+    def gathered_at_end(self) -> float:
+        """The same when the gradients of LM head and embedding are reduced, after all activations are gone."""
+        pieces = 1 if self.shape.tied or not self.has_lm_head else 2
+        return pieces * self.shape.embedding_parameters * (2 * self.compute + 4)
+
+
+def layer_saved(shape: ModelShape, width: int) -> int:
+    """Bytes that the backward pass of a decoder layer needs of each token, at `width` bytes a number."""
+    norms = 2 * (4 + 2 * width) * shape.hidden
+    attention = 2 * (shape.query_size + shape.kv_size) * width + 4 * shape.heads
+    qk_norms = (4 + width) * (shape.query_size + shape.kv_size) * shape.qk_norm
+    return norms + attention + qk_norms + 4 * shape.mlp * width
+
+
+def saved_activations(shape: ModelShape, tokens: int, width: int, checkpointing: bool) -> float:
+    """Bytes that a forward pass leaves for the backward pass: each layer's input alone, with checkpointing."""
+    layer = shape.hidden * width if checkpointing else layer_saved(shape, width)
+    return tokens * (shape.layers * layer + (4 + width) * shape.hidden)
+
+
+def backward_work(shape: ModelShape, tokens: int, width: int, checkpointing: bool) -> float:
+    """Bytes that the backward pass of one layer takes on top: its activations again, and gradients on their way."""
+    again = layer_saved(shape, width) if checkpointing else 0
+    return tokens * (again + (2 * shape.mlp + 2 * shape.hidden) * width)
+
+
+def forward_work(shape: ModelShape, tokens: int, width: int) -> float:
+    """Bytes that a layer takes at its widest, the MLP, in a forward pass that saves nothing."""
+    return tokens * (3 * shape.mlp + 5 * shape.hidden) * width
+
+
+def attention_mask(tokens: int, length: int, width: int) -> float:
+    """Bytes of the mask of padded rows of `length`, bool and as a bias."""
+    return tokens * length * (1.0 + width)
+
+
+def training_peak(
+    model: Placement, tokens: int, length: int, checkpointing: bool, packed: bool, logits: int
+) -> Components:
+    """Transient memory of an update at its highest: in a chunk of logits, a layer's backward pass, or at the end."""
+    shape, width = model.shape, model.compute
+    saved = {"activations": saved_activations(shape, tokens, width, checkpointing)}
+    if not packed:
+        saved["attention mask"] = attention_mask(tokens, length, width)
+    moments: list[Components] = [
+        {"gathered weights": model.gathered(), "logits chunk": LOGIT_BACKWARD * logits, **saved},
+        {
+            "gathered weights": model.gathered_in_backward(),
+            "backward of a layer": backward_work(shape, tokens, width, checkpointing),
+            **saved,
+        },
+        {"gathered weights": model.gathered_at_end()},
+    ]
+    return max(moments, key=lambda moment: sum(moment.values()))
+
+
+def forward_peak(model: Placement, tokens: int, length: int, packed: bool, logits: int) -> Components:
+    """Transient memory of a forward pass without gradients at its highest."""
+    shape, width = model.shape, model.compute
+    common = {"gathered weights": model.gathered()}
+    if not packed:
+        common["attention mask"] = attention_mask(tokens, length, width)
+    hidden = tokens * shape.hidden * width
+    moments = [
+        {**common, "activations": forward_work(shape, tokens, width)},
+        {**common, "activations": hidden, "logits chunk": LOGIT_FORWARD * logits},
+    ]
+    return max(moments, key=lambda moment: sum(moment.values()))

@@ -1,0 +1,332 @@
+"""The memory that each phase of a training step takes of one GPU, and what to change where it is too much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from verl.trainer.critic_config import critic_config
+from verl.trainer.memory_estimate import (
+    BYTES,
+    CONTEXT_BYTES,
+    CPU_CACHE_BYTES,
+    FRAGMENTATION,
+    HF_CACHE_SLOTS,
+    Components,
+    Placement,
+    forward_peak,
+    training_peak,
+)
+from verl.utils.model_shapes import ModelShape
+from verl.utils.torch_functional import LOGITS_PER_CHUNK
+
+GPUS_GIB = {
+    "24 GB (RTX 4090, L4)": 23.5,
+    "40 GB (A100)": 39.4,
+    "48 GB (L40S, A6000)": 44.4,
+    "80 GB (A100, H100)": 79.1,
+    "96 GB (H20)": 95.1,
+    "141 GB (H200)": 139.8,
+    "180 GB (B200)": 178.3,
+}
+"""What torch reports as the whole memory of common GPUs."""
+
+SMALL_GPU, COMMON_GPU = 39.4, 79.1
+
+
+def tokens_at_most(section: DictConfig, switch: str, budget: str, rows: str, length: int, sp_size: int) -> int:
+    """Tokens of one GPU's largest micro-batch, rows being as long as they can be."""
+    if section[switch]:
+        return section[budget]
+    return -(-section[rows] * length // sp_size)
+
+
+@dataclass(frozen=True)
+class PhaseMemory:
+    """Every phase's memory on one GPU.
+
+    Attributes:
+        config: the whole configuration.
+        shape: of policy and reference.
+        critic_shape: of the critic; unused without one.
+        gpu_bytes: memory of the GPU; for a run on CPU what a process may take.
+    """
+
+    config: DictConfig
+    shape: ModelShape
+    critic_shape: ModelShape
+    gpu_bytes: float
+
+    @property
+    def world(self) -> int:
+        """GPUs of the whole job."""
+        return self.config.trainer.nnodes * self.config.trainer.n_gpus_per_node
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the run is one on GPUs."""
+        return self.config.trainer.device != "cpu"
+
+    @cached_property
+    def policy(self) -> Placement:
+        """The policy without its score head."""
+        actor = self.config.actor_rollout_ref.actor
+        return Placement.from_config(self.shape, actor.fsdp_config, actor.optim, self.world, self.on_gpu)
+
+    @cached_property
+    def reference(self) -> Placement | None:
+        """The reference policy, where a KL divergence is asked for."""
+        if not (self.config.actor_rollout_ref.actor.use_kl_loss or self.config.algorithm.use_kl_in_reward):
+            return None
+        fsdp_config = self.config.actor_rollout_ref.ref.fsdp_config
+        return Placement.from_config(self.shape, fsdp_config, None, self.world, self.on_gpu)
+
+    @cached_property
+    def critic(self) -> Placement | None:
+        """The critic, with gae."""
+        if self.config.algorithm.adv_estimator != "gae":
+            return None
+        critic = critic_config(self.config)
+        return Placement.from_config(
+            self.critic_shape, critic.model.fsdp_config, critic.optim, self.world, self.on_gpu, has_lm_head=False
+        )
+
+    @cached_property
+    def phases(self) -> dict[str, Components]:
+        """Bytes by phase and component, each phase at its highest moment."""
+        found = {
+            "rollout": self._resident() | self._engine(with_cache=True),
+            "weight sync": self._resident("policy") | self._engine(with_cache=False) | self._whole_tensor(),
+            "log-prob": self._resident("policy") | self._log_prob(self.policy, "rollout"),
+            "update": self._resident("policy", trains=True) | self._update(),
+        }
+        if self.reference is not None:
+            found["reference"] = self._resident("reference") | self._log_prob(self.reference, "ref")
+        if self.critic is not None:
+            found["values"] = self._resident("critic") | self._values()
+            found["critic update"] = self._resident("critic", trains=True) | self._critic_update()
+        if not self._engine_sleeps:
+            engine = self._engine(with_cache=True)
+            found = {phase: components | engine for phase, components in found.items()}
+        return found
+
+    @property
+    def peaks(self) -> dict[str, float]:
+        """Bytes by phase, with what torch, CUDA and NCCL keep for themselves."""
+        processes = 1 if self.critic is None else 2
+        context = CONTEXT_BYTES * processes if self.on_gpu else 0
+        return {
+            phase: sum(components.values()) + context + FRAGMENTATION * self._from_torch(components)
+            for phase, components in self.phases.items()
+        }
+
+    @property
+    def excess(self) -> float:
+        """Bytes that all phases together are over what there is, and the KV cache under what one sequence takes."""
+        lacking = max(0.0, 1.0 - self.cached_sequences) * self._cache_per_token * self._longest
+        return lacking + sum(max(0.0, peak - self.gpu_bytes) for peak in self.peaks.values())
+
+    @property
+    def cached_sequences(self) -> float:
+        """How many sequences of full length the KV cache of one engine holds."""
+        return self._engine(with_cache=True)["KV cache"] / (self._cache_per_token * self._longest)
+
+    def _from_torch(self, components: Components) -> float:
+        # vLLM takes its blocks once and for all.
+        return sum(size for name, size in components.items() if name not in ("KV cache", "engine weights"))
+
+    @property
+    def _longest(self) -> int:
+        return self.config.data.max_prompt_length + self.config.data.max_response_length
+
+    def _resident(self, used: str = "", trains: bool = False) -> Components:
+        """What of the models is on the GPU while the phase of the model `used` runs."""
+        found: Components = {}
+        for name in ("policy", "reference", "critic"):
+            model: Placement | None = getattr(self, name)
+            if model is None:
+                continue
+            weights, states = model.resident(name == used, name == used and trains)
+            found |= {f"{name} weights": weights}
+            if model.states:
+                found |= {f"{name} optimiser": states}
+            if name == used and trains:
+                found["gradients"] = 0.0 if model.config.get("offload_policy") else model.weights
+        if self.config.actor_rollout_ref.use_score:
+            found["score head"] = self._score_head(used == "policy" and trains)
+        return found
+
+    def _score_head(self, trains: bool) -> float:
+        # Weights and two moments in float32 wherever the policy's are; in an update the gradients and the whole head.
+        head, shards = self.shape.score_head_parameters, self.policy.shards
+        weights, states = self.policy.resident(trains, trains)
+        resident = 4 * head / shards * (bool(weights) + 2 * bool(states))
+        return resident + (4 * head / shards + 4 * 3 * head if trains else 0)
+
+    def _log_prob(self, model: Placement, section: str) -> Components:
+        tokens = tokens_at_most(
+            self.config.actor_rollout_ref[section],
+            "log_prob_use_dynamic_bsz",
+            "log_prob_max_token_len_per_gpu",
+            "log_prob_micro_batch_size_per_gpu",
+            self._longest,
+            self._sp_size,
+        )
+        return forward_peak(model, tokens, self._longest, self._packed, self._chunk(tokens))
+
+    def _update(self) -> Components:
+        actor, model = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.model
+        tokens = self._update_tokens(actor, self._sp_size)
+        checkpointing = model.enable_gradient_checkpointing
+        return training_peak(self.policy, tokens, self._longest, checkpointing, self._packed, self._chunk(tokens))
+
+    def _update_tokens(self, section: DictConfig, sp_size: int) -> int:
+        whole_job = section.get("ppo_micro_batch_size")
+        if whole_job is not None and not section.use_dynamic_bsz:
+            return max(1, whole_job // self.world) * self._longest
+        names = ("use_dynamic_bsz", "ppo_max_token_len_per_gpu", "ppo_micro_batch_size_per_gpu")
+        return tokens_at_most(section, *names, self._longest, sp_size)
+
+    def _values(self) -> Components:
+        critic = critic_config(self.config)
+        names = ("use_dynamic_bsz", "forward_max_token_len_per_gpu", "forward_micro_batch_size_per_gpu")
+        tokens = tokens_at_most(critic, *names, self._longest, critic.ulysses_sequence_parallel_size)
+        return forward_peak(self.critic, tokens, self._longest, critic.model.use_remove_padding, logits=0)
+
+    def _critic_update(self) -> Components:
+        critic = critic_config(self.config)
+        tokens = self._update_tokens(critic, critic.ulysses_sequence_parallel_size)
+        packed, checkpointing = critic.model.use_remove_padding, critic.model.enable_gradient_checkpointing
+        return training_peak(self.critic, tokens, self._longest, checkpointing, packed, logits=0)
+
+    @property
+    def _packed(self) -> bool:
+        return self.config.actor_rollout_ref.model.use_remove_padding
+
+    @property
+    def _sp_size(self) -> int:
+        return self.config.actor_rollout_ref.actor.ulysses_sequence_parallel_size
+
+    def _chunk(self, tokens: int) -> int:
+        return min(LOGITS_PER_CHUNK, tokens * self.shape.vocabulary)
+
+    @property
+    def _engine_width(self) -> int:
+        # `auto` is the checkpoint's, which is in 16 bits for all that are worth an estimate.
+        return BYTES.get(self.config.actor_rollout_ref.rollout.dtype, 2)
+
+    @property
+    def _tensor_parallel(self) -> int:
+        return self.config.actor_rollout_ref.rollout.tensor_model_parallel_size
+
+    @property
+    def _engine_sleeps(self) -> bool:
+        rollout = self.config.actor_rollout_ref.rollout
+        return self.on_gpu and rollout.name == "vllm" and rollout.free_cache_engine
+
+    @property
+    def _cache_per_token(self) -> float:
+        return self.shape.cache_per_token * self._engine_width / min(self._tensor_parallel, self.shape.kv_heads)
+
+    def _engine(self, with_cache: bool) -> Components:
+        rollout = self.config.actor_rollout_ref.rollout
+        weights = self.shape.parameters * self._engine_width / self._tensor_parallel
+        if not with_cache:
+            return {"engine weights": weights}
+        tokens = min(rollout.max_num_batched_tokens, rollout.max_num_seqs * self._longest)
+        work = tokens * (3 * self.shape.mlp / self._tensor_parallel + 4 * self.shape.hidden) * self._engine_width
+        # Sampling: logits in float32, their log-probs, and a sorted copy.
+        work = max(work, 3 * 4 * rollout.max_num_seqs * self.shape.vocabulary)
+        if rollout.name == "hf":
+            cache = self._cache_per_token * min(HF_CACHE_SLOTS, rollout.max_num_seqs * self._longest)
+        elif self.on_gpu:
+            cache = max(0.0, rollout.gpu_memory_utilization * self.gpu_bytes - weights - work)
+        else:
+            cache = min(CPU_CACHE_BYTES, rollout.max_num_seqs * self._longest * self._cache_per_token)
+        return {"engine weights": weights, "engine work space": work, "KV cache": cache}
+
+    def _whole_tensor(self) -> Components:
+        # The largest, gathered, beside the pieces that it is put together from.
+        return {"tensor on its way": 2.0 * self.shape.embedding_parameters * self._engine_width}
+
+
+def changes_to_fit(memory: PhaseMemory) -> dict[str, Any] | None:
+    """Overrides with which a configuration that does not fit would, mildest first; None where none help enough."""
+    chosen: list[dict[str, Any]] = []
+    excess = memory.excess
+    for change in _remedies(memory):
+        if (left := _excess(memory, [*chosen, change])) < excess:
+            chosen, excess = [*chosen, change], left
+        if excess <= 0:
+            break
+    else:
+        return None
+    for change in list(chosen):
+        fewer = [other for other in chosen if other is not change]
+        if _excess(memory, fewer) <= 0:
+            chosen = fewer
+    return {key: value for change in chosen for key, value in change.items()}
+
+
+def _excess(memory: PhaseMemory, changes: list[dict[str, Any]]) -> float:
+    config = OmegaConf.create(OmegaConf.to_container(memory.config))
+    for change in changes:
+        for key, value in change.items():
+            OmegaConf.update(config, key, value)
+    return PhaseMemory(config, memory.shape, memory.critic_shape, memory.gpu_bytes).excess
+
+
+def _remedies(memory: PhaseMemory) -> Iterator[dict[str, Any]]:
+    """Changes that save memory, those that cost least speed first."""
+    root, longest = "actor_rollout_ref", memory.config.data.max_prompt_length + memory.config.data.max_response_length
+    sp_size = memory.config.actor_rollout_ref.actor.ulysses_sequence_parallel_size
+    yield {f"{root}.rollout.free_cache_engine": True}
+    yield {f"{root}.actor.fsdp_config.fsdp_size": -1, f"{root}.ref.fsdp_config.fsdp_size": -1}
+    yield {f"{root}.model.use_remove_padding": True}
+    yield {f"{root}.model.enable_gradient_checkpointing": True}
+    yield {f"{root}.actor.fsdp_config.reshard_after_forward": True}
+    yield {f"{root}.ref.fsdp_config.param_offload": True}
+    yield _log_prob_budgets(-(-longest // sp_size))
+    yield _update_budget(-(-longest // sp_size))
+    for part in ("optimizer_offload", "param_offload"):
+        if memory.critic is not None:
+            yield {f"critic.model.fsdp_config.{part}": True}
+        yield {f"{root}.actor.fsdp_config.{part}": True}
+    for share in (0.8, 0.7, 0.6, 0.5, 0.4):
+        if share < memory.config.actor_rollout_ref.rollout.gpu_memory_utilization:
+            yield {f"{root}.rollout.gpu_memory_utilization": share}
+    for size in _divisors(memory, memory.config.actor_rollout_ref.rollout.tensor_model_parallel_size):
+        yield {f"{root}.rollout.tensor_model_parallel_size": size}
+    for size in _divisors(memory, sp_size):
+        yield {
+            f"{root}.model.use_remove_padding": True,
+            f"{root}.actor.ulysses_sequence_parallel_size": size,
+            f"{root}.ref.ulysses_sequence_parallel_size": size,
+            **_log_prob_budgets(-(-longest // size)),
+            **_update_budget(-(-longest // size)),
+        }
+    yield {f"{root}.actor.optim.name": "AdamW8bit"}
+
+
+def _log_prob_budgets(tokens: int) -> dict[str, Any]:
+    keys = (f"actor_rollout_ref.{section}.log_prob" for section in ("ref", "rollout"))
+    return {
+        name: value
+        for key in keys
+        for name, value in ((f"{key}_use_dynamic_bsz", True), (f"{key}_max_token_len_per_gpu", tokens))
+    }
+
+
+def _update_budget(tokens: int) -> dict[str, Any]:
+    key = "actor_rollout_ref.actor"
+    return {f"{key}.use_dynamic_bsz": True, f"{key}.ppo_max_token_len_per_gpu": tokens}
+
+
+def _divisors(memory: PhaseMemory, at_present: int) -> list[int]:
+    """Larger group sizes that divide a node's GPUs and the model's heads (fewer key heads than ranks are repeated)."""
+    divided = (memory.config.trainer.n_gpus_per_node, memory.shape.heads)
+    return [size for size in (2, 4, 8) if size > at_present and not any(number % size for number in divided)]
