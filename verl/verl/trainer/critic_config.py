@@ -18,6 +18,7 @@ SHARED_WITH_ACTOR = (
     "ppo_max_token_len_per_gpu",
     "ppo_epochs",
     "shuffle",
+    "max_nonfinite_updates",
     "ulysses_sequence_parallel_size",
 )
 SHARED_WITH_POLICY = ("path", "trust_remote_code", "use_remove_padding", "enable_gradient_checkpointing")
@@ -83,7 +84,14 @@ def _check_model(folder: str, config: DictConfig, not_found: Callable[[str], Non
 
 def _check_sizes(critic: DictConfig, config: DictConfig) -> None:
     above_zero = ("ppo_mini_batch_size", "ppo_micro_batch_size_per_gpu", "forward_micro_batch_size_per_gpu")
-    for key in (*above_zero, "ppo_epochs", "grad_clip", "cliprange_value", "ulysses_sequence_parallel_size"):
+    for key in (
+        *above_zero,
+        "ppo_epochs",
+        "max_nonfinite_updates",
+        "grad_clip",
+        "cliprange_value",
+        "ulysses_sequence_parallel_size",
+    ):
         if critic[key] <= 0:
             raise UserError(f"critic.{key}={critic[key]} must be above 0")
     world, sp_size = config.trainer.nnodes * config.trainer.n_gpus_per_node, critic.ulysses_sequence_parallel_size

@@ -120,4 +120,4 @@ class CriticWorker(Worker):
         )
 
     def _build_optimizer(self, model: ValueModel) -> Optimizers:
-        return Optimizers({"critic": (model, self.config.optim)})
+        return Optimizers({"critic": (model, self.config.optim)}, self.config.max_nonfinite_updates)

@@ -109,7 +109,8 @@ class DataParallelPPOCritic:
         for _, batch in micro_batches:
             for name, value in self._forward_backward(batch, totals).items():
                 sums[name] = sums[name] + value
-        return summed_over_ranks(sums) | micro_batches.balance() | self.optimizer.step(self._grad_clip)
+        metrics = summed_over_ranks(sums) | micro_batches.balance()
+        return metrics | self.optimizer.step(self._grad_clip, metrics["vf_loss"])
 
     def _forward_backward(self, batch: Batch, totals: Denominators) -> dict[str, Tensor]:
         layout = self._layout(batch)
