@@ -33,6 +33,7 @@ from verl.workers.critic_worker import CriticWorker
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, group_sizes
 from verl.workers.reward_manager import PendingReward, Reward
 from xbai.engine.files import eos_token_ids, read_config
+from xbai.errors import UserError
 from xbai.files import atomic_write
 from xbai.sprm import trajectory_scores
 
@@ -268,7 +269,10 @@ class RayPPOTrainer:
         order = rows_by_rank(lengths, mini_batch_rows, sharers, self.config.trainer.balance_batch)
         of_rank = lengths[order].view(sharers, -1).sum(-1).float()
         metrics["perf/rank_tokens_max_over_mean"] = float(of_rank.max() / of_rank.mean())
-        metrics |= getattr(group, method)(batch[order]).meta_info["metrics"]
+        try:
+            metrics |= getattr(group, method)(batch[order]).meta_info["metrics"]
+        except UserError as error:
+            raise UserError(f"step {self.step}: {error}") from error
 
     def _add_reward(self, batch: DataProto, reward: Reward, metrics: dict[str, float]) -> None:
         """Add scores, outcome and, with `use_kl_in_reward`, the KL penalty."""
