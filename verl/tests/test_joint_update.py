@@ -1,4 +1,4 @@
-"""The joint update against a plain, unsharded reference, on one and on two real FSDP2 ranks (gloo).
+"""The joint update against a plain, unsharded reference, on one, two and four real FSDP2 ranks (gloo).
 
 This file is also the program that the ranks run (see `launch`).
 """
@@ -19,7 +19,10 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from verl.utils.fsdp import create_mesh, init_distributed, named_full_tensors, shard_model
+from verl.utils.model import attention_for
 from verl.utils.optim import JointOptimizer
+from verl.utils.packing import packed_layout
+from verl.utils.ulysses import sequence_parallel_group
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.actor.joint_model import JointModel
 from xbai.sprm import ScoreHead
@@ -30,11 +33,21 @@ SPLITS = {
     "whole": {"ppo_micro_batch_size_per_gpu": 8},
     "by_three": {"ppo_micro_batch_size_per_gpu": 3},
     "by_tokens": {"use_dynamic_bsz": True, "ppo_max_token_len_per_gpu": 20},
+    "packed": {"packed": True, "ppo_micro_batch_size_per_gpu": 3},
+    "packed_by_tokens": {"packed": True, "use_dynamic_bsz": True, "ppo_max_token_len_per_gpu": 16},
+    "shared": {"packed": True, "sp": 2, "ppo_micro_batch_size_per_gpu": 8},
+    "shared_by_tokens": {"packed": True, "sp": 2, "use_dynamic_bsz": True, "ppo_max_token_len_per_gpu": 9},
 }
+CASES = {
+    1: [(scenario, split) for scenario in SCENARIOS for split in SPLITS if "shared" not in split],
+    2: [(scenario, split) for scenario in SCENARIOS for split in SPLITS],
+    4: [(scenario, "shared_by_tokens") for scenario in ("mixed", "rank_1_without_steps")],
+}
+"""What each number of ranks runs; in the shared splits two ranks compute the same rows."""
 OPTIM = {"name": "AdamW", "lr": 1e-3, "weight_decay": 0.01}
 
 
-def make_config(**actor: object) -> DictConfig:
+def make_config(packed: bool = False, **actor: object) -> DictConfig:
     """An `actor_rollout_ref` tree in which every term of the loss acts."""
     return OmegaConf.create(
         {
@@ -56,6 +69,7 @@ def make_config(**actor: object) -> DictConfig:
                 "optim": OPTIM,
                 **actor,
             },
+            "model": {"use_remove_padding": packed},
             "rollout": {"n": 4, "temperature": 0.8, "log_prob_micro_batch_size_per_gpu": 3},
             "use_score": True,
             "score": {"loss_coef": 1.0, "backbone_grad_scale": 0.3, "optim": OPTIM},
@@ -63,7 +77,7 @@ def make_config(**actor: object) -> DictConfig:
     )
 
 
-def make_model() -> JointModel:
+def make_model(packed: bool = False) -> JointModel:
     """A random model without dropout: whoever holds a row computes the same for it."""
     torch.manual_seed(0)
     config = Qwen3Config(
@@ -76,19 +90,22 @@ def make_model() -> JointModel:
         head_dim=16,
         initializer_range=0.15,
     )
-    return JointModel(Qwen3ForCausalLM(config), ScoreHead(32, dropout=0.0))
+    lm = Qwen3ForCausalLM(config)
+    lm.set_attn_implementation(attention_for(torch.float32, packed))
+    return JointModel(lm, ScoreHead(32, dropout=0.0))
 
 
 def make_batch(scenario: str) -> TensorDict:
     """The global batch, without what the actor itself computes first."""
     generator = torch.Generator().manual_seed(1)
-    prompt_lengths = torch.tensor([3, 5, 4, 2, 5, 1, 3, 4])
+    prompt_lengths = torch.tensor([3, 5, 4, 2, 1, 5, 3, 4])
     response_lengths = torch.tensor([4, 9, 1, 7, 6, 8, 2, 9])
     columns = torch.arange(PROMPT + RESPONSE)
     attention_mask = (columns >= PROMPT - prompt_lengths[:, None]) & (columns < PROMPT + response_lengths[:, None])
     input_ids = torch.randint(1, VOCABULARY, (ROWS, PROMPT + RESPONSE), generator=generator) * attention_mask
     in_response = attention_mask & (columns >= PROMPT)
     features = in_response & (torch.rand(ROWS, PROMPT + RESPONSE, generator=generator) < 0.5)
+    features[ROWS // 2, PROMPT : PROMPT + 2] = True
     correct, graded = torch.tensor([1.0, 0, 1, 0, 0, 1, 1, 0]), torch.ones(ROWS, dtype=torch.bool)
     if scenario == "rank_1_without_steps":
         features[ROWS // 2 :] = False
@@ -127,17 +144,19 @@ def run_rank(output: Path) -> None:
     init_distributed()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     results = {}
-    for scenario in SCENARIOS:
-        for split, keys in SPLITS.items():
-            config = make_config(**keys)
-            model = shard_model(make_model(), create_mesh(), OmegaConf.create({}))
-            optimizer = JointOptimizer(model, config.actor.optim, config.score.optim)
-            actor = DataParallelPPOActor(config, model, optimizer)
-            batch = make_batch(scenario).chunk(world_size)[rank].contiguous()
-            before = actor.compute_log_prob(batch)
-            metrics = actor.update_policy(with_old_policy(batch, before))
-            weights = {name: tensor.clone() for name, tensor in named_full_tensors(model)}
-            results[scenario, split] = {"before": dict(before), "metrics": metrics, "weights": weights}
+    groups = {size: sequence_parallel_group(size) for size in (1, 2) if size <= world_size}
+    for scenario, split in CASES[world_size]:
+        keys = dict(SPLITS[split])
+        sp_size = keys.pop("sp", 1)
+        config = make_config(**keys)
+        model = shard_model(make_model(config.model.use_remove_padding), create_mesh(), {})
+        optimizer = JointOptimizer(model, config.actor.optim, config.score.optim)
+        actor = DataParallelPPOActor(config, model, optimizer, sp_group=groups[sp_size])
+        batch = make_batch(scenario).chunk(world_size // sp_size)[rank // sp_size].contiguous()
+        before = actor.compute_log_prob(batch)
+        metrics = actor.update_policy(with_old_policy(batch, before))
+        weights = {name: tensor.clone() for name, tensor in named_full_tensors(model)}
+        results[scenario, split] = {"before": before, "metrics": metrics, "weights": weights}
     if rank == 0:
         torch.save(results, output)
     dist.destroy_process_group()
@@ -161,6 +180,11 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return launch(2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return launch(4, tmp_path_factory.mktemp("four"))
 
 
 def plain_forward(model: JointModel, batch: TensorDict, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -225,14 +249,14 @@ def plain_update(scenario: str) -> dict[str, float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_any_split_over_micro_batches_and_ranks_is_the_plain_update(
-    scenario: str, one_rank: dict, two_ranks: dict
+    scenario: str, one_rank: dict, two_ranks: dict, four_ranks: dict
 ) -> None:
     expected = plain_update(scenario)
-    for split in SPLITS:
-        for results in (one_rank, two_ranks):
+    for ranks, results in {1: one_rank, 2: two_ranks, 4: four_ranks}.items():
+        for split in [split for name, split in CASES[ranks] if name == scenario]:
             metrics = results[scenario, split]["metrics"]
             got = {name: metrics[name] for name in expected}
-            assert got == pytest.approx(expected, rel=1e-4, abs=1e-6), (split, scenario)
+            assert got == pytest.approx(expected, rel=1e-4, abs=1e-6), (ranks, split)
             assert metrics["actor/skipped_updates"] == 0
 
 
@@ -251,8 +275,9 @@ def test_the_cases_are_what_they_say(one_rank: dict) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_weights_after_the_update_agree(scenario: str, one_rank: dict, two_ranks: dict) -> None:
-    one, two = one_rank[scenario, "whole"]["weights"], two_ranks[scenario, "by_three"]["weights"]
+@pytest.mark.parametrize("split", ["by_three", "packed_by_tokens", "shared_by_tokens"])
+def test_weights_after_the_update_agree(scenario: str, split: str, one_rank: dict, two_ranks: dict) -> None:
+    one, two = one_rank[scenario, "whole"]["weights"], two_ranks[scenario, split]["weights"]
     assert one.keys() == two.keys() >= {"lm_head.weight", "model.embed_tokens.weight", "score_head.3.bias"}
     # Adam's first step is nearly the sign of the gradient, so elements whose gradient is rounding noise may differ by
     # up to two learning rates.
@@ -263,14 +288,36 @@ def test_weights_after_the_update_agree(scenario: str, one_rank: dict, two_ranks
 
 
 @pytest.mark.slow
-def test_log_probs_entropies_and_step_logits_are_those_of_the_plain_model(one_rank: dict) -> None:
-    batch, before = make_batch("mixed"), one_rank["mixed", "whole"]["before"]
+@pytest.mark.parametrize(("ranks", "split"), [("one_rank", "whole"), ("one_rank", "packed"), ("two_ranks", "shared")])
+def test_log_probs_entropies_and_step_logits_are_those_of_the_plain_model(
+    ranks: str, split: str, request: pytest.FixtureRequest
+) -> None:
+    batch, before = make_batch("mixed"), request.getfixturevalue(ranks)["mixed", split]["before"]
     with torch.no_grad():
         log_probs, entropy, step_logits = plain_forward(make_model(), batch, scale=1.0)
     mask, features = batch["response_mask"], batch["step_feature_mask"]
     torch.testing.assert_close(before["old_log_probs"], log_probs.masked_fill(~mask, 0.0), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(before["entropys"], entropy.masked_fill(~mask, 0.0), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(before["old_step_logits"], step_logits * features, rtol=1e-5, atol=1e-5)
+
+
+def test_there_are_steps_and_their_tokens_on_the_seams() -> None:
+    """What the ranks of the shared splits have between them, where all rows are one micro-batch."""
+    batch = make_batch("mixed")
+    layout = packed_layout(batch)
+    seam = -(-int(batch["attention_mask"].sum()) // 2)
+    for slot in (seam - 1, seam):
+        assert slot in layout.predictors
+        assert slot in layout.features
+
+
+@pytest.mark.slow
+def test_micro_batches_are_counted_and_even(one_rank: dict, two_ranks: dict) -> None:
+    for results, count in ((one_rank, 5), (two_ranks, 3)):
+        metrics = results["mixed", "packed_by_tokens"]["metrics"]
+        assert metrics["perf/micro_batches"] == count
+        assert 1 <= metrics["perf/tokens_per_micro_batch_max_over_mean"] < 1.2
+    assert one_rank["mixed", "by_three"]["metrics"]["perf/micro_batches"] == 3
 
 
 if __name__ == "__main__":

@@ -137,19 +137,19 @@ def check_packable(lm: PreTrainedModel) -> None:
     Raises:
         UserError: it does not hand what says where sequences begin on to its attention, or mixes tokens elsewhere.
     """
-    backbone = lm.base_model
-    takes_anything = all(
-        any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values())
-        for module in (backbone, backbone.layers[0])
-    )
     kinds = set(getattr(lm.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if lm.is_backend_compatible() and takes_anything and not kinds:
+    if lm.is_backend_compatible() and _hands_arguments_on(lm.base_model) and not kinds:
         return
     reason = f"its {kinds.pop()} layers do" if kinds else "its attention does"
     raise UserError(
         f"{type(lm).__name__} cannot compute packed sequences ({reason} not take them): set "
         "actor_rollout_ref.model.use_remove_padding=false"
     )
+
+
+def _hands_arguments_on(backbone: PreTrainedModel) -> bool:
+    signatures = (inspect.signature(module.forward) for module in (backbone, backbone.layers[0]))
+    return all(any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()) for signature in signatures)
 
 
 def _fresh_head(hidden_size: int, config: SPRMConfig) -> ScoreHead:
