@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from tensordict import TensorDict
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from transformers import PreTrainedTokenizerFast
 
-from verl.utils.checkpoint import load_checkpoint, save_checkpoint
+from verl.utils.checkpoint import BackgroundSaves, load_checkpoint, save_checkpoint
 from verl.utils.fsdp import create_mesh, init_distributed, named_full_tensors, shard_model
 from verl.utils.model import build_joint_model, load_tokenizer
 from verl.utils.optim import JointOptimizer
@@ -57,12 +59,12 @@ def make_config() -> DictConfig:
     )
 
 
-def build(model_folder: Path) -> tuple[JointModel, JointOptimizer]:
+def build(model_folder: Path, fsdp_size: int = -1) -> tuple[JointModel, JointOptimizer]:
     config = make_config()
     tokenizer = load_tokenizer(model_folder)
     sprm_config = load_sprm_config(model_folder, tokenizer)
     model = build_joint_model(model_folder, sprm_config=sprm_config, gradient_checkpointing=True)
-    shard_model(model, create_mesh(), OmegaConf.create({}))
+    shard_model(model, create_mesh(fsdp_size), OmegaConf.create({}))
     return model, JointOptimizer(model, config.actor.optim, config.score.optim)
 
 
@@ -97,24 +99,88 @@ def weights_of(model: JointModel) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in named_full_tensors(model)}
 
 
+def moments_of(model: JointModel, optimizer: JointOptimizer) -> dict[str, Tensor]:
+    """Every tensor of the optimisers' states, whole."""
+    options = StateDictOptions(full_state_dict=True)
+    states = {
+        name: get_optimizer_state_dict(model, part, options=options) for name, part in optimizer.optimizers.items()
+    }
+    return {
+        f"{part}.{name}.{key}": value
+        for part, state in states.items()
+        for name, entries in state["state"].items()
+        for key, value in entries.items()
+    }
+
+
+def state_of(model: JointModel, optimizer: JointOptimizer) -> dict[str, Tensor]:
+    return {**weights_of(model), **moments_of(model, optimizer)}
+
+
 def run_saving(model_folder: Path, folder: Path) -> dict:
     model, optimizer = build(model_folder)
     torch.manual_seed(dist.get_rank())
     train_step(model, optimizer)
     tokenizer = load_tokenizer(model_folder)
     save_checkpoint(folder / "actor", model, optimizer, tokenizer, load_sprm_config(model_folder, tokenizer))
-    saved = weights_of(model)
+    saved = state_of(model, optimizer)
     return {"saved": saved, "metrics": train_step(model, optimizer), "weights": weights_of(model)}
+
+
+def wait_for(saves: BackgroundSaves) -> None:
+    while not saves.is_done():
+        time.sleep(0.01)
+
+
+def run_saving_in_the_background(model_folder: Path, folder: Path) -> dict:
+    """HSDP: two copies of the model. The second save meets a full disk, on one rank only."""
+    model, optimizer = build(model_folder, fsdp_size=1)
+    saves, arguments = BackgroundSaves(), (model, optimizer, load_tokenizer(model_folder))
+    train_step(model, optimizer)
+    saved = state_of(model, optimizer)
+    saves.start(folder / "actor", *arguments)
+    train_step(model, optimizer)
+    wait_for(saves)
+    full = folder / "full"
+    if dist.get_rank() == 0:
+        full.mkdir()
+        (full / "__1_0.distcp").symlink_to("/dev/full")
+    dist.barrier()
+    saves.start(full, *arguments)
+    try:
+        wait_for(saves)
+    except UserError as error:
+        return {"saved": saved, "now": state_of(model, optimizer), "error": str(error)}
+    raise AssertionError("a full disk went unnoticed")
 
 
 def run_resuming(model_folder: Path, folder: Path) -> dict:
     model, optimizer = build(model_folder)
     torch.manual_seed(100)
     load_checkpoint(folder / "actor", model, optimizer)
-    loaded = weights_of(model)
+    loaded = state_of(model, optimizer)
     steps = [int(schedule.last_epoch) for schedule in optimizer.schedules.values()]
     metrics = train_step(model, optimizer)
     return {"loaded": loaded, "metrics": metrics, "weights": weights_of(model), "schedule_steps": steps}
+
+
+def run_resuming_with_another_learning_rate(model_folder: Path, folder: Path) -> dict:
+    model, optimizer = build(model_folder)
+    for part in optimizer.optimizers.values():
+        part.param_groups[0].update(lr=1.0, initial_lr=1.0, weight_decay=0.5)
+    for schedule in optimizer.schedules.values():
+        schedule.base_lrs = [1.0]
+    load_checkpoint(folder / "actor", model, optimizer)
+    groups = [part.param_groups[0] for part in optimizer.optimizers.values()]
+    return {"rates": [group["lr"] for group in groups], "decays": [group["weight_decay"] for group in groups]}
+
+
+RUNS = {
+    "save": run_saving,
+    "background": run_saving_in_the_background,
+    "resume": run_resuming,
+    "other_rate": run_resuming_with_another_learning_rate,
+}
 
 
 def launch(mode: str, ranks: int, model_folder: Path, folder: Path) -> dict:
@@ -162,6 +228,29 @@ def test_another_world_size_goes_on(saved: tuple[Path, Path, dict]) -> None:
 
 
 @pytest.mark.slow
+def test_a_save_in_the_background_is_of_its_moment_whatever_the_sharding(tied_model_dir: Path, tmp_path: Path) -> None:
+    done = launch("background", 2, tied_model_dir, tmp_path)
+    assert not torch.equal(done["saved"]["model.norm.weight"], done["now"]["model.norm.weight"])
+    for ranks in (1, 2):
+        assert_same(launch("resume", ranks, tied_model_dir, tmp_path)["loaded"], done["saved"])
+    assert "could not be written: rank 1: OSError: [Errno 28] No space left on device" in done["error"]
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_from_one(tied_model_dir: Path, tmp_path: Path) -> None:
+    saved = launch("save", 1, tied_model_dir, tmp_path)["saved"]
+    assert_same(launch("resume", 2, tied_model_dir, tmp_path)["loaded"], saved)
+
+
+@pytest.mark.slow
+def test_settings_of_the_optimizer_are_the_configurations(saved: tuple[Path, Path, dict]) -> None:
+    model_folder, folder, uninterrupted = saved
+    resumed = launch("other_rate", 1, model_folder, folder)
+    assert resumed["rates"] == pytest.approx([uninterrupted["metrics"]["actor/lr"] * 1e3] * 2)
+    assert resumed["decays"] == [0.5] * 2
+
+
+@pytest.mark.slow
 def test_the_checkpoint_carries_config_tokenizer_and_step_rule(
     saved: tuple[Path, Path, dict], tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -178,7 +267,7 @@ def test_a_folder_without_checkpoint_is_a_clear_error(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     init_distributed()
-    run = {"save": run_saving, "resume": run_resuming}[sys.argv[1]]
+    run = RUNS[sys.argv[1]]
     result = run(Path(sys.argv[2]), Path(sys.argv[3]))
     if dist.get_rank() == 0:
         torch.save(result, Path(sys.argv[3]) / "result.pt")

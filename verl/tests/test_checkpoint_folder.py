@@ -15,6 +15,7 @@ def _save(checkpoints, *steps):
     for step in steps:
         with checkpoints.write(step) as folder:
             _fill(folder)
+        checkpoints.drop_old()
 
 
 def _names(folder):
@@ -61,6 +62,17 @@ def test_retention_of_one_keeps_the_latest(tmp_path):
     _save(checkpoints, 1, 2)
     assert checkpoints.find("auto", None) == tmp_path / "global_step_2"
     assert not (tmp_path / "global_step_1").exists()
+
+
+def test_a_checkpoint_in_use_stays_until_it_is_free(tmp_path):
+    checkpoints = CheckpointFolder(tmp_path, max_to_keep=1)
+    for step in (1, 2, 3):
+        with checkpoints.write(step) as folder:
+            _fill(folder)
+    checkpoints.drop_old(in_use={1})
+    assert _names(tmp_path) == ["global_step_1", "global_step_3", LATEST_FILE]
+    checkpoints.drop_old()
+    assert _names(tmp_path) == ["global_step_3", LATEST_FILE]
 
 
 def test_an_incomplete_folder_is_refused(tmp_path):
