@@ -7,6 +7,7 @@ model's `config.json`; of well-known models (`verl.utils.model_shapes.KNOWN_CONF
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl.trainer.config_check import check_config
 from verl.trainer.critic_config import critic_config
-from verl.trainer.memory_estimate import GIB
+from verl.trainer.memory_estimate import GIB, LOGIT_BACKWARD, LOGIT_FORWARD, saved_activations
 from verl.trainer.memory_phases import COMMON_GPU, GPUS_GIB, PhaseMemory, changes_to_fit
 from verl.utils.model_shapes import MODEL_TYPES, ModelShape, config_of
 from verl.workers.actor.micro_batches import MicroBatching, RowSizes
@@ -51,7 +52,7 @@ def dry_run(config: DictConfig) -> str:
     sections = [
         f"Dry run: {config.trainer.nnodes} x {config.trainer.n_gpus_per_node} {what}; nothing is started.",
         "The resolved configuration:\n\n" + OmegaConf.to_yaml(config, resolve=True).rstrip(),
-        "\n".join(f"not found here: {line}" for line in missing),
+        "\n".join(f"not found here: {line}" for line in dict.fromkeys(missing)),
         _steps(config, world),
         _memory(config),
     ]
@@ -79,12 +80,20 @@ def batches(config: DictConfig) -> Iterator[Batches]:
     yield counted("update, a mini-batch", update, mini_batch, mini_batches * root.actor.ppo_epochs)
     if config.algorithm.adv_estimator == "gae":
         critic = critic_config(config)
-        critic_groups = world // critic.ulysses_sequence_parallel_size
-        batching = MicroBatching.for_update(
-            critic, critic.model.use_remove_padding, critic.ulysses_sequence_parallel_size
+        groups = world // critic.ulysses_sequence_parallel_size
+        layout = critic.model.use_remove_padding, critic.ulysses_sequence_parallel_size
+        forward = {
+            "use_dynamic_bsz": critic.use_dynamic_bsz,
+            "ppo_max_token_len_per_gpu": critic.forward_max_token_len_per_gpu,
+            "ppo_micro_batch_size_per_gpu": critic.forward_micro_batch_size_per_gpu,
+        }
+        yield counted("values", MicroBatching.for_update(forward, *layout), config.data.train_batch_size * n // groups)
+        rows, times = (
+            critic.ppo_mini_batch_size * n // groups,
+            config.data.train_batch_size // critic.ppo_mini_batch_size,
         )
-        times = config.data.train_batch_size // critic.ppo_mini_batch_size * critic.ppo_epochs
-        yield counted("critic update, a mini-batch", batching, critic.ppo_mini_batch_size * n // critic_groups, times)
+        update = MicroBatching.for_update(critic, *layout)
+        yield counted("critic update, a mini-batch", update, rows, times * critic.ppo_epochs)
 
 
 def _per_gpu(actor: DictConfig, world: int) -> Mapping[str, Any]:
@@ -133,17 +142,18 @@ def _memory(config: DictConfig) -> str:
     critic_shape = shape
     if config.algorithm.adv_estimator == "gae" and (critic := config_of(critic_config(config).model.path)) is not None:
         critic_shape = ModelShape.from_config(critic)
-    sizes = {name: PhaseMemory(config, shape, critic_shape, gib * GIB) for name, gib in GPUS_GIB.items()}
-    fitting = [name for name, memory in sizes.items() if memory.excess <= 0]
-    shown = fitting[0] if fitting else next(name for name, gib in GPUS_GIB.items() if gib == COMMON_GPU)
-    parts = [
-        f"The model has {shape.parameters:,} parameters"
-        + (f" and the score head {shape.score_head_parameters:,}." if config.actor_rollout_ref.use_score else "."),
-        f"Memory of one GPU with {shown}, in GiB; each phase at its highest:",
-        _phase_table(sizes[shown]),
-        _verdict(config, sizes, fitting, shown),
-    ]
-    return "\n\n".join(parts)
+    head = f" and the score head {shape.score_head_parameters:,}" if config.actor_rollout_ref.use_score else ""
+    size = f"The model has {shape.parameters:,} parameters{head}."
+    if config.trainer.device == "cpu":
+        memory = PhaseMemory(config, shape, critic_shape, math.inf)
+        caption, verdict = "Memory of one process", _highest(memory)
+    else:
+        sizes = {name: PhaseMemory(config, shape, critic_shape, gib * GIB) for name, gib in GPUS_GIB.items()}
+        shown = next((name for name, memory in sizes.items() if memory.excess <= 0), COMMON_GPU)
+        memory = sizes[shown]
+        caption, verdict = f"Memory of one GPU with {shown}", f"{_highest(memory)}\n{_verdict(sizes)}"
+    caption += ", in GiB; each phase at its highest:"
+    return "\n\n".join([size, caption, _phase_table(memory), _micro_batch(memory), verdict])
 
 
 def _phase_table(memory: PhaseMemory) -> str:
@@ -157,23 +167,38 @@ def _phase_table(memory: PhaseMemory) -> str:
     return table(["", *memory.phases], rows)
 
 
+def _micro_batch(memory: PhaseMemory) -> str:
+    shape, width, tokens = memory.shape, memory.policy.compute, memory.update_tokens
+    kept, whole = (saved_activations(shape, tokens, width, checkpointing) / GIB for checkpointing in (True, False))
+    chunk = memory.chunk(tokens)
+    chosen = "with" if memory.config.actor_rollout_ref.model.enable_gradient_checkpointing else "without"
+    return (
+        f"A micro-batch of the update has up to {tokens:,} tokens on a GPU. Its activations take {kept:.1f} GiB with "
+        f"checkpointing and {whole:.1f} without (here: {chosen}); a chunk of logits takes "
+        f"{LOGIT_FORWARD * chunk / GIB:.1f} GiB, and {LOGIT_BACKWARD * chunk / GIB:.1f} in the backward pass."
+    )
+
+
 def _gib(size: float) -> str:
     return f"{size / GIB:.1f}" if size else "-"
 
 
-def _verdict(config: DictConfig, sizes: Mapping[str, PhaseMemory], fitting: list[str], shown: str) -> str:
-    peaks = sizes[shown].peaks
+def _highest(memory: PhaseMemory) -> str:
+    peaks = memory.peaks
     phase = max(peaks, key=peaks.get)
-    lines = [
-        f"Highest: {phase}, {peaks[phase] / GIB:.1f} GiB. An engine's KV cache holds "
-        f"{sizes[shown].cached_sequences:.1f} sequences of full length."
-    ]
-    if fitting:
-        lines.append(f"It fits GPUs with: {', '.join(fitting)}.")
-    for name, memory in sizes.items():
-        if name in fitting or memory.gpu_bytes > COMMON_GPU * GIB:
-            continue
-        changes = changes_to_fit(memory)
+    return (
+        f"Highest: {phase}, {peaks[phase] / GIB:.1f} GiB. An engine's KV cache holds {memory.cached_sequences:.1f} "
+        "sequences of full length."
+    )
+
+
+def _verdict(sizes: Mapping[str, PhaseMemory]) -> str:
+    fitting = [name for name, memory in sizes.items() if memory.excess <= 0]
+    lines = [f"It fits GPUs with: {', '.join(fitting)}." if fitting else "It fits no GPU with up to 180 GB as it is."]
+    # Smaller GPUs than the common one only where it is not far from fitting them.
+    too_small = [name for name in sizes if name not in fitting][: list(sizes).index(COMMON_GPU) + 1]
+    for name in too_small[-2:]:
+        changes = changes_to_fit(sizes[name])
         if changes is None:
             lines.append(f"It does not fit {name}, whatever is changed but the number of GPUs.")
         else:

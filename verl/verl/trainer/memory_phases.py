@@ -35,7 +35,7 @@ GPUS_GIB = {
 }
 """What torch reports as the whole memory of common GPUs."""
 
-SMALL_GPU, COMMON_GPU = 39.4, 79.1
+COMMON_GPU = "80 GB (A100, H100)"
 
 
 def tokens_at_most(section: DictConfig, switch: str, budget: str, rows: str, length: int, sp_size: int) -> int:
@@ -176,13 +176,16 @@ class PhaseMemory:
             self._longest,
             self._sp_size,
         )
-        return forward_peak(model, tokens, self._longest, self._packed, self._chunk(tokens))
+        return forward_peak(model, tokens, self._longest, self._packed, self.chunk(tokens))
 
     def _update(self) -> Components:
-        actor, model = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.model
-        tokens = self._update_tokens(actor, self._sp_size)
-        checkpointing = model.enable_gradient_checkpointing
-        return training_peak(self.policy, tokens, self._longest, checkpointing, self._packed, self._chunk(tokens))
+        tokens, checkpointing = self.update_tokens, self.config.actor_rollout_ref.model.enable_gradient_checkpointing
+        return training_peak(self.policy, tokens, self._longest, checkpointing, self._packed, self.chunk(tokens))
+
+    @property
+    def update_tokens(self) -> int:
+        """Tokens of one GPU in the largest micro-batch of the policy's update."""
+        return self._update_tokens(self.config.actor_rollout_ref.actor, self._sp_size)
 
     def _update_tokens(self, section: DictConfig, sp_size: int) -> int:
         whole_job = section.get("ppo_micro_batch_size")
@@ -211,7 +214,8 @@ class PhaseMemory:
     def _sp_size(self) -> int:
         return self.config.actor_rollout_ref.actor.ulysses_sequence_parallel_size
 
-    def _chunk(self, tokens: int) -> int:
+    def chunk(self, tokens: int) -> int:
+        """Logits that exist at once where `tokens` go through the LM head."""
         return min(LOGITS_PER_CHUNK, tokens * self.shape.vocabulary)
 
     @property
@@ -269,7 +273,8 @@ def changes_to_fit(memory: PhaseMemory) -> dict[str, Any] | None:
         fewer = [other for other in chosen if other is not change]
         if _excess(memory, fewer) <= 0:
             chosen = fewer
-    return {key: value for change in chosen for key, value in change.items()}
+    changes = {key: value for change in chosen for key, value in change.items()}
+    return {key: value for key, value in changes.items() if OmegaConf.select(memory.config, key) != value}
 
 
 def _excess(memory: PhaseMemory, changes: list[dict[str, Any]]) -> float:
