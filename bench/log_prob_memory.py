@@ -68,7 +68,7 @@ class Case:
             self.vocabulary,
             compute_entropy=self.entropy,
             logits_per_chunk=self.logits_per_chunk,
-        )
+        )[:2]
 
 
 def measure(way: str, case: Case, file: Path) -> dict[str, Any]:

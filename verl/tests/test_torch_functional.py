@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from verl.utils.torch_functional import masked_sum, token_log_probs, trim_padding
+from verl.utils.torch_functional import FinalStates, masked_sum, token_log_probs, trim_padding
 
 
 @pytest.mark.parametrize("tokens_per_chunk", [1, 4, 100])
@@ -31,16 +31,59 @@ def test_chunks_are_exact_in_values_and_gradients(tokens_per_chunk: int) -> None
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("tokens_per_chunk", [1, 4, 100])
+@pytest.mark.parametrize("vocabulary", [2, 11])
+def test_kl_over_the_whole_vocabulary_is_torchs(vocabulary: int, tokens_per_chunk: int) -> None:
+    torch.manual_seed(0)
+    lm_head, other_head = (nn.Linear(8, vocabulary, bias=False, dtype=torch.float64) for _ in range(2))
+    hidden, other = (torch.randn(10, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    labels, weights = torch.randint(0, vocabulary, (10,)), torch.randn(10, dtype=torch.float64)
+    result = token_log_probs(
+        hidden,
+        lm_head,
+        labels,
+        vocabulary,
+        temperature=0.7,
+        reference=FinalStates(other, other_head),
+        logits_per_chunk=2 * vocabulary * tokens_per_chunk,
+    )
+    policy = (lm_head(hidden) / 0.7).log_softmax(-1)
+    reference = (other_head(other) / 0.7).log_softmax(-1).detach()
+    expected = nn.functional.kl_div(reference, policy, reduction="none", log_target=True).sum(-1)
+    assert result.entropy is None
+    torch.testing.assert_close(result.log_probs, policy.gather(-1, labels[:, None]).squeeze(-1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(result.kl, expected, rtol=1e-12, atol=1e-12)
+
+    def gradients(kl: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad((weights * kl).sum(), (hidden, lm_head.weight), retain_graph=True)
+
+    for ours, theirs in zip(gradients(result.kl), gradients(expected)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    (weights * result.kl).sum().backward()
+    assert other.grad is None and other_head.weight.grad is None, "the reference is frozen"
+
+
 def test_no_more_logits_than_allowed_ever_exist() -> None:
     sizes: list[int] = []
     lm_head = nn.Linear(8, 11)
     lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
     hidden = torch.randn(3, 7, 8, requires_grad=True)
-    log_probs, entropy = token_log_probs(hidden, lm_head, torch.zeros(3, 7).long(), 11, logits_per_chunk=50)
+    log_probs, entropy, _ = token_log_probs(hidden, lm_head, torch.zeros(3, 7).long(), 11, logits_per_chunk=50)
     log_probs.sum().backward()
     assert entropy is None
     assert len(sizes) == 2 * 6, "each chunk once forward and once more in the backward pass"
     assert max(sizes) <= 50
+
+    sizes.clear()
+    token_log_probs(
+        hidden,
+        lm_head,
+        torch.zeros(3, 7).long(),
+        11,
+        reference=FinalStates(hidden.flatten(0, 1), lm_head),
+        logits_per_chunk=50,
+    )
+    assert max(a + b for a, b in zip(sizes[::2], sizes[1::2])) <= 50, "the reference's logits count"
 
 
 def test_masked_sum_ignores_what_is_off_the_mask() -> None:

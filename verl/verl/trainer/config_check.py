@@ -90,8 +90,7 @@ POSITIVE = (
     "trainer.total_epochs",
 )
 
-NOT_YET: dict[str, str] = {
-}
+NOT_YET: dict[str, str] = {}
 """Keys and sections that cannot act yet, and why: another value than the default is an error."""
 
 NOT_ON_CPU = (
@@ -115,11 +114,6 @@ NOT_WITH_HF = (
     "actor_rollout_ref.rollout.free_cache_engine",
     "actor_rollout_ref.rollout.enforce_eager",
 )
-
-NOT_YET_VALUES: dict[tuple[str, str], str] = {
-    ("algorithm.kl_penalty", "full"): "it needs both models' whole distributions",
-    ("actor_rollout_ref.actor.kl_loss_type", "full"): "it needs both models' whole distributions",
-}
 
 TOKEN_BUDGETS = (
     ("actor_rollout_ref.actor", "use_dynamic_bsz", "ppo_max_token_len_per_gpu"),
@@ -254,9 +248,6 @@ def _check_acts(config: DictConfig, changed: Mapping[str, Any]) -> None:
             raise UserError(f"{key}={value} needs a GPU and cannot act on CPU; leave it at its default")
         if config.actor_rollout_ref.rollout.name == "hf" and key in NOT_WITH_HF:
             raise UserError(f"{key}={value} cannot act with rollout.name=hf; leave it at its default, or use vllm")
-    for (key, value), reason in NOT_YET_VALUES.items():
-        if OmegaConf.select(config, key) == value:
-            raise UserError(f"{key}={value} cannot act yet: {reason}")
     cap = config.actor_rollout_ref.actor.tis_imp_ratio_cap
     if cap is not None and not (isinstance(cap, int | float) and cap > 0):
         raise UserError(f"actor_rollout_ref.actor.tis_imp_ratio_cap={cap} must be a number above 0, or null for none")

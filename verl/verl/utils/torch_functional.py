@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import repeat
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +12,32 @@ from torch.utils.checkpoint import checkpoint
 
 # Logits held at once (512 MiB in float32): about 880 tokens of a 152k vocabulary.
 LOGITS_PER_CHUNK = 2**27
+
+
+class FinalStates:
+    """What a model's distributions over the vocabulary follow from, at some tokens.
+
+    No tuple: FSDP2 would cast a tuple's tensors on their way into a model.
+
+    Attributes:
+        hidden: [n, c] final hidden states.
+        lm_head: maps rows of them to logits.
+    """
+
+    def __init__(self, hidden: Tensor, lm_head: Callable[[Tensor], Tensor]) -> None:
+        self.hidden = hidden
+        self.lm_head = lm_head
+
+
+class TokenLogProbs(NamedTuple):
+    """Of each token, in float32 (float64 for float64 inputs) and in the shape of the labels."""
+
+    log_probs: Tensor
+    """Log-probability of the label."""
+    entropy: Tensor | None
+    """Entropy of the distribution, in nats."""
+    kl: Tensor | None
+    """KL from the distribution to the reference's, summed over the vocabulary, in nats."""
 
 
 def token_log_probs(
@@ -20,10 +48,11 @@ def token_log_probs(
     *,
     temperature: float = 1.0,
     compute_entropy: bool = False,
+    reference: FinalStates | None = None,
     logits_per_chunk: int = LOGITS_PER_CHUNK,
     fused: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of `labels`, and the entropy of the distributions they come from, by chunks of tokens.
+) -> TokenLogProbs:
+    """Log-probabilities of `labels`, and entropies and KL of the distributions they come from, by chunks of tokens.
 
     Each chunk's logits are computed again in the backward pass, so the peak memory is one chunk's logits.
 
@@ -33,42 +62,48 @@ def token_log_probs(
         labels: [...] token ids.
         vocab_size: width of the logits, which sets the tokens a chunk holds.
         temperature: divides the logits.
-        compute_entropy: also return the entropies (nats).
+        compute_entropy: also return the entropies.
+        reference: of another model at the same tokens, which gets no gradient: also return the KL to it.
         logits_per_chunk: how many logits may exist at once.
         fused: have torch.compile make one kernel of what follows the logits, which then never exist in float32.
-
-    Returns:
-        Log-probabilities [...] in float32 (float64 for float64 inputs), and entropies [...] or None.
     """
-    tokens_per_chunk = max(1, logits_per_chunk // vocab_size)
-
+    logits_per_token = vocab_size if reference is None else 2 * vocab_size
+    tokens_per_chunk = max(1, logits_per_chunk // logits_per_token)
     from_logits = _fused_chunk_log_probs if fused else _chunk_log_probs
 
-    def run(hidden_chunk: Tensor, label_chunk: Tensor) -> tuple[Tensor, Tensor | None]:
-        return from_logits(lm_head(hidden_chunk), label_chunk, temperature, compute_entropy)
+    def run(hidden_chunk: Tensor, label_chunk: Tensor, reference_chunk: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            reference_logits = None if reference is None else reference.lm_head(reference_chunk)
+        return from_logits(lm_head(hidden_chunk), label_chunk, temperature, compute_entropy, reference_logits)
 
-    chunks = zip(hidden.flatten(0, -2).split(tokens_per_chunk), labels.flatten().split(tokens_per_chunk))
-    if torch.is_grad_enabled():
-        parts = [checkpoint(run, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in chunks]
-    else:
-        parts = [run(h, t) for h, t in chunks]
-    log_probs, entropy = zip(*parts)
-    return (
-        torch.cat(log_probs).view(labels.shape),
-        torch.cat(entropy).view(labels.shape) if compute_entropy else None,
+    chunks = zip(
+        hidden.flatten(0, -2).split(tokens_per_chunk),
+        labels.flatten().split(tokens_per_chunk),
+        repeat(None) if reference is None else reference.hidden.split(tokens_per_chunk),
     )
+    if torch.is_grad_enabled():
+        parts = [checkpoint(run, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    else:
+        parts = [run(*chunk) for chunk in chunks]
+    columns = (None if column[0] is None else torch.cat(column).view(labels.shape) for column in zip(*parts))
+    return TokenLogProbs(*columns)
 
 
 def _chunk_log_probs(
-    logits: Tensor, labels: Tensor, temperature: float, compute_entropy: bool
-) -> tuple[Tensor, Tensor | None]:
+    logits: Tensor, labels: Tensor, temperature: float, compute_entropy: bool, reference_logits: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     log_partition = logits.logsumexp(-1)
     log_probs = logits.gather(-1, labels[:, None]).squeeze(-1) - log_partition
-    if not compute_entropy:
-        return log_probs, None
-    probs = (logits - log_partition[:, None]).exp()
-    return log_probs, log_partition - (probs * logits).sum(-1)
+    if not compute_entropy and reference_logits is None:
+        return log_probs, None, None
+    log_softmax = logits - log_partition[:, None]
+    probs = log_softmax.exp()
+    entropy = log_partition - (probs * logits).sum(-1) if compute_entropy else None
+    if reference_logits is None:
+        return log_probs, entropy, None
+    reference_log_softmax = (reference_logits.to(logits.dtype) / temperature).log_softmax(-1)
+    return log_probs, entropy, (probs * (log_softmax - reference_log_softmax)).sum(-1)
 
 
 _fused_chunk_log_probs = torch.compile(_chunk_log_probs, dynamic=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from omegaconf import DictConfig
@@ -17,7 +17,9 @@ from verl.utils.model import build_joint_model, load_tokenizer, loading_dtype
 from verl.utils.optim import JointOptimizer
 from verl.utils.ulysses import sequence_parallel_group
 from verl.workers.actor.dp_actor import DataParallelPPOActor
+from verl.workers.actor.joint_loss import LossConfig
 from verl.workers.actor.joint_model import JointModel
+from verl.workers.actor.reference import ReferencePolicy
 from verl.workers.phase_metrics import measure_phase
 from verl.workers.placed_model import Dtypes, PlacedModel
 from verl.workers.rollout import EngineRollout
@@ -75,18 +77,21 @@ class ActorRolloutRefWorker(Worker):
         self._policy = PlacedModel(
             self._build_model(fsdp_config, self._sprm_config), fsdp_config, self._build_optimizer
         )
-        sizes = group_sizes(config)
-        sp_group = sequence_parallel_group(sizes["train"])
-        self._actor = DataParallelPPOActor(config, self._policy.model, self._policy.optimizer, sp_group=sp_group)
+        sizes, reference_policy = group_sizes(config), None
+        sp_group = ref_sp_group = sequence_parallel_group(sizes["train"])
         if self.role == "actor_rollout_ref":
             fsdp_config = config.ref.fsdp_config
             frozen = self._build_model(fsdp_config, None).requires_grad_(False)
             self._reference = PlacedModel(frozen, fsdp_config)
             if sizes["reference"] != sizes["train"]:
-                sp_group = sequence_parallel_group(sizes["reference"])
+                ref_sp_group = sequence_parallel_group(sizes["reference"])
             self._reference_actor = DataParallelPPOActor(
-                config, self._reference.model, log_prob_config=config.ref, sp_group=sp_group
+                config, self._reference.model, log_prob_config=config.ref, sp_group=ref_sp_group
             )
+            reference_policy = ReferencePolicy(self._reference.model)
+        self._actor = DataParallelPPOActor(
+            config, self._policy.model, self._policy.optimizer, sp_group=sp_group, reference=reference_policy
+        )
         self._background_saves = BackgroundSaves()
         self._rollout = EngineRollout(config.rollout, config.model, self.tokenizer.pad_token_id)
 
@@ -105,7 +110,10 @@ class ActorRolloutRefWorker(Worker):
     @register(Dispatch.DP_COMPUTE_PROTO, group="train")
     def compute_log_prob(self, data: DataProto) -> DataProto:
         """What the update compares with: `old_log_probs`, `entropys` [B, R] and, with a score head,
-        `step_feature_mask` and `old_step_logits` [B, P+R]."""
+        `step_feature_mask` and `old_step_logits` [B, P+R].
+
+        `meta_info["full_kl"]=True` adds `ref_kl` [B, R], the KL to the reference summed over the vocabulary.
+        """
         columns: dict[str, Tensor] = {}
         if self._sprm_config is not None:
             prompt_columns = torch.zeros_like(data.batch["prompts"], dtype=torch.bool)
@@ -113,9 +121,10 @@ class ActorRolloutRefWorker(Worker):
             columns["step_feature_mask"] = step_feature_mask(
                 data.batch["input_ids"], in_response, self._sprm_config.step_rule
             )
-        with measure_phase("old_log_prob") as metrics, self._policy.on_device():
+        full_kl = data.meta_info.get("full_kl", False)
+        with measure_phase("old_log_prob") as metrics, self._policy.on_device(), self._reference_on_device(full_kl):
             metrics["tokens"] = _tokens(data) / group_sizes(self.config)["train"]
-            columns |= self._actor.compute_log_prob({**dict(data.batch.items()), **columns})
+            columns |= self._actor.compute_log_prob({**dict(data.batch.items()), **columns}, compute_kl=full_kl)
         return DataProto.from_dict(columns, meta_info={"metrics": metrics})
 
     @register(Dispatch.DP_COMPUTE_PROTO, group="reference")
@@ -141,7 +150,11 @@ class ActorRolloutRefWorker(Worker):
                 f"actor.ppo_mini_batch_size={self.config.actor.ppo_mini_batch_size} prompts of {self.config.rollout.n} "
                 f"responses must divide the batch of {responses} responses (data.train_batch_size)"
             )
-        with measure_phase("update_actor") as metrics, self._policy.on_device(with_optimizer=True):
+        with (
+            measure_phase("update_actor") as metrics,
+            self._reference_on_device(LossConfig.from_config(self.config).uses_full_kl),
+            self._policy.on_device(with_optimizer=True),
+        ):
             metrics["tokens"] = _tokens(data) * self.config.actor.ppo_epochs / sharers
             training_metrics = self._actor.update_policy(data.batch)
         self._rollout.policy_has_changed()
@@ -201,6 +214,9 @@ class ActorRolloutRefWorker(Worker):
         config = self.config
         score_config = config.score.optim if config.use_score else None
         return JointOptimizer(model, config.actor.optim, score_config, config.actor.max_nonfinite_updates)
+
+    def _reference_on_device(self, wanted: bool) -> AbstractContextManager[None]:
+        return self._reference.on_device() if wanted else nullcontext()
 
     @contextmanager
     def _policy_weights(self) -> Iterator[Iterator[tuple[str, Tensor]]]:

@@ -48,7 +48,9 @@ def train_metrics(
     if tis_imp_ratio_cap is not None:
         log_probs = columns["rollout_log_probs"], columns["old_log_probs"]
         metrics |= importance_metrics(*log_probs, mask, tis_imp_ratio_cap)
-    if "ref_log_prob" in columns:
+    if "ref_kl" in columns:
+        metrics["actor/ref_kl"] = masked_mean(columns["ref_kl"], mask)
+    elif "ref_log_prob" in columns:
         metrics["actor/ref_kl"] = masked_mean(columns["old_log_probs"] - columns["ref_log_prob"], mask)
     if "old_step_logits" in columns:
         measured = sprm_metrics(columns["old_step_logits"], columns["step_feature_mask"], correct, graded)

@@ -133,9 +133,10 @@ class RayPPOTrainer:
 
     @property
     def _uses_reference_log_probs(self) -> bool:
-        actor = self.config.actor_rollout_ref.actor
-        # The update itself computes the full KL, from the reference's hidden states.
-        return self.config.algorithm.use_kl_in_reward or (actor.use_kl_loss and actor.kl_loss_type != "full")
+        actor, algorithm = self.config.actor_rollout_ref.actor, self.config.algorithm
+        # The full KL comes of the reference's hidden states, where the policy's are computed.
+        in_loss = actor.use_kl_loss and actor.kl_loss_type != "full"
+        return in_loss or (algorithm.use_kl_in_reward and algorithm.kl_penalty != "full")
 
     @property
     def _uses_full_kl_in_reward(self) -> bool:
@@ -175,9 +176,9 @@ class RayPPOTrainer:
         batch = self._generate(prompts, self._rollout.n, metrics)
         pending = self._launch_grading(batch)
         baseline = self._launch_baseline(prompts, metrics) if self._estimator == "remax" else None
-        self._compute(self._workers.compute_log_prob, batch, metrics)
+        self._compute(self._workers.compute_log_prob, batch, metrics, full_kl=self._uses_full_kl_in_reward)
         if self._uses_reference_log_probs:
-            self._compute(self._workers.compute_ref_log_prob, batch, metrics, full_kl=self._uses_full_kl_in_reward)
+            self._compute(self._workers.compute_ref_log_prob, batch, metrics)
         if self._critic is not None:
             self._compute(self._critic.compute_values, batch, metrics)
         reward = pending.result()

@@ -16,6 +16,7 @@ from verl.utils.packing import Batch, TokenLayout, layout_maker
 from verl.workers.actor.joint_loss import LossConfig, Totals, joint_loss, local_totals
 from verl.workers.actor.joint_model import JointModel, JointOutput
 from verl.workers.actor.micro_batches import MicroBatches, MicroBatching
+from verl.workers.actor.reference import ReferencePolicy
 from verl.workers.mini_batches import MiniBatching, summed_over_ranks
 from xbai.errors import UserError
 
@@ -32,6 +33,7 @@ class DataParallelPPOActor:
         optimizer: None for a reference policy, which cannot be updated.
         log_prob_config: section with the `log_prob_*` keys; default `config["rollout"]` (the reference's is `ref`).
         sp_group: the ranks that compute the same rows together (sequence parallelism); needs packing.
+        reference: for the full KL to it, in the loss (`kl_loss_type=full`) or as a column.
 
     Raises:
         UserError: a batch size that ranks cannot share evenly, or a temperature that gives no log-probs.
@@ -44,9 +46,11 @@ class DataParallelPPOActor:
         optimizer: JointOptimizer | None = None,
         log_prob_config: Mapping[str, Any] | None = None,
         sp_group: dist.ProcessGroup | None = None,
+        reference: ReferencePolicy | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
+        self._reference = reference
         self._device = local_device()
         self._world_size = dist.get_world_size()
         self._sp_group = sp_group
@@ -69,17 +73,20 @@ class DataParallelPPOActor:
         self._grad_clip = actor["grad_clip"]
 
     @torch.no_grad()
-    def compute_log_prob(self, data: Batch, compute_entropy: bool = True) -> dict[str, Tensor]:
+    def compute_log_prob(
+        self, data: Batch, compute_entropy: bool = True, compute_kl: bool = False
+    ) -> dict[str, Tensor]:
         """Log-probs, entropies and step logits in evaluation mode.
 
         Args:
             data: `input_ids attention_mask position_ids [B, P+R]`, `response_mask [B, R]`, and with a score head
                 `step_feature_mask [B, P+R]`. The same on all ranks of a sequence-parallel group.
             compute_entropy: also compute entropies.
+            compute_kl: also compute the KL to the reference, summed over the vocabulary.
 
         Returns:
-            On the CPU: `old_log_probs [B, R]`, `entropys [B, R]` when asked for, `old_step_logits [B, P+R]` with a
-            score head; 0 on padding and off the step features.
+            On the CPU: `old_log_probs [B, R]`, `entropys [B, R]` and `ref_kl [B, R]` when asked for, `old_step_logits
+            [B, P+R]` with a score head; 0 on padding and off the step features.
         """
         self.model.eval()
         keys = ["input_ids", "attention_mask", "position_ids", "response_mask"]
@@ -89,17 +96,21 @@ class DataParallelPPOActor:
         results: dict[str, Tensor] = {}
         for rows, batch in MicroBatches(data, self._log_prob_batching):
             layout = self._layout(batch)
-            part = self._restored(self._forward(layout, compute_entropy), layout)
+            part = self._restored(self._forward(layout, compute_entropy, compute_kl), layout)
             for name, values in part.items():
                 whole = results.setdefault(name, values.new_zeros(len(data["input_ids"]), values.shape[1]))
                 whole[rows] = values[: len(rows)]
         reshard(self.model)
+        if compute_kl:
+            self._reference.release()
         return {name: values.cpu() for name, values in results.items()}
 
     def _restored(self, output: JointOutput, layout: TokenLayout) -> dict[str, Tensor]:
         restored = {"old_log_probs": layout.restore_tokens(output.log_probs)}
         if output.entropy is not None:
             restored["entropys"] = layout.restore_tokens(output.entropy)
+        if output.kl is not None:
+            restored["ref_kl"] = layout.restore_tokens(output.kl)
         if output.step_logits is not None:
             restored["old_step_logits"] = layout.restore_steps(output.step_logits)
         return restored
@@ -114,9 +125,15 @@ class DataParallelPPOActor:
         Returns:
             Means over the optimiser steps, the same on every rank: `actor/*`, with a score head `score/*`, and how even
             the micro-batches were, `perf/*`. `actor/skipped_updates` counts those whose gradient was not finite.
+
+        Raises:
+            UserError: `actor.tis_imp_ratio_cap` without the engine's log-probs.
         """
         self.model.train()
-        data = {key: data[key] for key in self._loss_config.batch_keys()}
+        keys = self._loss_config.batch_keys()
+        if "rollout_log_probs" in keys and "rollout_log_probs" not in data.keys():  # noqa: SIM118 (a TensorDict, too)
+            raise UserError("actor.tis_imp_ratio_cap needs the rollout engine's log-probs; this batch has none")
+        data = {key: data[key] for key in keys}
         history: dict[str, list[float]] = defaultdict(list)
         for mini_batch in self._mini_batching.split(data):
             for name, value in self._update(mini_batch).items():
@@ -136,6 +153,8 @@ class DataParallelPPOActor:
         for _, batch in micro_batches:
             for name, value in self._forward_backward(batch, totals).items():
                 sums[name] = sums[name] + value
+        if self._loss_config.uses_full_kl:
+            self._reference.release()
         metrics = summed_over_ranks(sums) | micro_batches.balance()
         if self._loss_config.use_score:
             metrics |= {"counted_right": totals.steps.positive, "counted_wrong": totals.steps.negative}
@@ -143,18 +162,19 @@ class DataParallelPPOActor:
 
     def _forward_backward(self, batch: Batch, totals: Totals) -> dict[str, Tensor]:
         layout = self._layout(batch)
-        output = self._forward(layout, self._loss_config.entropy_coeff != 0)
+        output = self._forward(layout, self._loss_config.entropy_coeff != 0, self._loss_config.uses_full_kl)
         loss, metrics = joint_loss(output, layout, batch, totals, self._loss_config)
         # FSDP2 takes the mean over ranks where the shares are to be added up.
         (loss * self._world_size).backward()
         return metrics
 
-    def _forward(self, layout: TokenLayout, compute_entropy: bool) -> JointOutput:
+    def _forward(self, layout: TokenLayout, compute_entropy: bool, compute_kl: bool) -> JointOutput:
         return self.model(
             layout,
             temperature=self._temperature,
             compute_entropy=compute_entropy,
             backbone_grad_scale=self._loss_config.backbone_grad_scale if self.model.training else 1.0,
+            reference=self._reference.states(layout) if compute_kl else None,
         )
 
 

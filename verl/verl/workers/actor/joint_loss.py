@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from verl.trainer.ppo.core_algos import Denominators, compute_policy_loss, kl_penalty, token_weights
+from verl.trainer.ppo.core_algos import (
+    Denominators,
+    compute_policy_loss,
+    kl_penalty,
+    token_weights,
+    truncated_importance_weights,
+)
 from verl.utils.packing import Batch, TokenLayout
 from verl.workers.actor.joint_model import JointOutput
 from xbai.sprm import StepCounts, count_by_class, counted_steps, sprm_loss
@@ -33,6 +39,7 @@ class LossConfig:
     use_kl_loss: bool
     kl_loss_coef: float
     kl_loss_type: str
+    tis_imp_ratio_cap: float | None
     use_score: bool
     score_loss_coef: float
     backbone_grad_scale: float
@@ -53,6 +60,7 @@ class LossConfig:
             use_kl_loss=actor.get("use_kl_loss", False),
             kl_loss_coef=actor.get("kl_loss_coef", 0.0),
             kl_loss_type=actor.get("kl_loss_type", "low_var_kl"),
+            tis_imp_ratio_cap=actor.get("tis_imp_ratio_cap"),
             use_score=config.get("use_score", False),
             score_loss_coef=score.get("loss_coef", 1.0),
             backbone_grad_scale=score.get("backbone_grad_scale", 1e-4),
@@ -60,11 +68,18 @@ class LossConfig:
             class_balance=score.get("class_balance", True),
         )
 
+    @property
+    def uses_full_kl(self) -> bool:
+        """The KL is summed over the vocabulary, from the reference's hidden states rather than its log-probs."""
+        return self.use_kl_loss and self.kl_loss_type == "full"
+
     def batch_keys(self) -> list[str]:
         """The tensors that the update needs."""
         keys = ["input_ids", "attention_mask", "position_ids", "response_mask", "old_log_probs", "advantages", "graded"]
-        if self.use_kl_loss:
+        if self.use_kl_loss and not self.uses_full_kl:
             keys.append("ref_log_prob")
+        if self.tis_imp_ratio_cap is not None:
+            keys.append("rollout_log_probs")
         if self.use_score:
             keys += ["correct", "step_feature_mask", "old_step_logits"]
         return keys
@@ -129,7 +144,11 @@ def joint_loss(
     policy = compute_policy_loss(
         old_log_probs, output.log_probs, advantages, config.clip_low, config.clip_high, config.clip_c
     )
-    loss = pg_loss = (weights * policy.loss).sum()
+    pg_losses = policy.loss
+    if config.tis_imp_ratio_cap is not None:
+        rollout_log_probs = layout.tokens(batch["rollout_log_probs"])
+        pg_losses = pg_losses * truncated_importance_weights(old_log_probs, rollout_log_probs, config.tis_imp_ratio_cap)
+    loss = pg_loss = (weights * pg_losses).sum()
     metrics = {
         "pg_loss": pg_loss,
         "pg_clipfrac": (mean_weights * policy.clipped).sum(),
@@ -140,7 +159,9 @@ def joint_loss(
         metrics["entropy_loss"] = (weights * output.entropy).sum()
         loss = loss - config.entropy_coeff * metrics["entropy_loss"]
     if config.use_kl_loss:
-        kl = kl_penalty(output.log_probs, layout.tokens(batch["ref_log_prob"]), config.kl_loss_type)
+        kl = output.kl
+        if not config.uses_full_kl:
+            kl = kl_penalty(output.log_probs, layout.tokens(batch["ref_log_prob"]), config.kl_loss_type)
         metrics["kl_loss"] = (weights * kl).sum()
         loss = loss + config.kl_loss_coef * metrics["kl_loss"]
     if config.use_score:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from verl.utils.packing import TokenLayout
-from verl.utils.torch_functional import token_log_probs
+from verl.utils.torch_functional import FinalStates, token_log_probs
 from xbai.sprm import HiddenStateTap, ScoreHead, scale_gradient
 
 
@@ -24,6 +24,8 @@ class JointOutput(NamedTuple):
     """[M] float32 entropy before each response token."""
     step_logits: Tensor | None
     """[K] float32 raw head output at the step features."""
+    kl: Tensor | None = None
+    """[M] float32 KL to the reference before each response token, summed over the vocabulary."""
 
 
 class JointModel(nn.Module):
@@ -44,7 +46,7 @@ class JointModel(nn.Module):
         super().__init__()
         self.lm = lm
         self.score_head = score_head
-        self._fused_kernels = fused_kernels
+        self.fused_kernels = fused_kernels
 
     def forward(
         self,
@@ -53,6 +55,7 @@ class JointModel(nn.Module):
         temperature: float = 1.0,
         compute_entropy: bool = False,
         backbone_grad_scale: float = 1.0,
+        reference: FinalStates | None = None,
     ) -> JointOutput:
         """Log-probabilities of response tokens, and the score head's view of the steps.
 
@@ -64,20 +67,27 @@ class JointModel(nn.Module):
             temperature: divides the logits, as the rollout engine did.
             compute_entropy: also return entropies.
             backbone_grad_scale: how much of the step logits' gradient reaches the backbone.
+            reference: of another model on this layout: also return the KL to it.
         """
         with HiddenStateTap(self.lm) as tap:
-            hidden = self.lm.model(**layout.backbone_inputs, use_cache=False).last_hidden_state
+            hidden = self.predictor_states(layout)
             features = None if self.score_head is None else tap.take()
-        log_probs, entropy = token_log_probs(
-            hidden.flatten(0, 1)[layout.predictors],
+        log_probs, entropy, kl = token_log_probs(
+            hidden,
             self.lm.lm_head,
             layout.labels,
             self.lm.config.vocab_size,
             temperature=temperature,
             compute_entropy=compute_entropy,
-            fused=self._fused_kernels,
+            reference=reference,
+            fused=self.fused_kernels,
         )
         if features is None:
-            return JointOutput(log_probs, entropy, None)
+            return JointOutput(log_probs, entropy, None, kl)
         selected = scale_gradient(features.flatten(0, 1)[layout.features], backbone_grad_scale)
-        return JointOutput(log_probs, entropy, self.score_head(selected).float())
+        return JointOutput(log_probs, entropy, self.score_head(selected).float(), kl)
+
+    def predictor_states(self, layout: TokenLayout) -> Tensor:
+        """[M, c] final hidden states at the position before each response token."""
+        hidden = self.lm.model(**layout.backbone_inputs, use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1)[layout.predictors]

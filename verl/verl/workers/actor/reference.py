@@ -1,0 +1,40 @@
+"""The frozen policy, where its whole distributions are needed and not only its log-probs of the sampled tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
+
+from verl.utils.fsdp import reshard
+from verl.utils.packing import TokenLayout
+from verl.utils.torch_functional import FinalStates
+from verl.workers.actor.joint_model import JointModel
+
+
+class ReferencePolicy:
+    """Gives the reference's final states, from which its logits are made chunk by chunk where they are compared.
+
+    Its LM head stays gathered from the first `states` to `release`, and so over all micro-batches of a mini-batch.
+
+    Args:
+        model: without score head, sharded by `shard_model`, which keeps the LM head with the root.
+    """
+
+    def __init__(self, model: JointModel) -> None:
+        self._model = model.eval()
+        register_fsdp_forward_method(model, "predictor_states")
+
+    @torch.no_grad()
+    def states(self, layout: TokenLayout) -> FinalStates:
+        """At the position before each response token of `layout`. Every rank must call it as often."""
+        return FinalStates(self._model.predictor_states(layout), self._logits)
+
+    def release(self) -> None:
+        """Free what `states` left gathered."""
+        reshard(self._model)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        lm_head = self._model.lm.lm_head
+        # FSDP2 gave the states in float32, while the gathered weight is in what the model computes in.
+        return lm_head(hidden.to(lm_head.weight.dtype))
