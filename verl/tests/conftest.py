@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import pytest
+
+from verl.utils.tracking import METRICS_FILE
 
 PARITY_REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
@@ -56,3 +65,53 @@ def small_run(training_files: Path, tiny_model_dir: Path) -> list[str]:
         "trainer.device=cpu",
         "trainer.n_gpus_per_node=2",
     ]
+
+
+class TrainerRun:
+    """One start of the trainer, in a process group of its own."""
+
+    def __init__(self, folder: Path, overrides: list[str]) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._log = (folder / "log.txt").open("a")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "verl.trainer.main_ppo", *overrides, f"trainer.default_local_dir={folder}"],
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"},
+        )
+
+    def finish(self) -> TrainerRun:
+        """Wait for a good end."""
+        assert self._process.wait(timeout=600) == 0, self.log()
+        return self
+
+    def fail(self) -> str:
+        """Wait for an end by a mistake of the user's; returns the line that says which."""
+        assert self._process.wait(timeout=600) == 2, self.log()
+        return self.log().splitlines()[-1]
+
+    def kill_when(self, happened: Callable[[], bool]) -> None:
+        """SIGKILL the whole process group as soon as `happened`."""
+        while not happened():
+            assert self._process.poll() is None, self.log()
+            time.sleep(0.001)
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def log(self) -> str:
+        """What it printed."""
+        return (self.folder / "log.txt").read_text()
+
+    def metrics(self) -> dict[int, dict[str, float]]:
+        """Logged metrics by step."""
+        path = self.folder / METRICS_FILE
+        lines = path.read_text().splitlines() if path.exists() else []
+        return {row.pop("step"): row for row in map(json.loads, lines)}
+
+
+@pytest.fixture(scope="session")
+def start_run() -> type[TrainerRun]:
+    """`start_run(folder, overrides)` starts the trainer."""
+    return TrainerRun

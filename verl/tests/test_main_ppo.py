@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,45 +41,6 @@ EXPECTED = [
 ]
 
 
-class Run:
-    """One start of the trainer, in a process group of its own."""
-
-    def __init__(self, folder: Path, overrides: list[str]) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self._log = (folder / "log.txt").open("a")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "verl.trainer.main_ppo", *overrides, f"trainer.default_local_dir={folder}"],
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"},
-        )
-
-    def finish(self) -> Run:
-        """Wait for a good end."""
-        assert self._process.wait(timeout=600) == 0, self.log()
-        return self
-
-    def kill_when(self, happened: Callable[[], bool]) -> None:
-        """SIGKILL the whole process group as soon as `happened`."""
-        while not happened():
-            assert self._process.poll() is None, self.log()
-            time.sleep(0.001)
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-    def log(self) -> str:
-        """What it printed."""
-        return (self.folder / "log.txt").read_text()
-
-    def metrics(self) -> dict[int, dict[str, float]]:
-        """Logged metrics by step."""
-        path = self.folder / METRICS_FILE
-        lines = path.read_text().splitlines() if path.exists() else []
-        return {row.pop("step"): row for row in map(json.loads, lines)}
-
-
 def _lasting(metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if not name.startswith(("timing_s/", "perf/"))}
 
@@ -95,10 +52,10 @@ def overrides(small_run: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, overrides: list[str]) -> Run:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, overrides: list[str], start_run: Callable[..., Any]) -> Any:
     """The run that all others are compared with."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    return Run(folder, [*overrides, f"trainer.rollout_data_dir={folder}/samples"]).finish()
+    return start_run(folder, [*overrides, f"trainer.rollout_data_dir={folder}/samples"]).finish()
 
 
 def test_every_metric_is_logged_and_engine_agrees_with_actor(uninterrupted):
@@ -114,20 +71,20 @@ def test_every_metric_is_logged_and_engine_agrees_with_actor(uninterrupted):
     assert sum(sample["correct"] for sample in samples) / 16 == rows[3]["reward/pass_rate"]
 
 
-def test_killed_during_and_between_saves_it_goes_on_exactly(uninterrupted, overrides, tmp_path):
-    run = Run(tmp_path, overrides)
+def test_killed_during_and_between_saves_it_goes_on_exactly(uninterrupted, overrides, tmp_path, start_run):
+    run = start_run(tmp_path, overrides)
     run.kill_when(lambda: any(tmp_path.glob(".global_step_4.*.tmp")))
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
     assert any(tmp_path.glob(".global_step_4.*.tmp"))
 
     # The log of the first run reaches step 4; the second drops what came after step 2 as it starts.
-    run = Run(tmp_path, overrides)
+    run = start_run(tmp_path, overrides)
     while max(run.metrics()) > 2:
         time.sleep(0.001)
     run.kill_when(lambda: 3 in run.metrics())
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
 
-    resumed = Run(tmp_path, overrides).finish()
+    resumed = start_run(tmp_path, overrides).finish()
     assert "going on from" in resumed.log()
     assert not any(tmp_path.glob(".global_step_*.tmp"))
     expected = {step: _lasting(row) for step, row in uninterrupted.metrics().items()}
@@ -135,15 +92,15 @@ def test_killed_during_and_between_saves_it_goes_on_exactly(uninterrupted, overr
     assert [json.loads(line)["step"] for line in (tmp_path / METRICS_FILE).read_text().splitlines()] == [*range(6)]
 
 
-def test_nothing_left_to_do(uninterrupted, overrides):
+def test_nothing_left_to_do(uninterrupted, overrides, start_run):
     before = uninterrupted.metrics()
-    assert "nothing left to do: step 5 of 5" in Run(uninterrupted.folder, overrides).finish().log()
+    assert "nothing left to do: step 5 of 5" in start_run(uninterrupted.folder, overrides).finish().log()
     assert uninterrupted.metrics() == before
 
 
-def test_one_rank_gives_the_metrics_of_two(uninterrupted, overrides, tmp_path):
+def test_one_rank_gives_the_metrics_of_two(uninterrupted, overrides, tmp_path, start_run):
     changes = ["trainer.n_gpus_per_node=1", "trainer.total_training_steps=1", "trainer.val_before_train=false"]
-    one = Run(tmp_path, [*overrides, *changes]).finish().metrics()[1]
+    one = start_run(tmp_path, [*overrides, *changes]).finish().metrics()[1]
     two = uninterrupted.metrics()[1]
     for name in ("actor/loss", "actor/pg_loss", "actor/kl_loss", "score/loss"):
         assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-6)
@@ -151,8 +108,8 @@ def test_one_rank_gives_the_metrics_of_two(uninterrupted, overrides, tmp_path):
         assert one[name] == pytest.approx(two[name], rel=1e-4)
 
 
-def test_vllm_rollout_follows_the_actor(overrides, tmp_path):
-    rows = Run(tmp_path, [*overrides, "actor_rollout_ref.rollout.name=vllm"]).finish().metrics()
+def test_vllm_rollout_follows_the_actor(overrides, tmp_path, start_run):
+    rows = start_run(tmp_path, [*overrides, "actor_rollout_ref.rollout.name=vllm"]).finish().metrics()
     assert sorted(rows) == [0, 1, 2, 3, 4, 5]
     # After two updates at this learning rate an engine with stale weights would be off by far more.
     assert max(rows[step]["rollout/log_prob_diff_mean"] for step in range(1, 6)) < 1e-3

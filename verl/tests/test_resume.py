@@ -1,0 +1,273 @@
+"""What a run goes on from: it says so, goes on exactly there, and refuses what it cannot go on from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+
+import datasets
+import pytest
+from omegaconf import DictConfig
+
+from verl.trainer.compose import compose_config
+from verl.trainer.ppo.checkpoint_folder import LATEST_FILE
+from verl.trainer.ppo.core_algos import get_kl_controller
+from verl.trainer.ppo.run_state import RunState
+from verl.utils.checkpoint import HUGGINGFACE_FOLDER
+from verl.utils.dataset.rl_dataset import RLHFDataset, create_dataloader
+from verl.utils.model import load_tokenizer
+from xbai.errors import UserError
+from xbai.sprm.head import SPRM_CONFIG_FILE
+
+
+class Workers:
+    """What the run state asks of a worker group; the rest of a checkpoint is real."""
+
+    def __init__(self, model: Path, written: Callable[[], bool] = lambda: True) -> None:
+        self._model, self._written = model, written
+        self.loaded: list[str] = []
+
+    def save_checkpoint(self, folder: str, background: bool = False) -> None:
+        files = Path(folder) / HUGGINGFACE_FOLDER
+        files.mkdir(parents=True)
+        (files / "config.json").write_text((self._model / "config.json").read_text())
+        (files / SPRM_CONFIG_FILE).write_text("{}")
+
+    def checkpoint_is_written(self) -> list[bool]:
+        return [True, self._written()]
+
+    def load_checkpoint(self, folder: str) -> None:
+        self.loaded.append(folder)
+
+
+@pytest.fixture
+def config(training_files: Path, tiny_model_dir: Path, tmp_path: Path) -> DictConfig:
+    """Of a run over 8 prompts in batches of 2, with its own copy of the data."""
+    train = tmp_path / "train.parquet"
+    train.write_bytes((training_files / "train.parquet").read_bytes())
+    return compose_config(
+        "ppo_trainer",
+        [
+            f"data.train_files={train}",
+            "data.train_batch_size=2",
+            "data.max_prompt_length=64",
+            f"actor_rollout_ref.model.path={tiny_model_dir}",
+            f"trainer.default_local_dir={tmp_path}/run",
+        ],
+    )
+
+
+def start(config: DictConfig) -> RunState:
+    """As the trainer does."""
+    data = config.data
+    dataset = RLHFDataset(data.train_files, load_tokenizer(config.actor_rollout_ref.model.path), data)
+    loader = create_dataloader(
+        dataset,
+        data.train_batch_size,
+        shuffle=data.shuffle,
+        seed=config.trainer.seed,
+        num_workers=data.dataloader_num_workers,
+    )
+    return RunState(config, dataset, loader, get_kl_controller(config.algorithm.kl_ctrl))
+
+
+def rows(state: RunState, count: int) -> list[list[int]]:
+    batches = state.batches()
+    return [list(next(batches)["row_index"]) for _ in range(count)]
+
+
+def save(config: DictConfig, steps: int) -> None:
+    """Go on for `steps` and leave a checkpoint."""
+    groups = {"actor": Workers(Path(config.actor_rollout_ref.model.path))}
+    state = start(config)
+    state.restore(groups)
+    rows(state, steps)
+    state.save(state.step + steps, groups)
+    state.finish()
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_place_in_the_data_is_exact(workers: int, shuffle: bool, config: DictConfig) -> None:
+    config.data.update(dataloader_num_workers=workers, shuffle=shuffle)
+    uninterrupted = start(config)
+    expected = rows(uninterrupted, 11)
+    assert sorted(chain.from_iterable(expected[:4])) == list(range(8)) and (expected[:4] != expected[4:8]) == shuffle
+    done = 0
+    # In an epoch, at its end, and over the end of the next one.
+    for steps in (3, 1, 5):
+        state = start(config)
+        state.restore({})
+        assert state.step == done
+        assert rows(state, steps) == expected[done : done + steps]
+        done += steps
+        state.save(done, {"actor": Workers(Path(config.actor_rollout_ref.model.path))})
+        state.finish()
+    state = start(config)
+    state.restore({})
+    assert rows(state, 2) == expected[9:]
+
+
+def test_it_says_where_it_goes_on(config: DictConfig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    save(config, 3)
+    save(config, 1)
+    assert "global_step_3: step 3 is done, batch 3 of 4 in epoch 1" in caplog.text
+    groups = {"actor": Workers(Path(config.actor_rollout_ref.model.path)), "critic": Workers(Path())}
+    start(config).restore(groups)
+    assert "global_step_4: step 4 is done, which ended epoch 1: epoch 2 begins" in caplog.text
+    assert [group.loaded for group in groups.values()] == [
+        [f"{config.trainer.default_local_dir}/global_step_4/{part}"] for part in groups
+    ]
+
+
+def append_row(config: DictConfig) -> None:
+    path = Path(config.data.train_files)
+    table = datasets.Dataset.from_parquet(str(path)).to_list()
+    datasets.Dataset.from_list([*table, table[0]]).to_parquet(path)
+
+
+CHANGES = {
+    "file": (append_row, r"train\.parquet has changed \(\d+ bytes then, \d+ now\)"),
+    "batch": (lambda c: c.data.update(train_batch_size=4), r"data\.train_batch_size was 2 and is 4"),
+    "order": (lambda c: c.data.update(shuffle=False), r"data\.shuffle was True and is False"),
+    "files": (lambda c: c.data.update(train_files=[c.data.train_files] * 2), r"data\.train_files were 1 and are 2"),
+}
+
+
+@pytest.mark.parametrize("change", ["file", "batch", "order", "files"])
+def test_other_data_is_refused_or_accepted(change: str, config: DictConfig, caplog: pytest.LogCaptureFixture) -> None:
+    save(config, 3)
+    apply, message = CHANGES[change]
+    apply(config)
+    with pytest.raises(UserError, match=f"{message} since .*global_step_3 .*trainer.resume_with_new_data=true"):
+        start(config)
+    config.trainer.resume_with_new_data = True
+    state = start(config)
+    state.restore({})
+    assert state.step == 3
+    assert "a new epoch over the data begins" in caplog.text
+    batches = 8 * (2 if change == "files" else 1) // config.data.train_batch_size
+    assert len(set(chain.from_iterable(rows(state, batches)))) >= 8
+    # From here on that data is the run's, also while the key is still set.
+    state.save(4, {"actor": Workers(Path(config.actor_rollout_ref.model.path))})
+    state.finish()
+    caplog.clear()
+    start(config)
+    assert "a new epoch" not in caplog.text
+
+
+def test_other_prompts_after_the_filter_are_noticed(config: DictConfig) -> None:
+    path = Path(config.data.train_files)
+    table = datasets.Dataset.from_parquet(str(path)).to_list()
+    table[0]["prompt"][0]["content"] += " 5 6 7"
+    datasets.Dataset.from_list(table).to_parquet(path)
+    save(config, 1)
+    tokenizer = load_tokenizer(config.actor_rollout_ref.model.path)
+    lengths = [len(item["input_ids"]) for item in RLHFDataset(str(path), tokenizer, config.data)]
+    config.data.max_prompt_length = max(lengths) - 1
+    with pytest.raises(UserError, match=r"data\.max_prompt_length .*: 8 then, 7 now since"):
+        start(config)
+
+
+def test_the_same_data_elsewhere_is_the_same(config: DictConfig, tmp_path: Path) -> None:
+    save(config, 1)
+    moved = tmp_path / "moved.parquet"
+    Path(config.data.train_files).rename(moved)
+    config.data.train_files = str(moved)
+    assert start(config).step == 1
+
+
+def test_another_model_is_refused(config: DictConfig) -> None:
+    save(config, 1)
+    config.actor_rollout_ref.use_score = False
+    with pytest.raises(UserError, match=r"global_step_1 was written with actor_rollout_ref\.use_score=true"):
+        start(config)
+    saved = Path(config.trainer.default_local_dir) / "global_step_1" / "actor" / HUGGINGFACE_FOLDER / "config.json"
+    saved.write_text(json.dumps({**json.loads(saved.read_text()), "hidden_size": 96}))
+    with pytest.raises(UserError, match=r"is of another model: its hidden_size is 96, that of .* is 64"):
+        start(config)
+
+
+def test_a_save_goes_on_while_training_does_and_the_next_one_waits(config: DictConfig) -> None:
+    written = threading.Event()
+    groups = {"actor": Workers(Path(config.actor_rollout_ref.model.path), written.is_set)}
+    state = start(config)
+    state.restore(groups)
+    folder = Path(config.trainer.default_local_dir)
+    state.save(1, groups)
+    assert not (folder / LATEST_FILE).exists() and list(folder.glob(".global_step_1.*.tmp"))
+    threading.Timer(0.5, written.set).start()
+    state.save(2, groups)
+    assert (folder / LATEST_FILE).read_text() == "1" and (folder / "global_step_1").is_dir()
+    state.finish()
+    assert (folder / LATEST_FILE).read_text() == "2"
+
+
+def test_without_async_save_training_waits(config: DictConfig) -> None:
+    config.trainer.async_save = False
+    state = start(config)
+    state.save(1, {"actor": Workers(Path(config.actor_rollout_ref.model.path), lambda: False)})
+    assert (Path(config.trainer.default_local_dir) / LATEST_FILE).read_text() == "1"
+
+
+@pytest.mark.parametrize("noticed_by", ["check", "save", "finish"])
+def test_a_save_that_fails_is_one_error_and_the_one_before_stays(noticed_by: str, config: DictConfig) -> None:
+    broken = threading.Event()
+
+    def is_written() -> bool:
+        if broken.is_set():
+            raise UserError("the checkpoint could not be written: rank 1: OSError: [Errno 28] No space left on device")
+        return False
+
+    def check_every_step() -> None:
+        while True:
+            state.check()
+
+    save(config, 1)
+    state, groups = start(config), {"actor": Workers(Path(config.actor_rollout_ref.model.path), is_written)}
+    state.save(2, groups)
+    state.check()
+    broken.set()
+    notice = {"check": check_every_step, "save": lambda: state.save(3, groups), "finish": state.finish}
+    with pytest.raises(UserError, match=r"step 2 was not saved .*No space left on device") as caught:
+        notice[noticed_by]()
+    assert "default_local_dir=" in str(caught.value) and "\n" not in str(caught.value)
+    assert start(config).step == 1
+    assert not list(Path(config.trainer.default_local_dir).glob(".global_step_*"))
+
+
+def test_an_empty_folder_is_filled_from_the_remote_one(config: DictConfig, tmp_path: Path) -> None:
+    config.trainer.default_hdfs_dir = f"file://{tmp_path}/remote"
+    save(config, 3)
+    config.trainer.default_local_dir = f"{tmp_path}/elsewhere"
+    state = start(config)
+    state.restore({})
+    assert state.step == 3 and state.checkpoint == tmp_path / "elsewhere" / "global_step_3"
+    config.trainer.update(
+        default_local_dir=f"{tmp_path}/third",
+        resume_mode="resume_path",
+        resume_from_path=f"file://{tmp_path}/remote/global_step_3",
+    )
+    third = start(config)
+    third.restore({})
+    assert rows(third, 5) == rows(state, 5)
+
+
+def test_what_a_killed_run_could_not_copy_is_copied_by_the_next(config: DictConfig, tmp_path: Path) -> None:
+    save(config, 2)
+    config.trainer.default_hdfs_dir = f"file://{tmp_path}/remote"
+    start(config).catch_up()
+    assert (tmp_path / "remote" / LATEST_FILE).read_text() == "2"
+
+
+def test_a_remote_folder_that_cannot_be_used_is_one_line(config: DictConfig, tmp_path: Path) -> None:
+    (tmp_path / "remote").mkdir()
+    (tmp_path / "remote" / LATEST_FILE).write_text("nonsense")
+    config.trainer.default_hdfs_dir = f"file://{tmp_path}/remote"
+    with pytest.raises(UserError, match=r"trainer\.default_hdfs_dir=file://.*remote cannot be used: ValueError"):
+        start(config)
