@@ -1,0 +1,127 @@
+"""Packed sequences and sequence parallelism on two real ranks on Ray: they change the cost, not the result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from verl import DataProto
+from verl.single_controller import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from verl.trainer.config_check import DEFAULTS_FILE
+from verl.workers.fsdp_workers import ActorRolloutRefWorker, group_sizes
+from xbai.sprm.head import SPRM_CONFIG_FILE
+
+pytestmark = pytest.mark.slow
+
+ROWS, PROMPT, RESPONSE = 8, 6, 24
+WAYS = {
+    "padded": {},
+    "packed": {"model.use_remove_padding": True, "actor.use_dynamic_bsz": True, "actor.ppo_max_token_len_per_gpu": 40},
+    "shared": {"model.use_remove_padding": True, "actor.ulysses_sequence_parallel_size": 2},
+    "shared_policy": {
+        "model.use_remove_padding": True,
+        "actor.ulysses_sequence_parallel_size": 2,
+        "ref.ulysses_sequence_parallel_size": 1,
+    },
+}
+
+
+def make_config(model: Path, overrides: dict[str, object]) -> DictConfig:
+    """The trainer's own defaults, made small."""
+    config = OmegaConf.load(DEFAULTS_FILE)
+    config.data.max_prompt_length, config.data.max_response_length = PROMPT, RESPONSE
+    part = config.actor_rollout_ref
+    part.model.path = str(model)
+    part.rollout.update(name="hf", n=2, dtype="float32", temperature=0.7, log_prob_micro_batch_size_per_gpu=3)
+    part.actor.update(ppo_mini_batch_size=4, ppo_micro_batch_size_per_gpu=3, entropy_coeff=0.01, kl_loss_coef=0.1)
+    part.score.update(agreement_weighting=False, backbone_grad_scale=0.1)
+    for key, value in overrides.items():
+        OmegaConf.update(part, key, value)
+    OmegaConf.resolve(config)
+    return part
+
+
+def make_batch(step_id: int) -> DataProto:
+    """Rows of very different lengths, every third token of a response the end of a step."""
+    torch.manual_seed(0)
+    prompts, responses = torch.tensor([[1], [6], [3], [2], [5], [1], [4], [6]]), torch.arange(1, 25, 3)[:, None]
+    columns = torch.arange(PROMPT + RESPONSE)
+    attended = (columns >= PROMPT - prompts) & (columns < PROMPT + responses)
+    ids = torch.where((columns > PROMPT) & (columns % 3 == 0), step_id, torch.randint(5, 90, attended.shape)) * attended
+    correct = torch.tensor([1.0, 0.0]).repeat(ROWS // 2)
+    return DataProto.from_dict(
+        {
+            "input_ids": ids,
+            "attention_mask": attended.long(),
+            "position_ids": (attended.cumsum(1) - 1).clamp(min=0),
+            "prompts": ids[:, :PROMPT],
+            "responses": ids[:, PROMPT:],
+            "response_mask": attended[:, PROMPT:].long(),
+            "correct": correct,
+            "graded": torch.ones(ROWS, dtype=torch.bool),
+            "advantages": (2 * correct - 1)[:, None] * attended[:, PROMPT:],
+        }
+    )
+
+
+def train(config: DictConfig, batch: DataProto) -> tuple[DataProto, dict[str, float]]:
+    """Log-probs under policy and reference, one update, and log-probs after it."""
+    pool = RayResourcePool([2], use_gpu=False, cpus_per_process=0.5)
+    init = RayClassWithInitArgs(ActorRolloutRefWorker, config, "actor_rollout_ref")
+    group = RayWorkerGroup(pool, init, name="actor", group_sizes=group_sizes(config))
+    try:
+        group.init_model()
+        for compute in (group.compute_log_prob, group.compute_ref_log_prob):
+            batch.batch.update(compute(batch).batch)
+        metrics = group.update_actor(batch).meta_info["metrics"]
+        batch.batch["log_probs_after"] = group.compute_log_prob(batch).batch["old_log_probs"]
+    finally:
+        group.shutdown()
+        pool.release()
+    return batch, metrics
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without dropout in the score head: whoever holds a step computes the same for it."""
+    folder = tmp_path_factory.mktemp("model") / "without_dropout"
+    shutil.copytree(tiny_model_dir, folder)
+    settings = json.loads((folder / SPRM_CONFIG_FILE).read_text())
+    (folder / SPRM_CONFIG_FILE).write_text(json.dumps({**settings, "dropout": 0.0}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(model: Path, tiny_tokenizer) -> Iterator[dict[str, tuple[DataProto, dict[str, float]]]]:
+    step_id = tiny_tokenizer.convert_tokens_to_ids(".\n\n")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield {way: train(make_config(model, keys), make_batch(step_id)) for way, keys in WAYS.items()}
+    ray.shutdown()
+
+
+@pytest.mark.parametrize("way", ["packed", "shared", "shared_policy"])
+def test_the_result_is_that_of_padded_rows(way: str, results: dict) -> None:
+    (batch, metrics), (expected, expected_metrics) = results[way], results["padded"]
+    assert int(expected.batch["step_feature_mask"].sum()) > 10
+    for name in ("old_log_probs", "entropys", "old_step_logits", "ref_log_prob"):
+        torch.testing.assert_close(batch.batch[name], expected.batch[name], rtol=1e-5, atol=1e-5)
+    compared = [name for name in expected_metrics if name.startswith(("actor/", "score/"))]
+    assert {"actor/loss", "actor/grad_norm", "score/grad_norm", "score/loss", "actor/kl_loss"} <= set(compared)
+    assert {n: metrics[n] for n in compared} == pytest.approx(
+        {n: expected_metrics[n] for n in compared}, rel=1e-4, abs=1e-6
+    )
+    # Adam's first step is nearly the sign of the gradient, and rounding has a say in that of the smallest ones.
+    torch.testing.assert_close(batch.batch["log_probs_after"], expected.batch["log_probs_after"], rtol=0, atol=1e-3)
+
+
+def test_micro_batches_are_filled_by_real_tokens(results: dict) -> None:
+    assert results["padded"][1]["perf/micro_batches"] == 2
+    assert results["packed"][1]["perf/micro_batches"] == 3, "the longer half of the rows has 86 tokens, for 40 at once"
+    assert results["shared"][1]["perf/micro_batches"] == 3, "all rows on both ranks, three at a time"
