@@ -23,13 +23,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from machine import describe_machine, report
+from machine import ROOT, describe_machine, report
 from torch import Tensor, nn
 
 from verl.utils.torch_functional import LOGITS_PER_CHUNK, token_log_probs
 from xbai.errors import UserError, exit_on_user_error
 
-ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 WAYS = ("chunked", "plain")
 # Float32 tensors of the size of the logits that the plain way holds at its peak, with and without entropies.

@@ -1,4 +1,7 @@
-"""What every benchmark says of the machine it ran on, and how it hands over its figures."""
+"""What every benchmark says of the machine it ran on, and how it hands over its figures.
+
+Importing it makes the repository's packages importable where they are not installed.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from typing import Any
 import torch
 import transformers
 
-from xbai.files import atomic_write
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "verl"), str(ROOT)]
 
 
 def describe_machine() -> dict[str, Any]:
@@ -41,6 +45,8 @@ def _cpu_model() -> str:
 
 def report(result: dict[str, Any], out: Path) -> None:
     """Write the result as JSON, and print it as one line, the last."""
+    from xbai.files import atomic_write
+
     with atomic_write(out, "w") as stream:
         json.dump(result, stream, indent=1)
         stream.write("\n")

@@ -88,12 +88,9 @@ def batches(config: DictConfig) -> Iterator[Batches]:
             "ppo_micro_batch_size_per_gpu": critic.forward_micro_batch_size_per_gpu,
         }
         yield counted("values", MicroBatching.for_update(forward, *layout), config.data.train_batch_size * n // groups)
-        rows, times = (
-            critic.ppo_mini_batch_size * n // groups,
-            config.data.train_batch_size // critic.ppo_mini_batch_size,
-        )
+        times = config.data.train_batch_size // critic.ppo_mini_batch_size * critic.ppo_epochs
         update = MicroBatching.for_update(critic, *layout)
-        yield counted("critic update, a mini-batch", update, rows, times * critic.ppo_epochs)
+        yield counted("critic update, a mini-batch", update, critic.ppo_mini_batch_size * n // groups, times)
 
 
 def _per_gpu(actor: DictConfig, world: int) -> Mapping[str, Any]:

@@ -1,0 +1,334 @@
+"""Tokens per second of every phase of a training step: rollout, weight sync, log-probs and the joint update.
+
+    python bench/train_step.py [--models tiny,1.5b] [--engines hf,vllm] [--repeats 3] [--out FILE]
+
+The trainer's own actor, packed and padded, on one process and without Ray: it needs torch and transformers only (and
+vLLM for `--engines vllm`). Weights are random; `1.5b` is DeepSeek-R1-Distill-Qwen-1.5B cut to two layers, with its
+whole vocabulary. Rows have responses of a quarter to all of `--response-tokens`, so that there is padding to leave out;
+tokens are counted without it. A time is the median of `--repeats` runs after `--warm-ups`. The last line is one JSON
+object.
+
+On a GPU the policy computes in bfloat16, and there is also, for log-probs and update, the peak memory and the MFU:
+floating-point operations that the model asks for, 2 a matrix element and token (LM head: response tokens only) and
+4 x query width x context in attention, three times that in an update (recomputation does not count), over the seconds
+and `PEAK_FLOPS` of the GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from machine import ROOT, describe_machine, report
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from verl.utils.fsdp import init_distributed, local_device, named_full_tensors
+from verl.utils.model import build_joint_model
+from verl.utils.model_shapes import ModelShape, config_of, known_config
+from verl.utils.optim import JointOptimizer
+from verl.workers.actor.dp_actor import DataParallelPPOActor
+from verl.workers.placed_model import Dtypes, PlacedModel
+from xbai.benchmarks.tiny_model import make_tokenizer, write_tiny_model
+from xbai.engine import SamplingParams, load_engine
+from xbai.engine.files import quiet_transformers
+from xbai.errors import UserError, exit_on_user_error
+from xbai.sprm import SPRMConfig, StepRule
+
+GIB = 2**30
+MODELS = ("tiny", "1.5b")
+ENGINES = ("hf", "vllm")
+LAYOUTS = {"padded": False, "packed": True}
+CUT_LAYERS = 2
+TOKENS_PER_STEP = 16
+
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "A10": 125e12,
+}
+"""Dense bfloat16 operations per second by what a GPU's name contains, the first that fits; from the data sheets."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Rows of the batch and their lengths, and how often everything runs."""
+
+    prompts: int
+    samples: int
+    prompt_tokens: int
+    response_tokens: int
+    tokens_per_micro_batch: int
+    warm_ups: int
+    repeats: int
+
+    @property
+    def rows(self) -> int:
+        """Responses of the batch."""
+        return self.prompts * self.samples
+
+
+def default_sizes(model: str, on_gpu: bool) -> dict[str, int]:
+    """Sizes that a machine of the kind gets through in a few minutes."""
+    if on_gpu:
+        sizes = (32, 8, 256, 2048, 32768) if model == "1.5b" else (32, 8, 64, 512, 32768)
+    else:
+        sizes = (2, 2, 32, 128, 512) if model == "1.5b" else (8, 4, 32, 256, 4096)
+    names = ("prompts", "samples", "prompt_tokens", "response_tokens", "tokens_per_micro_batch")
+    return dict(zip(names, sizes))
+
+
+def write_model(name: str, folder: Path) -> None:
+    """A model of random weights with a tokenizer, whose ids are all within the vocabulary."""
+    if name == "tiny":
+        write_tiny_model(folder)
+        return
+    tokenizer = make_tokenizer()
+    config = known_config(
+        "DeepSeek-R1-Distill-Qwen-1.5B", num_hidden_layers=CUT_LAYERS, eos_token_id=tokenizer.eos_token_id
+    )
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_batch(sizes: Sizes, vocabulary: int) -> dict[str, Tensor]:
+    """Rows as a rollout leaves them, of random tokens; half of the answers are right."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (sizes.rows, sizes.prompt_tokens + sizes.response_tokens)
+    lengths = torch.randint(sizes.response_tokens // 4, sizes.response_tokens + 1, (sizes.rows,), generator=generator)
+    lengths[0] = sizes.response_tokens
+    response_mask = torch.arange(sizes.response_tokens) < lengths[:, None]
+    attended = torch.cat([torch.ones(sizes.rows, sizes.prompt_tokens, dtype=torch.bool), response_mask], dim=1)
+    is_step = torch.arange(shape[1]) % TOKENS_PER_STEP == TOKENS_PER_STEP - 1
+    in_response = torch.arange(shape[1]) >= sizes.prompt_tokens
+    advantages = torch.randn(sizes.rows, 1, generator=generator)
+    return {
+        "input_ids": torch.randint(vocabulary, shape, generator=generator),
+        "attention_mask": attended.long(),
+        "position_ids": (attended.long().cumsum(1) - 1).clamp(min=0),
+        "response_mask": response_mask,
+        "step_feature_mask": attended & in_response & is_step,
+        "advantages": advantages.expand(-1, sizes.response_tokens).contiguous(),
+        "graded": torch.ones(sizes.rows, dtype=torch.bool),
+        "correct": (advantages[:, 0] > 0).float(),
+    }
+
+
+def actor_config(sizes: Sizes, packed: bool) -> dict[str, Any]:
+    """The `actor_rollout_ref` section, as the trainer's defaults have it."""
+    budget = sizes.tokens_per_micro_batch
+    return {
+        "model": {"use_remove_padding": packed},
+        "rollout": {
+            "n": sizes.samples,
+            "temperature": 1.0,
+            "log_prob_use_dynamic_bsz": True,
+            "log_prob_max_token_len_per_gpu": 2 * budget,
+        },
+        "actor": {
+            "ppo_mini_batch_size": sizes.prompts,
+            "use_dynamic_bsz": True,
+            "ppo_max_token_len_per_gpu": budget,
+            "ppo_epochs": 1,
+            "shuffle": False,
+            "grad_clip": 1.0,
+            "clip_ratio": 0.2,
+            "use_kl_loss": True,
+            "kl_loss_coef": 0.001,
+            "fsdp_config": {},
+        },
+        "use_score": True,
+        "score": {"agreement_weighting": False},
+    }
+
+
+def build_policy(folder: Path, packed: bool) -> PlacedModel:
+    """The policy with its score head and optimisers, sharded as in training."""
+    dtypes = Dtypes.from_config({})
+    tokenizer_rule = StepRule.from_tokenizer(make_tokenizer())
+    model = build_joint_model(
+        folder,
+        dtypes.stored,
+        sprm_config=SPRMConfig(tokenizer_rule),
+        gradient_checkpointing=True,
+        compute_dtype=dtypes.compute or dtypes.stored,
+        packed=packed,
+    )
+    return PlacedModel(model, {}, lambda sharded: JointOptimizer(sharded, {"lr": 1e-6}, {"lr": 1e-6}))
+
+
+def measure(run: Callable[[], Any], sizes: Sizes) -> dict[str, float]:
+    """Median seconds, and on a GPU the peak memory."""
+    seconds = []
+    for _ in range(sizes.warm_ups):
+        run()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(sizes.repeats):
+        started = _now()
+        run()
+        seconds.append(_now() - started)
+    found = {"seconds": statistics.median(seconds)}
+    if torch.cuda.is_available():
+        found["peak_memory_gib"] = torch.cuda.max_memory_allocated() / GIB
+    return found
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure_engine(name: str, folder: Path, sizes: Sizes, parameters: int) -> dict[str, Any]:
+    """Rollout, in which every response has all its tokens, and sync of the policy's weights, of one engine."""
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    policy = build_policy(folder, packed=False)
+    engine = load_engine(
+        name,
+        folder,
+        dtype=str(dtype).removeprefix("torch."),
+        max_model_len=sizes.prompt_tokens + sizes.response_tokens,
+        with_scores=False,
+        max_num_seqs=sizes.rows,
+    )
+    prompts = torch.randint(len(engine.tokenizer), (sizes.prompts, sizes.prompt_tokens)).tolist()
+    sampling = SamplingParams(n=sizes.samples, max_tokens=sizes.response_tokens, ignore_eos=True, log_probs=True)
+    rollout = measure(lambda: engine.generate(prompts, sampling), sizes)
+    tokens = sizes.rows * sizes.response_tokens
+    sync = measure(lambda: engine.update_weights(named_full_tensors(policy.model, dtype)), sizes)
+    size = parameters * dtype.itemsize
+    engine.close()
+    return {
+        "rollout": rollout | {"tokens": tokens, "tokens_per_s": tokens / rollout["seconds"]},
+        "weight_sync": sync | {"gib": size / GIB, "gib_per_s": size / GIB / sync["seconds"]},
+    }
+
+
+def measure_training(folder: Path, sizes: Sizes, packed: bool, shape: ModelShape) -> dict[str, Any]:
+    """Log-probs and the update of one layout."""
+    policy = build_policy(folder, packed)
+    config, batch = actor_config(sizes, packed), make_batch(sizes, shape.vocabulary)
+    actor = DataParallelPPOActor(config, policy.model, policy.optimizer)
+    batch |= actor.compute_log_prob(batch)
+    batch["ref_log_prob"] = batch["old_log_probs"]
+    lengths = batch["attention_mask"].sum(1).double()
+    tokens = int(lengths.sum())
+    context = float((lengths * (lengths + 1) / 2).sum() / tokens)
+    flops = shape.forward_flops(tokens, context, int(batch["response_mask"].sum()))
+    phases = {
+        "log_prob": (lambda: actor.compute_log_prob(batch), flops),
+        "update": (lambda: actor.update_policy(batch), 3 * flops),
+    }
+    found = {}
+    for name, (run, needed) in phases.items():
+        cost = measure(run, sizes)
+        found[name] = cost | {"tokens": tokens, "tokens_per_s": tokens / cost["seconds"]} | mfu(needed, cost["seconds"])
+    return found
+
+
+def mfu(flops: float, seconds: float) -> dict[str, float]:
+    """Model flops utilisation, where there is a GPU of a known peak."""
+    per_second = {"tflops_per_s": flops / seconds / 1e12}
+    if not torch.cuda.is_available():
+        return per_second
+    name = torch.cuda.get_device_name()
+    peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return per_second if peak is None else per_second | {"mfu": flops / seconds / peak}
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """A group of this process alone."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ.update(alone)
+    init_distributed()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _chosen(names: str, known: tuple[str, ...], option: str) -> list[str]:
+    chosen = names.split(",")
+    if unknown := [name for name in chosen if name not in known]:
+        raise UserError(f"{option} {unknown[0]} is unknown, use some of {','.join(known)}")
+    return chosen
+
+
+@exit_on_user_error
+def main(
+    models: Annotated[str, typer.Option(help=f"some of {','.join(MODELS)}")] = ",".join(MODELS),
+    engines: Annotated[str | None, typer.Option(help="some of hf,vllm; without it those that are installed")] = None,
+    prompts: Annotated[int | None, typer.Option(min=1)] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="responses of a prompt")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    response_tokens: Annotated[int | None, typer.Option(min=4)] = None,
+    tokens_per_micro_batch: Annotated[int | None, typer.Option(min=1)] = None,
+    warm_ups: Annotated[int, typer.Option(min=0)] = 1,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    out: Annotated[Path | None, typer.Option(help="JSON file; bench/results/train_step_{cpu or gpu}.json")] = None,
+) -> None:
+    """Measure every model and write the figures."""
+    on_gpu = torch.cuda.is_available()
+    installed = ["hf"] + ["vllm"] * (importlib.util.find_spec("vllm") is not None)
+    chosen_engines = installed if engines is None else _chosen(engines, ENGINES, "--engines")
+    given = {
+        "prompts": prompts,
+        "samples": samples,
+        "prompt_tokens": prompt_tokens,
+        "response_tokens": response_tokens,
+        "tokens_per_micro_batch": tokens_per_micro_batch,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    result: dict[str, Any] = {"benchmark": "train_step", "compute_dtype": "bfloat16" if on_gpu else "float32"}
+    with process_group(), quiet_transformers(), tempfile.TemporaryDirectory() as temporary:
+        for name in _chosen(models, MODELS, "--models"):
+            sizes = Sizes(**default_sizes(name, on_gpu) | given, warm_ups=warm_ups, repeats=repeats)
+            folder = Path(temporary) / name
+            write_model(name, folder)
+            shape = ModelShape.from_config(config_of(folder))
+            figures: dict[str, Any] = {"parameters": shape.parameters, "layers": shape.layers, "sizes": asdict(sizes)}
+            for layout, packed in LAYOUTS.items():
+                figures[layout] = measure_training(folder, sizes, packed, shape)
+                gc.collect()
+            figures["engines"] = {}
+            for engine in chosen_engines:
+                figures["engines"][engine] = measure_engine(engine, folder, sizes, shape.parameters)
+                gc.collect()
+            result[name] = figures
+    default = ROOT / f"bench/results/train_step_{local_device().type.replace('cuda', 'gpu')}.json"
+    report(rounded(result) | {"machine": describe_machine()}, out or default)
+
+
+def rounded(value: Any) -> Any:
+    """Four significant digits of every number that is not whole."""
+    if isinstance(value, dict):
+        return {name: rounded(one) for name, one in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    typer.run(main)
