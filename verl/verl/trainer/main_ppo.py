@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from pathlib import Path
 
 import datasets
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 def run(config: DictConfig) -> None:
     """Check, load the data, start the workers and train; a worker that died is one line and exit status 1."""
     check_config(config)
+    _make_paths_absolute(config)
 
     # Ray and transformers take seconds to import, which a mistake in the configuration should not cost.
     from verl.single_controller import WorkerLostError
@@ -42,6 +44,13 @@ def run(config: DictConfig) -> None:
         raise SystemExit(1) from None
     finally:
         trainer.close()
+
+
+def _make_paths_absolute(config: DictConfig) -> None:
+    """Workers on other nodes start in other folders."""
+    for key in ("actor_rollout_ref.model.path", "actor_rollout_ref.score.model_path", "critic.model.path"):
+        if (path := OmegaConf.select(config, key)) is not None:
+            OmegaConf.update(config, key, str(Path(path).absolute()))
 
 
 def _log_to_console() -> None:
