@@ -61,6 +61,8 @@ def test_setup_without_a_fitting_python_says_which(checkout, tmp_path):
         ("bash verl/examples/ray/run_worker_n.sh", "error: no hosts; usage"),
         ("bash verl/examples/ray/run_worker_n.sh -f missing.txt", "error: missing.txt: no such file of hosts"),
         ("bash verl/examples/ray/run_worker.sh", "error: whom to join?"),
+        ("bash verl/examples/ray/run_worker.sh 127.0.0.1:1", "error: no Ray head answers at 127.0.0.1:1; start one"),
+        ("bash verl/examples/ray/run_worker.sh no.such.host", "error: no Ray head answers at no.such.host:6379; start"),
         ("bash verl/scripts/model_merger.sh", "error: LOCAL_DIR (the checkpoint) and TARGET_DIR"),
     ],
 )

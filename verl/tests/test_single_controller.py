@@ -155,7 +155,7 @@ def test_a_killed_worker_is_named_at_once(group: RayWorkerGroup, when: str):
     else:
         os.kill(victim.pid, signal.SIGKILL)
         future = group.environment.remote("RANK") if when == "idle" else group.all_reduce.remote()
-    with pytest.raises(WorkerLostError, match=rf"rank 1 of doubler \(pid {victim.pid} on node .*\) died in"):
+    with pytest.raises(WorkerLostError, match=rf"rank 1 of doubler \(pid {victim.pid} on node .*\) was lost in"):
         future.get()
     assert time.monotonic() - start < 15
 

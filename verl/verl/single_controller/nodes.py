@@ -26,16 +26,14 @@ class Node:
         address: the IP address by which the other nodes reach it.
         interface: the network interface that has this address; None where it is not an IPv4 one.
         cpu_count: its CPU cores.
-        processes: how many ranks run there.
-        strategy: places a Ray task or actor there.
+        strategies: one for each rank that runs there: places it, and what is to run beside it.
     """
 
     id: str
     address: str
     interface: str | None
     cpu_count: int
-    processes: int
-    strategy: PlacementGroupSchedulingStrategy
+    strategies: tuple[PlacementGroupSchedulingStrategy, ...]
 
     @property
     def gloo_interface(self) -> dict[str, str]:
@@ -43,27 +41,34 @@ class Node:
         return {"GLOO_SOCKET_IFNAME": self.interface} if self.interface else {}
 
 
-def look_up_nodes(group: PlacementGroup, processes: list[int], timeout_s: float) -> list[Node]:
-    """The node of each bundle of a placed group: the driver's own first, if it has one, then by address.
+def nodes_of_bundles(group: PlacementGroup) -> list[tuple[int, str]]:
+    """Index and node id of each bundle of a placed group: the driver's own node first, then by address."""
+    here, address_of = ray.get_runtime_context().get_node_id(), _addresses()
+    places = ray.util.placement_group_table(group)["bundles_to_node_id"].items()
+    return sorted(places, key=lambda place: (place[1] != here, _address_order(address_of[place[1]]), place[0]))
+
+
+def look_up_nodes(group: PlacementGroup, node_of_rank: list[str], timeout_s: float) -> list[Node]:
+    """The nodes of a placed group with one bundle a rank, the ranks of one node next to each other.
 
     Args:
-        group: a ready placement group, one bundle a node.
-        processes: ranks of each bundle.
+        group: a ready placement group.
+        node_of_rank: the node id of each bundle.
         timeout_s: how long the nodes may take to answer.
     """
-    node_ids = ray.util.placement_group_table(group)["bundles_to_node_id"]
-    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-    strategies = [PlacementGroupSchedulingStrategy(group, index) for index in range(len(processes))]
+    strategies: dict[str, list[PlacementGroupSchedulingStrategy]] = {}
+    for rank, node_id in enumerate(node_of_rank):
+        strategies.setdefault(node_id, []).append(PlacementGroupSchedulingStrategy(group, rank))
+    address_of = _addresses()
     asked = [
-        _look_around.options(scheduling_strategy=strategy).remote(addresses[node_ids[index]])
-        for index, strategy in enumerate(strategies)
+        _look_around.options(scheduling_strategy=own[0]).remote(address_of[node_id])
+        for node_id, own in strategies.items()
     ]
-    here = ray.get_runtime_context().get_node_id()
-    nodes = [
-        Node(node_ids[index], addresses[node_ids[index]], interface, cpu_count, processes[index], strategies[index])
-        for index, (interface, cpu_count) in enumerate(ray.get(asked, timeout=timeout_s))
+    seen = ray.get(asked, timeout=timeout_s)
+    return [
+        Node(node_id, address_of[node_id], interface, cpu_count, tuple(own))
+        for (node_id, own), (interface, cpu_count) in zip(strategies.items(), seen)
     ]
-    return sorted(nodes, key=lambda node: (node.id != here, _address_order(node.address)))
 
 
 def answers(node_id: str) -> bool:
@@ -84,6 +89,10 @@ def alive_nodes() -> list[dict[str, Any]]:
     return sorted(
         (node for node in ray.nodes() if node["Alive"]), key=lambda node: _address_order(node["NodeManagerAddress"])
     )
+
+
+def _addresses() -> dict[str, str]:
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
 
 
 def _address_order(address: str) -> tuple[int, bytes]:

@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from verl.single_controller.nodes import Node, alive_nodes, look_up_nodes
+from verl.single_controller.nodes import Node, alive_nodes, look_up_nodes, nodes_of_bundles
 from xbai.errors import UserError
+
+NODE_ID_LABEL = "ray.io/node-id"
+"""Ray gives every node this label."""
 
 
 @dataclass
@@ -45,7 +48,9 @@ class RayResourcePool:
     def nodes(self) -> list[Node]:
         """The pool's nodes in the order of the ranks, reserved on the first call.
 
-        All that a node gives is one bundle, so it lies on one node, and STRICT_SPREAD puts every bundle on another.
+        Ray has no strategy for "these bundles on one node, those on another". So it first finds different nodes with
+        room for all that one of them gives, and then reserves one bundle a process, tied to the node that was found.
+        (Ray could give two processes of one large bundle the same GPU, where worker groups share GPUs.)
 
         Raises:
             UserError: the cluster has no room: at once where its nodes are too few or too small, after `timeout_s`
@@ -55,11 +60,13 @@ class RayResourcePool:
             bundles = [self._bundle(count) for count in self.process_on_nodes]
             if not self._fits(bundles):
                 raise UserError(self._no_room("it has"))
-            self._group = placement_group(bundles, "STRICT_SPREAD")
-            if not self._group.wait(self.timeout_s):
-                self.release()
-                raise UserError(self._no_room(f"after {self.timeout_s:g} s others still use some of"))
-            self._nodes = look_up_nodes(self._group, list(self.process_on_nodes), self.timeout_s)
+            found = self._reserve(bundles, "STRICT_SPREAD")
+            places = nodes_of_bundles(found)
+            remove_placement_group(found)
+            node_of_rank = [node_id for index, node_id in places for _ in range(self.process_on_nodes[index])]
+            tied = [{NODE_ID_LABEL: node_id} for node_id in node_of_rank]
+            self._group = self._reserve([self._bundle(1)] * self.world_size, "PACK", tied)
+            self._nodes = look_up_nodes(self._group, node_of_rank, self.timeout_s)
         return self._nodes
 
     def release(self) -> None:
@@ -67,6 +74,15 @@ class RayResourcePool:
         if self._group is not None:
             remove_placement_group(self._group)
         self._group, self._nodes = None, []
+
+    def _reserve(
+        self, bundles: list[dict[str, float]], strategy: str, labels: list[dict[str, str]] | None = None
+    ) -> PlacementGroup:
+        group = placement_group(bundles, strategy, bundle_label_selector=labels)
+        if not group.wait(self.timeout_s):
+            remove_placement_group(group)
+            raise UserError(self._no_room(f"after {self.timeout_s:g} s others still use some of"))
+        return group
 
     def _bundle(self, processes: int) -> dict[str, float]:
         gpus = {"GPU": processes} if self.use_gpu else {}

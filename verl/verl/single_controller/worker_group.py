@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from verl.protocol import DataProto
 from verl.single_controller.decorator import RankCalls, Registration, dispatch, registered_methods
@@ -53,7 +54,7 @@ class WorkerFuture:
         """Wait for all ranks and return the collected result.
 
         Raises:
-            WorkerLostError: a worker died; raised as soon as that is known, while other ranks may still run.
+            WorkerLostError: a worker died or its node is gone; raised as soon as that is known, and the others ended.
             Exception: whatever the method raised on a rank.
         """
         waiting = {ref: rank for rank, ref in enumerate(self._refs)}
@@ -68,7 +69,7 @@ class WorkerFuture:
         try:
             return ray.get(ref)
         except LOST as error:
-            raise self._group.lost(rank, self._method, error) from None
+            raise self._group.lost(rank, self._method, f"Ray says: {error}") from None
         except RayTaskError as error:
             self._raise_if_lost(waiting)
             if isinstance(error.cause, UserError):
@@ -88,7 +89,7 @@ class WorkerFuture:
             try:
                 ray.get(ref)
             except LOST as error:
-                raise self._group.lost(waiting[ref], self._method, error) from None
+                raise self._group.lost(waiting[ref], self._method, f"Ray says: {error}") from None
             except RayTaskError:
                 continue
         self._group.raise_if_silent(waiting.values(), self._method)
@@ -145,6 +146,8 @@ class RayWorkerGroup:
             if self.world_size % size:
                 raise ValueError(f"groups of {size} ranks ({kind}) do not divide {self.world_size} ranks")
         self._infos: list[WorkerInfo] | None = None
+        self._loss: WorkerLostError | None = None
+        self._lock = threading.Lock()
         self._workers = _spawn(resource_pool, ray_cls_with_init, worker_env or {})
         refs = [worker.worker_info.remote() for worker in self._workers]
         try:
@@ -165,6 +168,8 @@ class RayWorkerGroup:
 
         What several ranks get is sent to Ray's object store once, and what several compute comes back once.
         """
+        if self._loss is not None:
+            raise self._loss
         size, refs = calls.group_size, []
         for group, (args, kwargs) in enumerate(calls.arguments):
             first, *others = self._workers[group * size : (group + 1) * size]
@@ -181,17 +186,24 @@ class RayWorkerGroup:
         info = self._infos[rank]
         return f"worker rank {rank} of {self.name} (pid {info.pid} on node {info.node}, {info.address})"
 
-    def lost(self, rank: int, method: str, error: RayError) -> WorkerLostError:
-        """The error that says which worker died, in which method, and what Ray knows about it."""
-        reason = " ".join(str(error).split())
-        return WorkerLostError(f"{self.describe(rank)} died in {method}; Ray says: {reason}")
+    def lost(self, rank: int, method: str, reason: str) -> WorkerLostError:
+        """The error that says which worker went first, in which method, and how that shows.
+
+        The other workers end at once: they wait for the lost one in a collective, perhaps for half an hour. What other
+        calls then find is no loss of its own.
+        """
+        with self._lock:
+            if self._loss is None:
+                self._loss = WorkerLostError(f"{self.describe(rank)} was lost in {method}: {' '.join(reason.split())}")
+                self.shutdown()
+            return self._loss
 
     def raise_if_silent(self, ranks: Iterable[int], method: str) -> None:
         """Raise a `WorkerLostError` for the first of `ranks` whose node does not answer."""
         node_of = {self._infos[rank].node_id: rank for rank in sorted(ranks, reverse=True)} if self._infos else {}
         for node_id, rank in node_of.items():
             if not answers(node_id):
-                raise WorkerLostError(f"{self.describe(rank)} was lost in {method}: its node does not answer")
+                raise self.lost(rank, method, "its node does not answer")
 
     def shutdown(self) -> None:
         """End all worker processes, at once."""
@@ -202,16 +214,17 @@ class RayWorkerGroup:
 
 def _spawn(pool: RayResourcePool, init: RayClassWithInitArgs, env: Mapping[str, str]) -> list[ActorHandle]:
     nodes = pool.nodes()
-    port = ray.get(_free_port.options(scheduling_strategy=nodes[0].strategy).remote())
+    port = ray.get(_free_port.options(scheduling_strategy=nodes[0].strategies[0]).remote())
     common = {"MASTER_ADDR": nodes[0].address, "MASTER_PORT": str(port), "WORLD_SIZE": str(pool.world_size)}
     actor_class, workers = ray.remote(init.cls), []
     for node in nodes:
         of_node = node.gloo_interface | ({} if pool.use_gpu else _cpu_env(node)) | dict(env)
-        for local_rank in range(node.processes):
-            ranks = {"RANK": str(len(workers)), "LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(node.processes)}
+        local_world_size = str(len(node.strategies))
+        for local_rank, strategy in enumerate(node.strategies):
+            ranks = {"RANK": str(len(workers)), "LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": local_world_size}
             options = actor_class.options(
                 **pool.worker_resources,
-                scheduling_strategy=node.strategy,
+                scheduling_strategy=strategy,
                 runtime_env={"env_vars": of_node | common | ranks},
             )
             workers.append(options.remote(*init.args, **init.kwargs))
@@ -220,7 +233,7 @@ def _spawn(pool: RayResourcePool, init: RayClassWithInitArgs, env: Mapping[str, 
 
 def _cpu_env(node: Node) -> dict[str, str]:
     """Threads for processes that compute on the CPU: together they use each core once, and wait without spinning."""
-    return {"OMP_NUM_THREADS": str(max(1, node.cpu_count // node.processes)), "OMP_WAIT_POLICY": "PASSIVE"}
+    return {"OMP_NUM_THREADS": str(max(1, node.cpu_count // len(node.strategies))), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def _stored(value: Any) -> Any:

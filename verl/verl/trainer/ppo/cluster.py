@@ -57,7 +57,7 @@ def check_shared_folder(folder: str | Path, pool: RayResourcePool) -> None:
     probe = folder / f".probe_{secrets.token_hex(4)}"
     probe.write_text(content)
     try:
-        asked = [_sees.options(scheduling_strategy=node.strategy).remote(probe, content) for node in pool.nodes()]
+        asked = [_sees.options(scheduling_strategy=node.strategies[0]).remote(probe, content) for node in pool.nodes()]
         answers = ray.get(asked, timeout=NODES_TIMEOUT_S)
     finally:
         probe.unlink()
