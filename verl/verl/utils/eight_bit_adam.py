@@ -43,7 +43,8 @@ class EightBitAdam(Optimizer):
     def __init__(self, name: str, parameters: Iterable[nn.Parameter], **options: Any) -> None:
         from torchao import optim
 
-        super().__init__(parameters, options)
+        # A checkpoint has the settings too; with AdamW's it can be loaded by either.
+        super().__init__(parameters, torch.optim.AdamW([torch.empty(0)], **options).defaults)
         self._shards = {parameter: nn.Parameter(_shard(parameter)) for parameter in self.param_groups[0]["params"]}
         self._torchao: Optimizer = getattr(optim, name)(list(self._shards.values()), **options)
 

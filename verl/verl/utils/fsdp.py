@@ -156,9 +156,10 @@ def named_full_tensors(model: nn.Module, dtype: torch.dtype | None = None) -> It
     """
     reshard(model)
     for name, parameter in model.named_parameters():
-        tensor = parameter.detach()
-        # Before the gathering, which then moves no more bytes than are wanted.
-        tensor = tensor.to(dtype) if dtype is not None and name.startswith("lm.") else tensor
+        # Before the gathering, which then moves no more bytes than are wanted, and over the GPUs' network also what
+        # `offload_policy` keeps in CPU memory.
+        wanted = dtype if dtype is not None and name.startswith("lm.") else parameter.dtype
+        tensor = parameter.detach().to(local_device(), wanted)
         yield name.removeprefix("lm."), tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
