@@ -133,6 +133,15 @@ def test_data_source_without_grader(fails, tmp_path):
     assert "data_source 'poetry': no grader for it" in fails(*overrides)
 
 
+def test_a_driver_without_gpus_cannot_guess_what_the_cluster_has(small_run, fails, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert "device=auto looks at this machine only" in fails("trainer.device=auto", "trainer.nnodes=2")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert "device=auto looks at this machine only" in fails("trainer.device=auto")
+    on_cluster = ["trainer.device=cuda", "actor_rollout_ref.rollout.dtype=float32"]
+    assert _check([*small_run, *on_cluster]).trainer.device == "cuda"
+
+
 def test_a_dead_worker_is_one_line_and_another_exit_status(small_run, monkeypatch, capsys, tmp_path):
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
