@@ -106,7 +106,7 @@ def moments_of(model: JointModel, optimizer: JointOptimizer) -> dict[str, Tensor
         name: get_optimizer_state_dict(model, part, options=options) for name, part in optimizer.optimizers.items()
     }
     return {
-        f"{part}.{name}.{key}": value
+        f"{part}.{name}.{key}": value.clone()
         for part, state in states.items()
         for name, entries in state["state"].items()
         for key, value in entries.items()
