@@ -1,4 +1,4 @@
-"""An engine a rank beside an FSDP2 actor, in a process group of two that the trainer made (run by torchrun)."""
+"""Engines beside an FSDP2 actor, in a process group of two that the trainer made (run by torchrun)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,33 +14,48 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from xbai.engine import SamplingParams, load_engine
+from xbai.errors import UserError
+
+
+def needs_vllm() -> None:
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+
+
+def run_two_ranks(*arguments: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=480, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert sorted(done.stdout.split()) == ["rank0-done", "rank1-done"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hf", "vllm"])
 def test_each_rank_has_an_engine_of_its_own(name: str, make_tiny_model: Callable[..., Path]) -> None:
-    if importlib.util.find_spec(name if name == "vllm" else "transformers") is None:
-        pytest.skip("vLLM is not installed")
-    folders = [str(make_tiny_model(tied=True, seed=seed)) for seed in (0, 1)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, name, *folders], capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert sorted(done.stdout.split()) == ["rank0-done", "rank1-done"]
+    if name == "vllm":
+        needs_vllm()
+    run_two_ranks("own", name, *(str(make_tiny_model(tied=True, seed=seed)) for seed in (0, 1)))
 
 
-def run_rank(name: str, folder: str, actor_folder: str) -> None:
-    dist.init_process_group("gloo")
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_ranks_share_an_engine(tied: bool, make_tiny_model: Callable[..., Path]) -> None:
+    needs_vllm()
+    run_two_ranks("shared", str(make_tiny_model(tied=tied)))
+
+
+def use_own_engine(name: str, folder: str, actor_folder: str) -> None:
     rank = dist.get_rank()
     actor = AutoModelForCausalLM.from_pretrained(actor_folder, dtype=torch.float32)
     mesh = init_device_mesh("cpu", (2,))
     for layer in actor.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(actor, mesh=mesh)
-    reference = AutoModelForCausalLM.from_pretrained(actor_folder, dtype=torch.float32)
+    reference = reference_model(actor_folder)
     random_state = torch.get_rng_state()
     engine = load_engine(name, folder, dtype="float32", max_model_len=64)
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -57,10 +72,51 @@ def run_rank(name: str, folder: str, actor_folder: str) -> None:
         actor(torch.tensor([[1, 2, 3, 4]])).logits.logsumexp(-1).mean().backward()
 
     engine.close()
+
+
+def use_shared_engine(folder: str) -> None:
+    """Ranks agree on what they sample without a seed, and each notices a weight of its own part that is wrong."""
+    rank = dist.get_rank()
+    engine = load_engine("vllm", folder, dtype="float32", max_model_len=64, tensor_parallel_size=2)
+    torch.manual_seed(rank)
+    sampled = [one.token_ids for one in engine.generate([[1, 2, 3]], SamplingParams(n=3, max_tokens=20))[0]]
+    everyones: list[list[list[int]]] = [[], []]
+    dist.all_gather_object(everyones, sampled)
+    assert everyones[0] == everyones[1]
+
+    weights = {name: weight.detach() for name, weight in reference_model(folder).named_parameters()}
+    load = engine._load_weights
+    for victim in weights:
+        engine._load_weights = lambda given, victim=victim: load(first_value_changed(given, victim, rank == 0))
+        if rank == 0:
+            with pytest.raises(UserError, match=f"^weight sync: {victim} is not in the engine as it was sent"):
+                engine.update_weights(weights.items(), check=True)
+        else:
+            engine.update_weights(weights.items(), check=True)
+    engine.close()
+
+
+def first_value_changed(
+    weights: Iterable[tuple[str, torch.Tensor]], victim: str, here: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, weight in weights:
+        if name == victim and here:
+            weight = weight.clone()
+            weight.view(-1)[0] += 0.25
+        yield name, weight
+
+
+def reference_model(folder: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def run_rank(kind: str, *arguments: str) -> None:
+    dist.init_process_group("gloo")
+    {"own": use_own_engine, "shared": use_shared_engine}[kind](*arguments)
     total = torch.ones(1)
     dist.all_reduce(total)
     assert total.item() == 2
-    sys.stdout.write(f"rank{rank}-done\n")
+    sys.stdout.write(f"rank{dist.get_rank()}-done\n")
     dist.destroy_process_group()
 
 

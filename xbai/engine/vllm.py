@@ -269,7 +269,8 @@ def _construct(arguments: dict[str, Any]) -> Any:
     if torch.distributed.is_initialized():
         from xbai.engine.vllm_executor import RankExecutor
 
-        # Ranks that see only their own GPU cannot open each other's memory, which these two ways of reducing do.
+        # Ranks that see only their own GPU cannot open each other's memory, as all ways of reducing but NCCL's do.
         os.environ.setdefault("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
+        os.environ.setdefault("VLLM_ALLREDUCE_USE_FLASHINFER", "0")
         arguments |= {"distributed_executor_backend": RankExecutor, "disable_custom_all_reduce": True}
     return LLMEngine.from_engine_args(EngineArgs(**{k: v for k, v in arguments.items() if v is not None}))
