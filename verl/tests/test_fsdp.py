@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from verl.utils.fsdp import create_mesh, named_full_tensors, shard_model
-from verl.utils.model import _attention, build_joint_model, loading_dtype
+from verl.utils.model import attention_for, build_joint_model, loading_dtype
+from verl.utils.packing import padded_layout
 
 
 @pytest.fixture
@@ -39,9 +40,15 @@ def test_sixteen_bits_are_widened_after_sharding(
     assert all(torch.equal(found[name], weight) for name, weight in expected.named_parameters())
 
     ids = torch.arange(1, 9)[None]
-    log_probs = model(ids, torch.ones_like(ids), torch.arange(8)[None], response_length=7).log_probs
-    logits = expected(ids).logits[:, :-1].log_softmax(-1)
-    torch.testing.assert_close(log_probs, logits.gather(-1, ids[:, 1:, None]).squeeze(-1))
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "position_ids": torch.arange(8)[None],
+        "response_mask": torch.ones(1, 7, dtype=torch.bool),
+    }
+    log_probs = model(padded_layout(batch)).log_probs
+    logits = expected(ids).logits[0, :-1].log_softmax(-1)
+    torch.testing.assert_close(log_probs, logits.gather(-1, ids[0, 1:, None]).squeeze(-1))
     log_probs.sum().backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
 
@@ -65,4 +72,4 @@ def test_flash_attention_where_it_can_run(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
-    assert _attention(dtype) == chosen
+    assert attention_for(dtype) == chosen

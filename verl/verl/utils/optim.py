@@ -146,7 +146,7 @@ class Optimizers:
             return
         self._nonfinite_in_a_row += 1
         seen = ", ".join(f"{name} {value:g}" for name, value in values.items())
-        logger.warning("update left out: not finite (%s)", seen)
+        logger.warning("update skipped: not finite (%s)", seen)
         if self._nonfinite_in_a_row >= self._max_nonfinite:
             raise UserError(
                 f"{self._nonfinite_in_a_row} updates in a row were not finite (last: {seen}) and changed nothing; "
