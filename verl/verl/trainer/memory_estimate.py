@@ -17,7 +17,7 @@ GIB = 2**30
 BYTES = {"float32": 4, "fp32": 4, "bfloat16": 2, "bf16": 2, "float16": 2, "fp16": 2}
 
 # Bytes of one logit of a chunk: forward (with entropies), and where the backward pass computes it again.
-LOGIT_FORWARD, LOGIT_BACKWARD = 12, 20
+LOGIT_FORWARD, LOGIT_BACKWARD = 16, 20
 # A second-moment state in 8 bits, its scale and its sign map: per parameter and moment.
 EIGHT_BIT_STATE = 1.02
 # What torch, CUDA and NCCL keep for themselves, and what lies between blocks.
@@ -138,8 +138,10 @@ def backward_work(shape: ModelShape, tokens: int, width: int, checkpointing: boo
 
 
 def forward_work(shape: ModelShape, tokens: int, width: int) -> float:
-    """Bytes that a layer takes at its widest, the MLP, in a forward pass that saves nothing."""
-    return tokens * (3 * shape.mlp + 5 * shape.hidden) * width
+    """Bytes that a layer takes at its widest, MLP or attention, in a forward pass that saves nothing."""
+    mlp = (3 * shape.mlp + 5 * shape.hidden) * width
+    attention = (2 * shape.hidden + 4 * shape.query_size + 2 * shape.kv_size) * width
+    return tokens * max(mlp, attention + 5 * shape.query_size * shape.qk_norm)
 
 
 def attention_mask(tokens: int, length: int, width: int) -> float:

@@ -1,0 +1,321 @@
+"""A dry run says without GPUs what a run would be; its formulas are those of torch, measured here on small models."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from verl.trainer import main_ppo
+from verl.trainer.compose import compose_config
+from verl.trainer.config_check import DEFAULTS_FILE
+from verl.trainer.dry_run import batches, dry_run
+from verl.trainer.memory_estimate import (
+    EIGHT_BIT_STATE,
+    GIB,
+    LOGIT_BACKWARD,
+    LOGIT_FORWARD,
+    Placement,
+    backward_work,
+    forward_work,
+    saved_activations,
+)
+from verl.trainer.memory_phases import GPUS_GIB, PhaseMemory, changes_to_fit
+from verl.utils.fsdp import create_mesh, shard_model
+from verl.utils.model_shapes import KNOWN_CONFIGS, ModelShape, known_config
+from verl.utils.optim import build_optimizer
+from verl.utils.torch_functional import token_log_probs
+from verl.workers.actor.joint_model import JointModel
+from xbai.errors import UserError
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+SMALL = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+}
+VARIANTS = [
+    {"model_type": "qwen2", "tie_word_embeddings": True},
+    {"model_type": "qwen2", "tie_word_embeddings": False},
+    {"model_type": "qwen3", "tie_word_embeddings": False, "head_dim": 32},
+    {"model_type": "llama", "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+    {"model_type": "mistral", "tie_word_embeddings": False, "head_dim": 16},
+]
+
+
+def _config(*overrides: str):
+    base = ["actor_rollout_ref.model.path=DeepSeek-R1-Distill-Qwen-1.5B", "data.train_files=nowhere.parquet"]
+    return compose_config(DEFAULTS_FILE.stem, [*base, *overrides])
+
+
+def _memory(gib: float, *overrides: str, model: str = "DeepSeek-R1-Distill-Qwen-1.5B") -> PhaseMemory:
+    shape = ModelShape.from_config(known_config(model))
+    return PhaseMemory(_config("trainer.device=cuda", *overrides), shape, shape, gib * GIB)
+
+
+def _meta_model(config):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _peak_bytes(run: Callable[[], object]) -> int:
+    """The most memory that torch had allocated at once, beyond what it had before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held)
+    return highest
+
+
+@pytest.mark.parametrize("name", KNOWN_CONFIGS)
+def test_known_models_are_counted_exactly(name: str) -> None:
+    config = known_config(name)
+    counted = sum(parameter.numel() for parameter in _meta_model(config).parameters())
+    assert ModelShape.from_config(config).parameters == counted
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant["model_type"])
+def test_every_kind_of_model_is_counted_exactly(variant: dict) -> None:
+    config = AutoConfig.for_model(**SMALL | variant)
+    model, shape = _meta_model(config), ModelShape.from_config(config)
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert shape.layer_parameters == sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+
+
+def test_another_kind_is_not_guessed() -> None:
+    with pytest.raises(UserError, match="no estimate for model_type=gpt2"):
+        ModelShape.from_config(AutoConfig.for_model("gpt2"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS[1:3], ids=lambda variant: variant["model_type"])
+def test_activations_are_what_torch_allocates(variant: dict, dtype: torch.dtype) -> None:
+    tokens, width = 1024, dtype.itemsize
+    config = AutoConfig.for_model(**SMALL | variant)
+    shape = ModelShape.from_config(config)
+    ids = torch.randint(config.vocab_size, (1, tokens))
+    for checkpointing in (False, True):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).train().model
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+        def train(model=model) -> None:
+            hidden = model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden.backward(torch.ones_like(hidden))
+
+        # Gradients of the weights are there from the first time on.
+        train()
+        estimate = saved_activations(shape, tokens, width, checkpointing)
+        estimate += backward_work(shape, tokens, width, checkpointing)
+        assert _peak_bytes(train) == pytest.approx(estimate, rel=0.1)
+
+    @torch.no_grad()
+    def score() -> None:
+        model(input_ids=ids, use_cache=False)
+
+    assert _peak_bytes(score) == pytest.approx(forward_work(shape, tokens, width), rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_chunk_of_logits_takes_what_is_estimated(dtype: torch.dtype) -> None:
+    vocabulary, chunk, width = 8000, 800_000, 8
+    hidden = torch.randn(250, width, dtype=dtype, requires_grad=True)
+    lm_head = torch.nn.Linear(width, vocabulary, bias=False, dtype=dtype)
+    labels = torch.randint(vocabulary, (250,))
+
+    def run() -> torch.Tensor:
+        parts = token_log_probs(hidden, lm_head, labels, vocabulary, compute_entropy=True, logits_per_chunk=chunk)
+        return parts[0].sum() + parts[1].sum()
+
+    with torch.no_grad():
+        assert _peak_bytes(run) == pytest.approx(LOGIT_FORWARD * chunk, rel=0.1)
+    run().backward()
+    assert _peak_bytes(lambda: run().backward()) == pytest.approx(LOGIT_BACKWARD * chunk, rel=0.1)
+
+
+@pytest.mark.slow
+def test_two_ranks_hold_what_is_estimated(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, tmp_path]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    shape = ModelShape.from_config(AutoConfig.for_model(**SMALL | VARIANTS[1]))
+    placed = Placement.from_config(shape, {}, {"name": "AdamW"}, world=2, on_gpu=False)
+    for rank in range(2):
+        held = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert held["weights"] == held["gradients"] == placed.weights
+        assert held["states"] == placed.optimizer
+
+
+def measure_two_ranks(folder: Path) -> None:
+    """Of `test_two_ranks_hold_what_is_estimated`, under torchrun: what each of them holds after an update."""
+    dist.init_process_group("gloo")
+    config = AutoConfig.for_model(**SMALL | VARIANTS[1])
+    model = shard_model(JointModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32)), create_mesh(), {})
+    optimizer = build_optimizer(model.named_parameters(), {"name": "AdamW", "lr": 1e-3})
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    held = {
+        "weights": list(model.parameters()),
+        "gradients": [parameter.grad for parameter in model.parameters()],
+        "states": [value for state in optimizer.state.values() for value in state.values() if value.dim() > 0],
+    }
+    sizes = {name: sum(tensor.to_local().nbytes for tensor in tensors) for name, tensors in held.items()}
+    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(sizes))
+    dist.destroy_process_group()
+
+
+def test_eight_bit_states_take_what_is_estimated() -> None:
+    pytest.importorskip("torchao.optim")
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    elements = 2**16
+    state = OptimState8bit.zeros((elements,))
+    held = sum(getattr(state, name).nbytes for name in ("codes", "scale", "qmap"))
+    assert held == pytest.approx(EIGHT_BIT_STATE * elements, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("changes", "weights", "states"),
+    [
+        ({}, 4 / 64, 8 / 64),
+        ({"fsdp_size": 8}, 4 / 8, 8 / 8),
+        ({"model_dtype": "bfloat16"}, 2 / 64, 4 / 64),
+        ({"param_offload": True}, 0, 8 / 64),
+        ({"optimizer_offload": True}, 4 / 64, 0),
+        ({"offload_policy": True}, 0, 0),
+    ],
+    ids=str,
+)
+def test_placement_outside_its_phases(changes: dict, weights: float, states: float) -> None:
+    shape = ModelShape.from_config(known_config("Qwen2.5-7B"))
+    placed = Placement.from_config(shape, changes, {"name": "AdamW"}, world=64, on_gpu=True)
+    resident = (weights * shape.parameters, states * shape.parameters)
+    assert placed.resident(in_use=False) == pytest.approx(resident)
+    if not changes.get("offload_policy"):
+        assert min(placed.resident(in_use=True, with_optimizer=True)) > 0
+
+
+@pytest.mark.parametrize(
+    ("override", "phase"),
+    [
+        ("actor_rollout_ref.model.enable_gradient_checkpointing=false", "update"),
+        ("actor_rollout_ref.actor.fsdp_config.reshard_after_forward=false", "update"),
+        ("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4", "update"),
+        ("actor_rollout_ref.actor.fsdp_config.fsdp_size=2", "log-prob"),
+        ("actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16", "log-prob"),
+        ("actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=16", "reference"),
+        ("actor_rollout_ref.rollout.gpu_memory_utilization=0.7", "rollout"),
+        ("actor_rollout_ref.rollout.free_cache_engine=false", "update"),
+        ("algorithm.adv_estimator=gae", "rollout"),
+    ],
+)
+def test_what_takes_more_memory(override: str, phase: str) -> None:
+    assert _memory(80, override).peaks[phase] > _memory(80).peaks[phase]
+
+
+@pytest.mark.parametrize(
+    ("override", "phase"),
+    [
+        ("actor_rollout_ref.actor.optim.name=AdamW8bit", "update"),
+        ("+actor_rollout_ref.actor.fsdp_config.model_dtype=bfloat16", "update"),
+        ("actor_rollout_ref.actor.fsdp_config.optimizer_offload=true", "rollout"),
+        ("actor_rollout_ref.ref.fsdp_config.param_offload=true", "update"),
+        ("actor_rollout_ref.model.use_remove_padding=true", "update"),
+        ("actor_rollout_ref.actor.ulysses_sequence_parallel_size=2", "update"),
+        ("actor_rollout_ref.rollout.tensor_model_parallel_size=2", "weight sync"),
+        ("actor_rollout_ref.actor.use_kl_loss=false", "rollout"),
+    ],
+)
+def test_what_takes_less_memory(override: str, phase: str) -> None:
+    assert _memory(80, override).peaks[phase] < _memory(80).peaks[phase]
+
+
+def test_the_advice_makes_it_fit() -> None:
+    large = ["trainer.nnodes=8", "data.max_response_length=32768"]
+    memory = _memory(39.4, *large, "actor_rollout_ref.rollout.tensor_model_parallel_size=4", model="QwQ-32B")
+    assert memory.excess > 0
+    changes = changes_to_fit(memory)
+    assert changes
+    for key, value in changes.items():
+        OmegaConf.update(memory.config, key, value)
+    assert PhaseMemory(memory.config, memory.shape, memory.shape, memory.gpu_bytes).excess <= 0
+    assert changes_to_fit(_memory(23.5, "trainer.n_gpus_per_node=1", model="QwQ-32B")) is None
+
+
+def test_micro_batches_follow_from_the_configuration() -> None:
+    def plan(*overrides: str) -> dict[str, tuple]:
+        root = "actor_rollout_ref"
+        config = _config("data.max_response_length=3072", "trainer.nnodes=2", *(f"{root}.{key}" for key in overrides))
+        return {one.phase: one[1:] for one in batches(config)}
+
+    # 128 prompts x 8 responses over 16 processes, in 2 mini-batches; 8 and 1 at a time.
+    assert plan()["log-prob"] == (64, 8, 8, 1)
+    assert plan()["update, a mini-batch"] == (32, 32, 32, 2)
+    # Two responses of 4096 tokens with their prompts fit 9000.
+    by_tokens = ["actor.use_dynamic_bsz=true", "actor.ppo_max_token_len_per_gpu=9000"]
+    assert plan(*by_tokens)["update, a mini-batch"] == (32, 1, 16, 2)
+    # Half as many groups with twice the budget each: 64 rows, four at a time.
+    shared = ["model.use_remove_padding=true", "actor.ulysses_sequence_parallel_size=2"]
+    assert plan(*by_tokens, *shared)["update, a mini-batch"] == (64, 1, 16, 2)
+
+
+@pytest.mark.parametrize(("script", "gpus", "world"), [("single", "1 x 8 GPUs", 8), ("multi", "8 x 8 GPUs", 64)])
+def test_scripts_print_everything_without_gpus(script: str, gpus: str, world: int, tmp_path: Path) -> None:
+    environment = {**os.environ, "MODEL": f"{tmp_path}/DeepSeek-R1-Distill-Qwen-1.5B", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    command = ["bash", str(SCRIPTS / f"run_{script}_node.sh"), "--dry-run", "data.train_batch_size=256"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert f"Dry run: {gpus}" in done.stdout
+    assert "train_batch_size: 256" in done.stdout
+    assert f"not found here: actor_rollout_ref.model.path: {environment['MODEL']}/config.json" in done.stdout
+    assert "not found here: data.train_files" in done.stdout
+    assert f"update, a mini-batch {64 * 16 // world:>10}" in done.stdout
+    assert "The model has 1,777,088,000 parameters" in done.stdout
+    assert "It fits GPUs with: " in done.stdout
+
+
+def test_a_model_folder_that_is_here(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, small_run: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["main_ppo", *small_run, "--dry-run"])
+    main_ppo.main()
+    printed = capsys.readouterr().out
+    assert "not found here" not in printed
+    assert "Dry run: 1 x 2 processes on CPU" in printed
+    assert "Memory of one process" in printed
+
+
+def test_mistakes_stay_errors() -> None:
+    with pytest.raises(UserError, match="must be a multiple of"):
+        dry_run(_config("trainer.n_gpus_per_node=7"))
+    assert "No memory estimate for nowhere: its config.json is not here" in dry_run(
+        _config("actor_rollout_ref.model.path=nowhere")
+    )
+
+
+def test_the_smallest_gpu_that_fits_is_shown() -> None:
+    report = dry_run(_config("trainer.nnodes=8", "data.max_response_length=1024"))
+    assert f"Memory of one GPU with {next(iter(GPUS_GIB))}" in report
+
+
+if __name__ == "__main__":
+    measure_two_ranks(Path(sys.argv[1]))
