@@ -55,7 +55,7 @@ ip link set bridge up
 UNSHARE = "unshare --net --pid --uts --mount --mount-proc --fork --kill-child"
 FAKE_SSH = """#!/usr/bin/env bash
 while [[ $1 == -o ]]; do shift 2; done
-host=$1; shift
+host=${{1/#{worker_address}/{worker}}}; shift
 pid=$(cat {folder}/"$host".pid 2>/dev/null) || {{ echo "ssh: Could not resolve hostname $host" >&2; exit 255; }}
 exec nsenter --target "$pid" --mount --uts --net --pid -- env -i HOME={folder}/"$host" \\
     PATH=/usr/bin:/bin:/usr/sbin:/sbin {variables} bash -c "cd; $*"
@@ -76,7 +76,7 @@ class World:
         Path("/tmp/ray").mkdir(exist_ok=True)
         tools = self.folder / "bin"
         tools.mkdir()
-        (tools / "ssh").write_text(FAKE_SSH.format(folder=self.folder, variables=_assignments(ENVIRONMENT)))
+        (tools / "ssh").write_text(_fake_ssh(self.folder))
         (tools / "ssh").chmod(0o755)
         network = BRIDGE.format(address=ADDRESSES[HEAD])
         script = MACHINE.format(name=HEAD, folder=self.folder, network=network)
@@ -128,7 +128,7 @@ class World:
                 stderr=subprocess.STDOUT,
             )
 
-    def run(self, machine: str, command: str, expect: int = 0, timeout_s: float = 120, **variables: str) -> str:
+    def run(self, machine: str, command: str, expect: int = 0, timeout_s: float = 300, **variables: str) -> str:
         """Run a command on a machine to its end; returns what it printed."""
         log = self.folder / f"command_{time.monotonic_ns()}.log"
         process = self.popen(machine, command, log, **variables)
@@ -164,15 +164,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     world = World(tmp_path_factory.mktemp("world"))
     with contextlib.closing(world):
         world.start()
-        started = world.run(
-            HEAD, f"bash verl/examples/ray/run_worker_n.sh {WORKER}", HEAD_ADDRESS=ADDRESSES[HEAD], timeout_s=180
-        )
+        started = world.run(HEAD, f"bash verl/examples/ray/run_worker_n.sh {ADDRESSES[WORKER]}")
         assert "2 nodes are up; next: NNODES=2 bash scripts/run_multi_node.sh" in started
         yield world
 
 
-def _assignments(variables: dict[str, str]) -> str:
-    return shlex.join(f"{name}={value}" for name, value in variables.items())
+def _fake_ssh(folder: Path) -> str:
+    variables = shlex.join(f"{name}={value}" for name, value in ENVIRONMENT.items())
+    return FAKE_SSH.format(folder=folder, worker=WORKER, worker_address=ADDRESSES[WORKER], variables=variables)
 
 
 def _installed(tool: str) -> bool:

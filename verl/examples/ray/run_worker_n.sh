@@ -5,7 +5,8 @@
 #   bash run_worker_n.sh -f hosts.txt         or one a line (# begins a comment); HOSTS_FILE=hosts.txt does the same
 #
 # Needs ssh without a password, and this repository and its environment at the same path on every host. HEAD_ADDRESS
-# says by which address the hosts reach this machine (its first one), PORT on which port (6379).
+# says by which address the hosts reach this machine (the one from which it reaches the first of them), PORT on which
+# port (6379).
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 hosts_file=${HOSTS_FILE:-}
@@ -23,6 +24,17 @@ if ((${#hosts[@]} == 0)); then
     exit 2
 fi
 
+# Of several networks, the one on which the host lies; its name may be one that only ssh knows.
+address_towards() {
+    local host
+    host=$(getent ahostsv4 "$1" | awk 'NR == 1 {print $1}') || true
+    if [[ -n $host ]] && command -v ip >/dev/null; then
+        ip -o route get "$host" | sed -n 's/.* src \([0-9.]*\).*/\1/p'
+    else
+        hostname -I | awk '{print $1}'
+    fi
+}
+
 # Before anything starts: a head without workers would be left running.
 reach() { ssh -o BatchMode=yes -o ConnectTimeout=10 "$@"; }
 command -v ssh >/dev/null || { echo "error: ssh is needed to start workers on ${hosts[*]}, and is not installed" >&2; exit 2; }
@@ -38,7 +50,7 @@ if ((${#unfit[@]})); then
 fi
 
 port=${PORT:-6379}
-address=${HEAD_ADDRESS:-$(hostname -I | awk '{print $1}')}
+address=${HEAD_ADDRESS:-$(address_towards "${hosts[0]#*@}")}
 bin=$(cd "$(dirname "$(command -v ray)")" && pwd)
 PORT=$port bash "$here/run_head.sh" --node-ip-address="$address"
 token=$(ray get-auth-token)
