@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def run(overrides: list[str]) -> subprocess.CompletedProcess:
@@ -22,18 +22,16 @@ def run(overrides: list[str]) -> subprocess.CompletedProcess:
 def test_a_run_that_is_no_longer_finite_stops_and_goes_on_from_the_last_checkpoint(
     small_run: list[str], tmp_path: Path
 ) -> None:
+    # The KL's share of the loss overflows in every update.
     broken = ["actor_rollout_ref.actor.kl_loss_coef=1e39", "actor_rollout_ref.actor.max_nonfinite_updates=2"]
     small = [*small_run, "data.val_files=null", "trainer.save_freq=1", f"trainer.default_local_dir={tmp_path}"]
-    first = run([*small, "trainer.total_training_steps=1"])
-    assert first.returncode == 0, first.stderr
-
-    stopped = run([*small, "trainer.total_training_steps=4", *broken])
+    stopped = run([*small, "trainer.total_training_steps=3", *broken])
     said = " ".join((stopped.stdout + stopped.stderr).split())
     assert stopped.returncode == 2, said
-    assert re.search(r"step 3: 2 updates in a row were not finite \(last: loss (nan|inf)", said), said[-1000:]
-    # The update that was left out in step 2 had changed nothing: its checkpoint is as good as the one before.
-    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text().strip() == "2"
+    assert re.search(r"step 2: 2 updates in a row were not finite \(last: loss (nan|inf)", said), said[-1000:]
+    # What step 1 skipped had changed nothing: its checkpoint is as good as the start.
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text().strip() == "1"
 
-    resumed = run([*small, "trainer.total_training_steps=3"])
+    resumed = run([*small, "trainer.total_training_steps=2"])
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert (tmp_path / "global_step_3" / "actor" / ".metadata").exists()
+    assert (tmp_path / "global_step_2" / "actor" / ".metadata").exists()
