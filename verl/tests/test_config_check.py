@@ -1,5 +1,6 @@
 """Every mistake in the configuration is one clear line, before a model or Ray starts."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from verl.single_controller import WorkerLostError
 from verl.trainer import main_ppo
 from verl.trainer.compose import compose_config
-from verl.trainer.config_check import DEFAULTS_FILE, TOKEN_BUDGETS, check_config
+from verl.trainer.config_check import DEFAULTS_FILE, TOKEN_BUDGETS, check_config, leaves
+from verl.trainer.critic_config import critic_config
 from xbai.errors import UserError
 
 RUN_SINGLE_NODE = Path(__file__).parents[2] / "scripts" / "run_single_node.sh"
@@ -60,13 +62,23 @@ def test_a_valid_configuration_passes(small_run):
         ("data.train_batch_size=many", "data.train_batch_size=many must be a whole number"),
         ("data.shuffle=1", "data.shuffle=1 must be a true or false"),
         ("data.max_response_length=0", "data.max_response_length=0 must be above 0"),
+        ("data.dataloader_num_workers=-1", "data.dataloader_num_workers=-1 must not be below 0"),
+        ("trainer.default_hdfs_dir=s3://bucket/run", "trainer.default_hdfs_dir=s3://bucket/run: Install s3fs"),
+        ("trainer.default_hdfs_dir=checkpoints/run", "must be a URL"),
+        ("trainer.resume_from_path=somewhere", "acts with trainer.resume_mode=resume_path only"),
+        ("reward_model.batch_timeout_s=5", "cannot act with reward_model.reward_manager=prime, only with batch"),
+        ("reward_model.overlong_buffer.len=5", "cannot act with reward_model.reward_manager=prime, only with dapo"),
+        ("reward_model.max_ungraded_batches=0", "must be at least 1, or null for no limit"),
+        ("reward_model.memory_gib=0", "reward_model.memory_gib=0 must be above 0"),
         ("trainer.logger=[console,mlflow]", "trainer.logger: mlflow is unknown"),
         ("algorithm.adv_estimator=magic", "algorithm.adv_estimator=magic is unknown, use one of grpo, "),
         ("actor_rollout_ref.actor.ulysses_sequence_parallel_size=2", "set actor_rollout_ref.model.use_remove_padding="),
         ("actor_rollout_ref.actor.ulysses_sequence_parallel_size=3", "=3 must divide the 2 processes"),
         ("actor_rollout_ref.ref.ulysses_sequence_parallel_size=0", "=0 must be above 0"),
-        ("critic.optim.lr=1", "critic.optim.lr=1 cannot act yet"),
-        ("algorithm.adv_estimator=gae", "there is no critic worker"),
+        ("critic.optim.lr=1", "critic.optim.lr=1 acts only with algorithm.adv_estimator=gae"),
+        ("trainer.critic_warmup=2", "trainer.critic_warmup=2 acts only with algorithm.adv_estimator=gae"),
+        ("trainer.critic_warmup=-1", "trainer.critic_warmup=-1 must be at least 0"),
+        ("actor_rollout_ref.actor.tis_imp_ratio_cap=0", "tis_imp_ratio_cap=0 must be a number above 0, or null"),
         ("actor_rollout_ref.actor.fsdp_config.offload_policy=true", "cannot act on CPU"),
         ("actor_rollout_ref.rollout.gpu_memory_utilization=0.5", "cannot act on CPU"),
         ("actor_rollout_ref.rollout.enforce_eager=false", "cannot act with rollout.name=hf"),
@@ -81,6 +93,38 @@ def test_a_valid_configuration_passes(small_run):
 )
 def test_a_mistake_is_one_line(fails, override, said):
     assert said in fails(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("critic.ppo_mini_batch_size=3", "must be a multiple of critic.ppo_mini_batch_size=3"),
+        ("critic.ppo_epochs=0", "critic.ppo_epochs=0 must be above 0"),
+        ("critic.cliprange_value=0", "critic.cliprange_value=0 must be above 0"),
+        ("critic.ulysses_sequence_parallel_size=2", "set critic.model.use_remove_padding=true"),
+        ("critic.model.path=nowhere", "critic.model.path: nowhere"),
+        ("critic.optim.name=SGD", "critic.optim.name=SGD is unknown"),
+        ("critic.model.fsdp_config.param_offload=true", "needs a GPU and cannot act on CPU"),
+    ],
+)
+def test_a_mistake_in_the_critic_is_one_line(fails, override, said):
+    assert said in fails("algorithm.adv_estimator=gae", override)
+
+
+def test_the_critic_needs_the_policys_vocabulary(fails, tmp_path, tiny_model_dir):
+    shape = json.loads((tiny_model_dir / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**shape, "vocab_size": 7}))
+    assert "vocab_size 7" in fails("algorithm.adv_estimator=gae", f"critic.model.path={tmp_path}")
+
+
+def test_nulls_in_the_critic_are_the_actors_values(small_run):
+    overrides = ["algorithm.adv_estimator=gae", "actor_rollout_ref.actor.ppo_epochs=3", "critic.ppo_mini_batch_size=2"]
+    config = compose_config(DEFAULTS_FILE.stem, [*small_run, *overrides])
+    critic = critic_config(config)
+    assert (critic.ppo_epochs, critic.ppo_mini_batch_size, critic.rollout_n) == (3, 2, 4)
+    assert critic.ppo_micro_batch_size_per_gpu == critic.forward_micro_batch_size_per_gpu == 8
+    assert critic.model.path == config.actor_rollout_ref.model.path
+    assert None not in [value for key, value in leaves(critic) if not key.endswith("compute_dtype")]
 
 
 @pytest.mark.parametrize(("section", "switch", "budget"), TOKEN_BUDGETS)

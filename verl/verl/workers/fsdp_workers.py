@@ -20,11 +20,14 @@ from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.actor.joint_loss import LossConfig
 from verl.workers.actor.joint_model import JointModel
 from verl.workers.actor.reference import ReferencePolicy
+from verl.workers.critic_worker import CriticWorker
 from verl.workers.phase_metrics import measure_phase
 from verl.workers.placed_model import Dtypes, PlacedModel
 from verl.workers.rollout import EngineRollout
 from xbai.errors import UserError
 from xbai.sprm import SPRMConfig, load_sprm_config, step_feature_mask
+
+__all__ = ["ActorRolloutRefWorker", "CriticWorker", "group_sizes"]
 
 ROLES = ("actor_rollout", "actor_rollout_ref")
 

@@ -1,0 +1,234 @@
+"""Every algorithm in the trainer's own loop: what its metrics must be follows from the samples that the run wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from verl.utils.tracking import METRICS_FILE
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+MAX_RESPONSE = 24
+Sample = dict[str, Any]
+Metrics = dict[int, dict[str, float]]
+
+
+def train(folder: Path, overrides: list[str]) -> Metrics:
+    """Run the trainer to its end; returns its metrics by step."""
+    settings = [
+        f"trainer.default_local_dir={folder}",
+        f"trainer.rollout_data_dir={folder}/samples",
+        "trainer.val_before_train=false",
+        "trainer.test_freq=-1",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "verl.trainer.main_ppo", *overrides, *settings],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = map(json.loads, (folder / METRICS_FILE).read_text().splitlines())
+    return {row.pop("step"): row for row in rows}
+
+
+@pytest.fixture
+def run(small_run: list[str], tmp_path: Path) -> Callable[..., Metrics]:
+    """`run("key=value", ...) -> metrics by step` of two steps, saving nothing."""
+
+    def start(*overrides: str) -> Metrics:
+        return train(tmp_path, [*small_run, "trainer.total_training_steps=2", "trainer.save_freq=-1", *overrides])
+
+    return start
+
+
+def samples(folder: Path, step: int) -> list[Sample]:
+    return [json.loads(line) for line in (folder / "samples" / f"{step}.jsonl").read_text().splitlines()]
+
+
+def by_prompt(batch: list[Sample]) -> list[list[Sample]]:
+    groups: dict[str, list[Sample]] = defaultdict(list)
+    for sample in batch:
+        groups[sample["prompt"]].append(sample)
+    return list(groups.values())
+
+
+def assert_advantages(metrics: dict[str, float], batch: list[Sample], advantages: list[float]) -> None:
+    """The logged spread, over tokens, of one advantage for each response; some of them must not be 0."""
+    tokens = [sample["tokens"] for sample in batch]
+    mean = sum(a * t for a, t in zip(advantages, tokens)) / sum(tokens)
+    expected = {"advantages/mean": mean, "advantages/max": max(advantages), "advantages/min": min(advantages)}
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+    assert max(advantages) > 0.1 > -0.1 > min(advantages)
+
+
+def less_mean_of_others(batch: list[Sample]) -> list[float]:
+    advantages = []
+    for group in by_prompt(batch):
+        total = sum(sample["reward"] for sample in group)
+        advantages += [s["reward"] - (total - s["reward"]) / (len(group) - 1) for s in group]
+    return advantages
+
+
+def less_mean(batch: list[Sample], over_std: bool) -> list[float]:
+    advantages = []
+    for group in by_prompt(batch):
+        rewards = [sample["reward"] for sample in group]
+        scale = statistics.stdev(rewards) + 1e-6 if over_std else 1.0
+        advantages += [(reward - statistics.fmean(rewards)) / scale for reward in rewards]
+    return advantages
+
+
+def per_sequence(batch: list[Sample], advantages: list[float]) -> float:
+    """The policy loss of `seq-mean-token-sum` where every ratio is 1."""
+    return -statistics.fmean(a * sample["tokens"] for a, sample in zip(advantages, batch))
+
+
+def per_token(batch: list[Sample], advantages: list[float]) -> float:
+    """The policy loss of `token-mean` where every ratio is 1."""
+    return len(batch) * per_sequence(batch, advantages) / sum(sample["tokens"] for sample in batch)
+
+
+@pytest.mark.parametrize("over_std", [True, False])
+def test_grpo(run: Callable[..., Metrics], tmp_path: Path, over_std: bool) -> None:
+    kind = "abs" if over_std else "mse"
+    overrides = f"algorithm.norm_adv_by_std_in_grpo={over_std}", f"actor_rollout_ref.actor.kl_loss_type={kind}"
+    metrics = run(*overrides, "actor_rollout_ref.actor.kl_loss_coef=0.5")
+    for step in (1, 2):
+        batch = samples(tmp_path, step)
+        advantages = less_mean(batch, over_std)
+        assert_advantages(metrics[step], batch, advantages)
+        assert metrics[step]["actor/pg_loss"] == pytest.approx(per_token(batch, advantages), abs=1e-4)
+    after = metrics[2]
+    assert metrics[1]["actor/kl_loss"] == pytest.approx(0, abs=1e-5) and after["actor/kl_loss"] > 1e-3
+    total = after["actor/pg_loss"] + 0.5 * after["actor/kl_loss"] + after["score/loss"]
+    assert after["actor/loss"] == pytest.approx(total, abs=1e-5)
+
+
+def test_rloo_with_importance_weights_and_entropy(run: Callable[..., Metrics], tmp_path: Path) -> None:
+    metrics = run(
+        "algorithm.adv_estimator=rloo",
+        "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum",
+        # Engine and actor agree in float32: a cap below 1 truncates every weight, and leaves a quarter of the loss.
+        "actor_rollout_ref.actor.tis_imp_ratio_cap=0.25",
+        "actor_rollout_ref.actor.entropy_coeff=0.01",
+        "actor_rollout_ref.actor.use_kl_loss=false",
+    )
+    for step in (1, 2):
+        batch, found = samples(tmp_path, step), metrics[step]
+        advantages = less_mean_of_others(batch)
+        assert_advantages(found, batch, advantages)
+        assert found["actor/pg_loss"] == pytest.approx(0.25 * per_sequence(batch, advantages), abs=1e-3)
+        assert found["rollout_is/truncated_fraction"] == 1 and found["rollout_is/effective_sample_size"] == 1
+        assert found["rollout_is/mean"] == pytest.approx(1, abs=1e-3)
+        tokens = statistics.fmean(sample["tokens"] for sample in batch)
+        assert found["actor/entropy_loss"] == pytest.approx(found["actor/entropy"] * tokens, rel=1e-3)
+        total = found["actor/pg_loss"] - 0.01 * found["actor/entropy_loss"] + found["score/loss"]
+        assert found["actor/loss"] == pytest.approx(total, abs=1e-4)
+        assert "timing_s/ref" not in found
+
+
+def test_remax_with_full_kl_and_length_penalty(run: Callable[..., Metrics], tmp_path: Path) -> None:
+    metrics = run(
+        "algorithm.adv_estimator=remax",
+        "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean",
+        "actor_rollout_ref.actor.kl_loss_type=full",
+        "actor_rollout_ref.actor.kl_loss_coef=0.5",
+        "trainer.length_penalty=true",
+        "trainer.length_penalty_coeff=0.5",
+    )
+    for step in (1, 2):
+        batch, found = samples(tmp_path, step), metrics[step]
+        for sample in batch:
+            expected = sample["correct"] * (1 - 0.5 * sample["tokens"] / MAX_RESPONSE)
+            assert sample["reward"] == pytest.approx(expected, abs=1e-5)
+        assert all(len({sample["baseline"] for sample in group}) == 1 for group in by_prompt(batch))
+        baselines = [group[0]["baseline"] for group in by_prompt(batch)]
+        assert found["reward/baseline"] == pytest.approx(statistics.fmean(baselines), abs=1e-5)
+        advantages = [sample["reward"] - sample["baseline"] for sample in batch]
+        assert_advantages(found, batch, advantages)
+        assert found["actor/pg_loss"] == pytest.approx(-statistics.fmean(advantages), abs=1e-4)
+        assert "timing_s/ref" not in found, "the update computes it"
+    assert metrics[1]["actor/kl_loss"] == pytest.approx(0, abs=1e-5) and metrics[2]["actor/kl_loss"] > 1e-3
+
+
+def test_reinforce_plus_plus_with_adaptive_kl_and_overlong_penalty(run: Callable[..., Metrics], tmp_path: Path) -> None:
+    metrics = run(
+        "algorithm.adv_estimator=reinforce_plus_plus",
+        "algorithm.use_kl_in_reward=true",
+        "algorithm.kl_penalty=low_var_kl",
+        "algorithm.kl_ctrl={type: adaptive, kl_coef: 0.5, horizon: 160, target_kl: 0.1}",
+        "actor_rollout_ref.actor.use_kl_loss=false",
+        "reward_model.reward_manager=dapo",
+        "reward_model.overlong_buffer={len: 12, penalty_factor: 0.5}",
+    )
+    # No KL before the first update, so the coefficient falls by its largest step: 0.2 * 16 responses / 160.
+    assert metrics[1]["reward/kl"] == pytest.approx(0, abs=1e-6)
+    assert [metrics[step]["reward/kl_coef"] for step in (1, 2)] == pytest.approx([0.5, 0.5 * 0.98])
+    batch = samples(tmp_path, 1)
+    for sample in batch:
+        excess = min(max((sample["tokens"] - (MAX_RESPONSE - 12)) / 12, 0), 1)
+        assert sample["reward"] == pytest.approx(sample["correct"] - 0.5 * excess, abs=1e-5)
+    # Undiscounted and without KL, the return of every token is its response's reward.
+    rewards = [sample["reward"] for sample in batch for _ in range(sample["tokens"])]
+    mean, std = statistics.fmean(rewards), statistics.stdev(rewards)
+    assert_advantages(metrics[1], batch, [(sample["reward"] - mean) / std for sample in batch])
+    assert metrics[2]["reward/kl"] > 1e-3
+    # The KL is taken off along the way: a token's return holds what is still to come of it.
+    tokens = [sample["reward"] for sample in samples(tmp_path, 2) for _ in range(sample["tokens"])]
+    assert metrics[2]["returns/mean"] < statistics.fmean(tokens) - 1e-3
+    assert metrics[2]["advantages/mean"] == pytest.approx(0, abs=1e-4)
+
+
+def test_gae_warms_up_clips_and_resumes_exactly(small_run: list[str], tmp_path: Path) -> None:
+    overrides = [
+        *small_run,
+        "algorithm.adv_estimator=gae",
+        "algorithm.gamma=0.99",
+        "algorithm.lam=0.95",
+        "algorithm.use_kl_in_reward=true",
+        "algorithm.kl_penalty=full",
+        "critic.optim.lr=1e-3",
+        "critic.forward_micro_batch_size_per_gpu=3",
+        "trainer.critic_warmup=1",
+        "trainer.total_training_steps=3",
+        "trainer.save_freq=2",
+        "actor_rollout_ref.actor.use_kl_loss=false",
+        "actor_rollout_ref.actor.ppo_epochs=3",
+        "actor_rollout_ref.actor.clip_ratio_low=0.01",
+        "actor_rollout_ref.actor.clip_ratio_high=0.02",
+        "actor_rollout_ref.actor.clip_ratio_c=1.03",
+    ]
+    metrics = train(tmp_path / "whole", overrides)
+    assert "actor/pg_loss" not in metrics[1] and "actor/pg_loss" in metrics[2]
+    assert metrics[1]["critic/vpred_mean"] == pytest.approx(0, abs=0.05)
+    rewards = [metrics[step]["reward/mean"] for step in (1, 2, 3)]
+    values = [metrics[step]["critic/vpred_mean"] for step in (1, 2, 3)]
+    assert values[0] < values[1] < values[2], f"values {values} move towards rewards {rewards}"
+    for step, row in metrics.items():
+        assert row["critic/grad_norm"] > 0 and row["critic/explained_variance"] < 1
+        assert row["advantages/mean"] == pytest.approx(0, abs=1e-4) and row["advantages/max"] > 0.1
+        assert row["reward/kl_coef"] == 0.001, step
+    assert [metrics[step]["reward/kl"] for step in (1, 2)] == pytest.approx([0, 0], abs=1e-5)
+    assert metrics[3]["reward/kl"] > 1e-3
+    # Ranges this narrow are left in the later epochs.
+    assert metrics[2]["actor/pg_clipfrac"] > 0 and metrics[2]["actor/pg_clipfrac_lower"] > 0
+
+    folder = tmp_path / "whole" / "global_step_2"
+    assert (folder / "critic" / ".metadata").exists() and (folder / "actor" / ".metadata").exists()
+    resume = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={folder}"]
+    resumed = train(tmp_path / "resumed", [*overrides, *resume])
+    assert list(resumed) == [3]
+    costs = ("timing_s/", "perf/")
+    lasting = {name: value for name, value in metrics[3].items() if not name.startswith(costs)}
+    assert {name: value for name, value in resumed[3].items() if not name.startswith(costs)} == lasting
