@@ -86,7 +86,7 @@ def test_a_valid_configuration_passes(small_run):
         ("data.max_response_length=5000", "max_position_embeddings of "),
         ("actor_rollout_ref.actor.fsdp_config.compute_dtype=int8", "compute_dtype=int8 is unknown"),
         ("+actor_rollout_ref.actor.fsdp_config.model_dtype=int8", "model_dtype=int8 is unknown"),
-        ("trainer.resume_mode=resume_path", "needs a folder global_step_N"),
+        ("trainer.resume_mode=resume_path", "needs a folder or URL global_step_N"),
         ("data.train_files=${nowhere}", "Interpolation key 'nowhere' not found"),
         ("actor_rollout_ref.rollout.max_model_len=50", "is less than data.max_prompt_length"),
     ],

@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from verl.trainer.checkpoint_config import check_checkpoints
 from verl.trainer.critic_config import check_critic
 from verl.trainer.placement_config import check_kernels, check_placement
 from verl.trainer.ppo.core_algos import ADVANTAGE_ESTIMATORS, KL_ESTIMATORS, LOSS_AGG_MODES
-from verl.trainer.ppo.remote_folder import check_url, is_url
+from verl.trainer.reward_config import check_reward
 from verl.trainer.rollout_check import check_rollout
 from verl.utils.dataset.rl_dataset import file_list
 from verl.utils.model_shapes import KNOWN_CONFIGS
@@ -154,14 +155,8 @@ def check_config(config: DictConfig, not_found: Callable[[str], None] | None = N
     _check_lengths(config, not_found)
     _check_model(config.actor_rollout_ref, not_found)
     _check_files(config, not_found)
-    for key in ("default_hdfs_dir", "resume_from_path"):
-        if (url := config.trainer[key]) is not None and (key == "default_hdfs_dir" or is_url(url)):
-            check_url(f"trainer.{key}", url)
-    if config.trainer.resume_mode == "resume_path" and not _is_checkpoint(config.trainer.resume_from_path):
-        not_found(
-            f"trainer.resume_from_path={config.trainer.resume_from_path}: resume_mode=resume_path needs a folder "
-            "global_step_N"
-        )
+    check_reward(config, changed)
+    check_checkpoints(config, not_found)
 
 
 def leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -253,12 +248,6 @@ def _check_acts(config: DictConfig, changed: Mapping[str, Any]) -> None:
         raise UserError(f"actor_rollout_ref.actor.tis_imp_ratio_cap={cap} must be a number above 0, or null for none")
     if config.ray_init.num_cpus is not None and (os.environ.get("RAY_ADDRESS") or config.trainer.nnodes > 1):
         raise UserError(f"ray_init.num_cpus={config.ray_init.num_cpus} cannot act on a Ray cluster that runs already")
-    if (kept := config.trainer.max_actor_ckpt_to_keep) is not None and kept < 1:
-        raise UserError(f"trainer.max_actor_ckpt_to_keep={kept} must be at least 1, or null to keep all")
-    if (limit := config.reward_model.max_ungraded_batches) is not None and limit < 1:
-        raise UserError(f"reward_model.max_ungraded_batches={limit} must be at least 1, or null for no limit")
-    if config.trainer.length_penalty and config.trainer.length_penalty_coeff <= 0:
-        raise UserError("trainer.length_penalty_coeff must be above 0 with trainer.length_penalty=true")
 
 
 def _check_sequence_parallel(config: DictConfig, not_found: Callable[[str], None]) -> None:
@@ -357,8 +346,3 @@ def _columns(key: str, file: str) -> list[str]:
         return pq.read_schema(file).names
     except pa.ArrowInvalid as error:
         raise UserError(f"data.{key}: {file} is not a parquet file") from error
-
-
-def _is_checkpoint(path: str | None) -> bool:
-    """A folder that is there, or a URL, which is looked at later."""
-    return path is not None and (is_url(path) or Path(path).is_dir())

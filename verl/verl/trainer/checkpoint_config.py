@@ -1,0 +1,39 @@
+"""What a configuration asks of checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from verl.trainer.ppo.remote_folder import check_url, is_url
+from xbai.errors import UserError
+
+
+def check_checkpoints(config: DictConfig, not_found: Callable[[str], None]) -> None:
+    """Raise a `UserError` for what is wrong.
+
+    Args:
+        config: composed.
+        not_found: what to do about folders, and packages of file systems, that are missing on this machine.
+    """
+    trainer = config.trainer
+    if (kept := trainer.max_actor_ckpt_to_keep) is not None and kept < 1:
+        raise UserError(f"trainer.max_actor_ckpt_to_keep={kept} must be at least 1, or null to keep all")
+    if config.data.dataloader_num_workers < 0:
+        raise UserError(f"data.dataloader_num_workers={config.data.dataloader_num_workers} must not be below 0")
+    source, by_path = trainer.resume_from_path, trainer.resume_mode == "resume_path"
+    if source is not None and not by_path:
+        raise UserError(f"trainer.resume_from_path={source} acts with trainer.resume_mode=resume_path only")
+    if by_path and not is_url(source) and (source is None or not Path(source).is_dir()):
+        not_found(f"trainer.resume_from_path={source}: resume_mode=resume_path needs a folder or URL global_step_N")
+    urls = {"trainer.default_hdfs_dir": trainer.default_hdfs_dir}
+    if is_url(source):
+        urls["trainer.resume_from_path"] = source
+    for key, url in urls.items():
+        if url is not None:
+            try:
+                check_url(key, url)
+            except UserError as error:
+                not_found(str(error))

@@ -1,0 +1,41 @@
+"""What a configuration asks of grading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig
+
+from xbai.errors import UserError
+
+ACTS_WITH: dict[str, tuple[str, ...]] = {
+    "reward_model.num_workers": ("prime", "dapo"),
+    "reward_model.timeout_s": ("naive", "prime", "dapo"),
+    "reward_model.batch_timeout_s": ("batch",),
+    "reward_model.overlong_buffer": ("dapo",),
+}
+"""Keys and sections that act with some reward managers only."""
+
+
+def check_reward(config: DictConfig, changed: Mapping[str, Any]) -> None:
+    """Raise a `UserError` for what cannot act.
+
+    Args:
+        config: composed.
+        changed: values that are not the defaults, by key.
+    """
+    section = config.reward_model
+    for key, value in changed.items():
+        managers = next((ACTS_WITH[stem] for stem in ACTS_WITH if f"{key}.".startswith(f"{stem}.")), None)
+        if managers is not None and section.reward_manager not in managers:
+            raise UserError(
+                f"{key}={value} cannot act with reward_model.reward_manager={section.reward_manager}, only with "
+                f"{', '.join(managers)}; leave it at its default"
+            )
+    if section.max_ungraded_batches is not None and section.max_ungraded_batches < 1:
+        raise UserError(
+            f"reward_model.max_ungraded_batches={section.max_ungraded_batches} must be at least 1, or null for no limit"
+        )
+    if config.trainer.length_penalty and config.trainer.length_penalty_coeff <= 0:
+        raise UserError("trainer.length_penalty_coeff must be above 0 with trainer.length_penalty=true")
