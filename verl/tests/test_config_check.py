@@ -65,6 +65,7 @@ def test_a_valid_configuration_passes(small_run):
         ("data.dataloader_num_workers=-1", "data.dataloader_num_workers=-1 must not be below 0"),
         ("trainer.default_hdfs_dir=s3://bucket/run", "trainer.default_hdfs_dir=s3://bucket/run: Install s3fs"),
         ("trainer.default_hdfs_dir=checkpoints/run", "must be a URL"),
+        ("trainer.default_local_dir=s3://bucket/run", "must be a folder of this machine"),
         ("trainer.resume_from_path=somewhere", "acts with trainer.resume_mode=resume_path only"),
         ("reward_model.batch_timeout_s=5", "cannot act with reward_model.reward_manager=prime, only with batch"),
         ("reward_model.overlong_buffer.len=5", "cannot act with reward_model.reward_manager=prime, only with dapo"),

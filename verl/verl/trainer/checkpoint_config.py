@@ -21,6 +21,11 @@ def check_checkpoints(config: DictConfig, not_found: Callable[[str], None]) -> N
     trainer = config.trainer
     if (kept := trainer.max_actor_ckpt_to_keep) is not None and kept < 1:
         raise UserError(f"trainer.max_actor_ckpt_to_keep={kept} must be at least 1, or null to keep all")
+    if is_url(trainer.default_local_dir):
+        raise UserError(
+            f"trainer.default_local_dir={trainer.default_local_dir} must be a folder of this machine; checkpoints are "
+            "copied to the URL in trainer.default_hdfs_dir"
+        )
     if config.data.dataloader_num_workers < 0:
         raise UserError(f"data.dataloader_num_workers={config.data.dataloader_num_workers} must not be below 0")
     source, by_path = trainer.resume_from_path, trainer.resume_mode == "resume_path"
