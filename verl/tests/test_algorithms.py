@@ -10,11 +10,16 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from verl import DataProto
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.utils.tracking import METRICS_FILE
+from verl.workers.reward_manager import Reward
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -97,6 +102,19 @@ def per_sequence(batch: list[Sample], advantages: list[float]) -> float:
 def per_token(batch: list[Sample], advantages: list[float]) -> float:
     """The policy loss of `token-mean` where every ratio is 1."""
     return len(batch) * per_sequence(batch, advantages) / sum(sample["tokens"] for sample in batch)
+
+
+def test_a_greedy_response_without_a_grade_masks_its_prompt() -> None:
+    rewards = torch.tensor([[0.0, 0.0], [0.0, 0.75], [0.0, 0.25]])
+    graded = torch.tensor([False, True, True])
+    baseline = Reward(rewards, torch.zeros(3), graded, {}, {})
+    batch = DataProto.from_dict({"graded": torch.tensor([True, True, True, False, True, True])})
+    metrics: dict[str, float] = {}
+    trainer = SimpleNamespace(_rollout=SimpleNamespace(n=2))
+    RayPPOTrainer._add_baseline(trainer, batch, baseline, metrics)
+    assert batch.batch["graded"].tolist() == [False, False, True, False, True, True]
+    assert batch.batch["baselines"][2:].tolist() == [0.75, 0.75, 0.25, 0.25]
+    assert metrics == {"reward/baseline": 0.5, "reward/ungraded_baselines": 1.0}
 
 
 @pytest.mark.parametrize("over_std", [True, False])

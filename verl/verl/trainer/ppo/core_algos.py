@@ -87,12 +87,13 @@ def compute_remax_outcome_advantage(rewards: Tensor, baselines: Tensor, graded: 
 
 def discounted_returns(token_level_rewards: Tensor, response_mask: Tensor, gamma: float) -> Tensor:
     """[B, R] sum of the rewards from each token on, discounted; right-padded rows, 0 on padding."""
-    rewards = token_level_rewards.float() * response_mask
-    returns, running = torch.empty_like(rewards), torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
-        running = rewards[:, t] + gamma * running
-        returns[:, t] = running
-    return returns * response_mask
+    # Time first: a column of a wide row-major tensor is scattered over memory.
+    rewards = (token_level_rewards.float() * response_mask).T.contiguous()
+    returns, running = torch.empty_like(rewards), torch.zeros(len(response_mask), device=rewards.device)
+    for t in reversed(range(len(rewards))):
+        running = torch.add(rewards[t], running, alpha=gamma)
+        returns[t] = running
+    return returns.T * response_mask
 
 
 def whiten(values: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
