@@ -91,9 +91,6 @@ POSITIVE = (
     "trainer.total_epochs",
 )
 
-NOT_YET: dict[str, str] = {}
-"""Keys and sections that cannot act yet, and why: another value than the default is an error."""
-
 NOT_ON_CPU = (
     "actor_rollout_ref.actor.fsdp_config.param_offload",
     "actor_rollout_ref.actor.fsdp_config.optimizer_offload",
@@ -237,8 +234,6 @@ def _changed(config: DictConfig, defaults: DictConfig) -> dict[str, Any]:
 
 def _check_acts(config: DictConfig, changed: Mapping[str, Any]) -> None:
     for key, value in changed.items():
-        if reason := next((NOT_YET[stem] for stem in NOT_YET if f"{key}.".startswith(f"{stem}.")), None):
-            raise UserError(f"{key}={value} cannot act yet: {reason}; leave it at its default")
         if config.trainer.device == "cpu" and key in NOT_ON_CPU:
             raise UserError(f"{key}={value} needs a GPU and cannot act on CPU; leave it at its default")
         if config.actor_rollout_ref.rollout.name == "hf" and key in NOT_WITH_HF:
