@@ -282,7 +282,7 @@ def test_two_nodes_train(uninterrupted):
 
 
 def _kill_worker_process(world: World) -> None:
-    world.run(WORKER, "kill -9 $(grep -l ActorRolloutRefWorker /proc/[0-9]*/cmdline | cut -d/ -f3)")
+    world.run(WORKER, "kill -9 $(grep -l [A]ctorRolloutRefWorker /proc/[0-9]*/cmdline | cut -d/ -f3)")
 
 
 def _power_off(world: World) -> None:
