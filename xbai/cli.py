@@ -169,6 +169,25 @@ def infer(
             help="fused (with the responses), service, none, or auto: service where it has a URL, else fused.",
         ),
     ] = "auto",
+    search: Annotated[
+        str, typer.Option("--search", help="best_of_n, majority or weighted_vote; or by steps: beam, dvts or mcts.")
+    ] = "best_of_n",
+    beam_width: Annotated[
+        int | None, typer.Option("--beam_width", min=1, help="Paths kept (beam), subtrees (dvts), leaves (mcts): 4.")
+    ] = None,
+    expand: Annotated[int | None, typer.Option("--expand", min=1, help="Samples of a path's next step: 4.")] = None,
+    token_budget: Annotated[
+        int | None, typer.Option("--token_budget", min=1, help="Most generated tokens of one search.")
+    ] = None,
+    max_steps: Annotated[
+        int | None, typer.Option("--max_steps", min=1, help="Steps after which a response is no longer branched.")
+    ] = None,
+    step_value: Annotated[
+        str | None, typer.Option("--step_value", help="Ranks paths: last (step score), geometric, min, product, ...")
+    ] = None,
+    exploration: Annotated[
+        float | None, typer.Option("--exploration", min=0, help="Weight of the unexplored (mcts): 1.0.")
+    ] = None,
     total_parts: Annotated[int, typer.Option("--total_parts", min=1, help="Split the questions over processes.")] = 1,
     part: Annotated[int, typer.Option("--part", min=0, help="Which part to run, from 0.")] = 0,
     max_questions: Annotated[int | None, typer.Option("--max_questions", min=1, help="Only the first.")] = None,
@@ -178,7 +197,14 @@ def infer(
     """Generate and score responses to a benchmark."""
     from xbai.evaluate.client import RetryPolicy
     from xbai.evaluate.run import EFFORTS, RunOptions, run
+    from xbai.search.strategy import SearchOptions
 
+    search_options = SearchOptions(search, beam_width, expand, token_budget, max_steps, step_value, exploration)
+    if search_options.is_step_search and (branch, effort) != (None, None):
+        raise UserError(
+            f"--search {search} makes one response a sample: give --beam_width and --expand instead of "
+            f"--{'branch' if effort is None else 'effort'}"
+        )
     if effort is not None and effort not in EFFORTS:
         raise UserError(f"--effort {effort!r}: use one of {', '.join(EFFORTS)}")
     if effort is not None and branch not in (None, EFFORTS[effort]):
@@ -206,6 +232,7 @@ def infer(
             total_parts=total_parts,
             part=part,
             max_questions=max_questions,
+            search=search_options,
             retry=RetryPolicy(patience_s=patience, request_timeout_s=request_timeout),
         )
     )

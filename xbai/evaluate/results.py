@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xbai.errors import UserError
+from xbai.search.majority import voted_candidate
 
 REFUSED = "refused"
 
@@ -34,7 +35,7 @@ class Sample:
         question, sample: indices.
         response: the text; empty where the service refused.
         finish_reason: `stop`, `length`, or `refused`.
-        token_count: generated tokens; None when the service does not say.
+        token_count: generated tokens, of a search all that it generated; None when the service does not say.
         seconds: how long its request took.
         score: trajectory score; None when it is not known (yet).
         step_scores: scores of its steps; None when not known.
@@ -85,6 +86,14 @@ class ResultLine:
         """The solutions without the prompt."""
         return [solution.removeprefix(self.prompt) for solution in self.solutions]
 
+    def chosen(self) -> str:
+        """The response that a vote chooses where the settings ask for one, `content` elsewhere."""
+        search = ((self.settings or {}).get("search") or {}).get("name")
+        if search not in ("majority", "weighted_vote") or not self.solutions:
+            return self.content
+        responses = self.responses
+        return responses[voted_candidate(responses, self.scores, weighted=search == "weighted_vote")]
+
     def samples(self) -> Iterator[Sample]:
         """The line as samples again."""
         for i, response in enumerate(self.responses):
@@ -106,7 +115,7 @@ class ResultLine:
             "prompt": self.prompt,
             "answer": self.answer,
             "output": {
-                "content": self.content,
+                "content": self.chosen(),
                 "time": self.time,
                 "solution_lst": self.solutions,
                 "score_lst": self.scores,

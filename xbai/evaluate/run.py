@@ -26,8 +26,12 @@ from xbai.evaluate.client import RequestRefusedError, RetryPolicy, ServicePool
 from xbai.evaluate.progress import Progress
 from xbai.evaluate.results import REFUSED, Sample, SampleKey, StoredQuestion
 from xbai.evaluate.settings import RunSettings, digest_texts, model_identity, request_seed
+from xbai.evaluate.step_search import StepSearchDriver
 from xbai.evaluate.store import ResultStore
 from xbai.prompts import prompt_text
+from xbai.search.service_source import StepServices
+from xbai.search.strategy import SearchOptions
+from xbai.sprm import load_sprm_config
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +53,7 @@ class RunOptions:
             a URL is given, else fused).
         total_parts, part: run only the questions whose index leaves `part` when divided by `total_parts`.
         max_questions: only the first so many.
+        search: how a response is found; `candidates` counts the searches, where it is one that chooses by steps.
     """
 
     task: str
@@ -71,6 +76,7 @@ class RunOptions:
     total_parts: int = 1
     part: int = 0
     max_questions: int | None = None
+    search: SearchOptions = field(default_factory=SearchOptions)
     retry: RetryPolicy = field(default_factory=RetryPolicy)
 
     def __post_init__(self) -> None:
@@ -81,6 +87,10 @@ class RunOptions:
             raise UserError(f"--score_source {self.score_source!r}: use auto, fused, service or none")
         if self.score_source == "service" and not self.score_api_url:
             raise UserError("--score_source service needs --score_api_url")
+        if self.score_source == "none" and self.search.is_step_search:
+            raise UserError(
+                f"--score_source none: --search {self.search.name} is guided by scores; use fused or service"
+            )
 
     def sampling(self) -> dict[str, Any]:
         """The sampling fields of a `/generate` request."""
@@ -123,11 +133,12 @@ def run(options: RunOptions) -> Path:
         max_tokens=options.max_tokens,
         stop=options.stop,
         seed=options.seed,
+        search=options.search.to_dict(),
     )
     questions = every_question[: options.max_questions][options.part :: options.total_parts]
     with ResultStore(options.output_file, settings, questions) as store:
         try:
-            asyncio.run(_run(options, questions, store))
+            asyncio.run(_run(options, questions, store, tokenizer))
         except ExceptionGroup as group:
             raise _first_leaf(group) from group
         except KeyboardInterrupt:
@@ -167,8 +178,12 @@ def missing_requests(
             sample += count
 
 
-async def _run(options: RunOptions, questions: Sequence[StoredQuestion], store: ResultStore) -> None:
-    requests = list(missing_requests(questions, store, options.candidates, options.responses_per_request))
+async def _run(
+    options: RunOptions, questions: Sequence[StoredQuestion], store: ResultStore, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    searching = options.search.is_step_search
+    at_once = 1 if searching else options.responses_per_request
+    requests = list(missing_requests(questions, store, options.candidates, at_once))
     # A connection is needed for every request in flight; the pools bound those.
     unbounded = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(limits=unbounded) as client:
@@ -179,8 +194,14 @@ async def _run(options: RunOptions, questions: Sequence[StoredQuestion], store: 
         total = len(questions) * options.candidates
         with Progress(total, done=total - sum(request.count for request in requests)) as progress:
             fused = bool(requests) and await _use_fused_scores(options, policy)
-            driver = Driver(options, store, policy, None if options.score_source == "none" else scorer, fused, progress)
-            await driver.run(requests, {question.index: question for question in questions})
+            if searching:
+                rule = load_sprm_config(options.model_dir, tokenizer).step_rule
+                services = StepServices(policy, None if fused else scorer, options.sampling(), rule, tokenizer)
+                await StepSearchDriver(options, store, services, progress).run(requests)
+            else:
+                scorer = None if options.score_source == "none" else scorer
+                driver = Driver(options, store, policy, scorer, fused, progress)
+                await driver.run(requests, {question.index: question for question in questions})
 
 
 async def _use_fused_scores(options: RunOptions, policy: ServicePool) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class RunSettings:
     max_tokens: int
     stop: tuple[str, ...]
     seed: int | None
+    search: dict[str, Any] = field(default_factory=lambda: {"name": "best_of_n"})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, as it stands in result files."""
@@ -39,6 +40,8 @@ class RunSettings:
             UserError: names what differs.
         """
         ours = self.to_dict()
+        # Files of before there were searches do not name theirs.
+        found = {"search": {"name": "best_of_n"}, **found}
         differing = [
             f"{key}={found.get(key)!r}, now {value!r}" for key, value in ours.items() if found.get(key) != value
         ]

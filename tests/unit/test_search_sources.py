@@ -1,0 +1,204 @@
+"""Where continuations come from: what pauses generation, which scores count, and a real engine."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path as FilePath
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from xbai.engine import Engine, SamplingParams, load_engine
+from xbai.errors import UserError
+from xbai.evaluate.client import RequestRefusedError
+from xbai.search.engine_source import EngineLoop, EngineSource
+from xbai.search.path import ROOT, Path
+from xbai.search.service_source import ServiceSource, StepServices, scores_within
+from xbai.search.step_texts import stop_texts
+from xbai.search.strategy import SearchOptions, search_response
+from xbai.sprm import StepRule, step_feature_mask
+
+PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model_dir: FilePath) -> Engine:
+    return load_engine("hf", tiny_model_dir, with_scores=True)
+
+
+@pytest.fixture(scope="module")
+def rule(tiny_tokenizer: PreTrainedTokenizerFast) -> StepRule:
+    return StepRule.from_tokenizer(tiny_tokenizer)
+
+
+def eager_for_steps(engine: Engine, rule: StepRule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the random model end steps often, so that searches on it have steps to choose among."""
+    head = engine._model.lm_head
+    weight = head.weight.detach().clone()
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        logits = hidden @ weight.T
+        logits[..., list(rule.step_ids)] += 3.0
+        return logits
+
+    monkeypatch.setattr(head, "forward", forward)
+
+
+def searches(engine: Engine, options: SearchOptions, prompts: list[str], seed: int) -> list[tuple[Path, int]]:
+    async def run() -> list[tuple[Path, int]]:
+        loop = EngineLoop(engine)
+        sources = [EngineSource(loop, engine.tokenizer.encode(prompt), SamplingParams()) for prompt in prompts]
+        return await asyncio.gather(*(search_response(options, source, 40, seed) for source in sources))
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("name", ["beam", "dvts", "mcts"])
+def test_a_search_on_an_engine_scores_as_the_whole_response_is_scored(
+    name: str, engine: Engine, rule: StepRule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eager_for_steps(engine, rule, monkeypatch)
+    options = SearchOptions(name, beam_width=2, expand=2, token_budget=200)
+    found = searches(engine, options, [PROMPT, "two "], seed=3)
+    assert any(len(path.step_scores) > 1 for path, _ in found)
+    for prompt, (path, spent) in zip([PROMPT, "two "], found):
+        prompt_ids = engine.tokenizer.encode(prompt)
+        (scored,) = engine.score([prompt_ids + list(path.token_ids)], [len(prompt_ids)])
+        assert path.step_scores == pytest.approx(scored.step_scores, abs=1e-5)
+        assert path.token_count == len(path.token_ids) <= 40
+        assert spent <= 200
+        assert path.text == engine.tokenizer.decode(path.token_ids, skip_special_tokens=True)
+    again = searches(engine, options, [PROMPT], seed=3)
+    assert again[0][0].token_ids == found[0][0].token_ids
+
+
+def test_an_engine_pauses_after_a_step_token(engine: Engine, rule: StepRule, monkeypatch: pytest.MonkeyPatch) -> None:
+    eager_for_steps(engine, rule, monkeypatch)
+
+    async def write(to_end: bool, start: Path) -> Path:
+        source = EngineSource(EngineLoop(engine), engine.tokenizer.encode(PROMPT), SamplingParams())
+        return (await source.write_on(start, 60, to_end, seed=1)).path
+
+    paused = asyncio.run(write(False, ROOT))
+    assert paused.open
+    assert paused.token_ids[-1] in rule.step_ids
+    assert paused.text.endswith(".\n\n")
+    assert not set(rule.step_ids) & set(paused.token_ids[:-1])
+    assert asyncio.run(write(True, ROOT)).token_count > paused.token_count
+    closed = Path("</think>", 1, (), None, tuple(engine.tokenizer.encode("</think>")))
+    assert asyncio.run(write(False, closed)).text.count(".\n\n") > 1
+
+
+def test_an_engine_without_head_is_refused(tiny_model_dir: FilePath) -> None:
+    with pytest.raises(UserError, match="has no score head"):
+        EngineLoop(load_engine("hf", tiny_model_dir, with_scores=False))
+
+
+def test_strings_at_which_generation_pauses(tiny_tokenizer: PreTrainedTokenizerFast, rule: StepRule) -> None:
+    assert stop_texts(rule, tiny_tokenizer) == (".\n\n",)
+    family = [f"{letter}\n" for letter in "abcdefghijklmnopqr"]
+    tiny = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer)
+    tiny.add_tokens(family)
+    zh = StepRule.from_tokenizer(tiny, "zh")
+    assert len(zh.step_ids) > 16
+    assert stop_texts(zh, tiny) == ("\n",)
+
+
+@pytest.mark.parametrize(
+    ("before", "added", "kept"),
+    [
+        ("<think>one.\n\n", "two.\n\n", [0]),
+        ("<think>one.\n\n", "</think>answer.\n\nmore.\n\n", []),
+        ("<think>one.\n\n", "two.\n\n</think>answer.\n\n", [0]),
+        ("", "<think>one.\n\ntwo.\n\n</think>answer.\n\n", [0, 1]),
+        ("one.\n\n", "two.\n\nthree.\n\n", [0, 1]),
+        ("one.\n\n", "two</think>answer.\n\n", [0]),
+    ],
+)
+def test_scores_of_a_continuation_count_as_in_the_whole(
+    before: str, added: str, kept: list[int], tiny_tokenizer: PreTrainedTokenizerFast, rule: StepRule
+) -> None:
+    ids, more = tiny_tokenizer.encode(before), tiny_tokenizer.encode(added)
+    alone = step_feature_mask(torch.tensor([more]), torch.ones(1, len(more)), rule)
+    scores = [0.1 * (i + 1) for i in range(int(alone.sum()))]
+    assert scores_within(ids, more, scores, rule) == [scores[i] for i in kept]
+
+
+class ScriptedPolicy:
+    """`/generate` of a model that would write `text` and end; cuts and counts as the service does."""
+
+    def __init__(self, text: str, tokenizer: PreTrainedTokenizerFast, prompt: str) -> None:
+        self.tokens = [tokenizer.decode([i]) for i in tokenizer.encode(text)]
+        self.prompt = prompt
+        self.tokenizer = tokenizer
+        self.generated = 0
+        self.payloads: list[dict[str, Any]] = []
+
+    async def post(self, payload: dict[str, Any]) -> dict[str, Any]:
+        self.payloads.append(payload)
+        begun = len(self.tokenizer.encode(payload["prefix_prompt"].removeprefix(self.prompt)))
+        text, count = "", 0
+        reason, step_scores = "length", []
+        for token in [*self.tokens[begun:], None]:
+            if count == payload["max_tokens"]:
+                break
+            count += 1
+            if token is None:
+                reason = "stop"
+                break
+            text += token
+            if token == ".\n\n" and count > 1:
+                step_scores.append(0.5)
+            if any(stop in text for stop in payload["stop"] or ()):
+                reason, text = "stop", text[: min(text.index(s) for s in payload["stop"] if s in text)]
+                break
+        self.generated += count
+        scores = {"step_scores": [step_scores]} if payload["return_scores"] else {}
+        return {"results": [text], "finish_reasons": [reason], "token_counts": [count], **scores}
+
+
+class ScriptedScorer:
+    """`/score` that gives every step 0.5."""
+
+    async def post(self, payload: dict[str, Any]) -> dict[str, Any]:
+        return {"all_scores": [0.5] * payload["text"].removeprefix(payload["prompt"]).count(".\n\n")}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("text", ["one.\n\ntwo.\n\nthe end", "only", "a.\n\nb.\n\n</think>so.\n\nit is"])
+def test_a_service_response_is_written_step_by_step_and_whole(
+    text: str, fused: bool, tiny_tokenizer: PreTrainedTokenizerFast, rule: StepRule
+) -> None:
+    policy = ScriptedPolicy(text, tiny_tokenizer, PROMPT)
+    services = StepServices(policy, None if fused else ScriptedScorer(), {"stop": None}, rule, tiny_tokenizer)
+
+    async def write() -> list[Path]:
+        paths, spent = [ROOT], 0
+        while paths[-1].open:
+            continuation = await ServiceSource(services, PROMPT).write_on(paths[-1], 80, False, seed=1)
+            paths.append(continuation.path)
+            spent += continuation.spent
+        assert spent == policy.generated
+        return paths
+
+    paths = asyncio.run(write())
+    steps = [step + ".\n\n" for step in text.split("</think>")[0].split(".\n\n")[:-1]]
+    assert [path.text for path in paths[1 : len(steps) + 1]] == ["".join(steps[: i + 1]) for i in range(len(steps))]
+    assert (paths[-1].text, paths[-1].finish_reason) == (text, "stop")
+    assert paths[-1].token_count == len(tiny_tokenizer.encode(text)) + 1
+    assert paths[-1].step_scores == (0.5,) * text.count(".\n\n")
+    assert all(payload["return_scores"] is fused for payload in policy.payloads)
+
+
+def test_a_context_that_is_full_ends_a_response(tiny_tokenizer: PreTrainedTokenizerFast, rule: StepRule) -> None:
+    class Refusing:
+        async def post(self, payload: dict[str, Any]) -> dict[str, Any]:
+            raise RequestRefusedError("413: prefix_prompt: 512 tokens leave no room in the model's 512")
+
+    source = ServiceSource(StepServices(Refusing(), None, {}, rule, tiny_tokenizer), PROMPT)
+    begun = Path("begun", 5)
+    assert asyncio.run(source.write_on(begun, 10, False, 0)).path.finish_reason == "length"
+    with pytest.raises(RequestRefusedError):
+        asyncio.run(source.write_on(ROOT, 10, False, 0))

@@ -1,0 +1,63 @@
+"""The driver's other half: every sample is the outcome of a search that chooses after each step."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from xbai.evaluate.client import RequestRefusedError
+from xbai.evaluate.progress import Progress
+from xbai.evaluate.results import REFUSED, Sample, StoredQuestion
+from xbai.evaluate.settings import request_seed
+from xbai.evaluate.store import ResultStore
+from xbai.search.service_source import ServiceSource, StepServices
+from xbai.search.strategy import search_response
+
+if TYPE_CHECKING:
+    from xbai.evaluate.run import GenerationRequest, RunOptions
+
+logger = logging.getLogger(__name__)
+
+
+class StepSearchDriver:
+    """Runs one search a sample, all at once, as far as the services take their requests."""
+
+    def __init__(self, options: RunOptions, store: ResultStore, services: StepServices, progress: Progress) -> None:
+        self._options = options
+        self._store = store
+        self._services = services
+        self._progress = progress
+
+    async def run(self, requests: Sequence[GenerationRequest]) -> None:
+        """Do the search of each request, which asks for one sample."""
+        async with asyncio.TaskGroup() as tasks:
+            for request in requests:
+                tasks.create_task(self._search(request.question, request.first_sample))
+
+    async def _search(self, question: StoredQuestion, sample: int) -> None:
+        source = ServiceSource(self._services, question.prompt)
+        seed = request_seed(self._options.seed, question.index, sample)
+        started = time.monotonic()
+        try:
+            path, spent = await search_response(self._options.search, source, self._options.max_tokens, seed)
+        except RequestRefusedError as error:
+            logger.warning("question %d is refused: %s", question.index, error)
+            self._store.add(Sample(question.index, sample, "", finish_reason=REFUSED, error=str(error)))
+            self._progress.advance(0)
+            return
+        self._store.add(
+            Sample(
+                question=question.index,
+                sample=sample,
+                response=path.text,
+                finish_reason=path.finish_reason,
+                token_count=spent,
+                seconds=round(time.monotonic() - started, 3),
+                score=path.score,
+                step_scores=list(path.step_scores),
+            )
+        )
+        self._progress.advance(spent)

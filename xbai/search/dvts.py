@@ -1,0 +1,26 @@
+"""Diverse verifier tree search: greedy search in independent subtrees, whose paths never compete on the way."""
+
+from __future__ import annotations
+
+import asyncio
+
+from xbai.search.expander import Expander
+from xbai.search.path import ROOT, Path, Value, highest
+
+
+async def diverse_tree_search(expander: Expander, subtrees: int, expand: int, value: Value) -> list[Path]:
+    """Grow `subtrees` paths side by side, each on a budget of its own.
+
+    Returns:
+        The end of each subtree's path, best first.
+    """
+    ends = await asyncio.gather(*(greedy_search(part, expand, value) for part in expander.split(subtrees)))
+    return highest(ends, subtrees, value)
+
+
+async def greedy_search(expander: Expander, expand: int, value: Value, start: Path = ROOT) -> Path:
+    """Sample `expand` next steps, go on with the best; until the end."""
+    path = start
+    while path.open:
+        (path,) = highest(await expander.extend([path] * expand), 1, value)
+    return path

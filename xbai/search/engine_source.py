@@ -1,0 +1,103 @@
+"""Continuations by an engine in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from dataclasses import dataclass, replace
+
+from xbai.engine import Completion, Engine, SamplingParams
+from xbai.errors import UserError
+from xbai.search.expander import Continuation
+from xbai.search.path import Path
+from xbai.search.step_texts import stop_texts
+from xbai.sprm.steps import THINK_CLOSE
+
+
+@dataclass(frozen=True)
+class _Request:
+    prompt_ids: list[int]
+    response_start: int
+    future: asyncio.Future[Completion]
+
+
+class EngineLoop:
+    """Lets many searches share an engine's batches: requests made before it next runs run together."""
+
+    def __init__(self, engine: Engine) -> None:
+        if engine.step_rule is None:
+            raise UserError("search: the model has no score head (score_module.pt beside it), which step search needs")
+        self.engine = engine
+        self._numbers = itertools.count()
+        self._requests: dict[str, _Request] = {}
+        self._running: asyncio.Task[None] | None = None
+
+    async def generate(self, prompt_ids: list[int], response_start: int, params: SamplingParams) -> Completion:
+        """One completion, with the scores of all steps since `response_start`, which may lie in the prompt."""
+        request_id = f"search-{next(self._numbers)}"
+        self.engine.add_request(request_id, prompt_ids, params)
+        future = asyncio.get_running_loop().create_future()
+        self._requests[request_id] = _Request(prompt_ids, response_start, future)
+        if self._running is None or self._running.done():
+            self._running = asyncio.create_task(self._run())
+        return await future
+
+    async def _run(self) -> None:
+        try:
+            while self.engine.has_unfinished():
+                # Every search that can go on makes its requests first.
+                await asyncio.sleep(0)
+                self._answer([(self._requests.pop(i), completion) for i, (completion,) in self.engine.step()])
+        except Exception as error:
+            for request in self._requests.values():
+                request.future.set_exception(error)
+            raise
+
+    def _answer(self, finished: list[tuple[_Request, Completion]]) -> None:
+        sequences = [request.prompt_ids + completion.token_ids for request, completion in finished]
+        scored = self.engine.score(sequences, [request.response_start for request, _ in finished])
+        for (request, completion), result in zip(finished, scored, strict=True):
+            # A search that was cancelled no longer waits.
+            if not request.future.done():
+                request.future.set_result(replace(completion, step_scores=result.step_scores))
+
+
+class EngineSource:
+    """Writes on at the responses to one prompt; steps are found on the tokens that were generated.
+
+    Args:
+        loop: around an engine with scores.
+        prompt_ids: the prompt.
+        params: how to sample; number of samples, length and seed are the search's.
+    """
+
+    def __init__(self, loop: EngineLoop, prompt_ids: list[int], params: SamplingParams) -> None:
+        self._loop = loop
+        self._prompt_ids = list(prompt_ids)
+        self._params = params
+        self._stops = stop_texts(loop.engine.step_rule, loop.engine.tokenizer)
+
+    async def write_on(self, path: Path, max_tokens: int, to_end: bool, seed: int | None) -> Continuation:
+        """See `StepSource`."""
+        engine = self._loop.engine
+        prompt_ids = [*self._prompt_ids, *path.token_ids]
+        if len(prompt_ids) >= engine.max_model_len:
+            return Continuation(replace(path, finish_reason="length"), 0)
+        stops = () if to_end or THINK_CLOSE in path.text else self._stops
+        params = replace(self._params, n=1, max_tokens=max_tokens, seed=seed, stop=(*self._params.stop, *stops))
+        completion = await self._loop.generate(prompt_ids, len(self._prompt_ids), params)
+        # An engine's text is cut before the string that stopped it; its tokens tell whether that was one of ours.
+        paused = any(stop in self._decode(completion.token_ids) for stop in stops)
+        ended = completion.finish_reason == "stop" and not paused
+        token_ids = (*path.token_ids, *completion.token_ids)
+        grown = Path(
+            text=path.text + completion.text if ended else self._decode(token_ids),
+            token_count=len(token_ids),
+            step_scores=tuple(completion.step_scores),
+            finish_reason="stop" if ended else None,
+            token_ids=token_ids,
+        )
+        return Continuation(grown, len(completion.token_ids))
+
+    def _decode(self, token_ids: list[int] | tuple[int, ...]) -> str:
+        return self._loop.engine.tokenizer.decode(token_ids, skip_special_tokens=True)

@@ -1,0 +1,135 @@
+"""Continuations over HTTP: the policy service writes, it or the score service judges."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from xbai.evaluate.client import RequestRefusedError, ServicePool
+from xbai.search.expander import Continuation
+from xbai.search.path import Path
+from xbai.search.step_texts import stop_texts
+from xbai.sprm import StepRule, step_feature_mask
+from xbai.sprm.steps import THINK_CLOSE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOO_LONG = "413"
+
+
+@dataclass(frozen=True)
+class StepServices:
+    """What the searches of all questions share.
+
+    Attributes:
+        policy: `POST /generate`.
+        scorer: `POST /score`; None where the policy service returns scores.
+        sampling: fields of every `/generate` request (temperature, top_p, ...).
+        rule, tokenizer: of the model.
+    """
+
+    policy: ServicePool
+    scorer: ServicePool | None
+    sampling: dict[str, Any]
+    rule: StepRule
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class _Answer:
+    text: str
+    stopped: bool
+    token_count: int
+    step_scores: list[float]
+
+
+class ServiceSource:
+    """Writes on at the responses to one prompt.
+
+    `/generate` cuts a text before the string that stopped it, and does not say whether a string did or the response
+    ended. Where the step scores do not tell either, the request is repeated with the same seed, for as many tokens and
+    without stop strings, which gives the same text whole; these tokens count as spent.
+    """
+
+    def __init__(self, services: StepServices, prompt: str) -> None:
+        self._services = services
+        self._prompt = prompt
+        self._stops = stop_texts(services.rule, services.tokenizer)
+
+    async def write_on(self, path: Path, max_tokens: int, to_end: bool, seed: int | None) -> Continuation:
+        """See `StepSource`."""
+        try:
+            answer, spent = await self._generate(path, max_tokens, to_end or THINK_CLOSE in path.text, seed)
+        except RequestRefusedError as error:
+            if path.text and str(error).startswith(TOO_LONG):
+                return Continuation(replace(path, finish_reason="length"), 0)
+            raise
+        grown = Path(
+            text=path.text + answer.text,
+            token_count=path.token_count + answer.token_count,
+            step_scores=await self._step_scores(path, answer),
+            finish_reason="stop" if answer.stopped else None,
+        )
+        return Continuation(grown, spent)
+
+    async def _generate(self, path: Path, max_tokens: int, to_end: bool, seed: int | None) -> tuple[_Answer, int]:
+        """What was written, whole, and the tokens that this took; `stopped` says that the response ended."""
+        seed = secrets.randbits(62) if seed is None else seed
+        if to_end:
+            answer = await self._post(path, max_tokens, (), seed)
+            return answer, answer.token_count
+        answer = await self._post(path, max(1, max_tokens // 2), self._stops, seed)
+        if not answer.stopped:
+            return answer, answer.token_count
+        if answer.step_scores and len(self._stops) == 1:
+            return replace(answer, text=answer.text + self._stops[0], stopped=False), answer.token_count
+        whole = await self._post(path, answer.token_count, (), seed)
+        return whole, answer.token_count + whole.token_count
+
+    async def _post(self, path: Path, max_tokens: int, stops: Sequence[str], seed: int) -> _Answer:
+        sampling = self._services.sampling
+        answer = await self._services.policy.post(
+            {
+                **sampling,
+                "prefix_prompt": self._prompt + path.text,
+                "response_num": 1,
+                "max_tokens": max_tokens,
+                "stop": [*(sampling.get("stop") or ()), *stops] or None,
+                "seed": seed,
+                "return_scores": self._services.scorer is None,
+            }
+        )
+        return _Answer(
+            text=answer["results"][0],
+            stopped=answer["finish_reasons"][0] == "stop",
+            token_count=answer["token_counts"][0],
+            step_scores=answer["step_scores"][0] if self._services.scorer is None else [],
+        )
+
+    async def _step_scores(self, path: Path, answer: _Answer) -> tuple[float, ...]:
+        scorer, tokenizer = self._services.scorer, self._services.tokenizer
+        if scorer is None:
+            before, added = (tokenizer.encode(text, add_special_tokens=False) for text in (path.text, answer.text))
+            return (*path.step_scores, *scores_within(before, added, answer.step_scores, self._services.rule))
+        text = self._prompt + path.text + answer.text
+        scored = await scorer.post({"text": text, "prompt": self._prompt, "return_all_scores": True})
+        return tuple(scored["all_scores"])
+
+
+def scores_within(before: list[int], added: list[int], scores: list[float], rule: StepRule) -> list[float]:
+    """Of the step scores of a continuation that was judged alone, those that count in the whole response.
+
+    A continuation alone does not know of a `<think>` before it, and so takes what follows `</think>` for steps.
+    """
+    ids = torch.tensor([[*before, *added]])
+    is_added = torch.arange(ids.shape[1])[None] >= len(before)
+    alone = step_feature_mask(ids, is_added, rule)
+    whole = step_feature_mask(ids, torch.ones_like(is_added), rule)
+    # The text may encode to other tokens than those that were generated and scored.
+    counts = whole[alone].tolist() if int(alone.sum()) == len(scores) else [True] * len(scores)
+    return [score for score, counted in zip(scores, counts, strict=True) if counted]
