@@ -52,7 +52,7 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = STEPS
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = get_optimizer_state_dict(model, optimizer)["state"]
     return {
-        f"{name}.{key}": value.clone() if key == "step" else value.full_tensor()
+        f"{name}.{key}": (value if key == "step" else value.full_tensor()).clone()
         for name, values in state.items()
         for key, value in values.items()
     }
