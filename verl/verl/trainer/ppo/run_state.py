@@ -81,6 +81,8 @@ class RunState:
         if self.checkpoint is not None:
             self._check_model(self.checkpoint)
             self._state = torch.load(self.checkpoint / TRAINER_STATE_FILE, weights_only=False)
+            if "data" not in self._state:
+                raise UserError(f"{self.checkpoint} was written by an earlier version of this trainer; {_ANEW}")
             self._check_data(self._state["data"])
         self.step = step_of(self.checkpoint) if self.checkpoint is not None else 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
