@@ -91,6 +91,20 @@ def test_an_engine_pauses_after_a_step_token(engine: Engine, rule: StepRule, mon
     assert asyncio.run(write(False, closed)).text.count(".\n\n") > 1
 
 
+@pytest.mark.parametrize("broken", ["step", "score"])
+def test_an_engine_that_fails_fails_every_search(
+    broken: str, tiny_model_dir: FilePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = load_engine("hf", tiny_model_dir, with_scores=True)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(failing, broken, fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        searches(failing, SearchOptions("dvts", beam_width=2, token_budget=100), [PROMPT, "two "], seed=0)
+
+
 def test_an_engine_without_head_is_refused(tiny_model_dir: FilePath) -> None:
     with pytest.raises(UserError, match="has no score head"):
         EngineLoop(load_engine("hf", tiny_model_dir, with_scores=False))

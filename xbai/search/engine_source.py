@@ -47,19 +47,24 @@ class EngineLoop:
             while self.engine.has_unfinished():
                 # Every search that can go on makes its requests first.
                 await asyncio.sleep(0)
-                self._answer([(self._requests.pop(i), completion) for i, (completion,) in self.engine.step()])
+                self._answer(self.engine.step())
         except Exception as error:
-            for request in self._requests.values():
-                request.future.set_exception(error)
-            raise
+            # It is for the searches to hear, none of which will be answered any more.
+            requests, self._requests = self._requests, {}
+            for request in requests.values():
+                if not request.future.done():
+                    request.future.set_exception(error)
 
-    def _answer(self, finished: list[tuple[_Request, Completion]]) -> None:
-        sequences = [request.prompt_ids + completion.token_ids for request, completion in finished]
-        scored = self.engine.score(sequences, [request.response_start for request, _ in finished])
-        for (request, completion), result in zip(finished, scored, strict=True):
+    def _answer(self, finished: list[tuple[str, list[Completion]]]) -> None:
+        requests = [self._requests[request_id] for request_id, _ in finished]
+        completions = [completion for _, (completion,) in finished]
+        sequences = [request.prompt_ids + done.token_ids for request, done in zip(requests, completions, strict=True)]
+        scored = self.engine.score(sequences, [request.response_start for request in requests])
+        for (request_id, (completion,)), result in zip(finished, scored, strict=True):
+            future = self._requests.pop(request_id).future
             # A search that was cancelled no longer waits.
-            if not request.future.done():
-                request.future.set_result(replace(completion, step_scores=result.step_scores))
+            if not future.done():
+                future.set_result(replace(completion, step_scores=result.step_scores))
 
 
 class EngineSource:
