@@ -5,6 +5,7 @@ Importing it makes the repository's packages importable where they are not insta
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "verl"), str(ROOT)]
@@ -28,7 +28,7 @@ def describe_machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": importlib.metadata.version("transformers"),
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
