@@ -4,6 +4,7 @@
 #   bash scripts/run_single_node.sh actor_rollout_ref.model.path=MODEL data.train_files=TRAIN.parquet \
 #       data.val_files=VAL.parquet [any key of verl/verl/trainer/config/ppo_trainer.yaml ...]
 #
+# With --dry-run it prints the configuration, the micro-batches and a memory estimate, without GPUs, model or data.
 # Small, on CPU: add trainer.device=cpu trainer.n_gpus_per_node=2 and a tiny model, as scripts/quickstart.sh does.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
