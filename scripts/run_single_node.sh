@@ -24,6 +24,7 @@ exec python -m verl.trainer.main_ppo \
     data.max_prompt_length=1024 \
     data.max_response_length=16384 \
     algorithm.adv_estimator=grpo \
+    actor_rollout_ref.model.use_remove_padding=true \
     actor_rollout_ref.actor.optim.lr=1e-6 \
     actor_rollout_ref.actor.ppo_mini_batch_size=64 \
     actor_rollout_ref.actor.use_dynamic_bsz=true \
