@@ -20,7 +20,10 @@ FLAGS = (
         ("--search mcts --token_budget 100 --effort low", "instead of --effort"),
         ("--search mcts", "--search mcts needs --token_budget"),
         ("--beam_width 2", "--beam_width does not act on --search best_of_n, only on beam, dvts, mcts"),
-        ("--search beam --score_source none", "--score_source none: scores guide --search beam; use fused or service"),
+        (
+            "--search beam --score_source none",
+            "--score_source none: --search beam is guided by scores; use fused or service",
+        ),
         ("--search tree", "--search 'tree': use one of best_of_n, majority"),
     ],
 )
