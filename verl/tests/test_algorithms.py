@@ -218,6 +218,7 @@ def test_gae_warms_up_clips_and_resumes_exactly(small_run: list[str], tmp_path: 
         "algorithm.kl_penalty=full",
         "critic.optim.lr=1e-3",
         "critic.forward_micro_batch_size_per_gpu=3",
+        "critic.ppo_epochs=1",
         "trainer.critic_warmup=1",
         "trainer.total_training_steps=3",
         "trainer.save_freq=2",
