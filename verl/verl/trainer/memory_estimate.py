@@ -17,7 +17,7 @@ GIB = 2**30
 BYTES = {"float32": 4, "fp32": 4, "bfloat16": 2, "bf16": 2, "float16": 2, "fp16": 2}
 
 # Bytes of one logit of a chunk: forward (with entropies), and where the backward pass computes it again.
-LOGIT_FORWARD, LOGIT_BACKWARD = 16, 20
+LOGIT_FORWARD, LOGIT_BACKWARD = 12, 20
 # A second-moment state in 8 bits, its scale and its sign map: per parameter and moment.
 EIGHT_BIT_STATE = 1.02
 # What torch, CUDA and NCCL keep for themselves, and what lies between blocks.

@@ -97,13 +97,13 @@ def _chunk_log_probs(
     log_probs = logits.gather(-1, labels[:, None]).squeeze(-1) - log_partition
     if not compute_entropy and reference_logits is None:
         return log_probs, None, None
-    log_softmax = logits - log_partition[:, None]
-    probs = log_softmax.exp()
-    entropy = log_partition - (probs * logits).sum(-1) if compute_entropy else None
+    probs = (logits - log_partition[:, None]).exp()
+    entropy = log_partition - (probs * logits).sum(-1)
     if reference_logits is None:
         return log_probs, entropy, None
     reference_log_softmax = (reference_logits.to(logits.dtype) / temperature).log_softmax(-1)
-    return log_probs, entropy, (probs * (log_softmax - reference_log_softmax)).sum(-1)
+    kl = -entropy - (probs * reference_log_softmax).sum(-1)
+    return log_probs, entropy if compute_entropy else None, kl
 
 
 _fused_chunk_log_probs = torch.compile(_chunk_log_probs, dynamic=True)
