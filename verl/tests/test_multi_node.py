@@ -142,7 +142,11 @@ class World:
 
     def trainers(self, machine: str) -> list[str]:
         """Worker processes of the trainer that a machine runs."""
-        listing = self.run(machine, "for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline 2>/dev/null; echo; done")
+        # The first machine's process namespace contains the second's.
+        own = "[[ $(readlink $p/ns/pid) == $(readlink /proc/self/ns/pid) ]]"
+        listing = self.run(
+            machine, f"for p in /proc/[0-9]*; do {own} && tr '\\0' ' ' <$p/cmdline && echo; done 2>&1 || :"
+        )
         return [line for line in listing.splitlines() if "ActorRolloutRefWorker" in line]
 
     def close(self) -> None:
@@ -231,7 +235,7 @@ class Run:
         """Start the trainer, or go on with it."""
         overrides = shlex.join([*self.overrides, f"trainer.default_local_dir={self.folder}"])
         command = f"bash scripts/run_multi_node.sh {overrides}"
-        return self.world.popen(HEAD, command, self.log, NNODES="2", **variables)
+        return self.world.popen(HEAD, command, self.log, **{"NNODES": "2", **variables})
 
     def finish(self) -> Run:
         """Start, and wait for a good end."""
@@ -258,16 +262,16 @@ class Run:
 
 @pytest.fixture(scope="module")
 def overrides(small_run: list[str], tiny_model_dir: Path) -> list[str]:
-    """One process a node, 15 steps of about a second, a checkpoint after every other one."""
+    """One process a node, 20 steps of about a second, a checkpoint after every other one."""
     return [
         *small_run,
         "trainer.n_gpus_per_node=1",
         f"actor_rollout_ref.model.path={os.path.relpath(tiny_model_dir, REPOSITORY)}",
         "actor_rollout_ref.rollout.max_num_batched_tokens=8192",
-        "trainer.total_training_steps=15",
+        "trainer.total_training_steps=20",
         "trainer.val_before_train=false",
         "trainer.save_freq=2",
-        "trainer.test_freq=15",
+        "trainer.test_freq=20",
     ]
 
 
@@ -278,7 +282,7 @@ def uninterrupted(world: World, overrides: list[str]) -> Run:
 
 
 def test_two_nodes_train(uninterrupted):
-    assert sorted(uninterrupted.steps()) == [*range(1, 16)]
+    assert sorted(uninterrupted.steps()) == [*range(1, 21)]
 
 
 def _kill_worker_process(world: World) -> None:
@@ -332,7 +336,7 @@ def _wait(condition: Callable[[], bool], timeout_s: float, complaint: str) -> No
         time.sleep(0.1)
 
 
-LOSSES = [(4, _kill_worker_process, _repair_nothing), (8, _power_off, _power_on), (12, _unplug, _plug_in)]
+LOSSES = [(3, _kill_worker_process, _repair_nothing), (9, _power_off, _power_on), (15, _unplug, _plug_in)]
 
 
 def test_a_loss_ends_the_run_within_a_minute_and_the_next_start_goes_on(world, uninterrupted, overrides):
@@ -348,7 +352,8 @@ def test_a_loss_ends_the_run_within_a_minute_and_the_next_start_goes_on(world, u
 def _end_by_loss(run: Run, step: int, lose: Callable[[World], None]) -> None:
     """Start, lose the worker once `step` is done, and check how that ends."""
     process = run.start()
-    _wait(lambda: max(run.steps(), default=0) >= step or process.poll() is not None, 400, f"no step {step}")
+    done = f"] step {step}\n"
+    _wait(lambda: done in run.log.read_text() or process.poll() is not None, 400, f"no step {step}")
     assert process.poll() is None, run.log.read_text()[-5000:]
     lose(run.world)
     start = time.monotonic()
@@ -363,8 +368,8 @@ def _end_by_loss(run: Run, step: int, lose: Callable[[World], None]) -> None:
 
 def test_what_the_cluster_lacks_is_one_line_within_seconds(world, overrides):
     run = Run(world, world.folder / "refused", overrides)
-    line = run.refused(NNODES="3")
-    assert "no room for [1, 1, 1] processes" in line
+    line = run.refused(NNODES="4")
+    assert "no room for [1, 1, 1, 1] processes" in line
     assert "it has 2 nodes: 10.77.0.1 (" in line and "10.77.0.2 (" in line
     for address in ("10.77.0.1:6380", "10.77.0.99:6379", "nowhere:6379", "10.77.0.1"):
         assert f"RAY_ADDRESS={address}: no Ray cluster answers" in run.refused(RAY_ADDRESS=address)
