@@ -11,5 +11,9 @@ setup(
     # An explicit root makes editable installs a plain path entry, which `verl/` beside it needs to be importable.
     package_dir={"": "."},
     packages=find_packages(include=["xbai", "xbai.*"]),
-    entry_points={"console_scripts": ["xbai=xbai.cli:app"]},
+    entry_points={
+        "console_scripts": ["xbai=xbai.cli:app"],
+        # vLLM calls it in each of its processes.
+        "vllm.general_plugins": ["xbai=xbai.engine.fused_scores:register_models"],
+    },
 )

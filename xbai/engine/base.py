@@ -6,7 +6,7 @@ import hashlib
 import random
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from xbai.sprm import StepRule
 
 
+_NO_HEAD = "scores: this engine was loaded without a score head (score_module.pt beside the model)"
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How to sample `n` completions of a prompt.
@@ -36,6 +39,7 @@ class SamplingParams:
         repetition_penalty: divides (multiplies, when negative) the logits of tokens seen in prompt or response.
         stop: strings that end a completion and are cut from its text.
         seed: sample i draws from a stream derived from (seed, i); None takes the engine's seed, or a fresh stream.
+        first: number of the first sample, so that a request can be made in parts: its `n` are first, first + 1, ...
         log_probs: return each token's log-prob under softmax(logits / temperature), before penalties, top-k and top-p
             (at temperature 0: under softmax(logits)).
     """
@@ -48,6 +52,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    first: int = 0
     ignore_eos: bool = False
     log_probs: bool = False
 
@@ -87,6 +92,7 @@ class Sample:
     prompt_ids: list[int]
     params: SamplingParams
     seed: int | None
+    return_scores: bool = False
 
     @property
     def key(self) -> str:
@@ -118,10 +124,14 @@ class Engine(ABC):
         step_rule: the score head's step rule; None for an engine without scores.
         prompt_tokens: of all samples finished so far.
         cached_prompt_tokens: how many of these were not computed, because another sample's prompt began with them.
+        max_num_seqs: most samples at work at once; more than these only wait.
     """
 
     prompt_tokens = 0
     cached_prompt_tokens = 0
+    max_num_seqs = 1
+    _fused_head_shapes: Mapping[str, torch.Size] = {}
+    """Of a score head inside the language model, which `_load_weights` gets with the model's weights."""
 
     def __init__(
         self,
@@ -146,6 +156,12 @@ class Engine(ABC):
         """The rule that finds the steps, None without a score head."""
         return self.scorer.step_rule if self.scorer else None
 
+    def check(self, prompt_ids: list[int], return_scores: bool = False) -> None:
+        """Raise what `add_request` would of these."""
+        self._check_ids(prompt_ids, most=self.max_model_len - 1)
+        if return_scores and self.step_rule is None:
+            raise UserError(_NO_HEAD)
+
     def add_request(
         self, request_id: str, prompt_ids: list[int], params: SamplingParams, return_scores: bool = False
     ) -> None:
@@ -158,16 +174,16 @@ class Engine(ABC):
         """
         if request_id in self._requests:
             raise ValueError(f"request {request_id!r} is still unfinished")
-        self._check_ids(prompt_ids, most=self.max_model_len - 1)
-        if return_scores:
-            self._require_scorer()
+        self.check(prompt_ids, return_scores)
         params = replace(params, max_tokens=min(params.max_tokens, self.max_model_len - len(prompt_ids)))
         seed = params.seed
         if seed is None and self._seeds is not None:
             seed = self._seeds.getrandbits(62)
         samples = [
-            Sample(request_id, i, list(prompt_ids), params, None if seed is None else sample_seed(seed, i))
-            for i in range(params.n)
+            Sample(
+                request_id, i, list(prompt_ids), params, None if seed is None else sample_seed(seed, i), return_scores
+            )
+            for i in range(params.first, params.first + params.n)
         ]
         self._enqueue(samples)
         self._requests[request_id] = _Request(samples, return_scores)
@@ -229,7 +245,7 @@ class Engine(ABC):
 
         Args:
             weights: each is released before the next one is asked for.
-            check: compare what the engine then holds of the language model with what it was given.
+            check: compare what the engine then generates with, with what it was given.
 
         Raises:
             UserError: a name or shape that is not this model's, a weight left out (a tied LM head may be), or one that
@@ -255,12 +271,15 @@ class Engine(ABC):
     def wake_up(self, parts: Sequence[str] | None = None) -> None:  # noqa: B027
         """Undo `sleep`, save for weights that it dropped; of `weights` and `kv_cache` only those named (None: both)."""
 
+    def watch(self, on_failure: Callable[[], None]) -> None:  # noqa: B027
+        """Have `on_failure` called, from any thread, when another process that the engine needs has died."""
+
     def close(self) -> None:  # noqa: B027
         """Free what the engine holds; it cannot be used afterwards."""
 
     @abstractmethod
     def _enqueue(self, samples: list[Sample]) -> None:
-        """Schedule new samples."""
+        """Schedule new samples; those with `return_scores` may come back with scores, or get them by `score`."""
 
     @abstractmethod
     def _advance(self) -> list[tuple[Sample, Completion]]:
@@ -279,12 +298,12 @@ class Engine(ABC):
         """What the engine (this rank's part of it) holds of each of the language model's weights."""
 
     def _checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        expected = self._weight_shapes
-        missing = set(expected) - ({LM_HEAD} if self._config.tie_word_embeddings else set())
+        expected = self._weight_shapes | self._fused_head_shapes
+        missing = set(self._weight_shapes) - ({LM_HEAD} if self._config.tie_word_embeddings else set())
         for name, tensor in weights:
             if self.scorer is not None:
                 self.scorer.load_weight(name, tensor)
-            if name.startswith(HEAD_PREFIX):
+            if name.startswith(HEAD_PREFIX) and not self._fused_head_shapes:
                 continue
             if expected.get(name) != tensor.shape:
                 wanted = f"shape {tuple(expected[name])}" if name in expected else "no such weight"
@@ -300,6 +319,7 @@ class Engine(ABC):
 
     def _add_scores(self, requests: list[_Request]) -> None:
         pairs = [(s.prompt_ids, request.completions[s.index]) for request in requests for s in request.samples]
+        pairs = [(prompt_ids, completion) for prompt_ids, completion in pairs if completion.step_scores is None]
         if pairs:
             sequences = [prompt_ids + completion.token_ids for prompt_ids, completion in pairs]
             scored = self._require_scorer().score(sequences, [len(prompt_ids) for prompt_ids, _ in pairs])
@@ -319,5 +339,5 @@ class Engine(ABC):
 
     def _require_scorer(self) -> Scorer:
         if self.scorer is None:
-            raise UserError("scores: this engine was loaded without a score head (score_module.pt beside the model)")
+            raise UserError(_NO_HEAD)
         return self.scorer

@@ -8,7 +8,8 @@ import logging
 import os
 import secrets
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from xbai.engine.base import Completion, Engine, Sample
 from xbai.engine.files import LM_HEAD, eos_token_ids, load_tokenizer, read_config, resolve_dtype, resolve_max_model_len
-from xbai.engine.scorer import Scorer
+from xbai.engine.fused_scores import FusedHead, obstacle, register_models, step_scores
+from xbai.engine.scorer import HEAD_PREFIX, Scorer
 from xbai.engine.weight_check import HeldWeight
 from xbai.errors import UserError
+from xbai.sprm import SPRMConfig, StepRule, load_sprm_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -35,6 +38,11 @@ _DEFAULT_ENVIRONMENT = {
     # Automatic binding would pin the engines of all processes of a machine to the same cores.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
+logger = logging.getLogger(__name__)
+
+STEP_LOGIT, LOG_PROB = 0, 1
+"""The columns that come instead of vLLM's log-probs (see vllm_sampler.py); a request gets the first `logprobs + 1`."""
+
 _CPU_BLOCK_TOKENS = 128
 _MAX_CPU_CACHE_BYTES = 4 * 2**30
 
@@ -47,12 +55,17 @@ class VLLMEngine(Engine):
     ranks must construct theirs at the same time. Elsewhere vLLM initialises it, so construct engines after your process
     group.
 
+    Generated tokens are scored in the forward pass that samples them where `fused_scores.obstacle` names none, else by
+    a second one. Other sequences always need `Scorer`'s copy of the backbone, loaded when the first of them comes.
+
     Args:
         model_path: a Hugging Face model folder.
         dtype: `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
         max_model_len: most tokens of prompt plus response; the model's context by default.
         lang: step rule of a head without `sprm_config.json`.
-        with_scores: load the score head, with a truncated copy of the backbone for it.
+        with_scores: load the folder's score head.
+        sprm_config: instead of `with_scores` the form of a head that is not in the folder; `update_weights` is to bring
+            its weights before scores are asked for. Only where `fused_scores.obstacle` names none.
         trust_remote_code: run the Python code that comes with the folder.
         max_num_seqs: most samples in flight.
         max_num_batched_tokens: most tokens of one scheduler iteration.
@@ -69,6 +82,7 @@ class VLLMEngine(Engine):
         max_model_len: int | None = None,
         lang: str | None = None,
         with_scores: bool = False,
+        sprm_config: SPRMConfig | None = None,
         trust_remote_code: bool = False,
         max_num_seqs: int = 128,
         max_num_batched_tokens: int | None = None,
@@ -82,10 +96,24 @@ class VLLMEngine(Engine):
         tokenizer = load_tokenizer(model_path, trust_remote_code)
         length = resolve_max_model_len(max_model_len, config)
         torch_dtype = resolve_dtype(dtype, config)
-        scorer = None
-        if with_scores:
-            scorer = Scorer.from_folder(model_path, dtype=dtype, lang=lang, trust_remote_code=trust_remote_code)
-        super().__init__(config, tokenizer, length, scorer, seed, trust_remote_code)
+        super().__init__(config, tokenizer, length, None, seed, trust_remote_code)
+        self._load_scorer = partial(
+            Scorer.from_folder, model_path, dtype=dtype, lang=lang, trust_remote_code=trust_remote_code
+        )
+        self._fused_head: FusedHead | None = None
+        if with_scores and (reason := obstacle(config, options)) is not None:
+            logger.warning("step scores will take a second forward pass: %s", reason)
+            self.scorer = self._load_scorer()
+        elif with_scores:
+            self._fused_head = FusedHead(load_sprm_config(model_path, tokenizer, lang), str(model_path))
+        elif sprm_config is not None:
+            self._fused_head = FusedHead(sprm_config, folder=None)
+        if self._fused_head is not None:
+            # Also made here: its mistakes are the user's, and vLLM's processes would hide them in tracebacks.
+            head = self._fused_head.build(config.hidden_size)
+            self._fused_head_shapes = {f"{HEAD_PREFIX}{name}": weight.shape for name, weight in head.named_parameters()}
+            options |= self._fused_head.engine_arguments(config, options)
+        self._weights_have_changed = False
         self._on_cpu = not torch.cuda.is_available()
         arguments = {
             "model": str(model_path),
@@ -113,19 +141,23 @@ class VLLMEngine(Engine):
         self._owns_process_group = not torch.distributed.is_initialized()
         if self._owns_process_group and options.get("tensor_parallel_size", 1) == 1:
             arguments["distributed_executor_backend"] = "uni"
-        if self._on_cpu and arguments["enforce_eager"]:
-            # Even in eager mode vLLM compiles a helper of its log-probs: a machine without a C++ compiler would fail at
-            # the first request, and any other would spend half a minute on it once.
-            torch.compiler.set_stance("force_eager")
         self._llm = _start(arguments | options)
         if not self._owns_process_group:
             # vLLM's own clean-up, also on garbage collection and exit, would destroy the trainer's process group.
             self._llm.engine_core._finalizer.detach()
-        from xbai.engine.vllm_sampler import use_tempered_log_probs
+        self._speculates = bool(options.get("speculative_config"))
+        if not self._speculates:
+            from xbai.engine.vllm_sampler import use_engine_sampler
 
-        self._llm.collective_rpc(use_tempered_log_probs)
+            self._llm.collective_rpc(use_engine_sampler)
         self._eos_ids = eos_token_ids(model_path, config, tokenizer)
         self._samples: dict[str, Sample] = {}
+        self.max_num_seqs = max_num_seqs
+
+    @property
+    def step_rule(self) -> StepRule | None:
+        """The rule that finds the steps, None without a score head."""
+        return self._fused_head.sprm_config.step_rule if self._fused_head else super().step_rule
 
     def sleep(self, level: int = 2) -> None:
         """Free KV cache and weights on the accelerator; after `wake_up` from level 2, update the weights."""
@@ -138,6 +170,10 @@ class VLLMEngine(Engine):
             # vLLM's memory does not come from torch's cache, which may hold what is free.
             torch.cuda.empty_cache()
             self._llm.wake_up(None if parts is None else list(parts))
+
+    def watch(self, on_failure: Callable[[], None]) -> None:
+        """Have `on_failure` called, from a thread of vLLM's, when a worker process has died."""
+        self._llm.engine_core.engine_core.model_executor.register_failure_callback(on_failure)
 
     def close(self) -> None:
         """Shut vLLM down; a torch.distributed process group that was there before the engine stays."""
@@ -154,6 +190,8 @@ class VLLMEngine(Engine):
     def _enqueue(self, samples: list[Sample]) -> None:
         from vllm.inputs.engine import tokens_input
 
+        if self._speculates and samples[0].params.log_probs:
+            raise UserError("log_probs: vLLM's speculative decoding has none of logits / temperature; leave one out")
         for sample in samples:
             self._samples[sample.key] = sample
             self._llm.add_request(sample.key, tokens_input(sample.prompt_ids), self._vllm_params(sample))
@@ -167,11 +205,37 @@ class VLLMEngine(Engine):
         for output in finished:
             self.prompt_tokens += len(output.prompt_token_ids)
             self.cached_prompt_tokens += output.num_cached_tokens or 0
-        return [(self._samples.pop(output.request_id), _completion(output.outputs[0])) for output in finished]
+        return [self._finish(self._samples.pop(output.request_id), output.outputs[0]) for output in finished]
+
+    def _finish(self, sample: Sample, output: Any) -> tuple[Sample, Completion]:
+        completion = Completion(list(output.token_ids), output.text, output.finish_reason)
+        if columns := self._columns(sample):
+            values = output.logprobs.logprobs
+            if sample.params.log_probs:
+                completion.log_probs = values[LOG_PROB::columns]
+            if self._fused_head is not None and sample.return_scores:
+                rule = self._fused_head.sprm_config.step_rule
+                completion.step_scores = step_scores(completion.token_ids, values[STEP_LOGIT::columns], rule)
+        return sample, completion
+
+    def _columns(self, sample: Sample) -> int:
+        """How many of the sampler's columns a sample needs, one after the other for each token."""
+        if sample.params.log_probs:
+            return LOG_PROB + 1
+        return STEP_LOGIT + 1 if self._fused_head is not None and sample.return_scores else 0
+
+    def _require_scorer(self) -> Scorer:
+        if self.scorer is None and self._fused_head is not None:
+            self.scorer = self._load_scorer()
+            if self._weights_have_changed:
+                for name, held in self._held_weights().items():
+                    self.scorer.load_weight(name, next(iter(held.copies())))
+        return super()._require_scorer()
 
     def _load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         if self._config.tie_word_embeddings:
             weights = _with_lm_head(weights)
+        self._weights_have_changed = True
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self._llm.reset_prefix_cache()
 
@@ -194,7 +258,8 @@ class VLLMEngine(Engine):
             stop_token_ids=[] if params.ignore_eos else list(self._eos_ids),
             ignore_eos=params.ignore_eos,
             seed=sample.seed,
-            logprobs=0 if params.log_probs else None,
+            logprobs=columns - 1 if (columns := self._columns(sample)) else None,
+            flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
@@ -218,14 +283,6 @@ def _with_lm_head(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, 
             yield name, tensor
         if name == "model.embed_tokens.weight":
             yield LM_HEAD, tensor
-
-
-def _completion(output: Any) -> Completion:
-    token_ids = list(output.token_ids)
-    log_probs = None
-    if output.logprobs is not None:
-        log_probs = [entry[token].logprob for entry, token in zip(output.logprobs, token_ids, strict=True)]
-    return Completion(token_ids, output.text, output.finish_reason, log_probs)
 
 
 def _cpu_arguments(
@@ -263,6 +320,7 @@ def _construct(arguments: dict[str, Any]) -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    register_models()
     unknown = sorted(arguments.keys() - {field.name for field in dataclasses.fields(EngineArgs)})
     if unknown:
         raise UserError(f"engine option {unknown[0]}: vLLM {vllm.__version__} has no such option; remove it")

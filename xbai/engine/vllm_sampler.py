@@ -1,35 +1,58 @@
-"""vLLM's sampler with the log-probs that a trainer needs; to be imported on demand, like vLLM."""
+"""vLLM's sampler with what else an engine wants of each token; to be imported on demand, like vLLM."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.distributed.parallel_state import get_tp_group
+from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.worker_base import WorkerBase
 
+from xbai.engine.fused_models import FusedScores
+from xbai.engine.vllm import LOG_PROB
 
-class TemperedLogProbSampler(Sampler):
-    """Returns log-probs of logits / temperature, and the same tokens on all ranks of a tensor-parallel group.
+
+class EngineSampler(Sampler):
+    """Returns step logits, log-probs of logits / temperature, and the same tokens on all ranks of an engine.
 
     vLLM offers log-probs of the raw logits or of the logits after temperature *and* penalties, top-k and top-p; what
     an actor recomputes (and what importance ratios need) lies between the two.
+
+    Args:
+        model: of the logits to come; its step logits are 0 if it is none of `FusedScores`.
+        use_fp64_gumbel: vLLM's.
     """
 
+    def __init__(self, model: nn.Module, use_fp64_gumbel: bool) -> None:
+        super().__init__("raw_logprobs", use_fp64_gumbel)
+        # Not as a submodule of this one.
+        self._take_step_logits = model.take_step_logits if isinstance(model, FusedScores) else None
+
     def forward(self, logits: Tensor, sampling_metadata: SamplingMetadata, *args: Any, **kwargs: Any) -> Any:
-        """Remember the temperatures for `compute_logprobs`."""
-        self._temperature = sampling_metadata.temperature
+        """Sample; see the class for what comes with the tokens."""
+        self._metadata = sampling_metadata
+        self._step_logits = self._take_step_logits() if self._take_step_logits else logits.new_zeros(len(logits))
         return super().forward(logits, sampling_metadata, *args, **kwargs)
 
     def compute_logprobs(self, logits: Tensor) -> Tensor:
-        """Log-probs [rows, vocab] in float32; at temperature 0 those of the logits as they are."""
-        if self._temperature is not None:
-            greedy = self._temperature < 1e-5
-            logits = logits.float() / torch.where(greedy, 1.0, self._temperature)[:, None]
+        """Log-probs [rows, vocab] in float32, where a request wants its own; at temperature 0 of the logits as is."""
+        if self._metadata.max_num_logprobs < LOG_PROB:
+            return logits
+        if (temperature := self._metadata.temperature) is not None:
+            logits = logits.float() / torch.where(temperature < 1e-5, 1.0, temperature)[:, None]
         return logits.log_softmax(-1, dtype=torch.float32)
+
+    def gather_logprobs(self, logprobs: Tensor, num_logprobs: int, token_ids: Tensor) -> LogprobsTensors:
+        """The columns of the sampled tokens [rows], without their ranks, which would cost a pass over the logits."""
+        columns = [self._step_logits.float()]
+        if num_logprobs >= LOG_PROB:
+            columns.append(logprobs.gather(1, token_ids[:, None])[:, 0])
+        values = torch.stack(columns, dim=1)
+        return LogprobsTensors(token_ids[:, None].expand_as(values).int(), values, torch.zeros_like(token_ids))
 
     def sample(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Sampled token ids [rows]; ranks must not part ways over a rounding error or a random stream of their own."""
@@ -37,7 +60,7 @@ class TemperedLogProbSampler(Sampler):
         return get_tp_group().broadcast(sampled), log_probs
 
 
-def use_tempered_log_probs(worker: WorkerBase) -> None:
+def use_engine_sampler(worker: WorkerBase) -> None:
     """Give a worker this sampler."""
     runner = worker.model_runner
-    runner.sampler = TemperedLogProbSampler("raw_logprobs", runner.sampler.use_fp64_gumbel)
+    runner.sampler = EngineSampler(runner.get_model(), runner.sampler.use_fp64_gumbel)

@@ -26,18 +26,18 @@ _IDENTITY_ROWS = 1024
 
 def held_weights(worker: WorkerBase) -> dict[str, HeldWeight]:
     """What this rank holds of each weight, by its name in the checkpoint."""
-    model, dtype = worker.model_runner.get_model(), worker.model_config.dtype
+    model = worker.model_runner.get_model()
     held: dict[str, HeldWeight] = {}
     for path, module in model.named_modules():
         parent, _, leaf = path.rpartition(".")
         leaves = getattr(model, "packed_modules_mapping", {}).get(leaf, [leaf])
-        for kind, _ in module.named_parameters(recurse=False):
+        for kind, parameter in module.named_parameters(recurse=False):
             for name, (rows, part) in zip(leaves, _parts(module, kind), strict=True):
                 full_name = ".".join(filter(None, (parent, name, kind)))
-                held[full_name] = HeldWeight(part, dtype, partial(_copies, module, kind, rows))
+                held[full_name] = HeldWeight(part, parameter.dtype, partial(_copies, module, kind, rows))
     if worker.model_config.hf_config.tie_word_embeddings and LM_HEAD in held:
         embedding, head = held[EMBEDDING], held[LM_HEAD]
-        held[EMBEDDING] = HeldWeight(embedding.part, dtype, lambda: chain(embedding.copies(), head.copies()))
+        held[EMBEDDING] = HeldWeight(embedding.part, embedding.dtype, lambda: chain(embedding.copies(), head.copies()))
     return held
 
 

@@ -49,10 +49,10 @@ class ScoreHead(nn.Sequential):
 
     def __init__(self, hidden_size: int, dropout: float = 0.5, normalize_features: bool = False) -> None:
         super().__init__(
-            nn.Linear(hidden_size, 2 * hidden_size),
+            nn.Linear(hidden_size, 2 * hidden_size, dtype=torch.float32),
             nn.ReLU(),
             nn.Dropout(dropout),
-            nn.Linear(2 * hidden_size, 1),
+            nn.Linear(2 * hidden_size, 1, dtype=torch.float32),
         )
         self.hidden_size = hidden_size
         self.normalize_features = normalize_features

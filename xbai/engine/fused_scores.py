@@ -1,0 +1,101 @@
+"""Step scores that come with the generated tokens: which models can, with which head, and what vLLM is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from xbai.sprm import ScoreHead, SPRMConfig, StepRule, load_score_head, step_feature_mask
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_FUSED_CLASSES = {
+    "LlamaForCausalLM": "FusedLlamaForCausalLM",
+    "Qwen2ForCausalLM": "FusedQwen2ForCausalLM",
+    "Qwen3ForCausalLM": "FusedQwen3ForCausalLM",
+}
+# Of vLLM's arguments; what else they let it do leaves one row of logits to each sampled token.
+_OTHER_FORWARD_PASSES = ("speculative_config", "pipeline_parallel_size", "model_impl", "enable_lora")
+
+
+def register_models() -> None:
+    """Make the models known to vLLM, in each process that is to run one (its plugin `xbai`, see setup.py)."""
+    from vllm import ModelRegistry
+
+    for name in _FUSED_CLASSES.values():
+        if name not in ModelRegistry.models:
+            ModelRegistry.register_model(name, f"xbai.engine.fused_models:{name}")
+
+
+def obstacle(config: PretrainedConfig, options: Mapping[str, Any]) -> str | None:
+    """Why vLLM cannot score what it generates in the same forward pass; None where it can.
+
+    Args:
+        config: the model's.
+        options: of vLLM's `EngineArgs`.
+    """
+    (architecture, *_) = config.architectures or ["an architecture without a name"]
+    if architecture not in _FUSED_CLASSES:
+        return f"{architecture} is none of {', '.join(_FUSED_CLASSES)}"
+    if config.num_hidden_layers < 2:
+        return "the model has only one layer"
+    return next((f"{name} changes the forward pass" for name in _OTHER_FORWARD_PASSES if options.get(name)), None)
+
+
+@dataclass(frozen=True)
+class FusedHead:
+    """The score head inside vLLM's model.
+
+    Attributes:
+        sprm_config: its form and step rule.
+        folder: where its weights are; None for a head whose weights are yet to be brought.
+    """
+
+    sprm_config: SPRMConfig
+    folder: str | None
+
+    def engine_arguments(self, config: PretrainedConfig, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of vLLM's `EngineArgs` that put it there, beside what `options` say in them."""
+        architecture = _FUSED_CLASSES[config.architectures[0]]
+        return {
+            "hf_overrides": {**options.get("hf_overrides", {}), "architectures": [architecture]},
+            "additional_config": {
+                **options.get("additional_config", {}),
+                "score_head": {"sprm_config": self.sprm_config.to_dict(), "folder": self.folder},
+            },
+        }
+
+    @classmethod
+    def from_additional_config(cls, value: Mapping[str, Any]) -> FusedHead:
+        """The inverse of `engine_arguments`, inside vLLM."""
+        fields = value["score_head"]
+        return cls(SPRMConfig.from_dict(fields["sprm_config"]), fields["folder"])
+
+    def build(self, hidden_size: int) -> ScoreHead:
+        """The head in float32, with weights of no meaning where there is no folder.
+
+        Raises:
+            UserError: the folder holds no head of this form.
+        """
+        if self.folder is not None:
+            return load_score_head(Path(self.folder), hidden_size, self.sprm_config)
+        return ScoreHead(hidden_size, self.sprm_config.dropout, self.sprm_config.normalize_features).eval()
+
+
+def step_scores(token_ids: Sequence[int], step_logits: Sequence[float], rule: StepRule) -> list[float]:
+    """The scores of a response's steps.
+
+    Args:
+        token_ids: the response.
+        step_logits: for each of its tokens the head's output on the hidden state that the token was sampled from: the
+            feature of the step, where the token ends one.
+        rule: which tokens do.
+    """
+    ids = torch.tensor([token_ids])
+    mask = step_feature_mask(ids, torch.ones_like(ids, dtype=torch.bool), rule)[0]
+    return torch.tensor(step_logits)[1:][mask[:-1]].sigmoid().tolist()
