@@ -6,14 +6,21 @@ import fcntl
 import os
 import socket
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from xbai.errors import UserError
+
 ANSWER_TIMEOUT_S = 5.0
+START_TIMEOUT_S = 300.0
+"""For the first Python process on a node, whose imports may come over the network."""
+
 SIOCGIFADDR = 0x8915
 
 
@@ -48,27 +55,44 @@ def nodes_of_bundles(group: PlacementGroup) -> list[tuple[int, str]]:
     return sorted(places, key=lambda place: (place[1] != here, _address_order(address_of[place[1]]), place[0]))
 
 
-def look_up_nodes(group: PlacementGroup, node_of_rank: list[str], timeout_s: float) -> list[Node]:
+def look_up_nodes(group: PlacementGroup, node_of_rank: list[str]) -> list[Node]:
     """The nodes of a placed group with one bundle a rank, the ranks of one node next to each other.
 
     Args:
         group: a ready placement group.
         node_of_rank: the node id of each bundle.
-        timeout_s: how long the nodes may take to answer.
     """
     strategies: dict[str, list[PlacementGroupSchedulingStrategy]] = {}
     for rank, node_id in enumerate(node_of_rank):
         strategies.setdefault(node_id, []).append(PlacementGroupSchedulingStrategy(group, rank))
     address_of = _addresses()
-    asked = [
-        _look_around.options(scheduling_strategy=own[0]).remote(address_of[node_id])
+    asked = {
+        address_of[node_id]: _look_around.options(scheduling_strategy=own[0]).remote(address_of[node_id])
         for node_id, own in strategies.items()
-    ]
-    seen = ray.get(asked, timeout=timeout_s)
+    }
+    seen = answers_by_node(asked)
     return [
         Node(node_id, address_of[node_id], interface, cpu_count, tuple(own))
         for (node_id, own), (interface, cpu_count) in zip(strategies.items(), seen)
     ]
+
+
+def answers_by_node(asked: Mapping[str, ray.ObjectRef]) -> list[Any]:
+    """The results of one task a node, in the order of `asked`, whose keys are the nodes' addresses.
+
+    Raises:
+        UserError: a node starts no process, or went away.
+    """
+    _, silent = ray.wait(list(asked.values()), num_returns=len(asked), timeout=START_TIMEOUT_S)
+    results = []
+    for address, ref in asked.items():
+        if ref in silent:
+            raise UserError(f"node {address} has started no process within {START_TIMEOUT_S:g} s; see Ray's logs there")
+        try:
+            results.append(ray.get(ref))
+        except RayError as error:
+            raise UserError(f"node {address} cannot be used: {' '.join(str(error).split())}") from error
+    return results
 
 
 def answers(node_id: str) -> bool:

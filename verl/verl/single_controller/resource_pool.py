@@ -66,7 +66,7 @@ class RayResourcePool:
             node_of_rank = [node_id for index, node_id in places for _ in range(self.process_on_nodes[index])]
             tied = [{NODE_ID_LABEL: node_id} for node_id in node_of_rank]
             self._group = self._reserve([self._bundle(1)] * self.world_size, "PACK", tied)
-            self._nodes = look_up_nodes(self._group, node_of_rank, self.timeout_s)
+            self._nodes = look_up_nodes(self._group, node_of_rank)
         return self._nodes
 
     def release(self) -> None:

@@ -12,12 +12,12 @@ import ray
 from omegaconf import DictConfig
 
 from verl.single_controller import RayResourcePool
+from verl.single_controller.nodes import answers_by_node
 from xbai.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 HEAD_TIMEOUT_S = 10.0
-NODES_TIMEOUT_S = 60.0
 
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "TQDM_DISABLE": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 """Environment of the workers, unless set: their chatter would bury the progress."""
@@ -57,11 +57,14 @@ def check_shared_folder(folder: str | Path, pool: RayResourcePool) -> None:
     probe = folder / f".probe_{secrets.token_hex(4)}"
     probe.write_text(content)
     try:
-        asked = [_sees.options(scheduling_strategy=node.strategies[0]).remote(probe, content) for node in pool.nodes()]
-        answers = ray.get(asked, timeout=NODES_TIMEOUT_S)
+        asked = {
+            node.address: _sees.options(scheduling_strategy=node.strategies[0]).remote(probe, content)
+            for node in pool.nodes()
+        }
+        seen = answers_by_node(asked)
     finally:
         probe.unlink()
-    if blind := [node.address for node, sees in zip(pool.nodes(), answers) if not sees]:
+    if blind := [address for address, sees in zip(asked, seen) if not sees]:
         raise UserError(
             f"trainer.default_local_dir={folder}: {', '.join(blind)} cannot see or change what the driver writes "
             "there; checkpoints need a folder that all nodes share, under the same path"
