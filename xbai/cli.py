@@ -13,13 +13,13 @@ from typing import Annotated, Any
 
 import typer
 
+from xbai.api_key import API_KEY_VARIABLE, read_api_key
 from xbai.errors import UserError, exit_on_user_error
+from xbai.logs import configure_logging
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.splitlines()[0]
 )
-
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 ModelPath = Annotated[str, typer.Option("--model_path", help="A Hugging Face model folder.")]
 Ip = Annotated[str, typer.Option("--ip", help="Address to listen on; 0.0.0.0 for every interface.")]
@@ -28,7 +28,17 @@ Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or 
 MaxModelLen = Annotated[int | None, typer.Option("--max_model_len", min=2, help="Longest prompt plus response.")]
 RequestTimeout = Annotated[float, typer.Option("--request_timeout", min=0.001, help="Seconds to an answer; then 504.")]
 MaxBody = Annotated[int, typer.Option("--max_body_mb", min=1, help="Largest request body in MiB; beyond it 413.")]
-ShutdownTimeout = Annotated[int, typer.Option("--shutdown_timeout", min=0, help="Seconds to finish after SIGTERM.")]
+ShutdownTimeout = Annotated[float, typer.Option("--shutdown_timeout", min=0, help="Seconds to finish after SIGTERM.")]
+LogFormat = Annotated[str, typer.Option("--log_format", help="json (an object a line) or text.")]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api_key",
+        envvar=API_KEY_VARIABLE,
+        help="Secret of the services; other users of the machine can read a command line, so prefer the variable.",
+    ),
+]
+ApiKeyFile = Annotated[Path | None, typer.Option("--api_key_file", help="A file that holds the key.")]
 
 
 def _command(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -37,7 +47,7 @@ def _command(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def logged(*args: Any, **kwargs: Any) -> Any:
-            logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+            configure_logging("text")
             # One line per request of the driver would drown its progress.
             logging.getLogger("httpx").setLevel(logging.WARNING)
             return function(*args, **kwargs)
@@ -80,17 +90,26 @@ def serve_policy(
     request_timeout: RequestTimeout = 3600.0,
     max_body_mb: MaxBody = 16,
     shutdown_timeout: ShutdownTimeout = 60,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+    log_format: LogFormat = "json",
 ) -> None:
     """Serve a model's responses: POST /generate."""
     from xbai.serve.limits import Limits
     from xbai.serve.run import serve_policy
 
-    limits = Limits(max_pending, request_timeout, max_body_mb << 20, shutdown_timeout)
+    configure_logging(log_format)
     serve_policy(
         model_path,
         ip,
         port,
-        limits,
+        Limits(
+            max_pending=max_pending,
+            request_timeout_s=request_timeout,
+            max_body_bytes=max_body_mb << 20,
+            shutdown_timeout_s=shutdown_timeout,
+            api_key=read_api_key(api_key, api_key_file),
+        ),
         engine=engine,
         with_scores=with_scores,
         dtype=dtype,
@@ -120,16 +139,26 @@ def serve_score(
     request_timeout: RequestTimeout = 3600.0,
     max_body_mb: MaxBody = 16,
     shutdown_timeout: ShutdownTimeout = 60,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+    log_format: LogFormat = "json",
 ) -> None:
     """Serve a model's judgement: POST /score."""
     from xbai.serve.limits import Limits
     from xbai.serve.run import serve_score
 
+    configure_logging(log_format)
     serve_score(
         model_path,
         ip,
         port,
-        Limits(max_pending, request_timeout, max_body_mb << 20, shutdown_timeout),
+        Limits(
+            max_pending=max_pending,
+            request_timeout_s=request_timeout,
+            max_body_bytes=max_body_mb << 20,
+            shutdown_timeout_s=shutdown_timeout,
+            api_key=read_api_key(api_key, api_key_file),
+        ),
         score_model_dim=score_model_dim,
         lang=lang,
         dtype=dtype,
@@ -193,6 +222,8 @@ def infer(
     max_questions: Annotated[int | None, typer.Option("--max_questions", min=1, help="Only the first.")] = None,
     request_timeout: RequestTimeout = 3600.0,
     patience: Annotated[float, typer.Option("--patience", min=0, help="Seconds to wait for an absent service.")] = 300,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
 ) -> None:
     """Generate and score responses to a benchmark."""
     from xbai.evaluate.client import RetryPolicy
@@ -234,41 +265,56 @@ def infer(
             max_questions=max_questions,
             search=search_options,
             retry=RetryPolicy(patience_s=patience, request_timeout_s=request_timeout),
+            api_key=read_api_key(api_key, api_key_file),
         )
     )
 
 
 Task = Annotated[str, typer.Option("--task", help="The benchmark, which knows how its answers are graded.")]
-JsonPath = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")]
 
 
 @_command("metric")
 def metric(
     task: Task,
-    result_paths: Annotated[str, typer.Option("--result_paths", help="Result files; a glob.")],
+    result_paths: Annotated[
+        list[str], typer.Option("--result_paths", help="Result files of one run: a path or a glob; may be repeated.")
+    ],
+    more_paths: Annotated[
+        list[str] | None, typer.Argument(metavar="[FILE]...", help="More of them, as a shell expands a glob.")
+    ] = None,
     n: Annotated[int, typer.Option("--N", min=1, help="Candidates among which the score chooses.")] = 1,
-    json_path: JsonPath = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option("--compare", help="Results to compare with, question by question; a glob; may be repeated."),
+    ] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write all numbers here; - for the terminal, instead of the tables.")
+    ] = None,
+    markdown_path: Annotated[
+        Path | None, typer.Option("--markdown", help="Write the tables here; - for the terminal, likewise.")
+    ] = None,
+    plot_path: Annotated[Path | None, typer.Option("--plot", help="Draw the figure here: .png, .pdf or .svg.")] = None,
 ) -> None:
     """Grade results: pass@1 of Best-of-N over all disjoint groups of N, then every strategy at every N."""
-    from xbai.evaluate.metrics import repeated_best_of_n, report_files
-    from xbai.evaluate.summary import write_json
-    from xbai.evaluate.tables import show
+    from xbai.evaluate.metric_command import MetricOptions, run_metric
 
-    report, questions = report_files(task, result_paths)
-    accuracies = repeated_best_of_n(questions, n)
-    mean = sum(accuracies) / len(accuracies)
-    typer.echo(f"Test {len(accuracies)} times")
-    typer.echo(f"pass@1 (Best-of-{n}): {100 * mean:.2f}")
-    show({task: report})
-    if json_path is not None:
-        repeated = {"n": n, "repetitions": len(accuracies), "accuracies": accuracies, "mean": mean}
-        write_json({"repeated_best_of_n": repeated, **report.to_dict()}, json_path)
+    run_metric(
+        MetricOptions(
+            task=task,
+            patterns=(*result_paths, *(more_paths or ())),
+            n=n,
+            base_patterns=tuple(compare or ()),
+            json_path=json_path,
+            markdown_path=markdown_path,
+            plot_path=plot_path,
+        )
+    )
 
 
 @_command("plot")
 def plot(
     kind: Annotated[str, typer.Argument(help="accuracy, steps (step scores), or training.")],
-    output: Annotated[Path, typer.Option("--output", help="The PNG to write.")],
+    output: Annotated[Path, typer.Option("--output", help="The figure to write: .png, .pdf or .svg.")],
     task: Annotated[str | None, typer.Option("--task", help="Benchmark of the results.")] = None,
     result_paths: Annotated[
         list[str] | None, typer.Option("--result_paths", help="TITLE=GLOB, once for each panel; or a glob.")
@@ -276,9 +322,12 @@ def plot(
     metrics_file: Annotated[Path | None, typer.Option("--metrics_file", help="metrics.jsonl of a training.")] = None,
 ) -> None:
     """Draw a figure from results or from a training's metrics."""
+    from xbai.evaluate.figure import check_format
     from xbai.evaluate.metrics import report_files
-    from xbai.evaluate.plots import plot_accuracy, plot_step_scores, plot_training
+    from xbai.evaluate.plots import plot_accuracy, plot_step_scores
+    from xbai.evaluate.training_plot import plot_training
 
+    check_format(output)
     if kind == "training":
         if metrics_file is None:
             raise UserError("plot training needs --metrics_file")
@@ -287,7 +336,7 @@ def plot(
         if task is None or not result_paths:
             raise UserError(f"plot {kind} needs --task and --result_paths")
         named = {title or pattern: pattern for title, _, pattern in (path.rpartition("=") for path in result_paths)}
-        measured = {title: report_files(task, pattern) for title, pattern in named.items()}
+        measured = {title: report_files(task, [pattern]) for title, pattern in named.items()}
         if kind == "accuracy":
             plot_accuracy({title: report for title, (report, _) in measured.items()}, output)
         else:
@@ -311,15 +360,15 @@ def summary(
     """Compare a model before and after RL."""
     from xbai.evaluate.metrics import report_files
     from xbai.evaluate.summary import build_summary, write_json
-    from xbai.evaluate.tables import show
+    from xbai.evaluate.tables import report_grids, show
 
-    base, _ = report_files(task, base_results)
-    rl, _ = report_files(task, rl_results)
+    base, _ = report_files(task, [base_results])
+    rl, _ = report_files(task, [rl_results])
     write_json(build_summary(base, rl, seconds_total), output)
     reports = {"Before RL": base, "After RL": rl}
     if plot_output is not None:
         from xbai.evaluate.plots import plot_accuracy
 
         plot_accuracy(reports, plot_output)
-    show(reports)
+    show(report_grids(reports))
     typer.echo(f"wrote {output}")

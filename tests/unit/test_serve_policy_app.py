@@ -26,6 +26,7 @@ class GatedEngine(Engine):
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__(Qwen3Config(vocab_size=len(tokenizer)), tokenizer, max_model_len=64, scorer=None)
+        self.max_num_seqs = 32
         self.gate = threading.Event()
         self.explode = False
         self.queued: list[Sample] = []
@@ -123,14 +124,12 @@ def test_a_client_that_leaves_frees_its_work(start: Start) -> None:
 
 def test_a_dead_engine_fails_its_clients_and_its_health(start: Start) -> None:
     url, engine, thread = start()
-    deaths = []
-    thread.on_death = lambda: deaths.append(True)
     with ThreadPoolExecutor(1) as clients:
         running = clients.submit(generate, url)
         wait_until(lambda: engine.queued)
         engine.explode = True
         assert running.result().status_code == 503
-    wait_until(lambda: deaths)
+    wait_until(lambda: not thread.running)
     assert httpx.get(f"{url}/health").status_code == 503
     assert httpx.get(f"{url}/ready").status_code == 503
     assert generate(url).status_code == 503

@@ -19,7 +19,7 @@ FLAGS = {"dtype": "auto", "max_model_len": None, "tensor_parallel_size": None, "
 def serve(monkeypatch: pytest.MonkeyPatch):
     """`serve(folder, **flags) -> the engine that would answer`."""
     loaded: list[Engine] = []
-    monkeypatch.setattr(run, "_run", lambda app, thread, listener, limits: loaded.append(thread._load()))
+    monkeypatch.setattr(run, "_run", lambda app, listener: loaded.append(app.state.service.thread._load()))
 
     def serve_policy(folder: Path, **flags: Any) -> Engine:
         run.serve_policy(str(folder), "127.0.0.1", 0, Limits(), engine="hf", **(FLAGS | flags))

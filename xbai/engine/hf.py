@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,9 +27,12 @@ from xbai.engine.scorer import Scorer, truncate_backbone
 from xbai.engine.weight_check import HeldWeight
 from xbai.sprm import load_score_head, load_sprm_config
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class HFEngine(Engine):
-    """Generates batch by batch: a step runs as many queued samples as the budgets allow, to completion.
+    """Generates batch by batch: as many queued samples as the budgets allow, each step adding a token to all of them.
 
     Args:
         model_path: a Hugging Face model folder.
@@ -74,13 +78,15 @@ class HFEngine(Engine):
         length = resolve_max_model_len(max_model_len, config)
         super().__init__(config, tokenizer, length, scorer, seed, trust_remote_code)
         self._eos_ids = frozenset(eos_token_ids(model_path, config, tokenizer))
-        self._max_num_seqs = max_num_seqs
+        self.max_num_seqs = max_num_seqs
         self._max_cache_slots = max_cache_slots
         self._queue: deque[Sample] = deque()
+        self._batch: _Batch | None = None
 
     def close(self) -> None:
         """Free the model."""
         self._queue.clear()
+        self._batch = None
         self._model = self.scorer = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -91,6 +97,8 @@ class HFEngine(Engine):
     def _drop(self, samples: list[Sample]) -> None:
         keys = {sample.key for sample in samples}
         self._queue = deque(sample for sample in self._queue if sample.key not in keys)
+        if self._batch is not None:
+            self._batch.drop(keys)
 
     def _load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
@@ -107,7 +115,7 @@ class HFEngine(Engine):
     def _next_batch(self) -> list[Sample]:
         batch: list[Sample] = []
         longest_prompt = longest_response = 0
-        while self._queue and len(batch) < self._max_num_seqs:
+        while self._queue and len(batch) < self.max_num_seqs:
             sample = self._queue[0]
             longest_prompt = max(longest_prompt, len(sample.prompt_ids))
             longest_response = max(longest_response, sample.params.max_tokens)
@@ -118,46 +126,77 @@ class HFEngine(Engine):
 
     @torch.inference_mode()
     def _advance(self) -> list[tuple[Sample, Completion]]:
-        samples = self._next_batch()
-        if not samples:
+        if self._batch is None or not self._batch.unfinished:
+            samples = self._next_batch()
+            self._batch = self._new_batch(samples) if samples else None
+        if self._batch is None:
             return []
+        return [(row.sample, row.completion()) for row in self._batch.advance()]
+
+    def _new_batch(self, samples: list[Sample]) -> _Batch:
         rows = [_Row(sample, self.tokenizer, self._eos_ids) for sample in samples]
-        sampler = BatchSampler(samples, self.vocab_size, self.device)
-        input_ids, attention_mask = self._left_padded(samples)
-        cache = DynamicCache(config=self._model.config)
-        active = rows
-        while True:
-            tokens, log_probs = sampler(self._forward(input_ids, attention_mask, cache))
-            for row, token, log_prob in zip(active, tokens.tolist(), log_probs.tolist(), strict=True):
-                row.append(token, log_prob)
-            unfinished = [index for index, row in enumerate(active) if row.finish_reason is None]
-            if not unfinished:
-                return [(row.sample, row.completion()) for row in rows]
-            if 2 * len(unfinished) <= len(active):
-                keep = torch.tensor(unfinished, device=self.device)
-                cache.batch_select_indices(keep)
-                sampler.keep(keep)
-                tokens, attention_mask = tokens[keep], attention_mask[keep]
-                active = [active[index] for index in unfinished]
-            input_ids = tokens[:, None]
-            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(active), 1)], dim=1)
+        return _Batch(self._model, rows, BatchSampler(samples, self.vocab_size, self.device), self.device)
 
-    def _left_padded(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
-        width = max(len(sample.prompt_ids) for sample in samples)
-        input_ids = torch.zeros(len(samples), width, dtype=torch.long)
+
+class _Batch:
+    """Samples that began together, over one KV cache; the rows of ended ones go once they are half of it."""
+
+    def __init__(self, model: PreTrainedModel, rows: list[_Row], sampler: BatchSampler, device: torch.device) -> None:
+        self._model = model
+        self._rows = rows
+        self._sampler = sampler
+        self._cache = DynamicCache(config=model.config)
+        width = max(len(row.sample.prompt_ids) for row in rows)
+        input_ids = torch.zeros(len(rows), width, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
-        for row, sample in enumerate(samples):
-            input_ids[row, width - len(sample.prompt_ids) :] = torch.tensor(sample.prompt_ids)
-            attention_mask[row, width - len(sample.prompt_ids) :] = 1
-        return input_ids.to(self.device), attention_mask.to(self.device)
+        for index, row in enumerate(rows):
+            prompt_ids = row.sample.prompt_ids
+            input_ids[index, width - len(prompt_ids) :] = torch.tensor(prompt_ids)
+            attention_mask[index, width - len(prompt_ids) :] = 1
+        self._input_ids, self._attention_mask = input_ids.to(device), attention_mask.to(device)
 
-    def _forward(self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache) -> Tensor:
-        position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+    @property
+    def unfinished(self) -> list[int]:
+        """The rows still being written."""
+        return [index for index, row in enumerate(self._rows) if row.finish_reason is None]
+
+    def advance(self) -> list[_Row]:
+        """Add a token to every unfinished row; the rows which that finished."""
+        before = self.unfinished
+        tokens, log_probs = self._sampler(self._forward())
+        for row, token, log_prob in zip(self._rows, tokens.tolist(), log_probs.tolist(), strict=True):
+            row.append(token, log_prob)
+        finished = [self._rows[index] for index in before if self._rows[index].finish_reason is not None]
+        self._shrink_to(self.unfinished, tokens)
+        return finished
+
+    def drop(self, keys: set[str]) -> None:
+        """End the rows of these samples, which nobody waits for."""
+        for index in self.unfinished:
+            if self._rows[index].sample.key in keys:
+                self._rows[index].finish_reason = "abort"
+
+    def _shrink_to(self, unfinished: list[int], tokens: Tensor) -> None:
+        if not unfinished:
+            return
+        if 2 * len(unfinished) <= len(self._rows):
+            keep = torch.tensor(unfinished, device=tokens.device)
+            self._cache.batch_select_indices(keep)
+            self._sampler.keep(keep)
+            tokens, self._attention_mask = tokens[keep], self._attention_mask[keep]
+            self._rows = [self._rows[index] for index in unfinished]
+        self._input_ids = tokens[:, None]
+        self._attention_mask = torch.cat(
+            [self._attention_mask, self._attention_mask.new_ones(len(self._rows), 1)], dim=1
+        )
+
+    def _forward(self) -> Tensor:
+        position_ids = (self._attention_mask.cumsum(1) - 1).clamp(min=0)[:, -self._input_ids.shape[1] :]
         output = self._model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
+            input_ids=self._input_ids,
+            attention_mask=self._attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
+            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
         )

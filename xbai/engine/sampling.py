@@ -7,6 +7,9 @@ from torch import Tensor
 
 from xbai.engine.base import Sample
 
+# As in vLLM: colder ones would overflow.
+MIN_TEMPERATURE = 0.01
+
 
 class BatchSampler:
     """Per-row temperature, top-k, top-p and repetition penalty, each row on its own random stream.
@@ -33,7 +36,7 @@ class BatchSampler:
         """Logits [rows, vocab] to the next tokens [rows] and their log-probs [rows] under logits / temperature."""
         logits = logits.float()
         greedy = self._temperature == 0
-        temperature = torch.where(greedy, 1.0, self._temperature)
+        temperature = torch.where(greedy, 1.0, self._temperature.clamp(min=MIN_TEMPERATURE))
         log_probs = (logits / temperature).log_softmax(-1)
         logits = self._penalize(logits)
         sampled = self._draw_tokens(self._filter(logits / temperature))
@@ -58,7 +61,10 @@ class BatchSampler:
         ordered, order = logits.sort(-1, descending=True)
         ordered = ordered.masked_fill(torch.arange(vocab_size, device=logits.device) >= self._top_k, float("-inf"))
         probs = ordered.softmax(-1)
-        ordered = ordered.masked_fill(probs.cumsum(-1) - probs >= self._top_p, float("-inf"))
+        # The likeliest token stays, even where a tiny top_p is 0 in float32.
+        beyond = probs.cumsum(-1) - probs >= self._top_p
+        beyond[:, 0] = False
+        ordered = ordered.masked_fill(beyond, float("-inf"))
         return torch.full_like(logits, float("-inf")).scatter_(1, order, ordered)
 
     def _draw_tokens(self, logits: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from xbai.api_key import API_KEY_VARIABLE
 from xbai.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -106,6 +107,7 @@ class ServicePool:
 
         Raises:
             RequestRefusedError: a 4xx answer, or `max_attempts` failures.
+            UserError: the service asks for another API key.
             ServiceUnavailableError: every copy has been out of reach for `patience_s`.
         """
         clock = asyncio.get_running_loop().time
@@ -130,6 +132,7 @@ class ServicePool:
                     if response.is_success:
                         replica.failures = 0
                         return response.json()
+                    _check_key(response)
                     problem = f"{response.status_code}: {_detail(response)}"
                     if response.status_code == 429:
                         replica.resting_until = clock() + _retry_after_s(response)
@@ -156,6 +159,7 @@ class ServicePool:
 
         Raises:
             ServiceUnavailableError: none answers within `patience_s`.
+            UserError: a service asks for another API key.
         """
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._policy.patience_s
@@ -180,6 +184,7 @@ class ServicePool:
             return None
         if response.status_code == 503:
             return None
+        _check_key(response)
         return response.json() if response.is_success else {}
 
     @asynccontextmanager
@@ -232,6 +237,11 @@ class ServicePool:
         pause = backoff_s(replica.failures)
         replica.resting_until = now + pause
         logger.warning("%s is set aside for %.1f s (%s)", replica.base_url, pause, problem)
+
+
+def _check_key(response: httpx.Response) -> None:
+    if response.status_code == 401:
+        raise UserError(f"{response.url}: {_detail(response)}; give --api_key_file, or set {API_KEY_VARIABLE}")
 
 
 def _retry_after_s(response: httpx.Response) -> float:

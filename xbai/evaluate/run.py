@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 from transformers import PreTrainedTokenizerBase
 
+from xbai.api_key import authorization
 from xbai.benchmarks.base import Benchmark
 from xbai.benchmarks.registry import get_benchmark
 from xbai.engine.files import load_tokenizer
@@ -54,6 +55,7 @@ class RunOptions:
         total_parts, part: run only the questions whose index leaves `part` when divided by `total_parts`.
         max_questions: only the first so many.
         search: how a response is found; `candidates` counts the searches, where it is one that chooses by steps.
+        api_key: what the services ask for, if anything.
     """
 
     task: str
@@ -78,6 +80,7 @@ class RunOptions:
     max_questions: int | None = None
     search: SearchOptions = field(default_factory=SearchOptions)
     retry: RetryPolicy = field(default_factory=RetryPolicy)
+    api_key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
@@ -186,7 +189,7 @@ async def _run(
     requests = list(missing_requests(questions, store, options.candidates, at_once))
     # A connection is needed for every request in flight; the pools bound those.
     unbounded = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(limits=unbounded) as client:
+    async with httpx.AsyncClient(limits=unbounded, headers=authorization(options.api_key)) as client:
         policy = ServicePool(options.response_api_url, "/generate", client, options.retry, options.max_in_flight)
         scorer = None
         if options.score_api_url:

@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response, Security
+from fastapi.security import HTTPBearer
 
 from xbai.serve.engine_thread import ModelThread
 from xbai.serve.errors import ServiceError, install_error_handlers
-from xbai.serve.limits import Admission, Limits
+from xbai.serve.limits import Admission, Limits, answer_in_time
 from xbai.serve.monitoring import Metrics, RequestMiddleware
 from xbai.serve.schemas import ErrorResponse, StateResponse
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 ERRORS = {
     status: {"model": ErrorResponse, "description": description}
     for status, description in {
-        400: "not JSON",
+        400: "unreadable",
+        408: "the body did not arrive in time",
         413: "too long",
         422: "bad input",
         429: "the queue is full",
-        503: "not ready",
+        500: "a bug",
+        503: "not ready, or stopping",
         504: "out of time",
     }.items()
 }
+KEY_NEEDED = {401: {"model": ErrorResponse, "description": "no, or not the right, API key"}}
+NOT_READY = {503: {"model": ErrorResponse, "description": "not so"}}
 
 
 class Service:
@@ -45,17 +54,52 @@ class Service:
         self.thread = thread
         self.limits = limits
         self.admission = Admission(limits.max_pending)
-        self.metrics = Metrics(self.admission)
+        self.metrics = Metrics()
+        self.metrics.watch(
+            "xbai_queue_items", "Responses or texts accepted, not yet answered", lambda: self.admission.pending
+        )
+        self._deadline: float | None = None
         self._model_name = model_name
         # One worker: a fast tokenizer is not safe to encode with from several threads at once.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
-        self.app = FastAPI(title=title, lifespan=self._lifespan)
+        # The middleware checks the key, before a body is read; this only says so in the schema.
+        key = {"dependencies": [Security(HTTPBearer(auto_error=False))], "responses": KEY_NEEDED}
+        self.app = FastAPI(title=title, lifespan=self._lifespan, **({} if limits.api_key is None else key))
+        self.app.state.service = self
         install_error_handlers(self.app)
         known = frozenset([*routes, "/health", "/ready", "/metrics"])
-        self.app.add_middleware(
-            RequestMiddleware, metrics=self.metrics, routes=known, max_body_bytes=limits.max_body_bytes
-        )
+        self.app.add_middleware(RequestMiddleware, metrics=self.metrics, routes=known, limits=limits)
         self._add_state_routes()
+
+    async def answer(self, request: Request, work: Awaitable[T]) -> T:
+        """Await `work` as long as the client, the clock and the service allow; see `answer_in_time`."""
+        return await answer_in_time(request, work, self.limits.request_timeout_s, self._end)
+
+    def stop(self) -> None:
+        """Take no more work. What there is may go on for the shutdown time-out."""
+        self.admission.closed = True
+        self._deadline = time.monotonic() + self.limits.shutdown_timeout_s
+
+    @property
+    def stopping(self) -> bool:
+        """`stop` was called."""
+        return self._deadline is not None
+
+    def finished(self) -> bool:
+        """There is nothing more to serve: the model is dead, or the service stops and the last answer is made.
+
+        To be called from the event loop. At the end of the shutdown time-out it refuses what is still unanswered.
+        """
+        if not self.thread.alive:
+            return True
+        if self.stopping and self.admission.pending and self._seconds_left() <= 0 and not self._end.done():
+            self._end.set_result(None)
+        return self.stopping and not self.admission.pending
+
+    def _seconds_left(self) -> float:
+        if self._deadline is None:
+            return self.limits.shutdown_timeout_s
+        return max(0.0, self._deadline - time.monotonic())
 
     async def encode(self, *texts: str) -> list[list[int]]:
         """Token ids of each text, without special tokens, computed off the event loop."""
@@ -68,11 +112,13 @@ class Service:
 
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        self._end = asyncio.get_running_loop().create_future()
         self.thread.start()
         yield
-        ended = await asyncio.to_thread(self.thread.stop, self.limits.shutdown_timeout_s)
-        if not ended:
-            logger.warning("the model thread did not end within %d s", self.limits.shutdown_timeout_s)
+        # A model that is being loaded, or hangs, cannot be interrupted.
+        patience_s = self._seconds_left() if self.thread.ready else 0.0
+        if not await asyncio.to_thread(self.thread.stop, patience_s):
+            logger.warning("the model thread still runs")
         self._tokenizing.shutdown(wait=False)
 
     def _state(self, status: str) -> StateResponse:
@@ -80,16 +126,18 @@ class Service:
         return StateResponse(status=status, model=self._model_name, scores=scores)
 
     def _add_state_routes(self) -> None:
-        @self.app.get("/health", responses={503: {"model": ErrorResponse}})
+        @self.app.get("/health", responses=NOT_READY)
         async def health() -> StateResponse:
             """The process and its engine are alive (perhaps still loading)."""
             if not self.thread.alive:
                 raise ServiceError(503, f"the engine is dead: {self.thread.error!r}")
             return self._state("alive")
 
-        @self.app.get("/ready", responses={503: {"model": ErrorResponse}})
+        @self.app.get("/ready", responses=NOT_READY)
         async def ready() -> StateResponse:
             """The model is loaded and answers."""
+            if self.stopping:
+                raise ServiceError(503, "the service is stopping")
             if not self.thread.ready:
                 raise ServiceError(503, "the model is not loaded", retry_after_s=5)
             return self._state("ready")

@@ -10,12 +10,13 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from xbai.engine import Completion, Engine, PromptTooLong, SamplingParams, Scored, Scorer
 from xbai.errors import UserError
 from xbai.serve.errors import ServiceError
+from xbai.serve.fair_queue import FairQueue
 from xbai.sprm import StepRule
 
 if TYPE_CHECKING:
@@ -30,10 +31,10 @@ class ModelThread(ABC, Generic[Model]):
     """Loads a model in a thread of its own, which alone touches it from then on.
 
     Other threads put commands into its inbox and await futures. When loading or a command's work fails, the thread
-    ends, every waiting future fails with 503, and `on_death` is called once.
+    ends and every waiting future fails with 503.
 
     Attributes:
-        error: why the thread died; None while it has not.
+        error: why the model is dead; None while it is not.
     """
 
     def __init__(self, name: str, load: Callable[[], Model]) -> None:
@@ -43,7 +44,6 @@ class ModelThread(ABC, Generic[Model]):
         self._model: Model | None = None
         self._stopping = False
         self.error: BaseException | None = None
-        self.on_death: Callable[[], None] = lambda: None
 
     def start(self) -> None:
         """Begin loading; `ready` turns true at the end of it."""
@@ -54,6 +54,11 @@ class ModelThread(ABC, Generic[Model]):
         self._inbox.put(self._stop)
         self._thread.join(timeout_s)
         return not self.running
+
+    def fail(self, error: BaseException) -> None:
+        """Take the model for dead, also where its thread hangs in it; callable from any thread."""
+        self.error = self.error or error
+        self._fail_all(ServiceError(503, "the engine stopped"))
 
     @property
     def running(self) -> bool:
@@ -86,20 +91,20 @@ class ModelThread(ABC, Generic[Model]):
 
     def _run(self) -> None:
         try:
-            self._model = self._load()
+            model = self._load()
+            self._watch(model)
+            self._model = model
             while not self._stopping:
-                self._take_commands(self._model)
-                self._work(self._model)
-            self._close(self._model)
+                self._take_commands(model)
+                self._work(model)
+            self._close(model)
         except UserError as error:
-            self.error = error
+            self.fail(error)
         except BaseException as error:
             logger.exception("the %s thread died", self._thread.name)
-            self.error = error
+            self.fail(error)
         finally:
             self._fail_all(ServiceError(503, "the engine stopped"))
-            if self.error is not None:
-                self.on_death()
 
     def _take_commands(self, model: Model) -> None:
         block = self._idle(model)
@@ -123,13 +128,11 @@ class ModelThread(ABC, Generic[Model]):
     def _fail_all(self, error: ServiceError) -> None:
         """Fail every waiting future."""
 
+    def _watch(self, model: Model) -> None:
+        """Call `fail` when a process that the model needs dies."""
+
     def _close(self, model: Model) -> None:
         """Release the model; what still waits is failed afterwards."""
-
-
-def _answer(future: Future, value: object) -> None:
-    if future.set_running_or_notify_cancel():
-        future.set_result(value)
 
 
 def _refuse(future: Future, error: Exception) -> None:
@@ -137,67 +140,125 @@ def _refuse(future: Future, error: Exception) -> None:
         future.set_exception(error)
 
 
+@dataclass
+class _Generation:
+    """A request of `params.n` samples, each of which is a request to the engine."""
+
+    request_id: str
+    client: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    return_scores: bool
+    future: Future[list[Completion]] = field(default_factory=Future)
+    begun: set[int] = field(default_factory=set)
+    completions: dict[int, Completion] = field(default_factory=dict)
+
+
 class EngineThread(ModelThread[Engine]):
-    """Continuous batching: requests join the running batch as they come; cancelled ones leave it."""
+    """Continuous batching: samples join the running batch as places get free, the clients by turns.
+
+    The engine runs in this process, beside the event loop that answers HTTP, and not behind vLLM's `AsyncLLM`. The same
+    scheduler and workers are behind both; what the other one's process would spare is the event loop's share of the
+    interpreter lock, which is taken once a request (not once a token: nothing is passed on before a request is
+    finished), and the GPU works on meanwhile, because vLLM schedules a step ahead of it.
+    """
 
     def __init__(self, load: Callable[[], Engine]) -> None:
         super().__init__("engine", load)
         self._numbers = itertools.count()
-        self._waiting: dict[str, Future[list[Completion]]] = {}
+        self._requests: dict[str, _Generation] = {}
+        self._queue: FairQueue[tuple[_Generation, int]] = FairQueue()
+        self._begun: dict[str, tuple[_Generation, int]] = {}
         self._lock = threading.Lock()
 
+    @property
+    def samples_waiting(self) -> int:
+        """Samples that the engine has not been given yet."""
+        return len(self._queue)
+
+    @property
+    def samples_begun(self) -> int:
+        """Samples that the engine is at."""
+        return len(self._begun)
+
     async def generate(
-        self, prompt_ids: list[int], params: SamplingParams, return_scores: bool = False
+        self, prompt_ids: list[int], params: SamplingParams, return_scores: bool = False, client: str = ""
     ) -> list[Completion]:
-        """Sample `params.n` responses. Cancelling the awaiting task aborts the work.
+        """Sample `params.n` responses. Cancelling the awaiting task aborts the work. `client` is whose turn it takes.
 
         Raises:
-            ServiceError: 503 when the engine is not, or no longer, at work.
+            ServiceError: 503 when the engine is not, or no longer, at work; 413 or 422 when it refuses the request.
         """
-        request_id = str(next(self._numbers))
-        future: Future[list[Completion]] = Future()
+        request = _Generation(str(next(self._numbers)), client, prompt_ids, params, return_scores)
         with self._lock:
             if not self.ready:
                 raise ServiceError(503, "the model is not loaded", retry_after_s=5)
-            self._waiting[request_id] = future
-        self._inbox.put(lambda engine: self._add(engine, request_id, prompt_ids, params, return_scores))
+            self._requests[request.request_id] = request
+        self._inbox.put(lambda engine: self._add(engine, request))
         try:
-            return await asyncio.wrap_future(future)
+            return await asyncio.wrap_future(request.future)
         except asyncio.CancelledError:
-            self._inbox.put(lambda engine: self._abort(engine, request_id))
+            self._inbox.put(lambda engine: self._abort(engine, request))
             raise
 
-    def _add(
-        self, engine: Engine, request_id: str, prompt_ids: list[int], params: SamplingParams, return_scores: bool
-    ) -> None:
-        if self._waiting[request_id].cancelled():
-            del self._waiting[request_id]
-            return
+    def _add(self, engine: Engine, request: _Generation) -> None:
         try:
-            engine.add_request(request_id, prompt_ids, params, return_scores)
+            engine.check(request.prompt_ids, request.return_scores)
         except UserError as error:
             status = 413 if isinstance(error, PromptTooLong) else 422
-            _refuse(self._waiting.pop(request_id), ServiceError(status, str(error)))
+            self._finish(request, ServiceError(status, str(error)))
+        else:
+            numbers = range(request.params.n)
+            self._queue.put(request.client, request.request_id, ((request, number) for number in numbers))
 
-    def _abort(self, engine: Engine, request_id: str) -> None:
-        if self._waiting.pop(request_id, None) is not None:
-            engine.abort(request_id)
+    def _abort(self, engine: Engine, request: _Generation) -> None:
+        self._requests.pop(request.request_id, None)
+        self._queue.remove(request.client, request.request_id)
+        for number in request.begun - request.completions.keys():
+            key = f"{request.request_id}/{number}"
+            engine.abort(key)
+            self._begun.pop(key)
 
     def _idle(self, model: Engine) -> bool:
-        return not model.has_unfinished()
+        return not (self._queue or self._begun)
 
     def _work(self, model: Engine) -> None:
-        if not model.has_unfinished():
+        while self._queue and len(self._begun) < model.max_num_seqs:
+            self._begin(model, *self._queue.get())
+        if not self._begun:
             return
-        for request_id, completions in model.step():
-            _answer(self._waiting.pop(request_id), completions)
+        for key, [completion] in model.step():
+            request, number = self._begun.pop(key)
+            request.completions[number] = completion
+            if len(request.completions) == request.params.n:
+                self._finish(request, [request.completions[number] for number in range(request.params.n)])
+
+    def _begin(self, engine: Engine, request: _Generation, number: int) -> None:
+        key = f"{request.request_id}/{number}"
+        one = replace(request.params, n=1, first=number)
+        engine.add_request(key, request.prompt_ids, one, request.return_scores)
+        request.begun.add(number)
+        self._begun[key] = request, number
+
+    def _finish(self, request: _Generation, answer: list[Completion] | ServiceError) -> None:
+        with self._lock:
+            waited_for = self._requests.pop(request.request_id, None)
+        if waited_for is None or not request.future.set_running_or_notify_cancel():
+            return
+        if isinstance(answer, ServiceError):
+            request.future.set_exception(answer)
+        else:
+            request.future.set_result(answer)
 
     def _fail_all(self, error: ServiceError) -> None:
         with self._lock:
             self._model = None
-            waiting, self._waiting = self._waiting, {}
-        for future in waiting.values():
-            _refuse(future, error)
+            waiting = list(self._requests.values())
+        for request in waiting:
+            self._finish(request, error)
+
+    def _watch(self, model: Engine) -> None:
+        model.watch(lambda: self.fail(RuntimeError("a worker process of the engine died")))
 
     def _close(self, model: Engine) -> None:
         model.close()

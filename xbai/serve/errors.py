@@ -30,6 +30,8 @@ class ServiceError(Exception):
     def to_response(self) -> JSONResponse:
         """The HTTP answer."""
         headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse({"detail": self.detail}, self.status, headers)
 
 

@@ -1,29 +1,35 @@
-"""Prometheus metrics of a service, and the ASGI layer that measures, names and bounds every request."""
+"""Prometheus metrics of a service, and the ASGI layer that admits, measures, names and bounds every request."""
 
 from __future__ import annotations
 
+import asyncio
+import hmac
 import logging
+import re
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from xbai.api_key import authorization
 from xbai.serve.errors import ServiceError
-from xbai.serve.limits import Admission
+from xbai.serve.limits import Limits
 
 logger = logging.getLogger(__name__)
 
 LATENCY_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
 SCORE_BUCKETS = tuple(i / 10 for i in range(1, 11))
 UNKNOWN_ROUTE = "other"
+OPEN_ROUTE = "/health"
+REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 
 
 class Metrics:
     """One service's counters, in a registry of their own."""
 
-    def __init__(self, admission: Admission) -> None:
+    def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self.requests = Counter("xbai_requests", "Requests answered", ["route", "status"], registry=self._registry)
         self.latency = Histogram(
@@ -35,13 +41,15 @@ class Metrics:
             "xbai_responses", "Responses generated, by why they ended", ["finish_reason"], registry=self._registry
         )
         self.scores = Histogram("xbai_scores", "Trajectory scores", buckets=SCORE_BUCKETS, registry=self._registry)
-        pending = Gauge("xbai_queue_items", "Responses or texts accepted, not yet answered", registry=self._registry)
-        pending.set_function(lambda: admission.pending)
 
     def observe_scores(self, values: Iterable[float]) -> None:
         """Count trajectory scores."""
         for value in values:
             self.scores.observe(value)
+
+    def watch(self, name: str, description: str, value: Callable[[], int]) -> None:
+        """Add a gauge that is read whenever it is asked for."""
+        Gauge(name, description, registry=self._registry).set_function(value)
 
     def render(self) -> bytes:
         """The text exposition format."""
@@ -49,16 +57,18 @@ class Metrics:
 
 
 class RequestMiddleware:
-    """Bounds the body, gives every request an id (its own, or the client's `X-Request-Id`), counts and logs it.
+    """Asks for the key, bounds the body, gives every request an id (its own, or the client's), counts and logs it.
 
-    Plain ASGI, because Starlette's function middleware hides a client's disconnect from the handler.
+    Plain ASGI, because Starlette's function middleware hides a client's disconnect from the handler. What a handler
+    puts into `request.state.log` is logged with the request.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, routes: frozenset[str], max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, routes: frozenset[str], limits: Limits) -> None:
         self._app = app
         self._metrics = metrics
         self._routes = routes
-        self._max_body_bytes = max_body_bytes
+        self._limits = limits
+        self._authorization = authorization(limits.api_key).get("Authorization", "").encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection event stream."""
@@ -66,48 +76,67 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        request_id = _header(scope, b"x-request-id") or uuid.uuid4().hex
+        request_id = _header(scope, b"x-request-id").decode("latin-1")
+        if not REQUEST_ID.fullmatch(request_id):
+            request_id = uuid.uuid4().hex
+        log = scope.setdefault("state", {})["log"] = {}
         status = 500
 
         async def send_named(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message.setdefault("headers", []).append((b"x-request-id", request_id.encode("latin-1")))
+                message.setdefault("headers", []).append((b"x-request-id", request_id.encode()))
             await send(message)
 
         try:
-            if int(_header(scope, b"content-length") or 0) > self._max_body_bytes:
+            self._authorize(scope)
+            if int(_header(scope, b"content-length") or 0) > self._limits.max_body_bytes:
                 raise self._too_large()
             await self._app(scope, self._bounded(receive), send_named)
         except ServiceError as error:
             await error.to_response()(scope, receive, send_named)
         finally:
-            self._record(scope, status, time.perf_counter() - started, request_id)
+            self._record(scope, status, time.perf_counter() - started, {"request_id": request_id}, log)
+
+    def _authorize(self, scope: Scope) -> None:
+        if scope["path"] == OPEN_ROUTE or not self._authorization:
+            return
+        if not hmac.compare_digest(_header(scope, b"authorization"), self._authorization):
+            raise ServiceError(401, "this service asks for its API key: Authorization: Bearer KEY")
 
     def _bounded(self, receive: Receive) -> Receive:
         received = 0
+        complete = False
+        deadline = asyncio.get_running_loop().time() + self._limits.receive_timeout_s
 
         async def bounded() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, complete
+            try:
+                async with asyncio.timeout_at(None if complete else deadline):
+                    message = await receive()
+            except TimeoutError:
+                seconds = self._limits.receive_timeout_s
+                raise ServiceError(408, f"the request body did not arrive within {seconds:g} s") from None
+            complete = not message.get("more_body", False)
             received += len(message.get("body", b""))
-            if received > self._max_body_bytes:
+            if received > self._limits.max_body_bytes:
                 raise self._too_large()
             return message
 
         return bounded
 
     def _too_large(self) -> ServiceError:
-        return ServiceError(413, f"the request body is larger than {self._max_body_bytes} bytes")
+        return ServiceError(413, f"the request body is larger than {self._limits.max_body_bytes} bytes")
 
-    def _record(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
+    def _record(self, scope: Scope, status: int, seconds: float, name: dict[str, str], log: dict[str, int]) -> None:
         route = scope["path"] if scope["path"] in self._routes else UNKNOWN_ROUTE
         self._metrics.requests.labels(route, str(status)).inc()
         self._metrics.latency.labels(route).observe(seconds)
         level = logging.DEBUG if scope["method"] == "GET" and status < 400 else logging.INFO
-        logger.log(level, "request=%s route=%s status=%d seconds=%.3f", request_id, route, status, seconds)
+        fields = {**name, "route": route, "status": status, "seconds": round(seconds, 4), **log}
+        logger.log(level, "request", extra={"fields": fields})
 
 
-def _header(scope: Scope, name: bytes) -> str:
-    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")
+def _header(scope: Scope, name: bytes) -> bytes:
+    return next((value for key, value in scope["headers"] if key == name), b"")

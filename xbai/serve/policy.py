@@ -8,7 +8,7 @@ from xbai.engine import Completion, SamplingParams
 from xbai.serve.app import ERRORS, Service
 from xbai.serve.engine_thread import EngineThread
 from xbai.serve.errors import ServiceError
-from xbai.serve.limits import Limits, answer_in_time
+from xbai.serve.limits import Limits
 from xbai.serve.schemas import GenerateRequest, GenerateResponse
 from xbai.sprm import aggregate
 
@@ -16,17 +16,19 @@ from xbai.sprm import aggregate
 def create_policy_app(thread: EngineThread, model_name: str, limits: Limits) -> FastAPI:
     """The ASGI application; it starts and stops `thread`."""
     service = Service("XBai policy service", model_name, thread, limits, ["/generate"])
+    service.metrics.watch("xbai_engine_samples_waiting", "Samples before the engine", lambda: thread.samples_waiting)
+    service.metrics.watch("xbai_engine_samples_begun", "Samples in the engine", lambda: thread.samples_begun)
 
     @service.app.post("/generate", responses=ERRORS, response_model_exclude_none=True)
     async def generate(body: GenerateRequest, request: Request) -> GenerateResponse:
         """Sample `response_num` responses to a prompt."""
         with service.admission.admit(body.response_num):
-            return await answer_in_time(request, _generate(service, body), limits.request_timeout_s)
+            return await service.answer(request, _generate(service, body, request))
 
     return service.app
 
 
-async def _generate(service: Service, body: GenerateRequest) -> GenerateResponse:
+async def _generate(service: Service, body: GenerateRequest, request: Request) -> GenerateResponse:
     thread: EngineThread = service.thread
     if body.return_scores and thread.model.step_rule is None:
         raise ServiceError(422, "return_scores: this model has no score head")
@@ -36,10 +38,13 @@ async def _generate(service: Service, body: GenerateRequest) -> GenerateResponse
         raise ServiceError(
             413, f"prefix_prompt: {len(prompt_ids)} tokens leave no room in the model's {thread.model.max_model_len}"
         )
-    completions = await thread.generate(prompt_ids, _sampling_params(body, room), body.return_scores)
+    client = request.client.host if request.client else ""
+    completions = await thread.generate(prompt_ids, _sampling_params(body, room), body.return_scores, client)
     response = _response(completions, body.return_scores)
+    generated = sum(response.token_counts)
+    request.state.log |= {"responses": body.response_num, "prompt_tokens": len(prompt_ids), "tokens": generated}
     service.metrics.prompt_tokens.inc(len(prompt_ids))
-    service.metrics.generated_tokens.inc(sum(response.token_counts))
+    service.metrics.generated_tokens.inc(generated)
     service.metrics.observe_scores(response.scores or ())
     for reason in response.finish_reasons:
         service.metrics.responses.labels(reason).inc()

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import torch
 import uvicorn
 from fastapi import FastAPI
 
 from xbai.engine import Scorer, load_engine
 from xbai.engine.files import check_model_folder, load_tokenizer, read_config, resolve_max_model_len
 from xbai.errors import UserError
-from xbai.serve.engine_thread import EngineThread, ModelThread, ScoreModel, ScorerThread
+from xbai.serve.app import Service
+from xbai.serve.engine_thread import EngineThread, ScoreModel, ScorerThread
 from xbai.serve.limits import Limits
 from xbai.serve.policy import create_policy_app
+from xbai.serve.protocol import BoundedHeadProtocol
 from xbai.serve.score import create_score_app
 from xbai.sprm.head import SCORE_MODULE_FILE
 
@@ -26,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 75
 LISTEN_BACKLOG = 2048
+SEND_TIMEOUT_S = 5
+"""How long clients may take over the last answers, once no more are to come."""
 
 
 def serve_policy(
@@ -42,13 +48,30 @@ def serve_policy(
     Raises:
         UserError: the port is taken, or the model cannot be loaded.
     """
-    check_model_folder(model_path)
+    config = check_model_folder(model_path)
     if with_scores and not (Path(model_path) / SCORE_MODULE_FILE).is_file():
         raise UserError(f"--with_scores: {model_path} has no {SCORE_MODULE_FILE}; leave it out, or serve another model")
     given = {name: value for name, value in options.items() if value is not None}
+    if engine != "hf" and find_spec("vllm") is not None:
+        given = {"tensor_parallel_size": _visible_gpus(), **given}
+        _check_tensor_parallel_size(given["tensor_parallel_size"], config)
     with listen(ip, port) as listener:
         thread = EngineThread(lambda: load_engine(engine, model_path, with_scores=with_scores, **given))
-        _run(create_policy_app(thread, model_path, limits), thread, listener, limits)
+        _run(create_policy_app(thread, model_path, limits), listener)
+
+
+def _visible_gpus() -> int:
+    """GPUs that CUDA_VISIBLE_DEVICES gives this service; one where it is not set."""
+    return max(1, torch.cuda.device_count()) if "CUDA_VISIBLE_DEVICES" in os.environ else 1
+
+
+def _check_tensor_parallel_size(size: int, config: dict[str, Any]) -> None:
+    heads = config.get("num_attention_heads", 0)
+    if heads % size:
+        raise UserError(
+            f"--tensor_parallel_size {size} (by default the number of GPUs in CUDA_VISIBLE_DEVICES) must divide the "
+            f"model's {heads} attention heads"
+        )
 
 
 def serve_score(
@@ -74,7 +97,7 @@ def serve_score(
         raise UserError(f"--score_model_dim {score_model_dim}: {model_path} has hidden_size {hidden_size}")
     with listen(ip, port) as listener:
         thread = ScorerThread(lambda: _load_scorer(model_path, lang, dtype, max_model_len, max_batch_tokens))
-        _run(create_score_app(thread, model_path, limits), thread, listener, limits)
+        _run(create_score_app(thread, model_path, limits), listener)
 
 
 def _load_scorer(
@@ -99,7 +122,29 @@ def listen(ip: str, port: int) -> socket.socket:
         raise UserError(f"--ip {ip} --port {port}: cannot listen there ({reason}); choose another --port") from None
 
 
-def _run(app: FastAPI, thread: ModelThread, listener: socket.socket, limits: Limits) -> None:
+class _Server(uvicorn.Server):
+    """Answers until the model dies or a signal comes, and then, for a while, what it had accepted before.
+
+    It keeps listening meanwhile, so that clients and load balancers read that it is stopping.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop at the first signal, end the process at the second."""
+        if self._service.stopping:
+            os._exit(128 + sig)
+        logger.info("stopping: at most %g s for what is unanswered", self._service.limits.shutdown_timeout_s)
+        self._service.stop()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to shut down; asked ten times a second."""
+        return await super().on_tick(counter) or self._service.finished()
+
+
+def _run(app: FastAPI, listener: socket.socket) -> None:
     """Serve on `listener`. Returns after a graceful stop.
 
     Raises:
@@ -108,31 +153,24 @@ def _run(app: FastAPI, thread: ModelThread, listener: socket.socket, limits: Lim
     """
     config = uvicorn.Config(
         app,
+        http=BoundedHeadProtocol,
+        ws="none",
         log_config=None,
         access_log=False,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=limits.shutdown_timeout_s,
+        timeout_graceful_shutdown=SEND_TIMEOUT_S,
     )
-    server = uvicorn.Server(config)
-
-    def stop_serving() -> None:
-        server.should_exit = True
-
-    thread.on_death = stop_serving
-    # uvicorn raises the signal again once it has stopped; a graceful stop is to end with status 0.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
     host, port = listener.getsockname()[:2]
     logger.info("listening on http://%s:%d", host, port)
-    server.run(sockets=[listener])
-    if isinstance(thread.error, UserError):
-        raise thread.error
-    status = 0 if thread.error is None else 1
-    if thread.running:
-        # A model that is still loading, or stuck in a kernel, cannot be interrupted.
+    service: Service = app.state.service
+    _Server(config, service).run(sockets=[listener])
+    error = service.thread.error
+    if isinstance(error, UserError):
+        raise error
+    if service.thread.running:
         logger.warning("leaving while the model thread still runs")
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)
-    if status:
-        raise SystemExit(status)
+        os._exit(0 if error is None else 1)
+    if error is not None:
+        raise SystemExit(1)

@@ -35,11 +35,11 @@ class GenerateRequest(WireModel):
     max_tokens: int = Field(1024, ge=1, le=2**31 - 1)
     response_num: int = Field(8, ge=1, le=MAX_RESPONSES)
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
-    temperature: float = Field(0.8, ge=0, le=100, description="0 is greedy.")
+    temperature: float = Field(0.8, ge=0, le=2, description="0 is greedy.")
     seed: int | None = Field(None, ge=0, le=2**63 - 1, description="Response i uses a seed derived from (seed, i).")
     top_p: float = Field(0.95, gt=0, le=1)
     top_k: int = Field(-1, ge=-1, le=2**31 - 1, description="-1 or 0: no limit.")
-    repetition_penalty: float = Field(1.05, gt=0, le=10)
+    repetition_penalty: float = Field(1.05, ge=0.01, le=10)
     return_scores: bool = Field(False, description="Also return trajectory and step scores.")
 
     def stop_texts(self) -> tuple[str, ...]:

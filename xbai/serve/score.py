@@ -8,7 +8,7 @@ from xbai.engine import Scored
 from xbai.serve.app import ERRORS, Service
 from xbai.serve.engine_thread import ScoreModel, ScorerThread
 from xbai.serve.errors import ServiceError
-from xbai.serve.limits import Limits, answer_in_time
+from xbai.serve.limits import Limits
 from xbai.serve.schemas import ScoreBatchRequest, ScoreBatchResponse, ScoreRequest, ScoreResponse
 from xbai.sprm import split_response
 
@@ -21,8 +21,7 @@ def create_score_app(thread: ScorerThread, model_name: str, limits: Limits) -> F
     async def score(body: ScoreRequest, request: Request) -> ScoreResponse:
         """The trajectory score of one text (prompt and response)."""
         with service.admission.admit(1):
-            work = _score(service, [(body.prompt, body.text)])
-            (scored,) = await answer_in_time(request, work, limits.request_timeout_s)
+            (scored,) = await service.answer(request, _score(service, [(body.prompt, body.text)], request))
         if not body.return_all_scores:
             return ScoreResponse(value=scored.value)
         return ScoreResponse(
@@ -36,20 +35,21 @@ def create_score_app(thread: ScorerThread, model_name: str, limits: Limits) -> F
     async def score_batch(body: ScoreBatchRequest, request: Request) -> ScoreBatchResponse:
         """The trajectory scores of several texts."""
         with service.admission.admit(len(body.texts)):
-            work = _score(service, [(None, text) for text in body.texts])
-            scored = await answer_in_time(request, work, limits.request_timeout_s)
+            scored = await service.answer(request, _score(service, [(None, text) for text in body.texts], request))
         return ScoreBatchResponse(values=[item.value for item in scored])
 
     return service.app
 
 
-async def _score(service: Service, items: list[tuple[str | None, str]]) -> list[Scored]:
+async def _score(service: Service, items: list[tuple[str | None, str]], request: Request) -> list[Scored]:
     thread: ScorerThread = service.thread
     tokenized = [await _tokenize(service, prompt, text) for prompt, text in items]
     for ids, _ in tokenized:
         _check(ids, thread.model)
     scored = await thread.score([ids for ids, _ in tokenized], [start for _, start in tokenized])
-    service.metrics.prompt_tokens.inc(sum(len(ids) for ids, _ in tokenized))
+    tokens = sum(len(ids) for ids, _ in tokenized)
+    request.state.log |= {"texts": len(items), "tokens": tokens}
+    service.metrics.prompt_tokens.inc(tokens)
     service.metrics.observe_scores(item.value for item in scored)
     return scored
 
