@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -24,7 +24,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from verl.utils import ulysses
-from verl.utils.packed_attention import PACKED_ATTENTION, Packing, _by_sequence, _varlen, packed_attention
+from xbai.engine.packed_attention import (
+    PACKED_ATTENTION,
+    Packing,
+    SharedPrefixPacking,
+    _by_sequence,
+    _varlen,
+    packed_attention,
+)
 from xbai.errors import UserError
 
 CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
@@ -74,7 +81,8 @@ def make_rows() -> tuple[list[Tensor], Tensor]:
 
 
 def make_packing(lengths: tuple[int, ...], sp_group: dist.ProcessGroup | None = None) -> Packing:
-    return Packing(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), max(lengths), sp_group)
+    extents = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), max(lengths)
+    return Packing(*extents) if sp_group is None else ulysses.UlyssesPacking(*extents, sp_group)
 
 
 def positions(lengths: tuple[int, ...]) -> Tensor:
@@ -134,6 +142,26 @@ def test_a_sliding_window_is_honoured(architecture: str) -> None:
     assert not torch.allclose(packed_result(make_model(architecture))[0], expected[0], atol=1e-3)
 
 
+@pytest.mark.parametrize("window", [None, 2, 4])
+@pytest.mark.parametrize("block", [2, 1024])
+def test_a_shared_prefix_is_attended_to_by_all(window: int | None, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens abcdefg hi j: the sequences abcdefg, abchi, abcdj with one copy of what they share."""
+    monkeypatch.setattr("xbai.engine.packed_attention.BLOCK", block)
+    options = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0} if window else {}
+    model = make_model("qwen2", **options).eval()
+    model.set_attn_implementation(PACKED_ATTENTION)
+    paths = [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 7, 8], [0, 1, 2, 3, 9]]
+    own = torch.tensor([0, 7, 9, 10], dtype=torch.int32)
+    keys = torch.tensor([0, 7, 12, 17], dtype=torch.int32)
+    packing = SharedPrefixPacking(own, 7, torch.tensor([i for path in paths for i in path]), keys, 7)
+    ids, position_ids = torch.arange(1, 11)[None], torch.tensor([[0, 1, 2, 3, 4, 5, 6, 3, 4, 4]])
+    with torch.no_grad():
+        shared = model(input_ids=ids, position_ids=position_ids, packing=packing, use_cache=False).last_hidden_state[0]
+        for path in paths:
+            alone = model(input_ids=ids[:, path], packing=make_packing((len(path),)), use_cache=False)
+            torch.testing.assert_close(shared[path], alone.last_hidden_state[0], rtol=1e-5, atol=1e-5)
+
+
 def test_a_call_without_packing_says_what_is_missing() -> None:
     model = make_model("qwen3")
     model.set_attn_implementation(PACKED_ATTENTION)
@@ -170,15 +198,24 @@ def test_the_kernel_of_pytorch_takes_what_it_is_given() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("window", [None, 3])
-def test_the_kernels_of_a_gpu_equal_attention_by_sequence(window: int | None) -> None:
+@pytest.mark.parametrize("shared", [0, 2])
+def test_the_kernels_of_a_gpu_equal_attention_by_sequence(window: int | None, shared: int) -> None:
+    """`shared`: tokens of the first sequence that the others attend to as well."""
     generator = torch.Generator("cuda").manual_seed(0)
-    packing = make_packing(LENGTHS)
-    packing.cu_seqlens = packing.cu_seqlens.cuda()
+    ends = [0, *accumulate(LENGTHS)]
+    keys = [[*range(shared if start else 0), *range(start, stop)] for start, stop in pairwise(ends)]
+    packing = SharedPrefixPacking(
+        torch.tensor(ends, dtype=torch.int32, device="cuda"),
+        max(LENGTHS),
+        torch.tensor([i for row in keys for i in row], device="cuda"),
+        torch.tensor([0, *accumulate(map(len, keys))], dtype=torch.int32, device="cuda"),
+        max(map(len, keys)),
+    )
     buffer = torch.randn(sum(LENGTHS), 8, 32, device="cuda", generator=generator)
     results = []
     for compute, dtype in ((_by_sequence, torch.float32), (_varlen, torch.bfloat16)):
         leaf = buffer.to(dtype).requires_grad_()
-        output = compute(*leaf.split([4, 2, 2], dim=1), packing, 0.2, window)
+        output = compute(*packing.gather(*leaf.split([4, 2, 2], dim=1)), packing, 0.2, window)
         output.square().sum().backward()
         results.append((output.float(), leaf.grad.float()))
     torch.testing.assert_close(results[1], results[0], rtol=3e-2, atol=3e-2)

@@ -261,7 +261,7 @@ CORE_MODULES = (
     "verl.utils.muon",
     "verl.utils.model",
     "verl.utils.ulysses",
-    "verl.utils.packed_attention",
+    "xbai.engine.packed_attention",
     "verl.trainer.ppo.core_algos",
     "xbai.engine.hf",
     "xbai.engine.scorer",

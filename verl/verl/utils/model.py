@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 from pathlib import Path
 
 import torch
@@ -11,9 +10,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from verl.utils.liger import apply_liger, check_liger
-from verl.utils.packed_attention import PACKED_ATTENTION
 from verl.workers.actor.joint_model import JointModel
 from xbai.engine import files
+from xbai.engine.packed_attention import PACKED_ATTENTION, why_not_packed
 from xbai.errors import UserError
 from xbai.sprm import ScoreHead, SPRMConfig, load_score_head
 from xbai.sprm.head import SCORE_MODULE_FILE
@@ -135,21 +134,13 @@ def check_packable(lm: PreTrainedModel) -> None:
     """Refuse a model in which a token would see the sequences packed before its own.
 
     Raises:
-        UserError: it does not hand what says where sequences begin on to its attention, or mixes tokens elsewhere.
+        UserError: see `why_not_packed`.
     """
-    kinds = set(getattr(lm.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if lm.is_backend_compatible() and _hands_arguments_on(lm.base_model) and not kinds:
-        return
-    reason = f"its {kinds.pop()} layers do" if kinds else "its attention does"
-    raise UserError(
-        f"{type(lm).__name__} cannot compute packed sequences ({reason} not take them): set "
-        "actor_rollout_ref.model.use_remove_padding=false"
-    )
-
-
-def _hands_arguments_on(backbone: PreTrainedModel) -> bool:
-    signatures = (inspect.signature(module.forward) for module in (backbone, backbone.layers[0]))
-    return all(any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()) for signature in signatures)
+    if reason := why_not_packed(lm):
+        raise UserError(
+            f"{type(lm).__name__} cannot compute packed sequences ({reason}): set "
+            "actor_rollout_ref.model.use_remove_padding=false"
+        )
 
 
 def _fresh_head(hidden_size: int, config: SPRMConfig) -> ScoreHead:

@@ -16,8 +16,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from verl.utils.packed_attention import Packing
 from verl.utils.torch_functional import trim_padding
+from verl.utils.ulysses import UlyssesPacking
+from xbai.engine.packed_attention import Packing
 
 Batch = Mapping[str, Tensor]
 """`input_ids attention_mask position_ids [B, T]`, `response_mask [B, R]` (of the last R columns) and, for a model with
@@ -137,13 +138,12 @@ def packed_layout(
         slots = torch.where((slots >= start) & (slots < start + size), slots - start, NOT_HERE)
     lengths = [length for length in [*attended.sum(-1).tolist(), fill] if length]
     device = device or ids.device
+    extents = torch.tensor([0, *lengths]).cumsum(0).int().to(device, non_blocking=True), max(lengths)
     inputs = {
         "input_ids": ids[None].to(device, non_blocking=True),
         "position_ids": positions[None].to(device, non_blocking=True),
         "attention_mask": None,
-        "packing": Packing(
-            torch.tensor([0, *lengths]).cumsum(0).int().to(device, non_blocking=True), max(lengths), sp_group
-        ),
+        "packing": Packing(*extents) if sp_group is None else UlyssesPacking(*extents, sp_group),
     }
     return TokenLayout(batch, inputs, slots, device, sp_group)
 

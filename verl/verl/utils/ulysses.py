@@ -13,7 +13,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from xbai.engine.packed_attention import Packing
 from xbai.errors import UserError
+
+
+class UlyssesPacking(Packing):
+    """Sequences whose N tokens the ranks of a group share, in equal contiguous slices.
+
+    Args:
+        cu_seqlens: of all N tokens; those that fill N up to a multiple of the ranks are a sequence of their own.
+        max_seqlen: the length of the longest sequence.
+        group: the sequence-parallel group.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, group: dist.ProcessGroup) -> None:
+        super().__init__(cu_seqlens, max_seqlen)
+        self._group = group
+
+    def gather(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `split_heads`."""
+        return split_heads(query, key, value, self._group)
+
+    def scatter(self, output: Tensor) -> Tensor:
+        """See `join_heads`."""
+        return join_heads(output, self._group)
 
 
 def sequence_parallel_group(size: int) -> dist.ProcessGroup | None:

@@ -3,51 +3,87 @@
 Importing this module registers it: `from_pretrained(..., attn_implementation=PACKED_ATTENTION)`, then
 `model(input_ids=[1, N], position_ids=[1, N], packing=Packing(...), use_cache=False)`. transformers makes no mask for
 an attention that it does not know and hands `packing` down to it, also when a checkpointed layer is recomputed.
+The trainer packs its micro-batches, the scorer the texts of concurrent requests.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
-from verl.utils import ulysses
 from xbai.errors import UserError
 
 PACKED_ATTENTION = "packed"
 # What other attention functions of transformers are given by some models, and this one cannot compute.
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 FLASH_CAPABILITY = (8, 0)
+BLOCK = 1024
 
 
 class Packing:
-    """Where each sequence lies in a row of packed tokens.
+    """Where each sequence lies in a row of packed tokens. Subclasses say what else attention needs of other tokens.
 
     No dataclass: FSDP2 copies those before each layer, and `lengths` would be read anew from the device.
 
     Args:
         cu_seqlens: int32 [S+1] on the tokens' device, cumulative lengths from 0 to N. Every token belongs to a
-            sequence; tokens that fill N up to a multiple of the ranks are one of their own.
+            sequence.
         max_seqlen: the length of the longest sequence.
-        sp_group: the ranks that share these N tokens, in equal contiguous slices; None for one rank alone.
+
+    Attributes:
+        cu_seqlens_k, max_seqlen_k: the same of the keys: a sequence has at least as many as tokens, and its tokens are
+            the last of them.
     """
 
-    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, sp_group: dist.ProcessGroup | None = None) -> None:
-        self.cu_seqlens = cu_seqlens
-        self.max_seqlen = max_seqlen
-        self.sp_group = sp_group
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int) -> None:
+        self.cu_seqlens = self.cu_seqlens_k = cu_seqlens
+        self.max_seqlen = self.max_seqlen_k = max_seqlen
 
     @cached_property
     def lengths(self) -> list[int]:
         """The length of each sequence."""
         return self.cu_seqlens.diff().tolist()
+
+    @cached_property
+    def key_lengths(self) -> list[int]:
+        """How many keys each sequence has."""
+        return self.cu_seqlens_k.diff().tolist()
+
+    def gather(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention is to be computed on, of what a layer made of its tokens [n, heads, d]."""
+        return query, key, value
+
+    def scatter(self, output: Tensor) -> Tensor:
+        """From attention's output on what `gather` returned to that of the layer's tokens [n, heads, d]."""
+        return output
+
+
+class SharedPrefixPacking(Packing):
+    """Sequences that attend to tokens of others too: of those before them, which began with the same tokens.
+
+    Args:
+        cu_seqlens, max_seqlen: of the tokens that are each sequence's own.
+        key_index: [M] which of the N tokens each sequence attends to, its own last.
+        cu_seqlens_k, max_seqlen_k: how they divide among the sequences.
+    """
+
+    def __init__(
+        self, cu_seqlens: Tensor, max_seqlen: int, key_index: Tensor, cu_seqlens_k: Tensor, max_seqlen_k: int
+    ) -> None:
+        super().__init__(cu_seqlens, max_seqlen)
+        self.cu_seqlens_k, self.max_seqlen_k = cu_seqlens_k, max_seqlen_k
+        self._key_index = key_index
+
+    def gather(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values of a prefix once for each sequence that begins with it."""
+        return query, key[self._key_index], value[self._key_index]
 
 
 def packed_attention(
@@ -67,11 +103,11 @@ def packed_attention(
 
     Args:
         module: the attention layer.
-        query: [1, heads, n, d], n = N / ranks of `packing.sp_group`, with the rotary embedding applied.
+        query: [1, heads, n, d] with the rotary embedding applied; n = N, unless ranks share the tokens.
         key: [1, kv_heads, n, d].
         value: the same.
         attention_mask: None.
-        packing: where the sequences lie in the N tokens.
+        packing: where the sequences lie in the tokens.
         scaling: of the scores; None for 1/sqrt(d).
         dropout: 0.
         sliding_window: a token attends to itself and the `sliding_window - 1` before it; None for all before it.
@@ -90,17 +126,35 @@ def packed_attention(
             "attention_mask and packing=Packing(...), or load it with another attn_implementation"
         )
     _check_kind(module, dropout, kwargs)
-    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    if packing.sp_group is not None:
-        query, key, value = ulysses.split_heads(query, key, value, packing.sp_group)
+    query, key, value = packing.gather(*(x.squeeze(0).transpose(0, 1) for x in (query, key, value)))
     compute = _varlen if _has_varlen_kernel(query) else _by_sequence
     output = compute(query, key, value, packing, scaling, sliding_window)
-    if packing.sp_group is not None:
-        output = ulysses.join_heads(output, packing.sp_group)
-    return output.unsqueeze(0), None
+    return packing.scatter(output).unsqueeze(0), None
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+
+
+def why_not_packed(model: PreTrainedModel) -> str | None:
+    """Why a token of this model would see sequences packed before its own; None where it does not.
+
+    Either its attention is not told where sequences begin, or it mixes tokens elsewhere.
+    """
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"its {kinds.pop()} layers do not take them"
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if "dynamic" in rope or rope == "longrope":
+        return f"its {rope} position embedding depends on the longest of them"
+    if not model.is_backend_compatible() or not _hands_arguments_on(model.base_model):
+        return "its attention does not take them"
+    return None
+
+
+def _hands_arguments_on(backbone: PreTrainedModel) -> bool:
+    signatures = (inspect.signature(module.forward) for module in (backbone, backbone.layers[0]))
+    return all(any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()) for signature in signatures)
 
 
 def _check_kind(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
@@ -110,7 +164,9 @@ def _check_kind(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> No
     given = [option for option in UNSUPPORTED if kwargs.get(option) is not None]
     if given or not getattr(module, "is_causal", True):
         kind = " and ".join(given) or "attention that is not causal"
-        raise UserError(f"packed sequences do not support the {kind} of {name}: set use_remove_padding=false")
+        raise UserError(
+            f"packed sequences do not support the {kind} of {name}: set use_remove_padding=false to train this model"
+        )
 
 
 def _has_varlen_kernel(query: Tensor) -> bool:
@@ -127,7 +183,7 @@ def _varlen(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, window: int | None
 ) -> Tensor:
     """All sequences in one kernel: flash_attn's where it is installed, else the one in PyTorch."""
-    extents = (packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen)
+    extents = (packing.cu_seqlens, packing.cu_seqlens_k, packing.max_seqlen, packing.max_seqlen_k)
     window_size = (-1 if window is None else window - 1, 0)
     if _has_flash_attn():
         from flash_attn import flash_attn_varlen_func
@@ -162,33 +218,33 @@ def _by_sequence(
     if query.is_cuda:
         # In float32 the only CUDA kernel that takes fewer key/value heads makes the whole [L, L] matrix.
         key, value = (_repeat_heads(x, query) for x in (key, value))
-    sequences = zip(*(x.split(packing.lengths) for x in (query, key, value)), strict=True)
+    keys, values = (x.split(packing.key_lengths) for x in (key, value))
+    sequences = zip(query.split(packing.lengths), keys, values, strict=True)
     outputs = [_causal(*(x.transpose(0, 1)[None] for x in parts), scaling, window) for parts in sequences]
     return torch.cat([output.squeeze(0).transpose(0, 1) for output in outputs])
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
-    """Attention of one sequence, [1, heads, L, d]; a window is computed in blocks of its size, never as [L, L]."""
-    length = query.shape[2]
-    enable_gqa = query.shape[1] != key.shape[1]
-    if window is None or length <= window:
-        return functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=enable_gqa
-        )
-    outputs = []
-    for start in range(0, length, window):
-        stop, first = min(start + window, length), max(start - window + 1, 0)
+    """Attention of one sequence, [1, heads, L, d], to [1, kv_heads, K, d]; the last L of them are its own tokens.
+
+    What the fast kernel does not compute (a window, more keys than tokens) is computed in blocks, never as [L, K].
+    """
+    length, before = query.shape[2], key.shape[2] - query.shape[2]
+    attend = partial(functional.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+    if before == 0 and (window is None or length <= window):
+        return attend(query, key, value, is_causal=True)
+    reach, block, outputs = window or key.shape[2], window or BLOCK, []
+    for start in range(before, before + length, block):
+        stop, first = min(start + block, before + length), max(start - reach + 1, 0)
         distance = torch.arange(start, stop, device=query.device)[:, None] - torch.arange(
             first, stop, device=query.device
         )
         outputs.append(
-            functional.scaled_dot_product_attention(
-                query[:, :, start:stop],
+            attend(
+                query[:, :, start - before : stop - before],
                 key[:, :, first:stop],
                 value[:, :, first:stop],
-                attn_mask=(distance >= 0) & (distance < window),
-                scale=scaling,
-                enable_gqa=enable_gqa,
+                attn_mask=(distance >= 0) & (distance < reach),
             )
         )
     return torch.cat(outputs, dim=2)
