@@ -3,37 +3,46 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib import image
-from rich.console import Console
 
 from xbai.errors import UserError
+from xbai.evaluate.graded import GradedQuestion
+from xbai.evaluate.metric_command import MetricOptions, run_metric
 from xbai.evaluate.metrics import (
     Estimate,
-    GradedQuestion,
     Report,
     candidate_counts,
+    compare,
     measure,
-    read_lines,
-    repeated_best_of_n,
+    possible_strategies,
+    repeated_accuracy,
     report_files,
-    result_files,
 )
-from xbai.evaluate.plots import plot_accuracy, plot_step_scores, plot_training
+from xbai.evaluate.plots import plot_accuracy, plot_results, plot_step_scores
+from xbai.evaluate.step_curve import step_curve
 from xbai.evaluate.summary import build_summary
-from xbai.evaluate.tables import accuracy_table, quality_table
+from xbai.evaluate.tables import STRATEGY_NAMES, accuracy_grid, comparison_grid, quality_grid, show
+from xbai.evaluate.training_plot import plot_training
 
 RIGHT, WRONG = "The answer is \\boxed{7+8-1+1-5}.", "The answer is \\boxed{7+8+1+1+5}."
 
 
-def question(scores: list[float], correct: list[float], prompt: str = "p") -> GradedQuestion:
+def question(scores: list[float], correct: list[float], name: str = "p", length: int = 10) -> GradedQuestion:
     count = len(scores)
-    keys = ["right" if value > 0.5 else f"wrong{i}" for i, value in enumerate(correct)]
-    steps = [[score, score] for score in scores]
-    return GradedQuestion(prompt, np.array(scores), np.array(correct), keys, steps, [10] * count, [False] * count)
+    return GradedQuestion(
+        key=(None, name),
+        scores=np.array(scores),
+        correct=np.array(correct),
+        keys=["right" if value > 0.5 else f"wrong{i}" for i, value in enumerate(correct)],
+        step_scores=[[score, score] if np.isfinite(score) else None for score in scores],
+        token_counts=[length] * count,
+        finish_reasons=["stop"] * count,
+    )
 
 
 def random_questions(count: int, samples: int, seed: int = 0) -> list[GradedQuestion]:
@@ -57,43 +66,80 @@ def write(path: Path, *lines: dict) -> Path:
 
 def test_report_of_a_file_with_the_published_keys_only(tmp_path: Path) -> None:
     line = result_line(0, [RIGHT, WRONG, WRONG, RIGHT], [0.9, 0.1, 0.95, None])
-    report, questions = report_files("make10", str(write(tmp_path / "a.jsonl", line)))
+    report, questions = report_files("make10", [str(write(tmp_path / "a.jsonl", line))])
     assert (report.questions, report.samples, report.ungraded, report.unscored) == (1, 4, 0, 1)
     assert report.mean_at_1.mean == 0.5
     assert report.curves["best_of_n"][4].mean == 0.0, "the highest score is wrong"
     assert report.curves["majority"][4].mean == 0.5, "two against two"
     assert report.curves["oracle"][2].mean == pytest.approx(5 / 6)
+    assert not set(report.curves) & {"best_of_n_min", "best_of_n_last"}, "there are no step scores"
     assert report.auc == 0.5, "the candidate without a score has no say"
-    assert repeated_best_of_n(questions, 2) == [1.0, 0.0]
-    assert repeated_best_of_n(questions, 3) == [0.0]
+    assert np.isnan(report.truncated_rate) and np.isnan(report.lengths.mean)
+    assert repeated_accuracy(questions, 2) == [1.0, 0.0]
+    assert repeated_accuracy(questions, 3) == [0.0]
 
 
-def test_files_of_a_glob_are_put_together(tmp_path: Path) -> None:
-    write(tmp_path / "part0.jsonl", result_line(0, [RIGHT], [0.5]))
-    write(tmp_path / "part1.jsonl", result_line(0, [WRONG], [0.4]))
-    (tmp_path / "part2.jsonl.journal").write_text("{}")
-    report, _ = report_files("make10", str(tmp_path / "part*"))
-    assert (report.questions, report.samples, report.mean_at_1.mean) == (1, 2, 0.5)
+def test_best_of_n_under_each_aggregation() -> None:
+    candidates = replace(question([0.6, 0.5], [1.0, 0.0]), step_scores=[[0.9, 0.4], [0.5, 0.5]])
+    chosen = {name: curve[2].mean for name, curve in measure([candidates]).curves.items()}
+    assert chosen["best_of_n"] == chosen["best_of_n_arithmetic"] == chosen["best_of_n_product"] == 1.0
+    assert chosen["best_of_n_min"] == chosen["best_of_n_last"] == 0.0
 
 
-def test_questions_of_the_same_text_stay_apart(tmp_path: Path) -> None:
-    same = [result_line(index, [RIGHT], [0.5]) | {"settings": {"questions": "d"}} for index in (0, 1)]
-    write(tmp_path / "part0.jsonl", *same)
-    write(tmp_path / "part1.jsonl", same[1])
-    _, questions = report_files("make10", str(tmp_path / "part*"))
-    assert [len(question.correct) for question in questions] == [1, 2]
+def test_step_scores_stand_in_for_a_missing_score(tmp_path: Path) -> None:
+    line = result_line(0, [RIGHT, WRONG], [None, 0.3])
+    line["output"]["step_score_lst"] = [[0.9, 0.4], [0.3]]
+    _, (only,) = report_files("make10", [str(write(tmp_path / "a.jsonl", line))])
+    assert only.scores == pytest.approx([0.6, 0.3])
 
 
-def test_missing_files_and_candidates_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file"):
-        result_files(str(tmp_path / "none*"))
-    (tmp_path / "out.jsonl.journal").write_text("")
-    with pytest.raises(UserError, match="unfinished run"):
-        result_files(str(tmp_path / "out.jsonl"))
-    with pytest.raises(UserError, match="no candidates"):
-        read_lines([write(tmp_path / "empty.jsonl")])
-    with pytest.raises(UserError, match="--N 3: only 2 candidates"):
-        repeated_best_of_n([question([0.1, 0.2], [0.0, 1.0])], 3)
+def test_without_scores_nothing_is_chosen_by_score() -> None:
+    unscored = [question([-np.inf] * 4, [1.0, 1.0, 0.0, 0.0])]
+    report = measure(unscored)
+    assert set(report.curves) == {"majority", "oracle", "random"}
+    assert report.unscored == 4 and np.isnan(report.auc) and report.reliability == []
+    assert repeated_accuracy(unscored, 1) == [1.0, 1.0, 0.0, 0.0]
+    assert repeated_accuracy(unscored, 2, "majority") == [1.0, 0.0]
+    with pytest.raises(UserError, match="--N 2: there are no scores"):
+        repeated_accuracy(unscored, 2)
+
+
+def test_without_answers_there_is_no_vote() -> None:
+    program = replace(question([0.5, 0.6], [1.0, 0.0]), keys=[None, None])
+    assert not set(possible_strategies([program])) & {"majority", "weighted_vote"}
+
+
+def test_a_group_larger_than_the_samples_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--N 3: only 2 candidates .* use --N 2 or less"):
+        repeated_accuracy([question([0.1, 0.2], [0.0, 1.0]), question([0.1] * 4, [0.0] * 4)], 3)
+
+
+def test_missing_refused_and_truncated_candidates_are_counted() -> None:
+    whole = replace(question([0.5] * 4, [1.0] * 4), finish_reasons=["stop", "length", "refused", None])
+    report = measure([whole, question([0.5, 0.4], [0.0, 1.0])])
+    assert (report.samples, report.missing, report.refused) == (2, 2, 1)
+    assert report.truncated_rate == pytest.approx(1 / 5)
+
+
+def test_lengths_of_right_and_wrong() -> None:
+    counted = replace(question([0.5] * 4, [1.0, 0.0, 1.0, np.nan]), token_counts=[10, 40, 20, None])
+    lengths = measure([counted]).lengths
+    assert (lengths.mean, lengths.right, lengths.wrong) == (pytest.approx(70 / 3), 15.0, 40.0)
+    assert lengths.percentiles[50] == 20.0
+
+
+def test_comparison_is_paired() -> None:
+    base = random_questions(30, 8)
+    better = [replace(each, correct=np.maximum(each.correct, np.arange(8) == 0)) for each in base]
+    comparison = compare([*better, question([0.5], [1.0], "extra")], base)
+    differences = [new.correct.mean() - old.correct.mean() for new, old in zip(better, base)]
+    assert (comparison.questions, comparison.unpaired) == (30, 1)
+    assert comparison.curves["random"][1] == Estimate.over(differences)
+    alone = measure(base).mean_at_1.standard_error
+    assert comparison.curves["random"][1].standard_error < alone
+    assert all(estimate.mean == 0.0 for curve in compare(base, base).curves.values() for estimate in curve.values())
+    with pytest.raises(UserError, match="no question in common"):
+        compare(base, [question([0.5], [1.0], "other")])
 
 
 def test_ungraded_candidates_are_counted_and_left_out() -> None:
@@ -162,13 +208,30 @@ def test_a_report_is_valid_json_even_where_undefined() -> None:
     assert values["curves"]["oracle"]["2"] == {"mean": 1.0, "standard_error": None}
 
 
-def test_tables_show_every_number() -> None:
+def test_tables_show_every_number(capsys: pytest.CaptureFixture) -> None:
     base, rl = reports()
-    console = Console(width=140, record=True, file=Path("/dev/null").open("w"))  # noqa: SIM115
-    console.print(accuracy_table({"Before": base, "After": rl}), quality_table({"After": rl}))
-    text = console.export_text()
-    assert f"{100 * base.curves['best_of_n'][32].mean:.1f}" in text
-    assert f"{rl.auc:.3f}" in text
+    grids = [accuracy_grid({"Before": base, "After": rl}), quality_grid({"After": rl})]
+    show(grids)
+    shown = capsys.readouterr().out
+    for text in (shown, "".join(grid.to_markdown() for grid in grids)):
+        assert f"{100 * base.curves['best_of_n'][32].mean:.1f} ±" in text
+        assert f"{rl.auc:.3f}" in text
+        assert all(name in text for name in STRATEGY_NAMES.values())
+
+
+def test_markdown_is_a_table() -> None:
+    base, _ = reports()
+    title, blank, *rows, end = accuracy_grid({"a|b": base}).to_markdown().split("\n")
+    assert title.startswith("**Accuracy") and (blank, end) == ("", "")
+    assert len({row.replace("\\|", "").count("|") for row in rows}) == 1
+    assert "a\\|b" in rows[2]
+
+
+def test_differences_have_signs() -> None:
+    comparison = compare(random_questions(5, 4), random_questions(5, 4, seed=1), (settings(), settings(model="m")))
+    text = comparison_grid(comparison, "new", "old").to_markdown()
+    assert "new less old" in text and "5 questions paired); other model" in text
+    assert "| +" in text or "| -" in text
 
 
 def drawn(path: Path) -> float:
@@ -180,13 +243,14 @@ def drawn(path: Path) -> float:
 def test_figures_are_drawn(tmp_path: Path) -> None:
     base, rl = reports()
     plot_accuracy({"Before RL": base, "After RL": rl}, tmp_path / "accuracy.png")
+    plot_results({"rl": rl, "base": base}, random_questions(12, 32, seed=1), tmp_path / "results.png")
     plot_step_scores(random_questions(5, 8), tmp_path / "steps.png")
     records = [{"step": i, "reward/pass_rate": i / 40, "score/auc": float("nan") if i == 3 else 0.9} for i in range(40)]
     metrics = write(tmp_path / "metrics.jsonl", *records)
     with metrics.open("a") as stream:
         stream.write('{"step": 40, "rew')
     plot_training(metrics, tmp_path / "training.png")
-    for name in ("accuracy", "steps", "training"):
+    for name in ("accuracy", "results", "steps", "training"):
         assert 0.02 < drawn(tmp_path / f"{name}.png") < 0.6
 
 
@@ -201,3 +265,45 @@ def test_figures_without_data_say_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"bad\.jsonl:1"):
         plot_training(tmp_path / "bad.jsonl", tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
+
+
+def test_a_figure_needs_neither_scores_nor_tokens(tmp_path: Path) -> None:
+    bare = [replace(question([-np.inf], [1.0]), token_counts=[None])]
+    for suffix, begins in ((".svg", b"<?xml"), (".pdf", b"%PDF"), (".png", b"\x89PNG")):
+        path = tmp_path / f"bare{suffix}"
+        plot_results({"bare": measure(bare)}, bare, path)
+        assert path.read_bytes().startswith(begins)
+    with pytest.raises(UserError, match=r"ends in \.png, \.pdf, \.svg"):
+        plot_results({"bare": measure(bare)}, bare, tmp_path / "bare.gif")
+
+
+def test_step_curves_are_stretched_and_averaged() -> None:
+    rising = replace(question([0.5, 0.5], [1.0, 1.0], "a"), step_scores=[[0.0, 1.0], [0.5]])
+    other = replace(question([0.5, 0.5], [1.0, 0.0], "b"), step_scores=[[0.5, 0.5, 0.5], []])
+    curve = step_curve([rising, other], right=True, points=3)
+    assert curve.responses == 3
+    assert curve.mean == pytest.approx([1 / 3, 0.5, 2 / 3])
+    assert step_curve([rising, other], right=False) is None
+
+
+def test_the_command_writes_what_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    ours = write(tmp_path / "ours.jsonl", result_line(0, [RIGHT, WRONG], [0.9, 0.1]))
+    base = write(tmp_path / "base.jsonl", result_line(0, [WRONG, WRONG], [0.9, 0.1]))
+    options = MetricOptions(
+        "make10", [str(ours)], 2, [str(base)], tmp_path / "m.json", Path("-"), plot_path=tmp_path / "m.png"
+    )
+    run_metric(options)
+    printed = capsys.readouterr().out
+    assert printed.startswith("Test 1 times  \npass@1 (Best-of-2): 100.00\n")
+    assert "**ours less base" in printed and "─" not in printed, "Markdown takes the place of the tables"
+    values = json.loads((tmp_path / "m.json").read_text())
+    assert values["repeated"] == {"strategy": "best_of_n", "n": 2, "repetitions": 1, "accuracies": [1.0], "mean": 1.0}
+    assert values["base"]["mean_at_1"]["mean"] == 0.0
+    assert values["difference"]["curves"]["best_of_n"]["2"] == {"mean": 1.0, "standard_error": None}
+    assert drawn(tmp_path / "m.png") > 0.02
+
+
+def test_a_vote_that_the_run_asked_for_is_what_is_tested(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    line = result_line(0, [RIGHT, RIGHT, WRONG], [0.1, 0.1, 0.9]) | {"settings": {"search": {"name": "majority"}}}
+    run_metric(MetricOptions("make10", [str(write(tmp_path / "a.jsonl", line))], 3))
+    assert "pass@1 (majority vote of 3): 100.00" in capsys.readouterr().out

@@ -1,56 +1,62 @@
-"""From result files to numbers: accuracy of every way of choosing at every N, and how well the scores tell."""
+"""From graded candidates to numbers: accuracy of every way of choosing at every N, and how well the scores tell."""
 
 from __future__ import annotations
 
-import glob
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from xbai.benchmarks.base import Question
-from xbai.benchmarks.registry import get_benchmark
 from xbai.errors import UserError
-from xbai.evaluate.estimators import best_of_n_groups, expected_best_of_n, expected_oracle, expected_vote
-from xbai.evaluate.results import ResultLine, read_result_lines
-from xbai.evaluate.store import JOURNAL_SUFFIX
-from xbai.grading import GraderPool
-from xbai.search.best_of_n import sortable_scores
-from xbai.search.majority import vote_key
+from xbai.evaluate.calibration import Bin, expected_calibration_error, reliability
+from xbai.evaluate.estimators import (
+    best_of_n_groups,
+    expected_best_of_n,
+    expected_oracle,
+    expected_vote,
+    subset_masks,
+    vote_groups,
+)
+from xbai.evaluate.graded import GradedQuestion, QuestionKey, grade_lines, refused_count
+from xbai.evaluate.result_set import differing_settings, read_lines, result_files
 from xbai.sprm import auc
 
 logger = logging.getLogger(__name__)
 
-NO_SCORE = -np.inf
+PERCENTILES = (50, 90, 99)
+
+Choice = Callable[[GradedQuestion, int, int], float]
+"""(graded question, N, seed) -> probability that the choice among N of its candidates is right."""
 
 
-@dataclass(frozen=True)
-class GradedQuestion:
-    """The candidates for one question, K in number.
+def _best_by(aggregation: str) -> Choice:
+    return lambda question, n, _: expected_best_of_n(question.scores_by(aggregation), question.correct, n)
 
-    Attributes:
-        scores: [K], -inf where there is none.
-        correct: [K] 1.0, 0.0, or nan where it could not be graded.
-        keys: the answer each votes for.
-        step_scores, token_counts, truncated: per candidate; None where not known.
-    """
 
-    prompt: str
-    scores: np.ndarray
-    correct: np.ndarray
-    keys: list[str | None]
-    step_scores: list[list[float] | None]
-    token_counts: list[int | None]
-    truncated: list[bool]
+def _vote(question: GradedQuestion, n: int, seed: int) -> float:
+    return expected_vote(question.votes, question.correct, subset_masks(len(question.correct), n, seed))
 
-    def graded(self) -> tuple[np.ndarray, np.ndarray, list[str | None]]:
-        """Scores, correctness and vote keys of the candidates that could be graded."""
-        known = ~np.isnan(self.correct)
-        return self.scores[known], self.correct[known], [key for key, is_known in zip(self.keys, known) if is_known]
+
+def _weighted_vote(question: GradedQuestion, n: int, seed: int) -> float:
+    subsets = subset_masks(len(question.correct), n, seed)
+    return expected_vote(question.votes, question.correct, subsets, question.vote_weights)
+
+
+AGGREGATED: dict[str, Choice] = {f"best_of_n_{how}": _best_by(how) for how in ("arithmetic", "product", "min", "last")}
+"""Best-of-N by other aggregations of the step scores than the geometric mean, which is `best_of_n`."""
+
+STRATEGIES: dict[str, Choice] = {
+    "best_of_n": lambda question, n, _: expected_best_of_n(question.scores, question.correct, n),
+    **AGGREGATED,
+    "majority": _vote,
+    "weighted_vote": _weighted_vote,
+    "oracle": lambda question, n, _: expected_oracle(question.correct, n),
+    "random": lambda question, n, _: float(question.correct.mean()),
+}
+"""Every way of choosing among N candidates."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +67,30 @@ class Estimate:
     standard_error: float
 
     @classmethod
-    def over(cls, values: Sequence[float]) -> Estimate:
+    def over(cls, values: Sequence[float] | np.ndarray) -> Estimate:
         """The mean of one value a question."""
         array = np.asarray(values, dtype=np.float64)
         error = array.std(ddof=1) / np.sqrt(len(array)) if len(array) > 1 else np.nan
         return cls(float(array.mean()), float(error))
 
 
-STRATEGIES = ("best_of_n", "majority", "weighted_vote", "oracle", "random")
+Curves = dict[str, dict[int, Estimate]]
+"""By strategy and N."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Generated tokens of a candidate (of a step search: all that it generated); nan where not known or none.
+
+    Attributes:
+        mean, right, wrong: mean of all, of the right and of the wrong candidates.
+        percentiles: by percent.
+    """
+
+    mean: float
+    right: float
+    wrong: float
+    percentiles: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -77,107 +99,71 @@ class Report:
 
     Attributes:
         questions, samples: how many questions, and candidates of each (the fewest).
-        ungraded, unscored: how many candidates have no grade, no score.
-        truncated_rate: share of the candidates that hit the length limit.
-        mean_tokens: generated tokens of a candidate; nan when not known.
+        missing: candidates by which questions fall short of the question that has the most.
+        ungraded, unscored, refused: candidates that have no grade, have no score, were refused by the service. Those
+            without a grade are left out of all accuracies, refused ones are wrong.
+        ungraded_rate, truncated_rate: share of the candidates without a grade, cut off by the length limit; the latter
+            nan when not known.
         mean_at_1: accuracy of a single candidate.
-        curves: by strategy (see `STRATEGIES`) and N, the accuracy of its choice among N.
+        curves: accuracy of each strategy that the results allow; those by score need scores.
         auc: of score against correctness over all candidates; nan when undefined.
         within_prompt_auc: the same within each question that has right and wrong candidates, averaged.
+        calibration_error: expected distance of score and accuracy; nan without scores.
+        reliability: accuracy by score.
+        lengths: of the candidates.
         settings: how the candidates were made; None when the files do not say.
     """
 
     questions: int
     samples: int
+    missing: int
     ungraded: int
     unscored: int
+    refused: int
+    ungraded_rate: float
     truncated_rate: float
-    mean_tokens: float
     mean_at_1: Estimate
-    curves: dict[str, dict[int, Estimate]]
+    curves: Curves
     auc: float
     within_prompt_auc: float
+    calibration_error: float
+    reliability: list[Bin]
+    lengths: Lengths
     settings: dict[str, Any] | None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; undefined values are None."""
-        return _none_for_nan(asdict(self))
+        return json_ready(asdict(self))
 
 
-def _none_for_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _none_for_nan(item) for key, item in value.items()}
+@dataclass(frozen=True)
+class Comparison:
+    """How much better the first of two sets of results is, question by question.
+
+    Attributes:
+        questions: those that both have.
+        unpaired: those that only one has.
+        curves: mean difference of the accuracies, and the standard error of that mean over questions.
+        differing_settings: names of the settings in which the two differ.
+    """
+
+    questions: int
+    unpaired: int
+    curves: Curves
+    differing_settings: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; undefined values are None."""
+        return json_ready(asdict(self))
+
+
+def json_ready(value: Any) -> Any:
+    """The value with string keys, and None for nan."""
+    if isinstance(value, Mapping):
+        return {str(key): json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
     return None if isinstance(value, float) and np.isnan(value) else value
-
-
-def result_files(pattern: str) -> list[Path]:
-    """The files of a glob, journals of unfinished runs left out.
-
-    Raises:
-        UserError: there is none.
-    """
-    found = [Path(path) for path in sorted(glob.glob(pattern))]  # noqa: PTH207 (a pattern may be absolute)
-    results = [path for path in found if path.is_file() and path.suffix != JOURNAL_SUFFIX]
-    if not results:
-        journal = Path(pattern + JOURNAL_SUFFIX)
-        hint = (
-            f"; {journal} is an unfinished run, run the same inference again to finish it" if journal.exists() else ""
-        )
-        raise UserError(f"--result_paths {pattern}: no such file{hint}")
-    return results
-
-
-def read_lines(paths: Sequence[Path]) -> list[ResultLine]:
-    """All result lines.
-
-    Raises:
-        UserError: a file is not a result file, or there is no candidate at all.
-    """
-    lines = [line for path in paths for line in read_result_lines(path) if line.solutions]
-    if not lines:
-        raise UserError(f"{', '.join(map(str, paths))}: no candidates to measure")
-    return lines
-
-
-def grade_lines(task: str, lines: Sequence[ResultLine], workers: int | None = None) -> list[GradedQuestion]:
-    """Grade every candidate, equal responses to a question once; lines of the same question are put together."""
-    benchmark = get_benchmark(task)
-    requests = {}
-    for number, line in enumerate(lines):
-        meta = dict(line.meta)
-        question = Question(line.index or 0, meta.pop("question", line.prompt), line.answer, meta)
-        for response in line.responses:
-            requests.setdefault((number, response), benchmark.grade_request(question, response))
-    with GraderPool(workers) as pool:
-        grades = dict(zip(requests, pool.grade(list(requests.values())), strict=True))
-    by_question: dict[tuple, list[int]] = {}
-    for number, line in enumerate(lines):
-        by_question.setdefault(_identity(line), []).append(number)
-    return [_graded_question(lines, numbers, grades) for numbers in by_question.values()]
-
-
-def _identity(line: ResultLine) -> tuple:
-    """What lines of one question share: its place in its set of questions, or its text where that is not known."""
-    digest = (line.settings or {}).get("questions")
-    return (line.prompt,) if digest is None or line.index is None else (digest, line.index)
-
-
-def _graded_question(
-    lines: Sequence[ResultLine], numbers: list[int], grades: dict[tuple[int, str], float | None]
-) -> GradedQuestion:
-    def column(get: Callable[[ResultLine], list]) -> list:
-        return [item for number in numbers for item in get(lines[number])]
-
-    correct = [grades[number, response] for number in numbers for response in lines[number].responses]
-    return GradedQuestion(
-        prompt=lines[numbers[0]].prompt,
-        scores=sortable_scores(column(lambda line: line.scores)),
-        correct=np.array([np.nan if grade is None else grade for grade in correct]),
-        keys=[vote_key(response) for response in column(lambda line: line.responses)],
-        step_scores=column(lambda line: line.step_scores),
-        token_counts=column(lambda line: line.token_counts),
-        truncated=[reason == "length" for reason in column(lambda line: line.finish_reasons)],
-    )
 
 
 def candidate_counts(samples: int) -> list[int]:
@@ -186,86 +172,200 @@ def candidate_counts(samples: int) -> list[int]:
     return powers if powers[-1] == samples else [*powers, samples]
 
 
+def possible_strategies(questions: Sequence[GradedQuestion]) -> list[str]:
+    """The strategies for which the candidates have what it takes: scores, step scores with each score, answers."""
+    scored = any(np.isfinite(question.scores).any() for question in questions)
+    with_steps = scored and all(
+        steps is not None or not np.isfinite(score)
+        for question in questions
+        for steps, score in zip(question.step_scores, question.scores)
+    )
+    answered = any(key is not None for question in questions for key in question.keys)
+    impossible = {
+        *(() if scored else ("best_of_n",)),
+        *(() if with_steps else AGGREGATED),
+        *(() if answered else ("majority",)),
+        *(() if answered and scored else ("weighted_vote",)),
+    }
+    return [name for name in STRATEGIES if name not in impossible]
+
+
+def accuracies(
+    questions: Sequence[GradedQuestion], strategies: Sequence[str], counts: Sequence[int], seed: int = 0
+) -> dict[str, dict[int, np.ndarray]]:
+    """Accuracy [questions] of each strategy at each N.
+
+    Where ungraded candidates leave a question fewer than N, its estimate is that of all it has. `seed` draws the
+    subsets of the votes.
+    """
+    graded = [question.graded() for question in questions]
+    return {
+        name: {
+            n: np.array([STRATEGIES[name](question, min(n, len(question.correct)), seed) for question in graded])
+            for n in counts
+        }
+        for name in strategies
+    }
+
+
 def measure(questions: Sequence[GradedQuestion], settings: dict[str, Any] | None = None, seed: int = 0) -> Report:
     """Measure graded candidates.
-
-    Candidates without a grade are left out (and counted); where that leaves a question fewer than N, its estimate is
-    that of all it has. `seed` draws the subsets of the votes.
 
     Raises:
         UserError: nothing could be graded.
     """
-    usable = [graded for graded in (question.graded() for question in questions) if len(graded[1])]
-    if not usable:
-        raise UserError("none of the responses could be graded")
-    samples = min(len(question.correct) for question in questions)
-    rng = np.random.default_rng(seed)
-    curves: dict[str, dict[int, Estimate]] = {name: {} for name in STRATEGIES}
-    for n in candidate_counts(samples):
-        per_question = [_choose(*graded, n, rng) for graded in usable]
-        for name in STRATEGIES:
-            curves[name][n] = Estimate.over([values[name] for values in per_question])
-    every_score = np.concatenate([question.scores for question in questions])
-    tokens = [count for question in questions for count in question.token_counts if count is not None]
+    usable = _usable(questions)
+    per_question = [len(question.correct) for question in questions]
+    scores = np.concatenate([question.scores for question in questions])
+    correct = np.concatenate([question.correct for question in questions])
+    question_of = np.repeat(np.arange(len(questions)), per_question)
+    judged = np.isfinite(scores) & ~np.isnan(correct)
+    curve = reliability(scores[judged], correct[judged], question_of[judged])
+    finishes = [reason for question in questions for reason in question.finish_reasons if reason is not None]
     return Report(
         questions=len(questions),
-        samples=samples,
-        ungraded=int(sum(np.isnan(question.correct).sum() for question in questions)),
-        unscored=int((every_score == NO_SCORE).sum()),
-        truncated_rate=float(np.mean([hit for question in questions for hit in question.truncated])),
-        mean_tokens=float(np.mean(tokens)) if tokens else float("nan"),
-        mean_at_1=Estimate.over([float(correct.mean()) for _, correct, _ in usable]),
-        curves=curves,
-        auc=_auc(np.concatenate([scores for scores, *_ in usable]), np.concatenate([right for _, right, _ in usable])),
-        within_prompt_auc=_within_prompt_auc([(scores, correct) for scores, correct, _ in usable]),
+        samples=min(per_question),
+        missing=sum(max(per_question) - count for count in per_question),
+        ungraded=int(np.isnan(correct).sum()),
+        unscored=int((~np.isfinite(scores)).sum()),
+        refused=refused_count(questions),
+        ungraded_rate=float(np.isnan(correct).mean()),
+        truncated_rate=_mean(np.array([reason == "length" for reason in finishes])),
+        mean_at_1=Estimate.over([float(question.graded().correct.mean()) for question in usable]),
+        curves={
+            name: {n: Estimate.over(values) for n, values in by_count.items()}
+            for name, by_count in accuracies(
+                usable, possible_strategies(usable), candidate_counts(min(per_question)), seed
+            ).items()
+        },
+        auc=_auc(scores[judged], correct[judged]),
+        within_prompt_auc=_mean_defined([_auc(scores[of], correct[of]) for of in _members(question_of, judged)]),
+        calibration_error=expected_calibration_error(curve),
+        reliability=curve,
+        lengths=_lengths(questions, correct),
         settings=settings,
     )
 
 
-def _choose(
-    scores: np.ndarray, correct: np.ndarray, keys: list[str | None], n: int, rng: np.random.Generator
-) -> dict[str, float]:
-    n = min(n, len(scores))
-    weights = np.where(np.isfinite(scores), scores, 0.0)
-    return {
-        "best_of_n": expected_best_of_n(scores, correct, n),
-        "majority": expected_vote(keys, correct, n, rng),
-        "weighted_vote": expected_vote(keys, correct, n, rng, weights),
-        "oracle": expected_oracle(correct, n),
-        "random": float(correct.mean()),
-    }
-
-
-def _auc(scores: np.ndarray, correct: np.ndarray) -> float:
-    scored = np.isfinite(scores)
-    return auc(torch.from_numpy(scores[scored]), torch.from_numpy(correct[scored]))
-
-
-def _within_prompt_auc(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
-    values = np.array([_auc(scores, correct) for scores, correct in pairs])
-    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
-
-
-def repeated_best_of_n(questions: Sequence[GradedQuestion], n: int) -> list[float]:
-    """Accuracy of Best-of-N in each repetition of the test: repetition k takes every question's k-th group of n.
+def compare(
+    questions: Sequence[GradedQuestion],
+    base: Sequence[GradedQuestion],
+    settings: tuple[dict[str, Any] | None, dict[str, Any] | None] = (None, None),
+    seed: int = 0,
+) -> Comparison:
+    """Accuracies of `questions` less those of `base`, paired by question.
 
     Raises:
-        UserError: a question has fewer than n candidates.
+        UserError: they have no question in common that could be graded.
+    """
+    ours, theirs = ({question.key: question for question in side} for side in (questions, base))
+    common: list[QuestionKey] = [key for key in ours if key in theirs]
+    paired = [key for key in common if len(_gradable([ours[key], theirs[key]])) == 2]
+    if not paired:
+        raise UserError("--compare: the two have no question in common that could be graded")
+    pairs = [[side[key] for key in paired] for side in (ours, theirs)]
+    strategies = [name for name in possible_strategies(pairs[0]) if name in possible_strategies(pairs[1])]
+    counts = candidate_counts(min(len(question.correct) for side in pairs for question in side))
+    here, there = (accuracies(side, strategies, counts, seed) for side in pairs)
+    return Comparison(
+        questions=len(paired),
+        unpaired=len(ours) + len(theirs) - 2 * len(paired),
+        curves={name: {n: Estimate.over(here[name][n] - there[name][n]) for n in counts} for name in strategies},
+        differing_settings=differing_settings(*settings),
+    )
+
+
+def repeated_accuracy(questions: Sequence[GradedQuestion], n: int, strategy: str = "best_of_n") -> list[float]:
+    """Accuracy in each repetition of the test: repetition k takes every question's k-th group of n candidates.
+
+    Args:
+        questions: with their candidates in the order they were sampled.
+        n: group size.
+        strategy: chooses in each group: best_of_n, majority or weighted_vote.
+
+    Raises:
+        UserError: a question has fewer than n candidates, or there are no scores to choose by.
     """
     fewest = min(questions, key=lambda question: len(question.correct))
     repetitions = len(fewest.correct) // n
     if repetitions == 0:
-        raise UserError(f"--N {n}: only {len(fewest.correct)} candidates for the question {fewest.prompt[:60]!r}")
-    picks = np.stack([best_of_n_groups(question.scores, question.correct, n)[:repetitions] for question in questions])
-    return [float(value) for value in np.nanmean(picks, axis=0)]
+        raise UserError(
+            f"--N {n}: only {len(fewest.correct)} candidates for the question {fewest.key[1][:60]!r}; "
+            f"use --N {len(fewest.correct)} or less, or sample more"
+        )
+    if n > 1 and strategy != "majority" and strategy not in possible_strategies(questions):
+        raise UserError(f"--N {n}: there are no scores to choose by; use --N 1, or run inference again with scores")
+    picks = np.stack([_group_picks(question, n, strategy)[:repetitions] for question in questions])
+    graded = ~np.isnan(picks)
+    return [float(np.mean(pick[known])) for pick, known in zip(picks.T, graded.T) if known.any()]
 
 
-def report_files(task: str, pattern: str) -> tuple[Report, list[GradedQuestion]]:
-    """Read, grade and measure the result files of a glob.
+def _group_picks(question: GradedQuestion, n: int, strategy: str) -> np.ndarray:
+    if strategy == "best_of_n":
+        return best_of_n_groups(question.scores, question.correct, n)
+    weights = question.vote_weights if strategy == "weighted_vote" else None
+    return vote_groups(question.votes, question.correct, n, weights)
+
+
+def strategy_of(settings: Mapping[str, Any] | None) -> str:
+    """How a run with these settings chooses among its samples: by a vote where it asked for one, else by score."""
+    name = ((settings or {}).get("search") or {}).get("name")
+    return name if name in ("majority", "weighted_vote") else "best_of_n"
+
+
+def report_files(task: str, patterns: Sequence[str]) -> tuple[Report, list[GradedQuestion]]:
+    """Read, grade and measure result files.
 
     Raises:
-        UserError: no such files, or files that are not results.
+        UserError: no such files, files that are not results, or that do not belong together.
     """
-    lines = read_lines(result_files(pattern))
+    lines = read_lines(result_files(patterns), task)
     questions = grade_lines(task, lines)
-    return measure(questions, lines[0].settings), questions
+    settings = next((line.settings for line in lines if line.settings is not None), None)
+    report = measure(questions, settings)
+    if report.missing:
+        logger.warning(
+            "%s: %d samples are missing: one question has only %d, and N ends there",
+            " ".join(patterns), report.missing, report.samples,
+        )  # fmt: skip
+    return report, questions
+
+
+def _gradable(questions: Sequence[GradedQuestion]) -> list[GradedQuestion]:
+    return [question for question in questions if not np.isnan(question.correct).all()]
+
+
+def _usable(questions: Sequence[GradedQuestion]) -> list[GradedQuestion]:
+    usable = _gradable(questions)
+    if not usable:
+        raise UserError("none of the responses could be graded")
+    return usable
+
+
+def _members(question_of: np.ndarray, judged: np.ndarray) -> list[np.ndarray]:
+    return [judged & (question_of == number) for number in np.unique(question_of)]
+
+
+def _auc(scores: np.ndarray, correct: np.ndarray) -> float:
+    return auc(torch.from_numpy(scores), torch.from_numpy(correct))
+
+
+def _lengths(questions: Sequence[GradedQuestion], correct: np.ndarray) -> Lengths:
+    counts = [np.nan if count is None else count for question in questions for count in question.token_counts]
+    tokens = np.array(counts, dtype=np.float64)
+    known = tokens[~np.isnan(tokens)]
+    return Lengths(
+        mean=_mean(known),
+        right=_mean_defined(tokens[correct > 0.5]),
+        wrong=_mean_defined(tokens[correct <= 0.5]),
+        percentiles={p: float(np.percentile(known, p)) if len(known) else float("nan") for p in PERCENTILES},
+    )
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def _mean_defined(values: Sequence[float] | np.ndarray) -> float:
+    array = np.asarray(values, dtype=np.float64)
+    return _mean(array[~np.isnan(array)])

@@ -1,245 +1,214 @@
-"""Figures, drawn from measured results only: accuracy against N, training curves, step scores of right and wrong."""
+"""Figures of results, drawn from measured numbers only."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from xbai.errors import UserError
-from xbai.evaluate.metrics import GradedQuestion, Report
-from xbai.files import atomic_write
-
-BLUE, ORANGE, GREEN, RED, GREY, LIGHT_GREY = "#1f5fa8", "#d9822b", "#2c8c4b", "#c0392b", "#5f6b76", "#9aa5b1"
-CONFIDENCE = 1.96
-MIN_SHARE_OF_RESPONSES = 0.02
-SMOOTHING_POINTS = 30
-STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e9ed",
-    "axes.edgecolor": LIGHT_GREY,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.axisbelow": True,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-    "figure.constrained_layout.w_pad": 0.08,
-    "figure.constrained_layout.h_pad": 0.08,
-}
-
-
-@dataclass(frozen=True)
-class Line:
-    """How one curve looks."""
-
-    label: str
-    color: str
-    dashes: str = "-"
-    marker: str | None = "o"
-
+from xbai.evaluate.figure import (
+    BLUE,
+    GREEN,
+    GREY,
+    LIGHT_GREY,
+    ORANGE,
+    PURPLE,
+    RIGHT,
+    STYLE,
+    WRONG,
+    Line,
+    draw_line,
+    save_figure,
+)
+from xbai.evaluate.graded import GradedQuestion
+from xbai.evaluate.metrics import Estimate, Report
+from xbai.evaluate.step_curve import StepCurve, step_curve
 
 STRATEGY_LINES = {
-    "oracle": Line("oracle (any right)", LIGHT_GREY, "--", None),
+    "oracle": Line("oracle (any right)", GREY, "--", None, width=1.2),
     "best_of_n": Line("Best-of-N by score", BLUE),
+    "weighted_vote": Line("score-weighted vote", GREEN, "-", "^", width=2.8, marker_size=6.5),
     "majority": Line("majority vote", ORANGE, "-", "s"),
-    "random": Line("random pick", GREY, ":", None),
+    "random": Line("mean@1", GREY, ":", None),
 }
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One panel of the training figure: metric names (those the run logged are drawn) and how they look."""
-
-    title: str
-    lines: Mapping[str, Line]
-
-
-TRAINING_PANELS = (
-    Panel(
-        "Pass rate",
-        {
-            "reward/pass_rate": Line("training samples", BLUE),
-            "val/pass@1": Line("validation pass@1", ORANGE),
-            "val/best_of_8": Line("validation Best-of-8", GREEN),
-        },
-    ),
-    Panel("Response length (tokens)", {"response_length/mean": Line("mean", BLUE)}),
-    Panel("Score AUC", {"score/auc": Line("training samples", BLUE), "val/auc": Line("validation", ORANGE)}),
-    Panel(
-        "Trajectory score",
-        {"score/score_right": Line("right answers", GREEN), "score/score_wrong": Line("wrong answers", RED)},
-    ),
-    Panel("Policy entropy (nats a token)", {"actor/entropy": Line("entropy", BLUE)}),
-    Panel("KL to the reference (nats a token)", {"actor/ref_kl": Line("KL", BLUE)}),
+SCALING_LINES = (Line("", BLUE), Line("", PURPLE, "--", "D"))
+LABEL_PLACES = (
+    {"xytext": (-5, 4), "ha": "right", "va": "bottom"},
+    {"xytext": (5, -5), "ha": "left", "va": "top"},
 )
+"""Where N stands beside a point of the first and of the second line: rising lines leave these corners free."""
+
+NO_STEP_SCORES = "the results hold no step scores; they come with fused scores or from the score service"
+PANEL_SIZE = (4.6, 3.6)
+
+Drawing = Callable[[Axes], None]
+
+
+def plot_results(reports: Mapping[str, Report], questions: Sequence[GradedQuestion], path: Path) -> None:
+    """One figure of everything: accuracy against N and against tokens, step scores, reliability.
+
+    Panels for which the results have no data are left out.
+
+    Args:
+        reports: the results, then, where there is one, the base they are compared with (against tokens only).
+        questions: the candidates of the first report.
+        path: .png, .pdf or .svg.
+    """
+    report = next(iter(reports.values()))
+    curves = _step_curves(questions)
+    panels: list[Drawing] = [lambda axis: _draw_accuracy(axis, "Accuracy against samples", report)]
+    if any(_has_tokens(each) for each in reports.values()):
+        panels.append(lambda axis: _draw_scaling(axis, reports))
+    if curves:
+        panels.append(lambda axis: _draw_step_curves(axis, curves))
+    if report.reliability:
+        panels.append(lambda axis: _draw_reliability(axis, report))
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(PANEL_SIZE[0] * columns, PANEL_SIZE[1] * rows))
+        axes = figure.subplots(rows, columns, squeeze=False).flat
+        for axis, draw in zip(axes, panels):
+            draw(axis)
+        for axis in list(figure.axes)[len(panels) :]:
+            axis.set_visible(False)
+        if len(reports) > 1:
+            figure.suptitle(f"{', beside '.join(reports)}", x=0.02, ha="left", fontweight="bold", fontsize=12)
+        save_figure(figure, path)
 
 
 def plot_accuracy(reports: Mapping[str, Report], path: Path) -> None:
     """Accuracy against N for each way of choosing, a panel for each report; bands are 95 % confidence."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(1.0 + 4.4 * len(reports), 4.2))
-        axes = figure.subplots(1, len(reports), sharey=True, squeeze=False)
-        for panel, (title, report) in zip(axes[0], reports.items()):
-            _draw_accuracy(panel, title, report)
-        axes[0, 0].set_ylabel("accuracy")
-        handles, labels = axes[0, 0].get_legend_handles_labels()
+        axes = figure.subplots(1, len(reports), sharey=True, squeeze=False)[0]
+        for axis, (title, report) in zip(axes, reports.items()):
+            _draw_accuracy(axis, title, report, with_legend=False)
+            axis.set_ylabel("accuracy" if axis is axes[0] else "")
+        handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) if len(reports) > 1 else 2)
-        _save(figure, path)
-
-
-def _draw_accuracy(panel: Axes, title: str, report: Report) -> None:
-    for strategy, line in STRATEGY_LINES.items():
-        curve = report.curves[strategy]
-        counts = np.array(list(curve))
-        mean = np.array([estimate.mean for estimate in curve.values()])
-        band = CONFIDENCE * np.nan_to_num([estimate.standard_error for estimate in curve.values()])
-        _draw(panel, counts, mean, line)
-        low, high = np.clip(mean - band, 0, 1), np.clip(mean + band, 0, 1)
-        panel.fill_between(counts, low, high, color=line.color, alpha=0.13, lw=0)
-    panel.set_xscale("log", base=2)
-    panel.xaxis.set_major_formatter(ScalarFormatter())
-    panel.set_xticks(counts)
-    panel.minorticks_off()
-    panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    panel.set_ylim(top=1.02)
-    panel.set_xlabel("candidates N")
-    panel.set_title(title)
-
-
-def plot_training(metrics_file: Path, path: Path) -> None:
-    """The curves of a training run, from its `metrics.jsonl`; panels without data are left out.
-
-    Raises:
-        UserError: the file is missing, damaged, or holds none of the curves.
-    """
-    records = _read_metrics(metrics_file)
-    panels = [panel for panel in TRAINING_PANELS if any(len(_series(records, name)[0]) for name in panel.lines)]
-    if not panels:
-        raise UserError(f"{metrics_file}: holds none of the training curves (reward/pass_rate, score/auc, ...)")
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(3.9 * columns, 2.9 * rows))
-        axes = figure.subplots(rows, columns, squeeze=False)
-        for axis, panel in zip(axes.flat, panels):
-            _draw_training(axis, panel, records)
-        for axis in axes.flat[len(panels) :]:
-            axis.set_visible(False)
-        _save(figure, path)
-
-
-def _draw_training(axis: Axes, panel: Panel, records: Sequence[Mapping[str, float]]) -> None:
-    for name, line in panel.lines.items():
-        steps, values = _series(records, name)
-        if not len(steps):
-            continue
-        if name.startswith("val/"):
-            _draw(axis, steps, values, line)
-            continue
-        smooth = len(steps) > SMOOTHING_POINTS
-        axis.plot(steps, values, color=line.color, alpha=0.25 if smooth else 1.0, lw=1.0 if smooth else 1.8,
-                  label=None if smooth else line.label)  # fmt: skip
-        if smooth:
-            axis.plot(steps, _smoothed(values), color=line.color, lw=1.8, label=line.label)
-    axis.set_title(panel.title)
-    axis.set_xlabel("step")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    if len(axis.get_legend_handles_labels()[1]) > 1:
-        axis.legend(fontsize=8.5)
+        save_figure(figure, path)
 
 
 def plot_step_scores(questions: Sequence[GradedQuestion], path: Path) -> None:
-    """Mean score of the 1st, 2nd, ... step of right and of wrong responses, as far as enough responses go.
+    """Mean step score of right and of wrong responses from their first to their last step.
 
     Raises:
         UserError: the results hold no step scores.
     """
-    pairs = [
-        (scores, right)
-        for question in questions
-        for scores, right in zip(question.step_scores, question.correct)
-        if scores and not np.isnan(right)
-    ]
-    if not pairs:
-        raise UserError("the results hold no step scores; they come with fused scores or from the score service")
+    curves = _step_curves(questions)
+    if not curves:
+        raise UserError(NO_STEP_SCORES)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 3.8))
-        axis = figure.subplots()
-        for wanted, line in ((1.0, Line("right answers", GREEN)), (0.0, Line("wrong answers", RED))):
-            _draw_step_scores(axis, [scores for scores, right in pairs if (right > 0.5) == wanted], line)
-        axis.set_ylim(0, 1)
-        axis.set_xlabel("step of the response")
-        axis.set_ylabel("mean step score")
-        axis.set_title("Step scores of right and wrong responses")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.legend()
-        _save(figure, path)
+        _draw_step_curves(figure.subplots(), curves)
+        save_figure(figure, path)
 
 
-def _draw_step_scores(axis: Axes, responses: Sequence[Sequence[float]], line: Line) -> None:
-    if not responses:
-        return
-    longest = max(map(len, responses))
-    padded = np.full((len(responses), longest), np.nan)
-    for row, scores in enumerate(responses):
-        padded[row, : len(scores)] = scores
-    count = (~np.isnan(padded)).sum(0)
-    shown = int((count >= max(2, MIN_SHARE_OF_RESPONSES * len(responses))).sum()) or 1
-    steps = np.arange(1, shown + 1)
-    mean = np.nanmean(padded[:, :shown], axis=0)
-    band = CONFIDENCE * np.nanstd(padded[:, :shown], axis=0) / np.sqrt(count[:shown])
-    _draw(axis, steps, mean, Line(f"{line.label} ({len(responses):,})", line.color))
-    axis.fill_between(steps, mean - band, mean + band, color=line.color, alpha=0.15, lw=0)
+def _draw_accuracy(axis: Axes, title: str, report: Report, with_legend: bool = True) -> None:
+    for strategy, line in STRATEGY_LINES.items():
+        if strategy in report.curves:
+            counts, mean, error = _columns(report.curves[strategy])
+            draw_line(axis, counts, mean, line, None if strategy == "random" else error)
+    counts = list(report.curves["random"])
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(counts, [f"{n:,}" for n in counts])
+    axis.xaxis.set_minor_locator(NullLocator())
+    _accuracy_axis(axis)
+    axis.set_xlabel("samples N")
+    axis.set_title(title)
+    if with_legend:
+        axis.legend(loc="best")
 
 
-def _draw(axis: Axes, x: np.ndarray, y: np.ndarray, line: Line) -> None:
-    axis.plot(x, y, line.dashes, color=line.color, marker=line.marker, ms=4, lw=1.8, label=line.label)
+def _draw_scaling(axis: Axes, reports: Mapping[str, Report]) -> None:
+    for (name, report), line, place in zip(reports.items(), SCALING_LINES, LABEL_PLACES):
+        if not _has_tokens(report):
+            continue
+        strategy = "best_of_n" if "best_of_n" in report.curves else "random"
+        counts, mean, error = _columns(report.curves[strategy])
+        tokens = counts * report.lengths.mean
+        label = STRATEGY_LINES[strategy].label
+        label = f"{name}: {label}" if len(reports) > 1 else label
+        draw_line(axis, tokens, mean, Line(label, line.color, line.dashes, line.marker), error)
+        for count, x, y in zip(counts, tokens, mean):
+            axis.annotate(f"{count:,.0f}", (x, y), textcoords="offset points", fontsize=8, color=line.color, **place)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda count, _: _short(count)))
+    axis.xaxis.set_minor_locator(NullLocator())
+    _accuracy_axis(axis, headroom=0.05)
+    axis.set_xlabel("thinking tokens a question, N samples together")
+    axis.set_title("Accuracy against thinking tokens, with N")
+    axis.legend(loc="lower right")
 
 
-def _read_metrics(path: Path) -> list[dict[str, float]]:
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        raise UserError(f"{path}: no such file; training writes it with trainer.logger=[file]") from None
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            # A running or killed training leaves half a line at the end, nowhere else.
-            if number < len(lines):
-                raise UserError(f"{path}:{number}: not valid JSON") from None
-    return records
+def _draw_step_curves(axis: Axes, curves: Sequence[tuple[Line, StepCurve]]) -> None:
+    for line, curve in curves:
+        labelled = Line(f"{line.label} ({curve.responses:,})", line.color, line.dashes, None)
+        draw_line(axis, curve.position, curve.mean, labelled, curve.standard_error)
+    axis.set_xlim(0, 1)
+    axis.set_ylim(0, 1)
+    axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.set_xlabel("position in the response, from first step to last")
+    axis.set_ylabel("mean step score")
+    axis.set_title("Step scores of right and wrong responses")
+    axis.legend(loc="best")
 
 
-def _series(records: Sequence[Mapping[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    points = [(record["step"], record[name]) for record in records if np.isfinite(record.get(name, np.nan))]
-    steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
-    return steps, values
+def _draw_reliability(axis: Axes, report: Report) -> None:
+    bins = report.reliability
+    total = sum(bin.count for bin in bins)
+    edges = np.array([bin.low for bin in bins])
+    widths = np.array([bin.high - bin.low for bin in bins])
+    axis.bar(edges, [bin.count / total for bin in bins], widths, align="edge", color=LIGHT_GREY, alpha=0.35, lw=0,
+             label="share of the responses")  # fmt: skip
+    axis.plot([0, 1], [0, 1], ":", color=GREY, lw=1.2, label="score = accuracy")
+    score = np.array([bin.score for bin in bins])
+    accuracy = np.array([bin.accuracy for bin in bins])
+    draw_line(axis, score, accuracy, Line("accuracy", BLUE), np.array([bin.standard_error for bin in bins]))
+    axis.set_xlim(0, 1)
+    axis.set_ylim(0, 1.02)
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.set_xlabel("score")
+    axis.set_title(f"Reliability (calibration error {report.calibration_error:.3f})")
+    axis.legend(loc="upper left")
 
 
-def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Mean over a window of a twentieth of the run, shortened at both ends."""
-    half = max(1, len(values) // 40)
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    low = np.maximum(np.arange(len(values)) - half, 0)
-    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
-    return (total[high] - total[low]) / (high - low)
+def _step_curves(questions: Sequence[GradedQuestion]) -> list[tuple[Line, StepCurve]]:
+    found = [(RIGHT, step_curve(questions, right=True)), (WRONG, step_curve(questions, right=False))]
+    return [(line, curve) for line, curve in found if curve is not None]
 
 
-def _save(figure: Figure, path: Path) -> None:
-    with atomic_write(path) as stream:
-        figure.savefig(stream, dpi=160, format="png", facecolor="white")
+def _columns(curve: Mapping[int, Estimate]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """N, mean and standard error, each [counts]."""
+    estimates = curve.values()
+    means, errors = [estimate.mean for estimate in estimates], [estimate.standard_error for estimate in estimates]
+    return np.array(list(curve), dtype=np.float64), np.array(means), np.array(errors)
+
+
+def _has_tokens(report: Report) -> bool:
+    return not np.isnan(report.lengths.mean)
+
+
+def _accuracy_axis(axis: Axes, headroom: float = 0.02) -> None:
+    bottom, top = axis.get_ylim()
+    top = min(1.0, top)
+    axis.set_ylim(bottom, top + headroom * (top - bottom))
+    axis.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=(1, 2, 5, 10)))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.set_ylabel("accuracy")
+
+
+def _short(count: float) -> str:
+    """1234 as 1.2k."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"

@@ -52,6 +52,8 @@ def _accuracies(report: dict[str, Any]) -> dict[str, Any]:
     missing = [n for n in SUMMARY_COUNTS if str(n) not in report["curves"]["random"]]
     if missing:
         raise UserError(f"the summary needs N={missing[0]}, but a question has only {report['samples']} samples")
+    if "best_of_n" not in report["curves"]:
+        raise UserError("the summary needs scores: run inference again with scores")
     curves = {
         strategy: {str(n): report["curves"][strategy][str(n)]["mean"] for n in SUMMARY_COUNTS}
         for strategy in SUMMARY_STRATEGIES

@@ -1,0 +1,128 @@
+"""Result lines turned into what is measured: for each question the scores, grades and votes of its candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from xbai.benchmarks.base import Question
+from xbai.benchmarks.registry import get_benchmark
+from xbai.evaluate.estimators import votes_for
+from xbai.evaluate.results import REFUSED, ResultLine
+from xbai.grading import GraderPool
+from xbai.search.best_of_n import sortable_scores
+from xbai.search.majority import vote_key
+from xbai.sprm.score import aggregate
+
+QuestionKey = tuple[int | None, str]
+"""What identifies a question, whichever model answers it: its place in the benchmark (where known) and its text."""
+
+
+@dataclass(frozen=True)
+class GradedQuestion:
+    """The candidates for one question, K in number.
+
+    Attributes:
+        key: which question.
+        scores: [K] trajectory scores, -inf where there is none.
+        correct: [K] 1.0, 0.0, or nan where it could not be graded.
+        keys: the answer each votes for; None where it has none.
+        step_scores, token_counts, finish_reasons: per candidate; None where not known.
+    """
+
+    key: QuestionKey
+    scores: np.ndarray
+    correct: np.ndarray
+    keys: list[str | None]
+    step_scores: list[list[float] | None]
+    token_counts: list[int | None]
+    finish_reasons: list[str | None]
+
+    @property
+    def votes(self) -> np.ndarray:
+        """[K, answers] bool, see `votes_for`."""
+        return votes_for(self.keys)
+
+    @property
+    def vote_weights(self) -> np.ndarray:
+        """[K] the scores; 0.0 where there is none."""
+        return np.where(np.isfinite(self.scores), self.scores, 0.0)
+
+    def scores_by(self, aggregation: str) -> np.ndarray:
+        """[K] scores of another aggregation of the step scores, -inf where there are none."""
+        return sortable_scores([None if steps is None else aggregate(steps, aggregation) for steps in self.step_scores])
+
+    def graded(self) -> GradedQuestion:
+        """The same with only those candidates that could be graded."""
+        kept = np.flatnonzero(~np.isnan(self.correct))
+
+        def pick(values: list) -> list:
+            return [values[i] for i in kept]
+
+        return GradedQuestion(
+            self.key,
+            self.scores[kept],
+            self.correct[kept],
+            pick(self.keys),
+            pick(self.step_scores),
+            pick(self.token_counts),
+            pick(self.finish_reasons),
+        )
+
+
+def question_key(line: ResultLine) -> QuestionKey:
+    """Which question the line answers; the chat template, which differs between models, is no part of it."""
+    return line.index, line.meta.get("question", line.prompt)
+
+
+def grade_lines(task: str, lines: Sequence[ResultLine], workers: int | None = None) -> list[GradedQuestion]:
+    """Grade every candidate, equal responses to a question once; lines of the same question are put together."""
+    benchmark = get_benchmark(task)
+    requests = {}
+    for number, line in enumerate(lines):
+        meta = dict(line.meta)
+        question = Question(line.index or 0, meta.pop("question", line.prompt), line.answer, meta)
+        for response in line.responses:
+            requests.setdefault((number, response), benchmark.grade_request(question, response))
+    with GraderPool(workers) as pool:
+        grades = dict(zip(requests, pool.grade(list(requests.values())), strict=True))
+    by_question: dict[QuestionKey, list[int]] = {}
+    for number, line in enumerate(lines):
+        by_question.setdefault(question_key(line), []).append(number)
+    return [_graded_question(key, lines, numbers, grades) for key, numbers in by_question.items()]
+
+
+def _graded_question(
+    key: QuestionKey,
+    lines: Sequence[ResultLine],
+    numbers: list[int],
+    grades: dict[tuple[int, str], float | None],
+) -> GradedQuestion:
+    def column(get: Callable[[ResultLine], list]) -> list[Any]:
+        return [item for number in numbers for item in get(lines[number])]
+
+    correct = [grades[number, response] for number in numbers for response in lines[number].responses]
+    step_scores = column(lambda line: line.step_scores)
+    scores = column(lambda line: line.scores)
+    return GradedQuestion(
+        key=key,
+        scores=sortable_scores(
+            [
+                aggregate(steps) if score is None and steps is not None else score
+                for score, steps in zip(scores, step_scores)
+            ]
+        ),
+        correct=np.array([np.nan if grade is None else grade for grade in correct], dtype=np.float64),
+        keys=[vote_key(response) for response in column(lambda line: line.responses)],
+        step_scores=step_scores,
+        token_counts=column(lambda line: line.token_counts),
+        finish_reasons=column(lambda line: line.finish_reasons),
+    )
+
+
+def refused_count(questions: Sequence[GradedQuestion]) -> int:
+    """How many candidates are empty because the service refused to make them; they count as wrong."""
+    return sum(reason == REFUSED for question in questions for reason in question.finish_reasons)

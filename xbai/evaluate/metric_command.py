@@ -1,0 +1,138 @@
+"""`xbai metric`: what it measures, and where it writes that."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from xbai.evaluate.figure import check_format
+from xbai.evaluate.metrics import Comparison, Report, compare, repeated_accuracy, report_files, strategy_of
+from xbai.evaluate.plots import plot_results
+from xbai.evaluate.summary import write_json
+from xbai.evaluate.tables import STRATEGY_NAMES, Grid, comparison_grid, report_grids, show
+from xbai.files import atomic_write
+
+TERMINAL = Path("-")
+
+
+@dataclass(frozen=True)
+class MetricOptions:
+    """What to measure.
+
+    Attributes:
+        task: the benchmark.
+        patterns: result files and globs, which belong together.
+        n: candidates of each group in the repeated test.
+        base_patterns: results to compare with; none when empty.
+        json_path, markdown_path: where to write the numbers, the tables; `-` is the terminal, which then shows no more.
+        plot_path: where to draw the figure.
+    """
+
+    task: str
+    patterns: Sequence[str]
+    n: int = 1
+    base_patterns: Sequence[str] = ()
+    json_path: Path | None = None
+    markdown_path: Path | None = None
+    plot_path: Path | None = None
+
+
+@dataclass(frozen=True)
+class RepeatedTest:
+    """Best-of-N, or the vote that the run asked for, on every disjoint group of N candidates."""
+
+    strategy: str
+    n: int
+    accuracies: list[float]
+
+    @property
+    def mean(self) -> float:
+        """Mean over the repetitions."""
+        return sum(self.accuracies) / len(self.accuracies)
+
+    @property
+    def lines(self) -> list[str]:
+        """As it is said."""
+        name = f"Best-of-{self.n}" if self.strategy == "best_of_n" else f"{STRATEGY_NAMES[self.strategy]} of {self.n}"
+        return [f"Test {len(self.accuracies)} times", f"pass@1 ({name}): {100 * self.mean:.2f}"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return {
+            "strategy": self.strategy,
+            "n": self.n,
+            "repetitions": len(self.accuracies),
+            "accuracies": self.accuracies,
+            "mean": self.mean,
+        }
+
+
+def run_metric(options: MetricOptions) -> None:
+    """Measure and write everything that is asked for.
+
+    Raises:
+        UserError: files that are missing, are no results or do not belong together; too few samples for N.
+    """
+    if options.plot_path is not None:
+        check_format(options.plot_path)
+    report, questions = report_files(options.task, options.patterns)
+    strategy = strategy_of(report.settings)
+    repeated = RepeatedTest(strategy, options.n, repeated_accuracy(questions, options.n, strategy))
+    name, base_name = _names(options)
+    reports, comparison = {name: report}, None
+    if options.base_patterns:
+        base, base_questions = report_files(options.task, options.base_patterns)
+        reports[base_name] = base
+        comparison = compare(questions, base_questions, (report.settings, base.settings))
+    grids = report_grids(reports)
+    if comparison is not None:
+        grids.append(comparison_grid(comparison, name, base_name))
+    if TERMINAL not in (options.json_path, options.markdown_path):
+        typer.echo("\n".join(repeated.lines))
+        show(grids)
+    _write_json(options.json_path, repeated, reports, comparison)
+    _write_markdown(options.markdown_path, repeated, grids)
+    if options.plot_path is not None:
+        plot_results(reports, questions, options.plot_path)
+
+
+def _names(options: MetricOptions) -> tuple[str, str]:
+    """Short names of the two sets of results: the file's, where that tells them apart, else the whole path."""
+    if not options.base_patterns:
+        return options.task, ""
+    paths = Path(options.patterns[0]), Path(options.base_patterns[0])
+    stems = paths[0].stem, paths[1].stem
+    return stems if stems[0] != stems[1] else (str(paths[0]), str(paths[1]))
+
+
+def _write_json(
+    path: Path | None, repeated: RepeatedTest, reports: dict[str, Report], comparison: Comparison | None
+) -> None:
+    if path is None:
+        return
+    report, *base = reports.values()
+    values = {"repeated": repeated.to_dict(), **report.to_dict()}
+    if comparison is not None:
+        values |= {"base": base[0].to_dict(), "difference": comparison.to_dict()}
+    if path == TERMINAL:
+        json.dump(values, sys.stdout, indent=2)
+        typer.echo()
+    else:
+        write_json(values, path)
+
+
+def _write_markdown(path: Path | None, repeated: RepeatedTest, grids: Sequence[Grid]) -> None:
+    if path is None:
+        return
+    text = "\n".join(["  \n".join(repeated.lines) + "\n", *(grid.to_markdown() for grid in grids)])
+    if path == TERMINAL:
+        typer.echo(text)
+    else:
+        with atomic_write(path, "w") as stream:
+            stream.write(text)
