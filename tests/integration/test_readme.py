@@ -79,6 +79,8 @@ OUTCOMES = {
     "bash ./scripts/run_single_node.sh trainer.device=cpu": Outcome(
         wrote="outputs/two_steps/global_step_2/actor", says="finished 2 steps"
     ),
+    "bash ./scripts/run_single_node.sh --dry-run": Outcome(says=r"(?s)n_gpus_per_node: 8.*It fits GPUs with: 24 GB"),
+    "bash ./scripts/run_multi_node.sh --dry-run": Outcome(says=r"(?s)nnodes: 8.*It fits GPUs with: 40 GB"),
     "bash ./verl/examples/ray/run_worker_n.sh host1 host2": Outcome(2, "error: .*host1 host2.*", within_s=30),
     "bash ./scripts/run_multi_node.sh": Outcome(2, rf"error: actor_rollout_ref.model.path: .*{NO_MODEL}"),
     "cd ./verl/scripts && bash model_merger.sh": Outcome(wrote="outputs/merged/score_module.pt"),
