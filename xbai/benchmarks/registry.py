@@ -1,6 +1,7 @@
 """Benchmarks by name."""
 
 import importlib
+import inspect
 
 from xbai.benchmarks.base import Benchmark
 from xbai.errors import UserError
@@ -11,17 +12,22 @@ BENCHMARKS = {
     "math500": "xbai.benchmarks.math500:Math500",
     "gsm8k": "xbai.benchmarks.gsm8k:GSM8K",
     "ceval": "xbai.benchmarks.ceval:CEval",
+    "livecodebench": "xbai.benchmarks.livecodebench:LiveCodeBench",
     "make10": "xbai.benchmarks.make10:Make10",
 }
 
 
-def get_benchmark(name: str) -> Benchmark:
-    """The benchmark called `name`.
+def get_benchmark(name: str, **selection: str | None) -> Benchmark:
+    """The benchmark called `name`; of those that can be cut, the part selected (None: not selected by this).
 
     Raises:
-        UserError: there is none; the error names those there are.
+        UserError: there is none; the error names those there are. Or it cannot be cut in this way.
     """
     if name not in BENCHMARKS:
         raise UserError(f"unknown benchmark {name!r}; known are {', '.join(BENCHMARKS)}")
     module, class_name = BENCHMARKS[name].split(":")
-    return getattr(importlib.import_module(module), class_name)()
+    benchmark = getattr(importlib.import_module(module), class_name)
+    chosen = {key: value for key, value in selection.items() if value is not None}
+    if not_its_own := chosen.keys() - inspect.signature(benchmark).parameters.keys():
+        raise UserError(f"{', '.join(sorted(not_its_own))}: {name} has no such selection")
+    return benchmark(**chosen)

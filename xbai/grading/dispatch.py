@@ -23,6 +23,8 @@ ANSWER_CHECKS = {
     "numina": "xbai.grading.math:grade_math",
     "openr1": "xbai.grading.math:grade_math",
     "ceval": "xbai.grading.choice:grade_choice",
+    "livecodebench": "xbai.grading.code:grade_code",
+    "code": "xbai.grading.code:grade_code",
 }
 """Prefix of a data source's name to the check of its answers."""
 
@@ -69,6 +71,19 @@ class Grade:
     extras: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """What a check of answers says before the clock starts.
+
+    Attributes:
+        time_limit_s: what it may take, where that can be longer than usual.
+        warning: what people should know of how it works on this machine.
+    """
+
+    time_limit_s: float = 0.0
+    warning: str = ""
+
+
 FAILURES = TIMEOUT, CRASH, MEMORY, ERROR = ("timeout", "crash", "memory", "error")
 
 
@@ -98,15 +113,20 @@ def answer_check(data_source: str) -> AnswerCheck:
     Raises:
         UserError: no grader goes by this name.
     """
-    name = data_source.rsplit("/", 1)[-1].lower()
-    for prefix, location in ANSWER_CHECKS.items():
-        if name.startswith(prefix):
-            module, function = location.split(":")
-            return getattr(importlib.import_module(module), function)
-    known = ", ".join(f"{prefix}*" for prefix in ANSWER_CHECKS)
-    raise UserError(
-        f"data_source {data_source!r}: no grader for it; known are {known}; set custom_reward_function for your own"
-    )
+    module, function = _check_location(data_source)
+    return getattr(importlib.import_module(module), function)
+
+
+def prepare(request: GradeRequest) -> Preparation:
+    """Do what grading `request` needs once (imports above all), and say what it may take.
+
+    A check's module may have a function `prepare(right answer) -> Preparation`.
+
+    Raises:
+        UserError: no grader goes by its data source's name, or it cannot work on this machine.
+    """
+    module = importlib.import_module(_check_location(request.data_source)[0])
+    return module.prepare(request.target) if hasattr(module, "prepare") else Preparation()
 
 
 def grade(request: GradeRequest) -> float:
@@ -115,3 +135,14 @@ def grade(request: GradeRequest) -> float:
     May take for ever on a hostile answer: batches go through `GraderPool`, whose processes can be killed.
     """
     return float(answer_check(request.data_source)(request.response, request.target))
+
+
+def _check_location(data_source: str) -> list[str]:
+    name = data_source.rsplit("/", 1)[-1].lower()
+    for prefix, location in ANSWER_CHECKS.items():
+        if name.startswith(prefix):
+            return location.split(":")
+    known = ", ".join(f"{prefix}*" for prefix in ANSWER_CHECKS)
+    raise UserError(
+        f"data_source {data_source!r}: no grader for it; known are {known}; set custom_reward_function for your own"
+    )

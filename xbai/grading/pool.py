@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from multiprocessing import Pipe
 from pathlib import Path
 from queue import SimpleQueue
@@ -24,7 +25,7 @@ from types import TracebackType
 
 import xbai
 from xbai.errors import UserError
-from xbai.grading.dispatch import CRASH, ERROR, MEMORY, TIMEOUT, Grade, Grader, GradeRequest, grade
+from xbai.grading.dispatch import CRASH, ERROR, MEMORY, TIMEOUT, Grade, Grader, GradeRequest, Preparation, grade
 from xbai.grading.worker import OUT_OF_MEMORY, RAISED, REFUSED, START_TIMEOUT_S, STARTED
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ class GraderPool:
 
     Args:
         workers: processes; the machine's cores when not given.
-        timeout_s: wall-clock limit of one call of the grader (imports not counted).
+        timeout_s: wall-clock limit of one call of the grader (imports not counted); more where code is tested, whose
+            tests have limits of their own.
         grader: what grades; picklable. Default: by the request's data source.
         memory_bytes: address space of one worker.
 
@@ -58,6 +60,7 @@ class GraderPool:
         count = workers or len(os.sched_getaffinity(0))
         self.failures: Counter[str] = Counter()
         self._failures_lock = Lock()
+        self._killed = False
         self._workers = [_Worker(grader, timeout_s, memory_bytes) for _ in range(count)]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         for worker in self._workers:
@@ -82,6 +85,14 @@ class GraderPool:
         self._threads.shutdown(wait=True, cancel_futures=True)
         for worker in self._workers:
             worker.stop()
+
+    def kill(self) -> None:
+        """Like `close`, without waiting for what has begun: it gets no grade."""
+        self._killed = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for worker in self._workers:
+            worker.kill()
+        self.close()
 
     def __enter__(self) -> GraderPool:
         return self
@@ -115,10 +126,16 @@ class GraderPool:
 
     def _note(self, grades: Sequence[Grade], subject: str) -> None:
         failed = [grade for grade in grades if grade.value is None]
-        if failed:
+        if failed and not self._killed:
             with self._failures_lock:
                 self.failures.update(grade.failure for grade in failed)
             logger.warning("%s not graded: %s (%s)", subject, failed[0].failure, failed[0].detail)
+
+
+@cache
+def _warn_once(warning: str) -> None:
+    if warning:
+        logger.warning(warning)
 
 
 class _CouldNotGradeError(Exception):
@@ -131,9 +148,17 @@ class _Worker:
     """One grading process; started on the first request and again after it had to be killed."""
 
     def __init__(self, grader: Grader, timeout_s: float, memory_bytes: int) -> None:
-        self._timeout_s, self._memory_bytes = timeout_s, memory_bytes
+        self._memory_bytes = memory_bytes
         self._settings = pickle.dumps((grader, timeout_s, memory_bytes))
         self._process: subprocess.Popen | None = None
+        self._killed = False
+
+    def kill(self) -> None:
+        """End the process from another thread: the one that waits for it sees the end of the pipe."""
+        self._killed = True
+        if self._process is not None and self._process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     def grade(self, request: GradeRequest | list[GradeRequest]) -> Grade | list[Grade]:
         if self._process is None:
@@ -142,7 +167,8 @@ class _Worker:
             self._connection.send(request)
             kind, value = self._receive(START_TIMEOUT_S)
             if kind == STARTED:
-                kind, value = self._receive(self._timeout_s)
+                _warn_once(value.warning)
+                kind, value = self._receive(value.time_limit_s)
         except (EOFError, OSError) as error:
             raise _CouldNotGradeError(CRASH, f"the process ended with status {self.stop()}") from error
         if kind == REFUSED:
@@ -166,7 +192,7 @@ class _Worker:
             return process.wait(KILL_GRACE_S)
         return None
 
-    def _receive(self, timeout_s: float) -> tuple[str, Grade | list[Grade] | str]:
+    def _receive(self, timeout_s: float) -> tuple[str, Grade | list[Grade] | Preparation | str]:
         if not self._connection.poll(timeout_s):
             self.stop()
             raise _CouldNotGradeError(TIMEOUT, f"no answer within {timeout_s:g} s")
@@ -189,4 +215,6 @@ class _Worker:
                     "OPENBLAS_NUM_THREADS": "1",
                 },
             )
+        if self._killed:
+            self.kill()
         self._connection.send_bytes(self._settings)

@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 
 from xbai.errors import UserError
 from xbai.grading.custom import CustomGrader
-from xbai.grading.dispatch import Grade, Grader, GradeRequest, answer_check, as_grade, grade
+from xbai.grading.dispatch import Grade, Grader, GradeRequest, Preparation, as_grade, grade, prepare
 
 STARTED, GRADED, RAISED, REFUSED, OUT_OF_MEMORY = "started", "graded", "raised", "refused", "memory"
 
@@ -44,12 +44,14 @@ def _answer(
     _end_after(START_TIMEOUT_S)
     try:
         # Imports first: the pool's clock starts with the message below.
+        preparation = Preparation()
         if grader is grade:
-            answer_check(request.data_source)
+            preparation = prepare(request)
         elif isinstance(grader, CustomGrader):
             grader.load()
-        _end_after(timeout_s)
-        connection.send((STARTED, ""))
+        limit_s = max(timeout_s, preparation.time_limit_s)
+        _end_after(limit_s)
+        connection.send((STARTED, Preparation(limit_s, preparation.warning)))
         result = grader(request)
         return GRADED, [as_grade(each) for each in result] if isinstance(request, list) else as_grade(result)
     except UserError as error:

@@ -1,0 +1,185 @@
+"""Programs as answers: which one counts, when outputs are the same, and right and wrong programs against their tests."""
+
+import json
+
+import pytest
+
+from xbai.grading import GradeRequest, GraderPool, code, grade
+from xbai.grading.code import last_code_block, same_output, same_result
+from xbai.sandbox.job import Limits
+
+SUM = {"tests": [{"input": "3\n1 2 3\n", "output": "6\n"}, {"input": "1\n-5\n", "output": "-5\n"}]}
+HALF = {"tests": [{"input": "3", "output": "1.5"}, {"input": "4", "output": "2"}]}
+GRID = {"tests": [{"input": "2", "output": "#.\n.#\n"}]}
+TWO_SUM = {
+    "function": "twoSum",
+    "tests": [{"input": "[2, 7, 11]\n9", "output": "[0, 1]"}, {"input": "[3, 3]\n6", "output": "[0, 1]"}],
+}
+JOIN = {"function": "join", "tests": [{"input": '["a", "b"]\n"-"', "output": '"a-b"'}]}
+TREE = {"function": "depth", "tests": [{"input": "[[[]]]", "output": "3"}, {"input": "[]", "output": "1"}]}
+
+THREADED = """
+import threading
+def main():
+    input()
+    print(sum(map(int, input().split())))
+threading.Thread(target=main).start()
+"""
+EQUAL_TO_ALL = """
+class Equal:
+    def __eq__(self, other): return True
+class Solution:
+    def depth(self, t): return Equal()
+"""
+
+RIGHT = [
+    (SUM, "input()\nprint(sum(map(int, input().split())))"),
+    (SUM, "import sys\nn, *a = map(int, sys.stdin.read().split())\nprint(sum(a))"),
+    (SUM, "def main():\n    input(); print(sum(map(int, input().split())))\nif __name__ == '__main__':\n    main()"),
+    (SUM, "input()\nprint('', sum(map(int, input().split())), '')\nprint()"),
+    (SUM, "input()\nprint(float(sum(map(int, input().split()))))"),
+    (SUM, "input()\nprint(sum(map(int, input().split())))\nexit(0)"),
+    (SUM, THREADED),
+    (SUM, "import sys\ninput = sys.stdin.readline\ninput()\nsys.stdout.write(str(sum(map(int, input().split()))))"),
+    (SUM, "import io, os\nb = io.BytesIO(os.read(0, 99))\nb.readline()\nprint(sum(map(int, b.readline().split())))"),
+    (SUM, "import sys\nprint('debug', file=sys.stderr)\ninput()\nprint(sum(map(int, input().split())))"),
+    (SUM, "input()\nprint(reduce(add, map(int, input().split())))\n".replace("add", "lambda a, b: a + b")),
+    (HALF, "print(int(input()) / 2)"),
+    (HALF, "print(f'{int(input()) / 2:.3f}')"),
+    (GRID, "n = int(input())\nfor i in range(n): print(''.join('#' if i == j else '.' for j in range(n)))"),
+    (GRID, "print('#. ')\nprint('.#')"),
+    (TWO_SUM, "class Solution:\n    def twoSum(self, a: List[int], t: int) -> List[int]:\n        return [0, 1]"),
+    (TWO_SUM, "class Solution:\n    def twoSum(self, a, t):\n        print('thinking'); return (0, 1)"),
+    (TWO_SUM, "def twoSum(a, t): return next([i, j] for i, j in combinations(range(len(a)), 2) if a[i] + a[j] == t)"),
+    (JOIN, "class Solution:\n    def join(self, words, by): return by.join(words)"),
+    (TREE, "class Solution:\n    def depth(self, t): return 1 + max(map(self.depth, t), default=0)"),
+]  # fmt: skip
+
+WRONG = [
+    (SUM, "input()\nprint(max(map(int, input().split())))"),
+    (SUM, "print(6)"),
+    (SUM, "print(sum(map(int, input().split())))"),
+    (SUM, "input()\nprint('Sum:', sum(map(int, input().split())))"),
+    (SUM, "input()\nprint(sum(map(int, input().split())) + 1e-9)"),
+    (SUM, "input()\nprint(sum(map(int, input().split())))\nraise ValueError"),
+    (SUM, "input()\nprint(sum(map(int, input().split())))\nprint(0)"),
+    (SUM, "input()\nreturn sum(map(int, input().split()))"),
+    (SUM, "for line in"),
+    (SUM, ""),
+    (SUM, "while True: pass"),
+    (SUM, "import os\nwhile True: os.fork()"),
+    (SUM, "x = bytearray(8 * 2**30)"),
+    (SUM, "import sys\nsys.stdout.buffer.write(b'\\xff6')"),
+    (HALF, "print(int(input()) // 2)"),
+    (GRID, "print('#.', '.#')"),
+    (GRID, "print('#.')"),
+    (GRID, "print('.#')\nprint('#.')"),
+    (TWO_SUM, "class Solution:\n    def twoSum(self, a, t): return [1, 0]"),
+    (TWO_SUM, "class Solution:\n    def twoSum(self, a, t): print([0, 1])"),
+    (TWO_SUM, "class Solution:\n    def two_sum(self, a, t): return [0, 1]"),
+    (TWO_SUM, "class Solution:\n    def twoSum(self, a): return [0, 1]"),
+    (TWO_SUM, "print([0, 1])"),
+    (JOIN, "class Solution:\n    def join(self, words, by): return words"),
+    (JOIN, "class Solution:\n    def join(self, words, by): return float('nan')"),
+    (TREE, EQUAL_TO_ALL),
+]  # fmt: skip
+
+
+def fenced(program):
+    return f"<think>```python\nnot this one\n```</think>So:\n\n```python\n{program}\n```\n"
+
+
+@pytest.fixture(autouse=True)
+def short_limits(monkeypatch):
+    monkeypatch.setattr(code, "LIMITS", Limits(cpu_s=2))
+
+
+@pytest.mark.parametrize("tests,program", RIGHT)
+def test_right(tests, program):
+    assert grade(GradeRequest("livecodebench", fenced(program), json.dumps(tests))) == 1.0
+
+
+@pytest.mark.parametrize("tests,program", WRONG)
+def test_wrong(tests, program):
+    assert grade(GradeRequest("livecodebench", fenced(program), json.dumps(tests))) == 0.0
+
+
+@pytest.mark.parametrize(
+    "response,program",
+    [
+        ("```python\na\n```", "a"),
+        ("```\na\nb\n```", "a\nb"),
+        ("```py\na\n```\nor better\n```python\nb\n```\nDone.", "b"),
+        ("```python\na\n```\nor better\n```python\nb", None),
+        ("```python\na", None),
+        ("1. So:\n   ```python\n   if a:\n       b\n   ```", "if a:\n    b"),
+        ("<think>```python\na\n```</think>print(1)", None),
+        ("<think>```python\na\n```</think>```python\nb\n```", "b"),
+        ("print(1)", None),
+        ("`a`", None),
+        ("```python\nprint('```')\n```", "print('```')"),
+        ("```python\r\na\r\n```\r\n", "a\r"),
+        ("", None),
+    ],
+)
+def test_which_block_counts(response, program):
+    assert last_code_block(response) == program
+
+
+@pytest.mark.parametrize(
+    "output,expected,same",
+    [
+        ("1 2\n", "1 2", True),
+        ("  1 2  \n\n", "1 2\n", True),
+        ("1.0 2", "1 2.00", True),
+        ("1e3", "1000", True),
+        ("1  2", "1 2", True),
+        ("Yes", "Yes", True),
+        ("a  b", "a b", False),
+        ("YES", "Yes", False),
+        ("1 2", "2 1", False),
+        ("1\n2", "1 2", False),
+        ("1\n\n2", "1\n2", False),
+        ("", "1", False),
+        ("", "", True),
+        ("0.333", "0.3333", False),
+        ("nan", "nan", True),
+        ("1 nan", "1 NaN", False),
+        ("1" * 30, "1" * 29 + "2", False),
+    ],
+)
+def test_same_output(output, expected, same):
+    assert same_output(output, expected) is same
+
+
+@pytest.mark.parametrize(
+    "result,expected,same",
+    [
+        ("[1, 2]", "[1,2]", True),
+        ("1.0", "1", True),
+        ("true", "false", False),
+        ("", "1", False),
+        ("[" * 10**5, "1", False),
+    ],
+)
+def test_same_result(result, expected, same):
+    assert same_result(result, expected) is same
+
+
+def test_a_pool_grades_code_beside_other_answers_and_says_how_it_is_contained(caplog):
+    requests = [
+        GradeRequest("livecodebench", fenced("input()\nprint(sum(map(int, input().split())))"), json.dumps(SUM)),
+        GradeRequest("livecodebench", fenced("print(6)"), json.dumps(SUM)),
+        GradeRequest("aime24", "\\boxed{016}", 16),
+        GradeRequest("livecodebench", fenced("print(6)"), "{}"),
+    ]
+    with GraderPool(1, timeout_s=20.0) as pool:
+        assert pool.grade(requests) == [1.0, 0.0, 1.0, None]
+        assert pool.failures == {"error": 1}
+
+
+def test_the_pools_limit_leaves_time_for_every_test():
+    slow = {"tests": [{"input": "", "output": ""}] * 2}
+    request = GradeRequest("code", fenced("import time; time.sleep(0.5)"), json.dumps(slow))
+    with GraderPool(1, timeout_s=0.2) as pool:
+        assert pool.grade([request]) == [1.0]

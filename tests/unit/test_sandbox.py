@@ -1,0 +1,226 @@
+"""What submitted code can do to this machine: nothing; in every form of the sandbox that works here."""
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from xbai.sandbox import landlock
+from xbai.sandbox.job import MEBIBYTE, Job, Limits, Status
+from xbai.sandbox.process import Sandbox, SandboxError
+
+FORMS = {
+    "bubblewrap": Sandbox,
+    "landlock": lambda: Sandbox(bubblewrap=False),
+    "seccomp": lambda: Sandbox(bubblewrap=False, use_landlock=False),
+}
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def sandbox(request):
+    if request.param == "bubblewrap" and shutil.which("bwrap") is None:
+        pytest.skip("bubblewrap is not installed")
+    if request.param == "landlock" and not landlock.is_available():
+        pytest.skip("the kernel has no Landlock")
+    with FORMS[request.param]() as sandbox:
+        sandbox.start()
+        if request.param == "bubblewrap" and "bubblewrap" in sandbox.warning:
+            pytest.skip(sandbox.warning)
+        sandbox.form = request.param
+        yield sandbox
+
+
+def run(sandbox, code, **limits):
+    return sandbox.run(Job(code, limits=Limits(**limits)))
+
+
+def printed(sandbox, code, stdin=""):
+    outcome = sandbox.run(Job(code, stdin=stdin))
+    assert outcome.status is Status.DONE
+    return outcome.output.decode()
+
+
+def refused(sandbox, *statements):
+    """Whether each statement fails with an error of the operating system."""
+    code = "import os, socket, signal, threading\n" + "".join(
+        f"try:\n    {statement}\n    print({statement!r})\nexcept OSError:\n    pass\n" for statement in statements
+    )
+    return printed(sandbox, code) == ""
+
+
+def test_programs_read_and_print(sandbox):
+    assert printed(sandbox, "print(input()[::-1])", "déf\n") == "féd\n"
+    assert printed(sandbox, "print(open(0).read())", "a\n\nb") == "a\n\nb\n"
+    assert printed(sandbox, "import sys\nfor line in sys.stdin.buffer: print(line)", "a\nb") == "b'a\\n'\nb'b'\n"
+    assert printed(sandbox, "print(1); exit()") == "1\n"
+    assert printed(sandbox, "if __name__ == '__main__': print(gcd(6, 4), Counter('aa')['a'])") == "2 2\n"
+    assert (
+        printed(sandbox, "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\nprint(A(1))")
+        == "A(x=1)\n"
+    )
+
+
+def test_functions_are_called_and_what_they_print_is_ignored(sandbox):
+    code = "class Solution:\n    def f(self, x: List[int]):\n        print('noise'); return x, sum(x)"
+    assert json.loads(sandbox.run(Job(code, function="f", arguments=[[1, 2]])).output) == [[1, 2], 3]
+    assert sandbox.run(Job("def f(): return 7", function="f")).output == b"7"
+    assert sandbox.run(Job("def g(): return 7", function="f")).status is Status.ERROR
+    assert sandbox.run(Job("def f(): return {1}", function="f")).status is Status.ERROR
+
+
+@pytest.mark.parametrize(
+    "code", ["1/0", "raise ValueError", "def", "import os; os._exit(3)", "import os; os.abort()", "\0"]
+)
+def test_a_program_that_fails(sandbox, code):
+    assert run(sandbox, code).status is Status.ERROR
+
+
+def test_deep_recursion_on_a_large_stack(sandbox):
+    code = (
+        "import sys, threading\nsys.setrecursionlimit(10**6)\nthreading.stack_size(2**27)\n"
+        "@functools.cache\ndef f(n): return n and 1 + f(n - 1)\n"
+        "threading.Thread(target=lambda: print(f(50000))).start()"
+    )
+    assert printed(sandbox, code) == "50000\n"
+
+
+def test_runs_know_nothing_of_each_other(sandbox):
+    printed(sandbox, "import builtins, math; builtins.secret = math.secret = 1")
+    assert printed(sandbox, "import builtins, math\nprint(hasattr(builtins, 'secret'), hasattr(math, 'secret'))") == (
+        "False False\n"
+    )
+
+
+def test_an_endless_loop(sandbox):
+    started = time.monotonic()
+    assert run(sandbox, "while True: pass", cpu_s=1).status is Status.TIME
+    assert run(sandbox, "import time; time.sleep(60)", wall_s=0.5).status is Status.TIME
+    assert run(sandbox, "import os, time\nos.close(1)\ntime.sleep(60)", wall_s=0.5).status is Status.TIME
+    stubborn = "import signal\nfor n in (1, 2, 15, 24): signal.signal(n, signal.SIG_IGN)\nwhile True: pass"
+    assert run(sandbox, stubborn, cpu_s=1).status is Status.TIME
+    assert time.monotonic() - started < 45
+
+
+def test_a_fork_bomb(sandbox):
+    assert refused(sandbox, "os.fork()", "os.forkpty()", "os.posix_spawn('/bin/true', ['true'], {})", "os.setsid()")
+    assert refused(sandbox, "os.execv('/bin/sh', ['sh', '-c', 'echo'])")
+    assert run(sandbox, "import os\nwhile True:\n    os.fork()").status is Status.ERROR
+    threads = (
+        "import threading, time\nthreading.stack_size(2**15)\n"
+        "while True: threading.Thread(target=time.sleep, args=(9,)).start()"
+    )
+    assert run(sandbox, threads).status in (Status.THREADS, Status.ERROR, Status.MEMORY)
+    assert printed(sandbox, "print('still here')") == "still here\n"
+
+
+def test_an_8_gb_allocation(sandbox):
+    assert run(sandbox, "x = bytearray(8 * 2**30)").status is Status.MEMORY
+    assert run(sandbox, "x = []\nwhile True: x.append(bytearray(2**24))").status is Status.MEMORY
+    assert refused(sandbox, "os.memfd_create('x')")
+
+
+def test_a_write_outside_the_folder(sandbox, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    victim.chmod(0o666)
+    tmp_path.chmod(0o777)
+    folder, before = tempfile.gettempdir(), victim.stat()
+    assert refused(
+        sandbox,
+        *(f"open({name!r}, 'a')" for name in (str(victim), f"{folder}/evil", "/etc/evil", "/usr/evil", "../evil")),
+        f"os.unlink({str(victim)!r})",
+        f"os.truncate({str(victim)!r}, 0)",
+        f"os.rename({str(victim)!r}, 'mine')",
+        f"os.link({str(victim)!r}, 'mine')",
+        f"os.chmod({str(victim)!r}, 0)",
+        f"os.utime({str(victim)!r})",
+        f"os.mkdir({str(tmp_path / 'evil')!r})",
+        f"os.open({str(victim)!r}, os.O_RDONLY | os.O_TRUNC)",
+    )
+    assert victim.read_text() == "precious"
+    assert (victim.stat().st_mode, victim.stat().st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
+    assert not list(Path(folder).glob("evil*"))
+
+
+def test_files_of_its_own(sandbox):
+    writes = "open('a', 'w').write('x'); print(open('a').read())"
+    if sandbox.form == "seccomp":
+        assert refused(sandbox, "open('a', 'w')")
+        return
+    assert printed(sandbox, writes) == "x\n"
+    assert printed(sandbox, "print(os.listdir())") == "[]\n"
+    assert run(sandbox, "f = open('a', 'wb')\nwhile True: f.write(bytes(2**20))").status in (Status.ERROR, Status.FILES)
+    many = "for n in range(10**6): open(str(n), 'wb').write(bytes(2**16))"
+    assert run(sandbox, many, file_bytes=MEBIBYTE).status is Status.FILES
+    assert not list(Path(tempfile.gettempdir()).glob("xbai-*/a"))
+
+
+def test_files_of_others_are_not_read(sandbox, tmp_path):
+    if sandbox.form == "seccomp":
+        assert "can read (not write) this machine's files" in sandbox.warning
+        return
+    secret = tmp_path / "secret"
+    secret.write_text("answers")
+    assert refused(sandbox, f"open({str(secret)!r})", "open('/etc/passwd')", f"os.listdir({str(Path.home())!r})")
+    assert refused(sandbox, f"open('/proc/{os.getpid()}/environ')", "open('/proc/self/mem')")
+
+
+def test_a_network_call(sandbox):
+    families = ("AF_INET", "AF_INET6", "AF_UNIX", "AF_NETLINK")
+    assert refused(sandbox, *(f"socket.socket(socket.{family})" for family in families))
+    assert refused(sandbox, "socket.create_connection(('127.0.0.1', 22), 1)")
+
+
+def test_signals_to_others(sandbox):
+    assert refused(sandbox, "os.kill(os.getppid(), 0)", f"os.kill({os.getpid()}, 0)", "os.killpg(0, signal.SIGTERM)")
+    assert refused(sandbox, "os.setpriority(os.PRIO_PROCESS, os.getppid(), 19)", "os.pidfd_open(os.getppid())")
+
+
+def test_privileges_and_environment(sandbox, monkeypatch):
+    assert refused(sandbox, "os.setuid(12345)", "os.chroot('/')", "os.mkfifo('pipe')")
+    assert "PYTHONPATH" not in printed(sandbox, "print(*os.environ)")
+    assert printed(sandbox, "print(os.environ['HOME'] == os.environ['TMPDIR'] == os.getcwd())") == "True\n"
+    assert printed(sandbox, "print(sys.argv, sorted(map(int, [f for f in '012'])))") == "['solution.py'] [0, 1, 2]\n"
+    leaked = "for n in range(3, 100):\n    try: os.fstat(n); print(n)\n    except OSError: pass"
+    assert printed(sandbox, leaked) in ("", "3\n")
+
+
+def test_a_gigabyte_of_output(sandbox):
+    assert run(sandbox, "while True: print('x' * 2**20)").status is Status.OUTPUT
+    assert run(sandbox, "print('x' * 2**21)", output_bytes=MEBIBYTE).status is Status.OUTPUT
+    assert len(run(sandbox, "print('x' * 2**21)").output) == 2**21 + 1
+
+
+def test_output_that_is_no_text(sandbox):
+    code = "import sys; sys.stdout.buffer.write(bytes(range(256)))"
+    assert run(sandbox, code).output == bytes(range(256))
+
+
+def test_a_sandbox_that_dies_costs_one_run():
+    with Sandbox() as sandbox:
+        sandbox.start()
+        os.kill(sandbox._process.pid, signal.SIGKILL)
+        with pytest.raises(SandboxError):
+            run(sandbox, "print(1)")
+        assert run(sandbox, "print(1)").output == b"1\n"
+
+
+def test_what_is_missing_is_said(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with Sandbox(use_landlock=False) as sandbox:
+        sandbox.start()
+    assert "bubblewrap is not installed; the kernel has no Landlock" in sandbox.warning
+
+
+def test_a_bubblewrap_that_does_not_work_here_is_named(tmp_path, monkeypatch):
+    (tmp_path / "bwrap").write_text("#!/bin/sh\necho 'bwrap: No permissions' >&2\nexit 1\n")
+    (tmp_path / "bwrap").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with Sandbox() as sandbox:
+        assert run(sandbox, "print(1)").output == b"1\n"
+    assert "bubblewrap does not work here (bwrap: No permissions)" in sandbox.warning

@@ -1,0 +1,166 @@
+"""The sandbox as its user sees it: a harness process, started when first needed, that runs one job after another."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+
+from xbai.errors import UserError
+from xbai.sandbox import landlock, seccomp
+from xbai.sandbox.confine import Walls, python_paths
+from xbai.sandbox.harness import READY
+from xbai.sandbox.job import Job, Outcome
+
+START_TIMEOUT_S = 60.0
+ANSWER_GRACE_S = 30.0
+"""How much longer than a job's own limit the harness may take, on a busy machine, to start and to end it."""
+
+_PACKAGE = Path(__file__).parent
+_CODE = f"import sys; sys.path.insert(0, {str(_PACKAGE.parents[1])!r}); from xbai.sandbox.harness import main; main()"
+
+
+class SandboxError(Exception):
+    """The sandbox itself failed, so that nothing is known about the job."""
+
+
+class Sandbox:
+    """Runs untrusted Python where it can do no more than compute: no processes, no network, no files but its own.
+
+    Each job is a process of its own that gives up, before the submitted code starts: its privileges, nearly all system
+    calls but those to compute, read and write (seccomp), and all files but Python itself and a temporary folder
+    (Landlock), under limits on processor time, memory, file sizes, threads and output. Where bubblewrap works, all of
+    this happens inside namespaces with a file system of their own besides.
+
+    Args:
+        bubblewrap: use it where it works.
+        use_landlock: use it where the kernel has it; without it jobs can write no file at all, but read any.
+
+    Attributes:
+        warning: which of these walls is missing; empty where none is. Known after `start`.
+    """
+
+    def __init__(self, bubblewrap: bool = True, use_landlock: bool = True) -> None:
+        self.warning = ""
+        self._bubblewrap = bubblewrap
+        self._walls = Walls(landlock=use_landlock and landlock.is_available())
+        self._process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        """Start the harness, if it does not run.
+
+        Raises:
+            UserError: this system cannot contain a program.
+            SandboxError: the harness does not start.
+        """
+        if self._process is not None:
+            return
+        if not (sys.platform == "linux" and seccomp.is_available()):
+            raise UserError("submitted code is run only on Linux on x86_64 or aarch64, with seccomp in the kernel")
+        missing = self._start_in_bubblewrap() if self._bubblewrap else "bubblewrap is turned off"
+        if missing:
+            self._start([])
+        self.warning = self._describe(missing)
+
+    def run(self, job: Job) -> Outcome:
+        """Run one program to its end, or to its limits.
+
+        Raises:
+            SandboxError: the harness died or is stuck; the next call starts another.
+            UserError: this system cannot contain a program.
+        """
+        self.start()
+        try:
+            self._connection.send(job)
+            return self._receive(job.limits.wall_s + ANSWER_GRACE_S)
+        except (EOFError, OSError) as error:
+            raise SandboxError(f"the sandbox's process ended: {self.close()}") from error
+
+    def close(self) -> str:
+        """End the harness, and with it whatever it runs; returns what it complained about."""
+        if self._process is None:
+            return ""
+        process, self._process = self._process, None
+        self._connection.close()
+        with suppress(ProcessLookupError):
+            process.kill()
+        process.wait()
+        self._complaints.seek(0)
+        lines = self._complaints.read().decode(errors="replace").strip().splitlines()
+        self._complaints.close()
+        return lines[-1] if lines else f"status {process.returncode}"
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _start_in_bubblewrap(self) -> str:
+        """Start inside of bubblewrap; returns why not, if so."""
+        program = shutil.which("bwrap")
+        if program is None:
+            return "bubblewrap is not installed"
+        try:
+            self._start(_bubblewrap_command(program))
+        except SandboxError as error:
+            return f"bubblewrap does not work here ({error})"
+        return ""
+
+    def _start(self, prefix: list[str]) -> None:
+        ours, theirs = socket.socketpair()
+        self._connection = Connection(ours.detach())
+        self._complaints = os.fdopen(os.memfd_create("stderr"), "w+b")
+        with theirs:
+            self._process = subprocess.Popen(
+                [*prefix, sys.executable, "-I", "-c", _CODE],
+                stdin=theirs,
+                stdout=subprocess.DEVNULL,
+                stderr=self._complaints,
+                env=_environment(),
+            )
+        try:
+            self._connection.send(self._walls)
+            if self._receive(START_TIMEOUT_S) != READY:
+                raise SandboxError("the sandbox's process does not know its part")
+        except (EOFError, OSError) as error:
+            raise SandboxError(self.close()) from error
+
+    def _receive(self, timeout_s: float) -> Outcome | str:
+        if not self._connection.poll(timeout_s):
+            self.close()
+            raise SandboxError(f"no answer from the sandbox's process within {timeout_s:g} s")
+        return self._connection.recv()
+
+    def _describe(self, missing: str) -> str:
+        holes = [missing] if missing else []
+        if not self._walls.landlock:
+            holes.append("the kernel has no Landlock, so that it can read (not write) this machine's files")
+        return f"submitted code runs behind fewer walls than it could: {'; '.join(holes)}" if holes else ""
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "PATH": os.defpath,
+        "LANG": "C.UTF-8",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        # Threads of numpy's libraries count as the program's.
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+
+
+def _bubblewrap_command(program: str) -> list[str]:
+    visible = [path for path in (*python_paths(), _PACKAGE) if not path.is_relative_to("/dev")]
+    interpreter = Path(sys.executable)
+    if not any(interpreter.is_relative_to(path) for path in visible):
+        visible.append(interpreter)
+    binds = [argument for path in visible for argument in ("--ro-bind", str(path), str(path))]
+    isolation = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--die-with-parent"]
+    return [program, *isolation, "--tmpfs", "/tmp", *binds, "--proc", "/proc", "--dev", "/dev", "--chdir", "/tmp", "--"]

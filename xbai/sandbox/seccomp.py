@@ -1,0 +1,197 @@
+"""A seccomp filter: no processes, no network, no signals to others, no way around the file rules (see seccomp(2))."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+from functools import cache
+
+from xbai.sandbox import libc
+
+_PR_SET_SECCOMP, _PR_GET_SECCOMP, _FILTER = 22, 21, 2
+
+# Of each call its number on x86_64 and on aarch64; None where there is no such call.
+_ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
+
+_PROCESSES = {
+    "fork": (57, None),
+    "vfork": (58, None),
+    "execve": (59, 221),
+    "execveat": (322, 281),
+    "setpgid": (109, 154),
+    "setsid": (112, 157),
+}
+_NETWORK = {"socket": (41, 198), "io_uring_setup": (425, 425)}
+_OTHER_PROCESSES = {
+    "kill": (62, 129),
+    "tkill": (200, 130),
+    "tgkill": (234, 131),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
+    "pidfd_send_signal": (424, 424),
+    "pidfd_open": (434, 434),
+    "pidfd_getfd": (438, 438),
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "process_madvise": (440, 440),
+    "setpriority": (141, 140),
+    "sched_setaffinity": (203, 122),
+    "sched_setscheduler": (144, 119),
+    "sched_setattr": (314, 274),
+}
+# Memory that the limit on the address space does not see.
+_SHARED_MEMORY = {
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "shmget": (29, 194),
+    "msgget": (68, 186),
+    "semget": (64, 190),
+    "mq_open": (240, 180),
+}
+_KERNEL = {
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
+    "keyctl": (250, 219),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "mount": (165, 40),
+    "umount2": (166, 39),
+    "pivot_root": (155, 41),
+    "chroot": (161, 51),
+    "open_by_handle_at": (304, 265),
+    "fanotify_init": (300, 262),
+}
+# Landlock has no rules for these.
+_FILE_ATTRIBUTES = {
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "chown": (92, None),
+    "lchown": (94, None),
+    "fchown": (93, 55),
+    "fchownat": (260, 54),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "setxattrat": (463, 463),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
+    "removexattrat": (466, 466),
+    "file_setattr": (469, 469),
+    "utime": (132, None),
+    "utimes": (235, None),
+    "futimesat": (261, None),
+    "utimensat": (280, 88),
+    "ioctl": (16, 29),
+}
+_FILE_CHANGES = {
+    "creat": (85, None),
+    "unlink": (87, None),
+    "unlinkat": (263, 35),
+    "rename": (82, None),
+    "renameat": (264, 38),
+    "renameat2": (316, 276),
+    "link": (86, None),
+    "linkat": (265, 37),
+    "symlink": (88, None),
+    "symlinkat": (266, 36),
+    "mkdir": (83, None),
+    "mkdirat": (258, 34),
+    "rmdir": (84, None),
+    "mknod": (133, None),
+    "mknodat": (259, 33),
+    "truncate": (76, 45),
+    "ftruncate": (77, 46),
+    "fallocate": (285, 47),
+}
+_ABSENT = {"clone3": (435, 435), "openat2": (437, 437)}
+"""Calls whose arguments a filter cannot read; the C library does without them."""
+_CLONE, _PRLIMIT, _OPEN, _OPENAT = (56, 220), (302, 261), (2, None), (257, 56)
+
+_CLONE_THREAD = 0x10000
+_OPENS_TO_CHANGE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | (os.O_TMPFILE & ~os.O_DIRECTORY)
+
+_LOAD, _JUMP_EQUAL, _JUMP_FROM, _JUMP_SET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16
+_X32_CALLS = 0x40000000
+
+
+@cache
+def is_available() -> bool:
+    """Whether this kernel and processor have filters."""
+    try:
+        libc.prctl(_PR_GET_SECCOMP)
+    except OSError:
+        return False
+    return os.uname().machine in _ARCHITECTURES
+
+
+def restrict_calls(change_files: bool) -> None:
+    """Take from this thread, and all that it starts, what a program that only computes has no use for.
+
+    Args:
+        change_files: leave it files to write, because something else says which.
+    """
+    instructions = b"".join(_program(change_files))
+    buffer = ctypes.create_string_buffer(instructions, len(instructions))
+    program = ctypes.create_string_buffer(struct.pack("@HP", len(instructions) // 8, ctypes.addressof(buffer)))
+    libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
+    libc.prctl(_PR_SET_SECCOMP, _FILTER, ctypes.addressof(program))
+
+
+def _program(change_files: bool) -> list[bytes]:
+    column, architecture = _ARCHITECTURES[os.uname().machine]
+    program = [
+        _instruction(_LOAD, _ARCHITECTURE),
+        _instruction(_JUMP_EQUAL, architecture, 1, 0),
+        _instruction(_RETURN, _KILL),
+        _instruction(_LOAD, _NUMBER),
+        _instruction(_JUMP_FROM, _X32_CALLS, 0, 1),
+        _instruction(_RETURN, _KILL),
+    ]
+    groups = [_PROCESSES, _NETWORK, _OTHER_PROCESSES, _SHARED_MEMORY, _KERNEL, _FILE_ATTRIBUTES]
+    if not change_files:
+        groups.append(_FILE_CHANGES)
+        program += _unless(_OPEN[column], 1, _OPENS_TO_CHANGE, allowed_if_set=False)
+        program += _unless(_OPENAT[column], 2, _OPENS_TO_CHANGE, allowed_if_set=False)
+    for group in groups:
+        for numbers in group.values():
+            program += _refuse(numbers[column], errno.EACCES)
+    for numbers in _ABSENT.values():
+        program += _refuse(numbers[column], errno.ENOSYS)
+    program += _unless(_CLONE[column], 0, _CLONE_THREAD, allowed_if_set=True)
+    # Limits of this process alone: its number here is 0.
+    program += _unless(_PRLIMIT[column], 0, 0xFFFFFFFF, allowed_if_set=False)
+    return [*program, _instruction(_RETURN, _ALLOW)]
+
+
+def _refuse(number: int | None, error: int) -> list[bytes]:
+    if number is None:
+        return []
+    return [_instruction(_JUMP_EQUAL, number, 0, 1), _instruction(_RETURN, _ERRNO | error)]
+
+
+def _unless(number: int | None, argument: int, bits: int, allowed_if_set: bool) -> list[bytes]:
+    """Refuse a call by whether any of some bits of an argument is set."""
+    if number is None:
+        return []
+    return [
+        _instruction(_JUMP_EQUAL, number, 0, 4),
+        _instruction(_LOAD, _ARGUMENTS + 8 * argument),
+        _instruction(_JUMP_SET, bits, int(allowed_if_set), int(not allowed_if_set)),
+        _instruction(_RETURN, _ERRNO | errno.EACCES),
+        _instruction(_LOAD, _NUMBER),
+    ]
+
+
+def _instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    return struct.pack("HBBI", code, if_true, if_false, value)
