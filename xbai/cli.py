@@ -195,7 +195,7 @@ def infer(
         str,
         typer.Option(
             "--score_source",
-            help="fused (with the responses), service, none, or auto: service where it has a URL, else fused.",
+            help="fused (with the responses), service, none, or auto: fused where they are the same, else the service.",
         ),
     ] = "auto",
     search: Annotated[
@@ -240,7 +240,7 @@ def infer(
         raise UserError(f"--effort {effort!r}: use one of {', '.join(EFFORTS)}")
     if effort is not None and branch not in (None, EFFORTS[effort]):
         raise UserError(f"--effort {effort} means --branch {EFFORTS[effort]}, not {branch}; give one of the two")
-    candidates = n_samples * (branch or EFFORTS.get(effort, 1))
+    best_of = branch or EFFORTS.get(effort, 1)
     run(
         RunOptions(
             task=task,
@@ -249,7 +249,8 @@ def infer(
             model_dir=model_dir,
             response_api_url=response_api_url,
             score_api_url=score_api_url,
-            candidates=candidates,
+            candidates=n_samples * best_of,
+            best_of=best_of,
             responses_per_request=response_num,
             max_in_flight=max_in_flight,
             score_source=score_source,

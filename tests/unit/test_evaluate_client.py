@@ -6,13 +6,20 @@ import asyncio
 import socket
 from collections.abc import Callable
 
-import httpx
 import pytest
 from fastapi import FastAPI, Response
 
 from xbai.errors import UserError
-from xbai.evaluate import client as client_module
-from xbai.evaluate.client import RequestRefusedError, RetryPolicy, ServicePool, ServiceUnavailableError, base_urls
+from xbai.evaluate import replicas
+from xbai.evaluate.client import (
+    RequestFailedError,
+    RequestRefusedError,
+    RetryPolicy,
+    ServicePool,
+    ServiceUnavailableError,
+    base_urls,
+    open_client,
+)
 
 
 class Script:
@@ -41,7 +48,7 @@ class Script:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "RETRY_BASE_S", 0.02)
+    monkeypatch.setattr(replicas, "RETRY_BASE_S", 0.02)
 
 
 def dead_url() -> str:
@@ -51,7 +58,7 @@ def dead_url() -> str:
 
 def posts(urls: str, count: int, policy: RetryPolicy | None = None, max_in_flight: int = 4) -> list:
     async def run() -> list:
-        async with httpx.AsyncClient() as client:
+        async with open_client() as client:
             pool = ServicePool(urls, "/generate", client, policy or RetryPolicy(), max_in_flight)
             return await asyncio.gather(*(pool.post({"i": i}) for i in range(count)), return_exceptions=True)
 
@@ -77,20 +84,45 @@ def test_base_urls_refuse(urls: str) -> None:
         base_urls(urls)
 
 
-@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
 def test_passing_trouble_is_retried(serve_app: Callable[[FastAPI], str], status: int) -> None:
     script = Script(status, status)
     assert posts(serve_app(script.app), 1) == [{"ok": True}]
     assert script.answered == 3
 
 
-@pytest.mark.parametrize(("status", "attempts"), [(422, 1), (413, 1), (500, 3)])
-def test_what_never_succeeds_is_refused(serve_app: Callable[[FastAPI], str], status: int, attempts: int) -> None:
+@pytest.mark.parametrize(
+    ("status", "attempts", "kind"),
+    [
+        (422, 1, RequestRefusedError),
+        (413, 1, RequestRefusedError),
+        (500, 3, RequestFailedError),
+        (401, 1, UserError),
+        (404, 1, UserError),
+    ],
+)
+def test_what_never_succeeds_ends(
+    serve_app: Callable[[FastAPI], str], status: int, attempts: int, kind: type[Exception]
+) -> None:
     script = Script(*[status] * 10)
     (error,) = posts(serve_app(script.app), 1, RetryPolicy(max_attempts=3))
-    assert isinstance(error, RequestRefusedError)
-    assert f"{status}: as told" in str(error)
+    assert isinstance(error, kind)
+    assert "as told" in str(error)
     assert script.answered == attempts
+
+
+def test_a_copy_that_fails_at_once_does_not_swallow_all_work(serve_app: Callable[[FastAPI], str]) -> None:
+    broken, healthy = Script(*[500] * 1000), Script(seconds=0.05)
+    urls = f"{serve_app(broken.app)},{serve_app(healthy.app)}"
+    assert posts(urls, 40) == [{"ok": True}] * 40
+    assert broken.answered < 20
+
+
+def test_what_is_no_json_is_tried_again(serve_app: Callable[[FastAPI], str]) -> None:
+    app = FastAPI()
+    bodies = ["<html>a proxy's page</html>", '{"ok": true}']
+    app.post("/generate")(lambda: Response(bodies.pop(0), media_type="application/json"))
+    assert posts(serve_app(app), 1) == [{"ok": True}]
 
 
 def test_a_dead_copy_is_set_aside(serve_app: Callable[[FastAPI], str]) -> None:
@@ -122,7 +154,7 @@ def test_a_copy_that_dies_during_long_work_ends_nothing(serve_app: Callable[[Fas
 
         dying = await asyncio.start_server(die, "127.0.0.1", 0)
         url = f"http://127.0.0.1:{dying.sockets[0].getsockname()[1]}"
-        async with httpx.AsyncClient() as client:
+        async with open_client() as client:
             policy = RetryPolicy(patience_s=0.1)
             return await ServicePool(f"{url},{healthy}", "/generate", client, policy, 1).post({})
 
@@ -133,7 +165,7 @@ def test_a_copy_that_dies_during_long_work_ends_nothing(serve_app: Callable[[Fas
 def test_a_slow_answer_times_out_and_is_tried_again(serve_app: Callable[[FastAPI], str]) -> None:
     script = Script(seconds=1.0)
     (error,) = posts(serve_app(script.app), 1, RetryPolicy(max_attempts=2, request_timeout_s=0.1))
-    assert isinstance(error, RequestRefusedError)
+    assert isinstance(error, RequestFailedError)
     assert script.answered == 2
 
 
@@ -147,7 +179,7 @@ def test_work_goes_where_least_is_outstanding(serve_app: Callable[[FastAPI], str
 
 def test_describe_waits_for_one_copy(serve_app: Callable[[FastAPI], str]) -> None:
     async def describe(urls: str) -> list:
-        async with httpx.AsyncClient() as client:
+        async with open_client() as client:
             return await ServicePool(urls, "/generate", client, RetryPolicy(patience_s=0.1), 1).describe()
 
     assert asyncio.run(describe(f"{serve_app(Script().app)},{dead_url()}")) == [{"scores": True}]

@@ -7,38 +7,56 @@ import asyncio
 import pytest
 
 from xbai.errors import UserError
-from xbai.evaluate.run import RunOptions, _use_fused_scores
+from xbai.evaluate.run import RunOptions, use_fused_scores
+
+READY = {"model": "m", "lang": "en", "scores": True}
 
 
-class Policy:
-    """Copies of a policy service, one of which does not say that it returns scores when `offers` is False."""
+class Service:
+    """Copies of a service, as they describe themselves."""
 
-    def __init__(self, offers: bool) -> None:
-        self.offers = offers
+    def __init__(self, *described: dict) -> None:
+        self.described = list(described)
 
-    async def describe(self) -> list[dict[str, bool]]:
-        return [{"scores": True}, {"scores": True} if self.offers else {}]
+    async def describe(self) -> list[dict]:
+        return self.described
 
 
-def options(source: str, url: str | None) -> RunOptions:
-    return RunOptions("make10", "in", "out", "model", "http://policy", url, score_source=source)
+def fused(source: str, policy: Service, scorer: Service | None) -> bool:
+    url = None if scorer is None else "http://score"
+    options = RunOptions("make10", "in", "out", "model", "http://policy", url, score_source=source)
+    return asyncio.run(use_fused_scores(options, policy, scorer))
 
 
 @pytest.mark.parametrize(
-    ("source", "url", "fused"),
+    ("source", "scorer", "expected"),
     [
-        ("auto", "http://score", False),
+        ("auto", Service(READY), True),
+        ("auto", Service(READY | {"model": "other"}), False),
+        ("auto", Service(READY | {"lang": "zh"}), False),
+        ("auto", Service({}), False),
         ("auto", None, True),
-        ("fused", "http://score", True),
+        ("fused", Service(READY | {"model": "other"}), True),
         ("fused", None, True),
-        ("service", "http://score", False),
+        ("service", Service(READY), False),
         ("none", None, False),
     ],
 )
-def test_a_score_url_is_used_unless_fused_scores_are_asked_for(source: str, url: str | None, fused: bool) -> None:
-    assert asyncio.run(_use_fused_scores(options(source, url), Policy(offers=True))) is fused
-    if not fused:
-        assert asyncio.run(_use_fused_scores(options(source, url), Policy(offers=False))) is False
-        return
-    with pytest.raises(UserError, match="the service offers no scores"):
-        asyncio.run(_use_fused_scores(options(source, url), Policy(offers=False)))
+def test_scores_come_with_the_responses_where_they_are_those_of_the_score_service(
+    source: str, scorer: Service | None, expected: bool
+) -> None:
+    assert fused(source, Service(READY, READY), scorer) is expected
+
+
+def test_without_scores_in_every_copy_the_score_service_is_asked() -> None:
+    policy = Service(READY, READY | {"scores": False})
+    assert fused("auto", policy, Service(READY)) is False
+    assert fused("none", policy, None) is False
+    for source in ("auto", "fused"):
+        with pytest.raises(UserError, match="the service offers no scores"):
+            fused(source, policy, None)
+
+
+def test_copies_of_different_models_are_refused() -> None:
+    with pytest.raises(UserError, match=r"different models \(m, other\)"):
+        fused("none", Service(READY, READY | {"model": "other"}), None)

@@ -1,4 +1,4 @@
-"""The inference driver: questions in, several scored responses to each out.
+"""The inference run: questions in, several scored responses to each out.
 
 Work is divided into requests for a few samples of one question. All questions are in flight at once, as far as the
 services take them; a response is scored while others are still generated; every finished sample is kept at once, so
@@ -9,35 +9,44 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx
-from transformers import PreTrainedTokenizerBase
-
-from xbai.api_key import authorization
-from xbai.benchmarks.base import Benchmark
+from xbai.benchmarks.base import Benchmark, Question
 from xbai.benchmarks.registry import get_benchmark
 from xbai.engine.files import load_tokenizer
 from xbai.errors import UserError
-from xbai.evaluate.client import RequestRefusedError, RetryPolicy, ServicePool
+from xbai.evaluate.client import RetryPolicy, ServicePool, open_client
+from xbai.evaluate.driver import Driver, Services
+from xbai.evaluate.interrupt import run_until_interrupted
 from xbai.evaluate.progress import Progress
-from xbai.evaluate.results import REFUSED, Sample, SampleKey, StoredQuestion
-from xbai.evaluate.settings import RunSettings, digest_texts, model_identity, request_seed
+from xbai.evaluate.results import StoredQuestion
+from xbai.evaluate.running_grades import RunningGrades
+from xbai.evaluate.schedule import Schedule, missing_requests
+from xbai.evaluate.settings import RunSettings, digest_texts, model_identity
 from xbai.evaluate.step_search import StepSearchDriver
 from xbai.evaluate.store import ResultStore
+from xbai.evaluate.tally import Tally
 from xbai.prompts import prompt_text
 from xbai.search.service_source import StepServices
 from xbai.search.strategy import SearchOptions
 from xbai.sprm import load_sprm_config
 
+if TYPE_CHECKING:
+    import httpx
+    from transformers import PreTrainedTokenizerBase
+
 logger = logging.getLogger(__name__)
 
 EFFORTS = {"low": 2, "medium": 8, "high": 32}
 """Candidates among which Best-of-N chooses."""
+
+SYNC_INTERVAL_S = 1.0
+GRADING_PATIENCE_S = 10.0
+"""How long the end of a run waits for the accuracy to be complete."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +57,11 @@ class RunOptions:
         task, input_file, output_file, model_dir: benchmark, its questions, the results, the model (for its tokenizer).
         response_api_url, score_api_url: services, separated by commas.
         candidates: responses to each question.
+        best_of: among how many of them the score chooses, for the accuracy so far.
         responses_per_request: samples of one `/generate` request.
         max_in_flight: requests in flight at one URL.
-        score_source: `fused` (scores come with the responses), `service`, `none`, or `auto` (the service where
-            a URL is given, else fused).
+        score_source: `fused` (scores come with the responses), `service`, `none`, or `auto` (fused where the policy
+            service offers the scores that the score service gives, or there is no URL of one; else the service).
         total_parts, part: run only the questions whose index leaves `part` when divided by `total_parts`.
         max_questions: only the first so many.
         search: how a response is found; `candidates` counts the searches, where it is one that chooses by steps.
@@ -65,6 +75,7 @@ class RunOptions:
     response_api_url: str
     score_api_url: str | None = None
     candidates: int = 1
+    best_of: int = 1
     responses_per_request: int = 8
     max_in_flight: int = 32
     score_source: str = "auto"
@@ -107,28 +118,21 @@ class RunOptions:
         }
 
 
-@dataclass(frozen=True)
-class GenerationRequest:
-    """Some samples of one question, from `first_sample` on."""
-
-    question: StoredQuestion
-    first_sample: int
-    count: int
-
-
 def run(options: RunOptions) -> Path:
     """Generate and score everything that is not there yet; returns the result file.
 
     Raises:
-        UserError: bad input, results of another run in the file, or services that stay away.
+        UserError: bad input, results of another run in the file, services that stay away, or that failed on some.
+        KeyboardInterrupt: Ctrl-C; what is finished is kept.
     """
     benchmark = get_benchmark(options.task)
     tokenizer = load_tokenizer(options.model_dir)
-    every_question = [_stored(benchmark, tokenizer, question) for question in benchmark.read(options.input_file)]
+    questions = {question.index: question for question in benchmark.read(options.input_file)}
+    stored = [_stored(benchmark, tokenizer, question) for question in questions.values()]
     settings = RunSettings(
         task=options.task,
         model=model_identity(options.model_dir),
-        questions=digest_texts([question.prompt for question in every_question]),
+        questions=digest_texts([question.prompt for question in stored]),
         temperature=options.temperature,
         top_p=options.top_p,
         top_k=options.top_k,
@@ -138,21 +142,28 @@ def run(options: RunOptions) -> Path:
         seed=options.seed,
         search=options.search.to_dict(),
     )
-    questions = every_question[: options.max_questions][options.part :: options.total_parts]
-    with ResultStore(options.output_file, settings, questions) as store:
+    ours = stored[: options.max_questions][options.part :: options.total_parts]
+    with ResultStore(options.output_file, settings, ours) as store:
+        logger.info("results will be in %s; until all is there, in %s", store.path, store.journal_path)
+        inference = Inference(options, ours, store, tokenizer, benchmark, questions)
         try:
-            asyncio.run(_run(options, questions, store, tokenizer))
+            run_until_interrupted(inference.run())
         except ExceptionGroup as group:
             raise _first_leaf(group) from group
         except KeyboardInterrupt:
-            logger.warning("interrupted; run the same command again to go on")
+            logger.warning("interrupted: %d samples are kept; run the same command again to go on", len(store))
             raise
         store.write_results()
+    if inference.failed:
+        raise UserError(
+            f"{options.output_file}: {inference.failed} samples are missing, on which the service failed each time "
+            "(see above); run the same command again to ask for them"
+        )
     logger.info("results: %s", options.output_file)
     return Path(options.output_file)
 
 
-def _stored(benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase, question: Any) -> StoredQuestion:
+def _stored(benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase, question: Question) -> StoredQuestion:
     prompt = prompt_text(tokenizer, benchmark.messages(question))
     return StoredQuestion(question.index, prompt, question.answer, {**question.meta, "question": question.prompt})
 
@@ -164,53 +175,85 @@ def _first_leaf(group: BaseExceptionGroup) -> BaseException:
     return error
 
 
-def missing_requests(
-    questions: Sequence[StoredQuestion], store: ResultStore, candidates: int, responses_per_request: int
-) -> Iterator[GenerationRequest]:
-    """The requests that complete every question's samples, none for those that are there."""
-    for question in questions:
-        sample = 0
-        while sample < candidates:
-            if (question.index, sample) in store:
-                sample += 1
-                continue
-            # Requests begin at the same samples in every run, so that a seed gives the same samples after a restart.
-            limit = min(candidates, (sample // responses_per_request + 1) * responses_per_request)
-            count = next((i for i in range(1, limit - sample) if (question.index, sample + i) in store), limit - sample)
-            yield GenerationRequest(question, sample, count)
-            sample += count
+@dataclass
+class Inference:
+    """One run's event loop.
 
+    Attributes:
+        stored: the questions to run.
+        questions: the benchmark's, by index.
+        failed: samples on which the services failed each time.
+    """
 
-async def _run(
-    options: RunOptions, questions: Sequence[StoredQuestion], store: ResultStore, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    searching = options.search.is_step_search
-    at_once = 1 if searching else options.responses_per_request
-    requests = list(missing_requests(questions, store, options.candidates, at_once))
-    # A connection is needed for every request in flight; the pools bound those.
-    unbounded = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(limits=unbounded, headers=authorization(options.api_key)) as client:
+    options: RunOptions
+    stored: list[StoredQuestion]
+    store: ResultStore
+    tokenizer: PreTrainedTokenizerBase
+    benchmark: Benchmark
+    questions: Mapping[int, Question]
+    failed: int = 0
+
+    async def run(self) -> None:
+        """Do what is missing."""
+        options, store = self.options, self.store
+        at_once = 1 if options.search.is_step_search else options.responses_per_request
+        requests = list(missing_requests(self.stored, store, options.candidates, at_once))
+        done, missing = len(store.complete()), sum(request.count for request in requests)
+        total = len(store) + missing
+        if len(store):
+            logger.info("%d of %d samples are there already", len(store), total)
+        tally = Tally(options.best_of)
+        async with (
+            open_client(options.api_key) as client,
+            _synced(store),
+            RunningGrades(self.benchmark, self.questions, store, tally) as grades,
+        ):
+            for key in store.complete() if requests else ():
+                grades.add(key)
+            services = await self._services(client, any_request=bool(requests))
+            with Progress(total, done, tally) as progress:
+                if options.search.is_step_search:
+                    driver = StepSearchDriver(options, store, self._step_services(services), progress, grades.add)
+                    await driver.run(requests)
+                else:
+                    driver = Driver(services, store, progress, grades.add, options.sampling(), options.seed)
+                    await driver.run(Schedule(requests), {question.index: question.prompt for question in self.stored})
+                await grades.settle(GRADING_PATIENCE_S)
+        self.failed = driver.failed
+
+    async def _services(self, client: httpx.AsyncClient, any_request: bool) -> Services:
+        options = self.options
         policy = ServicePool(options.response_api_url, "/generate", client, options.retry, options.max_in_flight)
         scorer = None
-        if options.score_api_url:
+        if options.score_api_url and options.score_source != "none":
             scorer = ServicePool(options.score_api_url, "/score", client, options.retry, options.max_in_flight)
-        total = len(questions) * options.candidates
-        with Progress(total, done=total - sum(request.count for request in requests)) as progress:
-            fused = bool(requests) and await _use_fused_scores(options, policy)
-            if searching:
-                rule = load_sprm_config(options.model_dir, tokenizer).step_rule
-                services = StepServices(policy, None if fused else scorer, options.sampling(), rule, tokenizer)
-                await StepSearchDriver(options, store, services, progress).run(requests)
-            else:
-                scorer = None if options.score_source == "none" else scorer
-                driver = Driver(options, store, policy, scorer, fused, progress)
-                await driver.run(requests, {question.index: question for question in questions})
+        fused = any_request and await use_fused_scores(options, policy, scorer)
+        return Services(policy, scorer, fused)
+
+    def _step_services(self, services: Services) -> StepServices:
+        rule = load_sprm_config(self.options.model_dir, self.tokenizer).step_rule
+        scorer = None if services.fused else services.scorer
+        return StepServices(services.policy, scorer, self.options.sampling(), rule, self.tokenizer)
 
 
-async def _use_fused_scores(options: RunOptions, policy: ServicePool) -> bool:
-    offers = all(description.get("scores") for description in await policy.describe())
-    if options.score_source in ("service", "none") or (options.score_source == "auto" and options.score_api_url):
+async def use_fused_scores(options: RunOptions, policy: ServicePool, scorer: ServicePool | None) -> bool:
+    """Whether scores come with the responses.
+
+    Raises:
+        UserError: they are to come so, but the policy service offers none; or its copies serve different models.
+    """
+    described = await policy.describe()
+    models = {description.get("model") for description in described}
+    if len(models) > 1:
+        raise UserError(
+            f"--response_api_url {options.response_api_url}: the copies serve different models "
+            f"({', '.join(sorted(map(str, models)))})"
+        )
+    offers = all(description.get("scores") for description in described)
+    if options.score_source in ("service", "none"):
         return False
+    if options.score_source == "auto" and scorer is not None:
+        return offers and _same_scores([*described, *await scorer.describe()])
     if not offers:
         raise UserError(
             f"--response_api_url {options.response_api_url}: the service offers no scores; "
@@ -219,90 +262,23 @@ async def _use_fused_scores(options: RunOptions, policy: ServicePool) -> bool:
     return True
 
 
-class Driver:
-    """Keeps the services busy with requests, and what comes back in the store."""
+def _same_scores(described: list[dict[str, Any]]) -> bool:
+    """All serve one model, whose steps they find by one rule."""
+    kinds = {(description.get("model"), description.get("lang")) for description in described}
+    return len(kinds) == 1 and None not in kinds.pop()
 
-    def __init__(
-        self,
-        options: RunOptions,
-        store: ResultStore,
-        policy: ServicePool,
-        scorer: ServicePool | None,
-        fused: bool,
-        progress: Progress,
-    ) -> None:
-        self._options = options
-        self._store = store
-        self._policy = policy
-        self._scorer = scorer
-        self._fused = fused
-        self._progress = progress
-        self._failed_scores = 0
 
-    async def run(self, requests: Sequence[GenerationRequest], questions: dict[int, StoredQuestion]) -> None:
-        """Score what an earlier run left unscored, and do `requests`, all at once."""
-        slots = asyncio.Semaphore(self._policy.capacity)
-        async with asyncio.TaskGroup() as tasks:
-            if self._scorer is not None:
-                for key in self._store.unscored():
-                    tasks.create_task(self._score(questions[key[0]].prompt, key, self._store.get(key).response))
-            for request in requests:
-                await slots.acquire()
-                task = tasks.create_task(self._generate(request, tasks))
-                task.add_done_callback(lambda _: slots.release())
-        if self._failed_scores:
-            logger.warning("%d scores could not be had; run the same command again to retry them", self._failed_scores)
+@asynccontextmanager
+async def _synced(store: ResultStore) -> AsyncIterator[None]:
+    """Put what the store has written onto the disk every second, without holding up the event loop."""
 
-    async def _generate(self, request: GenerationRequest, tasks: asyncio.TaskGroup) -> None:
-        started = time.monotonic()
-        try:
-            answer = await self._policy.post(self._payload(request), weight=request.count)
-        except RequestRefusedError as error:
-            logger.warning("question %d is refused: %s", request.question.index, error)
-            for sample in range(request.first_sample, request.first_sample + request.count):
-                refused = Sample(request.question.index, sample, "", finish_reason=REFUSED, error=str(error))
-                self._store.add(refused)
-                self._progress.advance(0)
-            return
-        for sample in self._samples(request, answer, time.monotonic() - started):
-            self._store.add(sample)
-            self._progress.advance(sample.token_count)
-            if sample.score is None and self._scorer is not None:
-                tasks.create_task(self._score(request.question.prompt, sample.key, sample.response))
+    async def sync() -> None:
+        while True:
+            await asyncio.sleep(SYNC_INTERVAL_S)
+            await asyncio.to_thread(store.sync)
 
-    def _payload(self, request: GenerationRequest) -> dict[str, Any]:
-        payload = {
-            "prefix_prompt": request.question.prompt,
-            "response_num": request.count,
-            "seed": request_seed(self._options.seed, request.question.index, request.first_sample),
-            **self._options.sampling(),
-        }
-        return {**payload, "return_scores": True} if self._fused else payload
-
-    def _samples(self, request: GenerationRequest, answer: dict[str, Any], seconds: float) -> Iterator[Sample]:
-        texts = answer["results"]
-        if len(texts) != request.count:
-            raise UserError(f"/generate returned {len(texts)} responses where {request.count} were asked for")
-        unknown = [None] * len(texts)
-        columns = [answer.get(name) or unknown for name in ("finish_reasons", "token_counts", "scores", "step_scores")]
-        for offset, (text, reason, tokens, score, steps) in enumerate(zip(texts, *columns, strict=True)):
-            yield Sample(
-                question=request.question.index,
-                sample=request.first_sample + offset,
-                response=text,
-                finish_reason=reason,
-                token_count=tokens,
-                seconds=round(seconds, 3),
-                score=score,
-                step_scores=steps,
-            )
-
-    async def _score(self, prompt: str, key: SampleKey, response: str) -> None:
-        payload = {"text": prompt + response, "prompt": prompt, "return_all_scores": True}
-        try:
-            answer = await self._scorer.post(payload)
-        except RequestRefusedError as error:
-            self._failed_scores += 1
-            logger.warning("question %d, sample %d has no score: %s", *key, error)
-            return
-        self._store.add_score(key, answer["value"], answer.get("all_scores"))
+    task = asyncio.create_task(sync())
+    try:
+        yield
+    finally:
+        task.cancel()

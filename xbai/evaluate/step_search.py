@@ -5,31 +5,45 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from xbai.evaluate.client import RequestRefusedError
+from xbai.evaluate.client import RequestFailedError, RequestRefusedError
 from xbai.evaluate.progress import Progress
-from xbai.evaluate.results import REFUSED, Sample, StoredQuestion
+from xbai.evaluate.results import REFUSED, Sample, SampleKey, StoredQuestion
 from xbai.evaluate.settings import request_seed
 from xbai.evaluate.store import ResultStore
 from xbai.search.service_source import ServiceSource, StepServices
 from xbai.search.strategy import search_response
 
 if TYPE_CHECKING:
-    from xbai.evaluate.run import GenerationRequest, RunOptions
+    from xbai.evaluate.run import RunOptions
+    from xbai.evaluate.schedule import GenerationRequest
 
 logger = logging.getLogger(__name__)
 
 
 class StepSearchDriver:
-    """Runs one search a sample, all at once, as far as the services take their requests."""
+    """Runs one search a sample, all at once, as far as the services take their requests.
 
-    def __init__(self, options: RunOptions, store: ResultStore, services: StepServices, progress: Progress) -> None:
+    Attributes:
+        failed: samples that could not be had, though they were not refused.
+    """
+
+    def __init__(
+        self,
+        options: RunOptions,
+        store: ResultStore,
+        services: StepServices,
+        progress: Progress,
+        on_complete: Callable[[SampleKey], None],
+    ) -> None:
+        self.failed = 0
         self._options = options
         self._store = store
         self._services = services
         self._progress = progress
+        self._on_complete = on_complete
 
     async def run(self, requests: Sequence[GenerationRequest]) -> None:
         """Do the search of each request, which asks for one sample."""
@@ -45,11 +59,13 @@ class StepSearchDriver:
             path, spent = await search_response(self._options.search, source, self._options.max_tokens, seed)
         except RequestRefusedError as error:
             logger.warning("question %d is refused: %s", question.index, error)
-            self._store.add(Sample(question.index, sample, "", finish_reason=REFUSED, error=str(error)))
-            self._progress.advance(0)
+            found = Sample(question.index, sample, "", finish_reason=REFUSED, error=str(error))
+        except RequestFailedError as error:
+            logger.warning("question %d, sample %d: %s", question.index, sample, error)
+            self.failed += 1
             return
-        self._store.add(
-            Sample(
+        else:
+            found = Sample(
                 question=question.index,
                 sample=sample,
                 response=path.text,
@@ -59,5 +75,7 @@ class StepSearchDriver:
                 score=path.score,
                 step_scores=list(path.step_scores),
             )
-        )
-        self._progress.advance(spent)
+        self._store.add(found)
+        self._progress.generated(found.token_count)
+        self._progress.advance()
+        self._on_complete(found.key)

@@ -1,8 +1,9 @@
 """Results on disk: a journal that survives any death of the process, and the result file made from it.
 
-While a run goes on, every finished sample is one line appended to `OUT.journal` (written at once, fsynced every
-second): first a line of settings, then samples, then scores that came later. When all is there, `OUT` is written in
-one piece, one line a question, and the journal is removed. A run started again reads both and asks only for the rest.
+While a run goes on, every finished sample is one line appended to `OUT.journal` (written at once, fsynced as often as
+`sync` is called): first a line of settings, then samples, then scores that came later. When all is there, `OUT` is
+written in one piece, one line a question, and the journal is removed. A run started again reads both and asks only for
+the rest.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import fcntl
 import json
 import logging
 import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +25,6 @@ from xbai.files import atomic_write
 logger = logging.getLogger(__name__)
 
 JOURNAL_SUFFIX = ".journal"
-FSYNC_INTERVAL_S = 1.0
 
 
 class ResultStore:
@@ -47,7 +46,7 @@ class ResultStore:
         self._places: dict[SampleKey, tuple[int, int]] = {}
         self._scores: dict[SampleKey, tuple[float | None, list[float] | None]] = {}
         self._size = 0
-        self._last_fsync = time.monotonic()
+        self._is_synced = True
 
     def __enter__(self) -> ResultStore:
         """Open, repair and read what an earlier run left.
@@ -68,7 +67,7 @@ class ResultStore:
     def __exit__(self, *exception: object) -> None:
         """Flush to the disk and let go of the files."""
         if not self._journal.closed:
-            self._flush(to_disk=True)
+            self.sync()
             self._journal.close()
 
     def __contains__(self, key: SampleKey) -> bool:
@@ -83,24 +82,41 @@ class ResultStore:
         """Samples without a score, whether it never came or failed in an earlier run; refused ones have none."""
         return sorted(key for key, (score, _) in self._scores.items() if score is None)
 
-    def add(self, sample: Sample) -> None:
-        """Keep a finished sample, with its score where it is known.
+    def complete(self) -> list[SampleKey]:
+        """Samples that have all they will get: a score, or a refusal."""
+        return sorted(key for key in self._places if self._scores.get(key, (0.0,))[0] is not None)
+
+    def add(self, *samples: Sample) -> None:
+        """Keep finished samples, with their scores where they are known; those of one call are written in one go.
 
         Raises:
-            ValueError: it is there already.
+            ValueError: one is there already.
         """
-        if sample.key in self._places:
-            raise ValueError(f"question {sample.question}, sample {sample.sample} is there already")
+        lines = [_encode(asdict(sample)) for sample in samples]
+        for sample in samples:
+            if sample.key in self._places:
+                raise ValueError(f"question {sample.question}, sample {sample.sample} is there already")
         offset = self._size
-        self._append(asdict(sample))
-        self._remember(sample, offset, self._size - offset)
+        self._append(*lines)
+        for sample, line in zip(samples, lines):
+            self._remember(sample, offset, len(line))
+            offset += len(line)
 
     def add_score(self, key: SampleKey, score: float, step_scores: list[float] | None = None) -> None:
         """Keep the score of a sample that is there."""
         if key not in self._places:
             raise KeyError(key)
-        self._append({"question": key[0], "sample": key[1], "score": score, "step_scores": step_scores})
+        self._append(_encode({"question": key[0], "sample": key[1], "score": score, "step_scores": step_scores}))
         self._scores[key] = score, step_scores
+
+    def sync(self) -> None:
+        """Wait until what is written is on the disk: it then survives the machine's death, not only the process's.
+
+        May run in a thread of its own.
+        """
+        if not self._is_synced:
+            self._is_synced = True
+            os.fsync(self._journal.fileno())
 
     def get(self, key: SampleKey) -> Sample:
         """Read a sample back."""
@@ -150,17 +166,12 @@ class ResultStore:
         if sample.finish_reason != REFUSED:
             self._scores[sample.key] = sample.score, sample.step_scores
 
-    def _append(self, record: dict[str, Any]) -> None:
-        line = _encode(record)
-        self._journal.write(line)
-        self._size += len(line)
-        self._flush(to_disk=time.monotonic() - self._last_fsync > FSYNC_INTERVAL_S)
-
-    def _flush(self, to_disk: bool) -> None:
+    def _append(self, *lines: bytes) -> None:
+        written = b"".join(lines)
+        self._journal.write(written)
         self._journal.flush()
-        if to_disk:
-            os.fsync(self._journal.fileno())
-            self._last_fsync = time.monotonic()
+        self._size += len(written)
+        self._is_synced = False
 
     def _open_journal(self) -> BinaryIO:
         """The journal, locked; opened again where another run finished and removed it in between."""
@@ -195,7 +206,7 @@ class ResultStore:
             self._size += len(line)
         self._journal.seek(0, os.SEEK_END)
         if self._size == 0:
-            self._append({"settings": self._settings.to_dict()})
+            self._append(_encode({"settings": self._settings.to_dict()}))
 
     def _replay(self, line: bytes) -> None:
         try:

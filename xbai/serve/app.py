@@ -122,8 +122,9 @@ class Service:
         self._tokenizing.shutdown(wait=False)
 
     def _state(self, status: str) -> StateResponse:
-        scores = self.thread.ready and self.thread.model.step_rule is not None
-        return StateResponse(status=status, model=self._model_name, scores=scores)
+        rule = self.thread.model.step_rule if self.thread.ready else None
+        lang = None if rule is None else rule.lang
+        return StateResponse(status=status, model=self._model_name, scores=rule is not None, lang=lang)
 
     def _add_state_routes(self) -> None:
         @self.app.get("/health", responses=NOT_READY)

@@ -81,13 +81,20 @@ class ScoreResponse(WireModel):
 class ScoreBatchRequest(WireModel):
     """Body of `POST /score_batch`."""
 
-    texts: list[Annotated[Text, Field(min_length=1)]] = Field(min_length=1, max_length=MAX_BATCH_TEXTS)
+    texts: list[Annotated[Text, Field(min_length=1)]] = Field(
+        min_length=1, max_length=MAX_BATCH_TEXTS, description="Each a prompt and a response."
+    )
+    return_all_scores: bool = False
+    prompt: Text | None = Field(None, description="The prompt that all texts start with; see `POST /score`.")
 
 
 class ScoreBatchResponse(WireModel):
-    """Answer of `POST /score_batch`, in the order of `texts`."""
+    """Answer of `POST /score_batch`; item i of every list belongs to text i. Only `values` comes unasked."""
 
     values: list[float]
+    all_scores: list[list[float]] | None = None
+    token_ids: list[list[int]] | None = None
+    score_positions: list[list[int]] | None = None
 
 
 class ErrorResponse(BaseModel):
@@ -102,3 +109,4 @@ class StateResponse(BaseModel):
     status: str
     model: str
     scores: bool = Field(description="Whether this service returns scores.")
+    lang: str | None = Field(description="The rule by which it finds the steps that it scores.")

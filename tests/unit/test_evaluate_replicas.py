@@ -1,0 +1,101 @@
+"""Which copy of a service takes the next request."""
+
+from __future__ import annotations
+
+import asyncio
+
+from xbai.evaluate.replicas import RETRY_MAX_S, Replica, Replicas
+
+
+def busy(count: int, max_in_flight: int = 8) -> Replica:
+    replica = Replica("http://a", max_in_flight)
+    for _ in range(count):
+        replica.take(1, now=0.0)
+    return replica
+
+
+def refuse(replica: Replica, now: float, retry_after_s: float = 2.0) -> None:
+    replica.is_full(now, retry_after_s)
+    replica.give_back(1)
+
+
+def test_a_copy_that_is_full_gets_what_it_answers_and_later_one_more() -> None:
+    replica = busy(8)
+    for _ in range(3):
+        refuse(replica, now=1.0)
+    assert (replica.limit, replica.in_flight) == (5, 5)
+    assert not replica.has_room(2.9), "Retry-After is kept"
+    replica.give_back(1)
+    assert replica.has_room(2.9), "what it has answered is replaced"
+    replica.take(1, 2.9)
+    assert replica.room_again_at(2.9) <= 1.0 + 2.0 * 1.25
+    assert replica.has_room(4.0)
+    replica.take(1, 4.0)
+    assert replica.limit == 6
+    assert not replica.has_room(4.1)
+
+
+def test_a_copy_that_stays_full_is_tried_less_and_less() -> None:
+    replica, now, pauses = busy(2, max_in_flight=2), 0.0, []
+    refuse(replica, now, retry_after_s=0.0)
+    for _ in range(12):
+        pauses.append(replica.room_again_at(now) - now)
+        now += pauses[-1]
+        replica.take(1, now)
+        refuse(replica, now, retry_after_s=0.0)
+    assert pauses[0] < 1 and pauses[-1] > 20
+    assert max(pauses) <= RETRY_MAX_S * 1.25
+
+
+def test_a_copy_that_refuses_everything_is_tried_after_the_time_it_asked_for() -> None:
+    replica = busy(1)
+    refuse(replica, now=0.0)
+    assert replica.limit == 0
+    assert not replica.has_room(1.9)
+    assert replica.has_room(2.6)
+
+
+def test_a_failed_copy_is_tried_with_one_request_and_then_gets_its_share() -> None:
+    replica = busy(3)
+    assert replica.failed(10.0, answered=False) is not None
+    assert replica.failed(10.0, answered=False) is None, "what was in flight with it fails too"
+    for _ in range(3):
+        replica.give_back(1)
+    assert not replica.has_room(10.1)
+    assert replica.has_room(11.0)
+    replica.take(1, 11.0)
+    assert not replica.has_room(11.0)
+    replica.succeeded()
+    assert replica.has_room(11.0)
+
+
+def test_patience_ends_sooner_with_the_silent_than_with_the_failing() -> None:
+    silent, failing = busy(1), busy(1)
+    for now in (0.0, 100.0):
+        silent.failed(now, answered=False)
+        failing.failed(now, answered=True)
+    assert silent.is_lost(101.0, patience_s=50, max_failures=5)
+    assert not failing.is_lost(101.0, patience_s=50, max_failures=5)
+    assert not silent.is_lost(49.0, patience_s=50, max_failures=5)
+
+
+def test_the_oldest_request_is_served_first_and_cancelled_ones_leave_no_trace() -> None:
+    async def run() -> list[int]:
+        replicas = Replicas(["http://a"], 1)
+        served: list[int] = []
+
+        async def use(ticket: int) -> None:
+            async with replicas.lease(ticket, weight=2):
+                served.append(ticket)
+                await asyncio.sleep(0.01)
+
+        tasks = [asyncio.create_task(use(ticket)) for ticket in (5, 3, 4, 1)]
+        await asyncio.sleep(0)
+        tasks[2].cancel()
+        await asyncio.sleep(0.015)
+        tasks[3].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert (replicas.all[0].in_flight, replicas.all[0].outstanding) == (0, 0)
+        return served
+
+    assert asyncio.run(run()) == [5, 1, 3]

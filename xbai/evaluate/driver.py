@@ -1,0 +1,157 @@
+"""Keeps the services busy: responses are generated and scored, and each is kept as soon as it is there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from xbai.errors import UserError
+from xbai.evaluate.client import RequestFailedError, RequestRefusedError, ServicePool
+from xbai.evaluate.progress import Progress
+from xbai.evaluate.results import REFUSED, Sample, SampleKey
+from xbai.evaluate.schedule import GenerationRequest, Schedule
+from xbai.evaluate.settings import request_seed
+from xbai.evaluate.store import ResultStore
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Services:
+    """Where responses and scores come from.
+
+    Attributes:
+        policy: `POST /generate`.
+        scorer: `POST /score`; None where the score service is not asked.
+        fused: the policy service returns the scores.
+    """
+
+    policy: ServicePool
+    scorer: ServicePool | None
+    fused: bool
+
+
+class Driver:
+    """Generates and scores whole responses, all questions at once.
+
+    Args:
+        sampling: fields of every `/generate` request.
+        seed: of the run.
+        on_complete: called with each sample that has all it will get.
+
+    Attributes:
+        failed: samples that could not be had, though they were not refused.
+    """
+
+    def __init__(
+        self,
+        services: Services,
+        store: ResultStore,
+        progress: Progress,
+        on_complete: Callable[[SampleKey], None],
+        sampling: Mapping[str, Any],
+        seed: int | None,
+    ) -> None:
+        self.failed = 0
+        self._services = services
+        self._store = store
+        self._progress = progress
+        self._on_complete = on_complete
+        self._sampling = sampling
+        self._seed = seed
+        self._failed_scores = 0
+
+    async def run(self, schedule: Schedule, prompts: Mapping[int, str]) -> None:
+        """Score what an earlier run left unscored, and do what the schedule asks for, all at once."""
+        self._prompts = prompts
+        slots = asyncio.Semaphore(self._services.policy.capacity)
+        if self._services.scorer is not None:
+            self._scoring = asyncio.Semaphore(self._services.scorer.capacity)
+        async with asyncio.TaskGroup() as self._tasks:
+            for key in self._store.unscored():
+                self._go_on(key)
+            while schedule:
+                await slots.acquire()
+                task = self._tasks.create_task(self._generate(schedule.take(), schedule))
+                task.add_done_callback(lambda _: slots.release())
+        if self._failed_scores:
+            logger.warning("%d scores could not be had; run the same command again to retry them", self._failed_scores)
+
+    async def _generate(self, request: GenerationRequest, schedule: Schedule) -> None:
+        started = time.monotonic()
+        try:
+            answer = await self._services.policy.post(self._payload(request), weight=request.count)
+        except RequestRefusedError as error:
+            logger.warning("question %d is refused: %s", request.question.index, error)
+            self._store.add(*(Sample(*key, "", finish_reason=REFUSED, error=str(error)) for key in request.keys))
+            for key in request.keys:
+                self._complete(key)
+            return
+        except RequestFailedError as error:
+            logger.warning("question %d, %d samples: %s", request.question.index, request.count, error)
+            self.failed += request.count
+            return
+        seconds = time.monotonic() - started
+        schedule.finished(request, seconds)
+        samples = list(_samples(request, answer, seconds))
+        self._store.add(*samples)
+        for sample in samples:
+            self._progress.generated(sample.token_count)
+            self._go_on(sample.key, is_scored=sample.score is not None)
+
+    def _payload(self, request: GenerationRequest) -> dict[str, Any]:
+        return {
+            "prefix_prompt": request.question.prompt,
+            "response_num": request.count,
+            "seed": request_seed(self._seed, request.question.index, request.first_sample),
+            **({"return_scores": True} if self._services.fused else {}),
+            **self._sampling,
+        }
+
+    def _go_on(self, key: SampleKey, is_scored: bool = False) -> None:
+        if is_scored or self._services.scorer is None:
+            self._complete(key)
+        else:
+            self._tasks.create_task(self._score(key))
+
+    async def _score(self, key: SampleKey) -> None:
+        # Only keys wait here: the texts of a long backlog stay on the disk.
+        async with self._scoring:
+            prompt = self._prompts[key[0]]
+            text = prompt + self._store.get(key).response
+            try:
+                answer = await self._services.scorer.post({"text": text, "prompt": prompt, "return_all_scores": True})
+            except (RequestRefusedError, RequestFailedError) as error:
+                self._failed_scores += 1
+                logger.warning("question %d, sample %d has no score: %s", *key, error)
+            else:
+                self._store.add_score(key, answer["value"], answer.get("all_scores"))
+        self._complete(key)
+
+    def _complete(self, key: SampleKey) -> None:
+        self._progress.advance()
+        self._on_complete(key)
+
+
+def _samples(request: GenerationRequest, answer: dict[str, Any], seconds: float) -> Iterator[Sample]:
+    texts = answer.get("results")
+    if not isinstance(texts, list) or len(texts) != request.count:
+        raise UserError(
+            f"/generate did not return the {request.count} responses that were asked for, but {answer!r:.200}"
+        )
+    unknown = [None] * len(texts)
+    columns = [answer.get(name) or unknown for name in ("finish_reasons", "token_counts", "scores", "step_scores")]
+    for key, text, reason, tokens, score, steps in zip(request.keys, texts, *columns, strict=True):
+        yield Sample(
+            *key,
+            response=text,
+            finish_reason=reason,
+            token_count=tokens,
+            seconds=round(seconds, 3),
+            score=score,
+            step_scores=steps,
+        )

@@ -1,0 +1,173 @@
+"""The copies of one service, and which of them takes the next request."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+RETRY_BASE_S = 0.5
+RETRY_MAX_S = 30.0
+
+
+def backoff_s(failures: int) -> float:
+    """Seconds to wait after that many failures in a row: doubling, capped, with jitter."""
+    return min(RETRY_MAX_S, RETRY_BASE_S * 2 ** (failures - 1)) * random.uniform(0.75, 1.25)
+
+
+@dataclass
+class Replica:
+    """One copy of a service, and what it is busy with.
+
+    Attributes:
+        max_in_flight: most requests that it is ever given at once.
+        limit: most that it is given now; lower where it has said that it is full.
+        in_flight, outstanding: its requests, and how much work they are.
+        failures: in a row.
+        resting_until: when it may be tried again after a failure.
+        failing_since: when that row of failures began; None where the last answer was good.
+        answers: whether any of these failures was an answer of the service.
+    """
+
+    base_url: str
+    max_in_flight: int
+    limit: int = field(init=False)
+    in_flight: int = 0
+    outstanding: int = 0
+    failures: int = 0
+    resting_until: float = 0.0
+    failing_since: float | None = None
+    answers: bool = False
+    _grows_at: float = 0.0
+    _refusals: int = 0
+    _was_refused: bool = False
+
+    def __post_init__(self) -> None:
+        """A copy is trusted until it says that it is full."""
+        self.limit = self.max_in_flight
+
+    def succeeded(self) -> None:
+        """It answered as it should."""
+        self.failures = 0
+        self.resting_until = 0.0
+        self.failing_since = None
+        self.answers = False
+
+    def failed(self, now: float, answered: bool) -> float | None:
+        """Set it aside; returns for how long, None where it rests already (its other requests fail together)."""
+        self.failing_since = now if self.failing_since is None else self.failing_since
+        self.answers = self.answers or answered
+        if self.resting_until > now:
+            return None
+        self.failures += 1
+        pause = backoff_s(self.failures)
+        self.resting_until = now + pause
+        return pause
+
+    def is_full(self, now: float, retry_after_s: float) -> None:
+        """It refused a request that is still counted: it gets no more than it has, until later one more is tried."""
+        self.limit = min(self.limit, self.in_flight - 1)
+        self._refusals += not self._was_refused  # Refusals of a burst count once.
+        self._was_refused = True
+        self._grows_at = now + max(retry_after_s * random.uniform(1.0, 1.25), backoff_s(self._refusals))
+
+    def has_room(self, now: float) -> bool:
+        """Whether it may be given a request: after a failure only one, to try it."""
+        if now < self.resting_until:
+            return False
+        if self.failures:
+            return self.in_flight == 0
+        return self.in_flight < self.limit or self._may_grow(now)
+
+    def room_again_at(self, now: float) -> float | None:
+        """When it will have room with no event in between; None where only an event makes room."""
+        times = [self.resting_until]
+        if self.limit < self.max_in_flight:
+            times.append(self._grows_at)
+        return min((time for time in times if time > now), default=None)
+
+    def preference(self) -> tuple[bool, bool, int]:
+        """Low for the copy to choose: one that works, that is not believed to be full, with the least work."""
+        return self.failures > 0, self.in_flight >= self.limit, self.outstanding
+
+    def take(self, weight: int, now: float) -> None:
+        """Count a request that it is given."""
+        if self.in_flight >= self.limit:
+            self._refusals = self._refusals if self._was_refused else 0
+            self._was_refused = False
+            self._grows_at = now + backoff_s(1)
+            self.limit += 1
+        self.in_flight += 1
+        self.outstanding += weight
+
+    def give_back(self, weight: int) -> None:
+        """The request has ended."""
+        self.in_flight -= 1
+        self.outstanding -= weight
+
+    def is_lost(self, now: float, patience_s: float, max_failures: int) -> bool:
+        """It has not answered for the whole patience, or only failed in all that time, several times."""
+        if self.failing_since is None or now - self.failing_since <= patience_s:
+            return False
+        return not self.answers or self.failures >= max_failures
+
+    def _may_grow(self, now: float) -> bool:
+        return self.limit < self.max_in_flight and now >= self._grows_at
+
+
+@dataclass(order=True)
+class _Waiting:
+    ticket: int
+    weight: int = field(compare=False)
+    replica: asyncio.Future[Replica] = field(compare=False)
+
+
+class Replicas:
+    """Gives each request to the copy with the least outstanding work, the oldest request first."""
+
+    def __init__(self, base_urls: Sequence[str], max_in_flight: int) -> None:
+        self.all = [Replica(url, max_in_flight) for url in base_urls]
+        self._waiting: list[_Waiting] = []
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Requests that can be in flight at once."""
+        return sum(replica.max_in_flight for replica in self.all)
+
+    @asynccontextmanager
+    async def lease(self, ticket: int, weight: int) -> AsyncIterator[Replica]:
+        """A copy that has room, once there is one; the lowest ticket first. `weight` is how much work it is."""
+        waiting = _Waiting(ticket, weight, asyncio.get_running_loop().create_future())
+        heapq.heappush(self._waiting, waiting)
+        self._hand_out()
+        try:
+            yield await waiting.replica
+        finally:
+            if waiting.replica.done() and not waiting.replica.cancelled():
+                waiting.replica.result().give_back(weight)
+            self._hand_out()
+
+    def _hand_out(self) -> None:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        while self._waiting:
+            if self._waiting[0].replica.done():  # cancelled while it waited
+                heapq.heappop(self._waiting)
+                continue
+            free = [replica for replica in self.all if replica.has_room(now)]
+            if not free:
+                break
+            waiting = heapq.heappop(self._waiting)
+            replica = min(free, key=Replica.preference)
+            replica.take(waiting.weight, now)
+            waiting.replica.set_result(replica)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        times = [time for time in (replica.room_again_at(now) for replica in self.all) if time is not None]
+        if self._waiting and times:
+            self._timer = loop.call_at(min(times), self._hand_out)
