@@ -133,8 +133,11 @@ def serve_score(
     dtype: Dtype = "auto",
     max_model_len: MaxModelLen = None,
     max_batch_tokens: Annotated[
-        int, typer.Option("--max_batch_tokens", min=1, help="Most tokens of one forward pass, padding included.")
-    ] = 16384,
+        int | None,
+        typer.Option(
+            "--max_batch_tokens", min=1, help="Most tokens of one forward pass; by default what suits the device."
+        ),
+    ] = None,
     max_pending: Annotated[int, typer.Option("--max_pending", min=1, help="Texts queued; beyond it 429.")] = 1024,
     request_timeout: RequestTimeout = 3600.0,
     max_body_mb: MaxBody = 16,

@@ -27,15 +27,18 @@ def expected_best_of_n(scores: np.ndarray, correct: np.ndarray, n: int) -> float
         correct: [K] in [0, 1].
         n: from 1 to K.
     """
-    levels, level_of = np.unique(-scores, return_inverse=True)
-    expected, better = 0.0, 0
-    for level in range(len(levels)):
-        members = correct[level_of == level]
-        # The pick is of this level when no better candidate is drawn, but one of these is.
-        ways = comb(len(scores) - better, n) - comb(len(scores) - better - len(members), n)
-        expected += ways / comb(len(scores), n) * float(members.mean())
-        better += len(members)
-    return expected
+    _, level_of, members = np.unique(-scores, return_inverse=True, return_counts=True)
+    first_rank = np.cumsum(members) - members
+    picked = np.add.reduceat(rank_shares(len(scores), n), first_rank)
+    return float(picked @ (np.bincount(level_of, correct) / members))
+
+
+@lru_cache(maxsize=64)
+def rank_shares(samples: int, n: int) -> np.ndarray:
+    """Probability [samples] that the candidate of each rank, the best first, is the best of n drawn ones."""
+    shares = np.array([comb(samples - 1 - rank, n - 1) / comb(samples, n) for rank in range(samples)])
+    shares.setflags(write=False)
+    return shares
 
 
 def expected_oracle(correct: np.ndarray, n: int) -> float:

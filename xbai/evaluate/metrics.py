@@ -28,33 +28,36 @@ logger = logging.getLogger(__name__)
 
 PERCENTILES = (50, 90, 99)
 
-Choice = Callable[[GradedQuestion, int, int], float]
-"""(graded question, N, seed) -> probability that the choice among N of its candidates is right."""
+AtN = Callable[[int, int], float]
+"""(N, seed) -> probability that the choice among N candidates of one question is right."""
+
+Strategy = Callable[[GradedQuestion], AtN]
+"""A way of choosing: looks at a question once, whatever the N."""
 
 
-def _best_by(aggregation: str) -> Choice:
-    return lambda question, n, _: expected_best_of_n(question.scores_by(aggregation), question.correct, n)
+def _best_of_n(scores: np.ndarray, question: GradedQuestion) -> AtN:
+    return lambda n, _: expected_best_of_n(scores, question.correct, n)
 
 
-def _vote(question: GradedQuestion, n: int, seed: int) -> float:
-    return expected_vote(question.votes, question.correct, subset_masks(len(question.correct), n, seed))
+def _best_by(aggregation: str) -> Strategy:
+    return lambda question: _best_of_n(question.scores_by(aggregation), question)
 
 
-def _weighted_vote(question: GradedQuestion, n: int, seed: int) -> float:
-    subsets = subset_masks(len(question.correct), n, seed)
-    return expected_vote(question.votes, question.correct, subsets, question.vote_weights)
+def _vote(question: GradedQuestion, weights: np.ndarray | None = None) -> AtN:
+    votes, correct = question.votes, question.correct
+    return lambda n, seed: expected_vote(votes, correct, subset_masks(len(correct), n, seed), weights)
 
 
-AGGREGATED: dict[str, Choice] = {f"best_of_n_{how}": _best_by(how) for how in ("arithmetic", "product", "min", "last")}
+AGGREGATED = {f"best_of_n_{how}": _best_by(how) for how in ("arithmetic", "product", "min", "last")}
 """Best-of-N by other aggregations of the step scores than the geometric mean, which is `best_of_n`."""
 
-STRATEGIES: dict[str, Choice] = {
-    "best_of_n": lambda question, n, _: expected_best_of_n(question.scores, question.correct, n),
+STRATEGIES: dict[str, Strategy] = {
+    "best_of_n": lambda question: _best_of_n(question.scores, question),
     **AGGREGATED,
     "majority": _vote,
-    "weighted_vote": _weighted_vote,
-    "oracle": lambda question, n, _: expected_oracle(question.correct, n),
-    "random": lambda question, n, _: float(question.correct.mean()),
+    "weighted_vote": lambda question: _vote(question, question.vote_weights),
+    "oracle": lambda question: lambda n, _: expected_oracle(question.correct, n),
+    "random": lambda question: lambda *_: float(question.correct.mean()),
 }
 """Every way of choosing among N candidates."""
 
@@ -199,13 +202,11 @@ def accuracies(
     subsets of the votes.
     """
     graded = [question.graded() for question in questions]
-    return {
-        name: {
-            n: np.array([STRATEGIES[name](question, min(n, len(question.correct)), seed) for question in graded])
-            for n in counts
-        }
-        for name in strategies
-    }
+    found = {}
+    for name in strategies:
+        choices = [(STRATEGIES[name](question), len(question.correct)) for question in graded]
+        found[name] = {n: np.array([choice(min(n, samples), seed) for choice, samples in choices]) for n in counts}
+    return found
 
 
 def measure(questions: Sequence[GradedQuestion], settings: dict[str, Any] | None = None, seed: int = 0) -> Report:

@@ -27,13 +27,13 @@ from xbai.evaluate.figure import (
     save_figure,
 )
 from xbai.evaluate.graded import GradedQuestion
-from xbai.evaluate.metrics import Estimate, Report
+from xbai.evaluate.metrics import Estimate, Report, strategy_of
 from xbai.evaluate.step_curve import StepCurve, step_curve
 
 STRATEGY_LINES = {
     "oracle": Line("oracle (any right)", GREY, "--", None, width=1.2),
     "best_of_n": Line("Best-of-N by score", BLUE),
-    "weighted_vote": Line("score-weighted vote", GREEN, "-", "^", width=2.8, marker_size=6.5),
+    "weighted_vote": Line("score-weighted vote", GREEN, "-", "^", width=2.6, marker_size=6.5),
     "majority": Line("majority vote", ORANGE, "-", "s"),
     "random": Line("mean@1", GREY, ":", None),
 }
@@ -131,7 +131,7 @@ def _draw_scaling(axis: Axes, reports: Mapping[str, Report]) -> None:
     for (name, report), line, place in zip(reports.items(), SCALING_LINES, LABEL_PLACES):
         if not _has_tokens(report):
             continue
-        strategy = "best_of_n" if "best_of_n" in report.curves else "random"
+        strategy = _own_strategy(report)
         counts, mean, error = _columns(report.curves[strategy])
         tokens = counts * report.lengths.mean
         label = STRATEGY_LINES[strategy].label
@@ -191,6 +191,12 @@ def _columns(curve: Mapping[int, Estimate]) -> tuple[np.ndarray, np.ndarray, np.
     estimates = curve.values()
     means, errors = [estimate.mean for estimate in estimates], [estimate.standard_error for estimate in estimates]
     return np.array(list(curve), dtype=np.float64), np.array(means), np.array(errors)
+
+
+def _own_strategy(report: Report) -> str:
+    """The choice that the results were made for, or the next best that they allow."""
+    wanted = (strategy_of(report.settings), "majority", "random")
+    return next(strategy for strategy in wanted if strategy in report.curves)
 
 
 def _has_tokens(report: Report) -> bool:
