@@ -1,7 +1,8 @@
-"""The scorer loads what it needs and scores mixed lengths as one by one."""
+"""The scorer loads what it needs, and scores packed sequences of mixed lengths as the whole model would one by one."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from xbai.engine import PromptTooLong, Scorer
+from xbai.engine import PromptTooLong, Scored, Scorer, load_engine, packed_attention
+from xbai.engine import scorer as scorer_module
 from xbai.errors import UserError
-from xbai.sprm import aggregate
+from xbai.sprm import aggregate, load_score_head, load_sprm_config, step_feature_mask
 
 PROMPT = "<|im_start|>user\nHi.\n\nBye<|im_end|>\n<|im_start|>assistant\n"
 PROMPT_TOKENS = len("user\nHiBye\nassistant\n") + 4
@@ -20,7 +22,12 @@ TEXTS = [
     "One.\n\nTwo.\n\n",
     "no step",
     "a.\n\n" * 40,
+    f"{PROMPT}<think>\nOne.\n\nThree.\n\nFour",
+    f"{PROMPT}<think>\nOne.\n\nTwo.\n\n</think>\n\nThree.\n\nFour",
+    "One.\n\nTwo.\n\nThree.\n\n",
 ]
+STARTS = [PROMPT_TOKENS, 0, 0, 0, PROMPT_TOKENS, PROMPT_TOKENS, 0]
+STEPS = [2, 2, 0, 40, 2, 2, 3]
 
 
 @pytest.fixture(scope="module")
@@ -33,40 +40,118 @@ def sequences(tiny_tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
     return [tiny_tokenizer.encode(text) for text in TEXTS]
 
 
+def plain_scores(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, sequences: list[list[int]], starts: list[int]
+) -> list[list[float]]:
+    """Step scores by the whole model, a text at a time, with all hidden states and logits."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    config = load_sprm_config(folder, tokenizer)
+    head = load_score_head(folder, model.config.hidden_size, config)
+    scores = []
+    for ids, start in zip(sequences, starts, strict=True):
+        row = torch.tensor([ids])
+        mask = step_feature_mask(row, torch.arange(len(ids))[None] >= start, config.step_rule)
+        with torch.no_grad():
+            hidden = model(row, output_hidden_states=True).hidden_states[-2]
+            scores.append(head(hidden)[mask].sigmoid().tolist())
+    return scores
+
+
+def assert_scores(found: list[Scored], expected: list[list[float]], tolerance: float = 1e-5) -> None:
+    assert len(found) == len(expected)
+    for result, scores in zip(found, expected, strict=True):
+        assert result.step_scores == pytest.approx(scores, abs=tolerance)
+        assert result.value == pytest.approx(aggregate(scores), abs=tolerance)
+
+
 @pytest.mark.parametrize("tied", [False, True])
-def test_features_equal_hidden_states_of_the_full_model(
-    make_tiny_model: Callable[..., Path], sequences: list[list[int]], tied: bool
+@pytest.mark.parametrize("max_batch_tokens", [None, 100, 1])
+def test_scores_equal_those_of_the_whole_model(
+    make_tiny_model: Callable[..., Path],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    sequences: list[list[int]],
+    tied: bool,
+    max_batch_tokens: int | None,
 ) -> None:
     folder = make_tiny_model(tied=tied)
-    scorer = Scorer.from_folder(folder, dtype="float32")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for ids in map(torch.tensor, sequences):
-        with torch.no_grad():
-            expected = model(ids[None], output_hidden_states=True).hidden_states[-2]
-            assert torch.equal(scorer.backbone(ids[None]).last_hidden_state, expected)
+    expected = plain_scores(folder, tiny_tokenizer, sequences, STARTS)
+    assert [len(scores) for scores in expected] == STEPS
+    found = Scorer.from_folder(folder, dtype="float32", max_batch_tokens=max_batch_tokens).score(sequences, STARTS)
+    assert_scores(found, expected)
+    assert [result.token_ids for result in found] == sequences
+    with_engine = load_engine("hf", folder, dtype="float32", with_scores=True)
+    before = with_engine.generate([sequences[1]], params := scoring_params())
+    assert_scores(with_engine.score(sequences, STARTS), expected)
+    assert with_engine.generate([sequences[1]], params) == before, "the engine generates as it did"
+
+
+def scoring_params() -> object:
+    from xbai.engine import SamplingParams
+
+    return SamplingParams(max_tokens=8, temperature=0.0, log_probs=True)
+
+
+def test_random_sequences_with_common_beginnings(
+    scorer: Scorer, tiny_model_dir: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    draw, step = random.Random(0), scorer.step_rule.step_ids[0]
+    sequences = [[step]]
+    for _ in range(30):
+        begun = draw.choice(sequences)[: draw.randint(0, 60)]
+        added = [draw.choice([step, draw.randint(1, 200), draw.randint(1, 200)]) for _ in range(draw.randint(1, 60))]
+        sequences.append(begun + added)
+    starts = [draw.randint(0, len(ids)) for ids in sequences]
+    together = scorer.new_batch()
+    assert all(together.add(ids, start) for ids, start in zip(sequences, starts, strict=True))
+    assert len(together.packed) < 0.8 * sum(map(len, sequences))
+    expected = plain_scores(tiny_model_dir, tiny_tokenizer, sequences, starts)
+    assert_scores(scorer.run(together), expected)
+
+
+def test_a_prefix_is_computed_once_and_nothing_after_the_last_step(scorer: Scorer) -> None:
+    step = scorer.step_rule.step_ids[0]
+    batch = scorer.new_batch()
+    assert batch.add([5, 6, 7, step, 8, 9], 0)
+    assert len(batch.packed) == 3
+    assert batch.add([5, 6, 7, step, 8, step], 0)
+    assert len(batch.packed) == 5
+    assert batch.add([5, 6, 7, step, 8, step], 0)
+    assert batch.add([5, 6], 0)
+    assert len(batch.packed) == 5
+
+
+def test_a_full_batch_takes_no_more_and_a_long_sequence_goes_alone(tiny_model_dir: Path) -> None:
+    small = Scorer.from_folder(tiny_model_dir, max_batch_tokens=8)
+    step = small.step_rule.step_ids[0]
+    batch = small.new_batch()
+    assert batch.add([*range(1, 13), step], 0)
+    assert not batch.add([20, step], 0)
+    assert len(small.run(batch)) == 1
+
+
+def test_an_mlp_in_chunks_computes_the_same(
+    scorer: Scorer, sequences: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = scorer.score(sequences, STARTS)
+    monkeypatch.setattr(scorer_module, "CHUNK_TOKENS", 7)
+    assert_scores(scorer.score(sequences, STARTS), [result.step_scores for result in whole], 1e-6)
+
+
+def test_a_model_that_cannot_be_packed_scores_one_by_one(
+    tiny_model_dir: Path, sequences: list[list[int]], scorer: Scorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_attention, "why_not_packed", lambda model: "it is of another kind")
+    single = Scorer.from_folder(tiny_model_dir, dtype="float32")
+    batch = single.new_batch()
+    assert batch.add(sequences[0], 0) and not batch.add(sequences[1], 0)
+    expected = [result.step_scores for result in scorer.score(sequences, STARTS)]
+    assert_scores(single.score(sequences, STARTS), expected)
 
 
 def test_last_layer_and_lm_head_are_not_loaded(scorer: Scorer) -> None:
     names = [name for name, _ in scorer.backbone.named_parameters()]
     assert {name.split(".")[1] for name in names if name.startswith("layers.")} == {"0", "1", "2"}
     assert {name.split(".")[0] for name in names} == {"embed_tokens", "layers"}
-
-
-def test_batches_of_any_size_give_the_same_scores(
-    scorer: Scorer, tiny_model_dir: Path, sequences: list[list[int]]
-) -> None:
-    starts = [PROMPT_TOKENS, 0, 0, 0]
-    together = scorer.score(sequences, starts)
-    assert [len(result.step_scores) for result in together] == [2, 2, 0, 40]
-    assert together[2].value == 0.0
-    small = Scorer.from_folder(tiny_model_dir, dtype="float32", max_batch_tokens=100)
-    for ids, start, result, other in zip(sequences, starts, together, small.score(sequences, starts), strict=True):
-        [alone] = scorer.score([ids], [start])
-        assert result.token_ids == ids
-        assert result.value == pytest.approx(aggregate(result.step_scores), abs=1e-6)
-        for same in (alone, other):
-            assert same.positions == result.positions
-            assert same.step_scores == pytest.approx(result.step_scores, abs=1e-5)
 
 
 def test_only_steps_of_the_response_count(scorer: Scorer, sequences: list[list[int]]) -> None:
@@ -90,7 +175,9 @@ def test_a_sequence_beyond_the_context_is_refused(scorer: Scorer) -> None:
         scorer.score([[1], []], [0, 0])
 
 
-def test_bfloat16_is_close_to_float32(scorer: Scorer, tiny_model_dir: Path, sequences: list[list[int]]) -> None:
-    half = Scorer.from_folder(tiny_model_dir, dtype="bfloat16")
-    for exact, rounded in zip(scorer.score(sequences, [0] * 4), half.score(sequences, [0] * 4), strict=True):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bits_are_close_to_32(scorer: Scorer, tiny_model_dir: Path, sequences: list[list[int]], dtype: str) -> None:
+    half = Scorer.from_folder(tiny_model_dir, dtype=dtype)
+    assert {parameter.dtype for parameter in half.backbone.parameters()} == {getattr(torch, dtype)}
+    for exact, rounded in zip(scorer.score(sequences, STARTS), half.score(sequences, STARTS), strict=True):
         assert rounded.value == pytest.approx(exact.value, abs=0.02)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from xbai.engine.files import load_tokenizer, quiet_transformers, read_config, resolve_dtype
+from xbai.engine.packed_batch import PackedBatch
 from xbai.errors import UserError
 from xbai.sprm import (
     ScoreHead,
@@ -20,9 +27,17 @@ from xbai.sprm import (
     trajectory_scores,
 )
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
 HEAD_PREFIX = "score_head."
 BACKBONE_PREFIX = "model."
-DEFAULT_MAX_BATCH_TOKENS = 16384
+DEFAULT_MAX_BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
+"""By device: enough to keep it busy. What comes while a batch is computed waits for it, so no more than that."""
+CHUNK_TOKENS = 2048
+"""So many tokens at a time go through an MLP, whose inner states are several times as wide as all others."""
 
 
 class PromptTooLong(UserError):  # noqa: N818 (a public name of the interface)
@@ -46,30 +61,63 @@ class Scored:
     positions: list[int]
 
 
-class Scorer:
-    """Scores batches of sequences with one forward pass of L-1 decoder layers.
+class ScoreBatch:
+    """Sequences to score in one forward pass, up to their last steps: what follows those decides nothing.
 
     Args:
-        backbone: a decoder whose output is the residual stream after layer L-2 (see `truncate_backbone`).
+        step_rule: which positions are steps.
+        max_tokens: most tokens, see `PackedBatch`.
+    """
+
+    def __init__(self, step_rule: StepRule, max_tokens: int) -> None:
+        self.packed = PackedBatch(max_tokens)
+        self.sequences: list[list[int]] = []
+        self.positions: list[list[int]] = []
+        self._step_rule = step_rule
+
+    def add(self, ids: list[int], response_start: int) -> bool:
+        """Take a sequence; False where the batch is too full for it."""
+        is_response = torch.arange(len(ids))[None] >= response_start
+        mask = step_feature_mask(torch.tensor([ids]), is_response, self._step_rule)
+        positions = mask[0].nonzero().flatten().tolist()
+        if not self.packed.add(ids[: positions[-1] + 1] if positions else ()):
+            return False
+        self.sequences.append(list(ids))
+        self.positions.append(positions)
+        return True
+
+
+class Scorer:
+    """Scores batches of sequences with one forward pass of L-1 decoder layers, without padding.
+
+    Args:
+        backbone: a decoder whose output is the residual stream after layer L-2 (see `truncate_backbone`); from now on
+            the scorer's own.
         head: the score head.
         step_rule: which positions are steps.
-        max_batch_tokens: most tokens, padding included, of one forward pass (a longer sequence runs alone).
+        max_batch_tokens: most tokens of one forward pass, a longer sequence runs alone; None for what suits the device.
     """
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        head: ScoreHead,
-        step_rule: StepRule,
-        max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
+        self, backbone: PreTrainedModel, head: ScoreHead, step_rule: StepRule, max_batch_tokens: int | None = None
     ) -> None:
+        from xbai.engine.packed_attention import PACKED_ATTENTION, why_not_packed
+
         self.backbone = backbone.eval()
-        self.device = next(backbone.parameters()).device
+        self.device = backbone.device
         self.head = head.to(self.device).eval()
         self.step_rule = step_rule
-        self.max_batch_tokens = max_batch_tokens
         self.max_model_len: int = backbone.config.max_position_embeddings
+        self._max_batch_tokens = max_batch_tokens or DEFAULT_MAX_BATCH_TOKENS[self.device.type]
         self._parameters = dict(backbone.named_parameters())
+        reason = why_not_packed(backbone)
+        self._packs = reason is None
+        if self._packs:
+            backbone.set_attn_implementation(PACKED_ATTENTION)
+        else:
+            logger.warning("%s scores one text at a time: no packed sequences, %s", type(backbone).__name__, reason)
+        for layer in backbone.layers:
+            layer.mlp.forward = partial(_by_chunks, layer.mlp.forward)
 
     @classmethod
     def from_folder(
@@ -79,7 +127,7 @@ class Scorer:
         dtype: str = "auto",
         lang: str | None = None,
         device: str | torch.device | None = None,
-        max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
+        max_batch_tokens: int | None = None,
         trust_remote_code: bool = False,
     ) -> Scorer:
         """Load a reflective model's folder; weights of the last layer and the LM head stay on disk.
@@ -92,12 +140,13 @@ class Scorer:
         config = read_config(model_path, trust_remote_code)
         sprm_config = load_sprm_config(model_path, load_tokenizer(model_path, trust_remote_code), lang)
         head = load_score_head(model_path, config.hidden_size, sprm_config)
-        shortened = _without_last_layer(config)
+        torch_dtype = resolve_dtype(dtype, config)
+        _drop_last_layer(config)
         with quiet_transformers():
             backbone = AutoModel.from_pretrained(
                 str(model_path),
-                config=shortened,
-                dtype=resolve_dtype(dtype, config),
+                config=config,
+                dtype=torch_dtype,
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
             )
@@ -105,7 +154,6 @@ class Scorer:
         backbone.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(backbone, head, sprm_config.step_rule, max_batch_tokens)
 
-    @torch.inference_mode()
     def score(self, sequences: list[list[int]], response_starts: list[int]) -> list[Scored]:
         """Score whole sequences (prompt and response), in their order.
 
@@ -118,12 +166,45 @@ class Scorer:
             UserError: an empty sequence.
         """
         self._check_lengths(sequences)
-        results: list[Scored | None] = [None] * len(sequences)
-        for batch in self._batches([len(ids) for ids in sequences]):
-            scored = self._score_batch([sequences[i] for i in batch], [response_starts[i] for i in batch])
-            for index, result in zip(batch, scored, strict=True):
-                results[index] = result
-        return results
+        results: list[Scored] = []
+        batch = self.new_batch()
+        for ids, start in zip(sequences, response_starts, strict=True):
+            if not batch.add(ids, start):
+                results += self.run(batch)
+                batch = self.new_batch()
+                batch.add(ids, start)
+        return results + self.run(batch)
+
+    def new_batch(self) -> ScoreBatch:
+        """An empty batch, to be filled for `run`."""
+        return ScoreBatch(self.step_rule, self._max_batch_tokens if self._packs else 0)
+
+    @torch.inference_mode()
+    def run(self, batch: ScoreBatch) -> list[Scored]:
+        """Score a batch; results in the order in which its sequences were added."""
+        counts = [len(positions) for positions in batch.positions]
+        if not any(counts):
+            return [Scored(0.0, [], ids, []) for ids in batch.sequences]
+        rows = pad_sequence(self._step_logits(batch).split(counts), batch_first=True)
+        is_step = torch.arange(rows.shape[1]) < torch.tensor(counts)[:, None]
+        values, scores = trajectory_scores(rows, is_step).tolist(), rows.sigmoid()
+        return [
+            Scored(value, row[:count].tolist(), ids, positions)
+            for value, row, count, ids, positions in zip(
+                values, scores, counts, batch.sequences, batch.positions, strict=True
+            )
+        ]
+
+    def _step_logits(self, batch: ScoreBatch) -> Tensor:
+        """[K] float32 on the CPU, of all steps of all sequences."""
+        inputs = batch.packed.inputs(self.device)
+        if not self._packs:
+            inputs = {"input_ids": inputs["input_ids"]}
+        hidden = self.backbone(**inputs, use_cache=False).last_hidden_state[0]
+        steps = [
+            path[i] for path, positions in zip(batch.packed.paths, batch.positions, strict=True) for i in positions
+        ]
+        return self.head(hidden[torch.tensor(steps, device=self.device)]).float().cpu()
 
     @torch.no_grad()
     def load_weight(self, name: str, tensor: Tensor) -> None:
@@ -145,49 +226,27 @@ class Scorer:
                     "(max_position_embeddings in config.json)"
                 )
 
-    def _batches(self, lengths: list[int]) -> list[list[int]]:
-        batches: list[list[int]] = []
-        for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-            if batches and (len(batches[-1]) + 1) * lengths[index] <= self.max_batch_tokens:
-                batches[-1].append(index)
-            else:
-                batches.append([index])
-        return batches
 
-    def _score_batch(self, sequences: list[list[int]], response_starts: list[int]) -> list[Scored]:
-        lengths = torch.tensor([len(ids) for ids in sequences])
-        rows = [torch.tensor(ids) for ids in sequences]
-        input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
-        position = torch.arange(input_ids.shape[1])
-        response_mask = (position >= torch.tensor(response_starts)[:, None]) & (position < lengths[:, None])
-        mask = step_feature_mask(input_ids, response_mask.to(self.device), self.step_rule)
-        # Padding stands on the right, where causal attention never looks: no attention mask, the fast kernel.
-        hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
-        step_logits = torch.zeros(mask.shape, device=self.device)
-        step_logits[mask] = self.head(hidden[mask]).float()
-        values = trajectory_scores(step_logits, mask).tolist()
-        scores, mask = step_logits.sigmoid().cpu(), mask.cpu()
-        return [
-            Scored(value, row_scores[row_mask].tolist(), list(ids), row_mask.nonzero().flatten().tolist())
-            for value, row_scores, row_mask, ids in zip(values, scores, mask, sequences, strict=True)
-        ]
-
-
-def truncate_backbone(backbone: nn.Module) -> nn.Module:
-    """A view of a decoder without last layer and final norm; its parameters stay shared with `backbone`."""
-    view = copy.copy(backbone)
-    view._modules = dict(backbone._modules)
-    view.config = _without_last_layer(backbone.config)
-    view.layers = nn.ModuleList(backbone.layers[:-1])
+def truncate_backbone(backbone: PreTrainedModel) -> PreTrainedModel:
+    """A decoder without last layer and final norm; its parameters stay shared with `backbone`."""
+    shared = {id(tensor): tensor for tensor in chain(backbone.parameters(), backbone.buffers())}
+    view = copy.deepcopy(backbone, shared)
+    _drop_last_layer(view.config)
+    view.layers = view.layers[:-1]
     view.norm = nn.Identity()
     return view
 
 
-def _without_last_layer(config):
-    shortened = copy.deepcopy(config)
-    if shortened.num_hidden_layers < 2:
+def _by_chunks(forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """An MLP's `forward` on a few tokens of [1, N, c] at a time."""
+    if hidden.shape[1] <= CHUNK_TOKENS:
+        return forward(hidden)
+    return torch.cat([forward(chunk) for chunk in hidden.split(CHUNK_TOKENS, dim=1)], dim=1)
+
+
+def _drop_last_layer(config: PretrainedConfig) -> None:
+    if config.num_hidden_layers < 2:
         raise UserError("the score head needs a decoder with at least two layers (num_hidden_layers in config.json)")
-    if getattr(shortened, "layer_types", None):
-        shortened.layer_types = shortened.layer_types[:-1]
-    shortened.num_hidden_layers -= 1
-    return shortened
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:-1]
+    config.num_hidden_layers -= 1

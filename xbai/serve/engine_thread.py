@@ -8,7 +8,8 @@ import logging
 import queue
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -264,10 +265,12 @@ class EngineThread(ModelThread[Engine]):
         model.close()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _ScoreJob:
     ids: list[int]
     response_start: int
+    turn: int
+    """Jobs begin in the order of this."""
     future: Future[Scored] = field(default_factory=Future)
 
 
@@ -286,55 +289,61 @@ class ScoreModel:
 
 
 class ScorerThread(ModelThread[ScoreModel]):
-    """Scores the sequences of concurrent requests together, those of like length in one padded batch."""
+    """Scores the sequences of concurrent requests together: what comes while a batch runs forms the next ones.
+
+    A sequence lets work that comes later pass by, up to its own tokens times those of its client that are unfinished.
+    So short sequences need not wait for long ones, nor those of one client for the many of another, and none starves.
+    """
 
     def __init__(self, load: Callable[[], ScoreModel]) -> None:
         super().__init__("scorer", load)
         self._jobs: list[_ScoreJob] = []
-        self._running: list[_ScoreJob] = []
+        self._unfinished: Counter[str] = Counter()
+        self._tokens_begun = 0
         self._lock = threading.Lock()
 
-    async def score(self, sequences: list[list[int]], response_starts: list[int]) -> list[Scored]:
-        """Score sequences of token ids. Cancelling the awaiting task drops what has not begun.
+    async def score(
+        self, sequences: Sequence[list[int]], response_starts: Sequence[int], client: str = ""
+    ) -> list[Scored]:
+        """Score sequences of a client's token ids. Cancelling the awaiting task drops what has not begun.
 
         Raises:
             ServiceError: 503 when the scorer is not, or no longer, at work.
         """
-        jobs = [_ScoreJob(ids, start) for ids, start in zip(sequences, response_starts, strict=True)]
+        others = itertools.count(self._unfinished[client] + 1)
+        jobs = [
+            _ScoreJob(ids, start, self._tokens_begun + len(ids) * number)
+            for ids, start, number in zip(sequences, response_starts, others, strict=False)
+        ]
         with self._lock:
             if not self.ready:
                 raise ServiceError(503, "the model is not loaded", retry_after_s=5)
             self._jobs += jobs
         self._inbox.put(lambda model: None)
-        return await asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
+        self._unfinished[client] += len(jobs)
+        try:
+            return await asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
+        finally:
+            self._unfinished -= Counter({client: len(jobs)})
 
     def _idle(self, model: ScoreModel) -> bool:
         return not self._jobs
 
     def _work(self, model: ScoreModel) -> None:
-        self._take_batch(model.scorer.max_batch_tokens)
-        if not self._running:
-            return
-        scored = model.scorer.score([job.ids for job in self._running], [job.response_start for job in self._running])
-        for job, result in zip(self._running, scored, strict=True):
-            job.future.set_result(result)
-        self._running = []
-
-    def _take_batch(self, max_tokens: int) -> None:
-        """Start the oldest job, so that none starves, with those nearest to it in length that fit the token budget."""
         with self._lock:
-            waiting = [job for job in self._jobs if not job.future.cancelled()]
-            by_nearness = sorted(waiting, key=lambda job: abs(len(job.ids) - len(waiting[0].ids)))
-            batch: list[_ScoreJob] = []
-            longest = 0
-            for job in by_nearness:
-                longest = max(longest, len(job.ids))
-                if batch and longest * (len(batch) + 1) > max_tokens:
-                    break
-                batch.append(job)
-            taken = set(map(id, batch))
-            self._jobs = [job for job in waiting if id(job) not in taken]
-            self._running = [job for job in batch if job.future.set_running_or_notify_cancel()]
+            self._jobs = [job for job in self._jobs if not job.future.cancelled()]
+            waiting = sorted(self._jobs, key=lambda job: job.turn)
+        batch = model.scorer.new_batch()
+        running = list(itertools.takewhile(lambda job: batch.add(job.ids, job.response_start), waiting))
+        self._tokens_begun += sum(len(job.ids) for job in running)
+        results = dict(zip(running, model.scorer.run(batch), strict=True))
+        with self._lock:
+            # None is left of them where `fail` has been called meanwhile.
+            answered = [job for job in self._jobs if job in results]
+            self._jobs = [job for job in self._jobs if job not in results]
+        for job in answered:
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_result(results[job])
 
     def _fail_all(self, error: ServiceError) -> None:
         with self._lock:
@@ -342,5 +351,3 @@ class ScorerThread(ModelThread[ScoreModel]):
             jobs, self._jobs = self._jobs, []
         for job in jobs:
             _refuse(job.future, error)
-        for job in self._running:
-            job.future.set_exception(error)

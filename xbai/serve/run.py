@@ -84,7 +84,7 @@ def serve_score(
     lang: str | None,
     dtype: str,
     max_model_len: int | None,
-    max_batch_tokens: int,
+    max_batch_tokens: int | None,
 ) -> None:
     """Run the score service until SIGTERM or SIGINT.
 
@@ -101,7 +101,7 @@ def serve_score(
 
 
 def _load_scorer(
-    model_path: str, lang: str | None, dtype: str, max_model_len: int | None, max_batch_tokens: int
+    model_path: str, lang: str | None, dtype: str, max_model_len: int | None, max_batch_tokens: int | None
 ) -> ScoreModel:
     scorer = Scorer.from_folder(model_path, dtype=dtype, lang=lang, max_batch_tokens=max_batch_tokens)
     length = resolve_max_model_len(max_model_len, read_config(model_path))
@@ -120,6 +120,19 @@ def listen(ip: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
         raise UserError(f"--ip {ip} --port {port}: cannot listen there ({reason}); choose another --port") from None
+
+
+def server_config(app: FastAPI) -> uvicorn.Config:
+    """How HTTP is spoken."""
+    return uvicorn.Config(
+        app,
+        http=BoundedHeadProtocol,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=SEND_TIMEOUT_S,
+    )
 
 
 class _Server(uvicorn.Server):
@@ -151,19 +164,10 @@ def _run(app: FastAPI, listener: socket.socket) -> None:
         UserError: the model could not be loaded, for a reason the user can mend.
         SystemExit: status 1 when the engine died.
     """
-    config = uvicorn.Config(
-        app,
-        http=BoundedHeadProtocol,
-        ws="none",
-        log_config=None,
-        access_log=False,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=SEND_TIMEOUT_S,
-    )
     host, port = listener.getsockname()[:2]
     logger.info("listening on http://%s:%d", host, port)
     service: Service = app.state.service
-    _Server(config, service).run(sockets=[listener])
+    _Server(server_config(app), service).run(sockets=[listener])
     error = service.thread.error
     if isinstance(error, UserError):
         raise error
