@@ -31,9 +31,9 @@ from xbai.evaluate.metrics import Estimate, Report, strategy_of
 from xbai.evaluate.step_curve import StepCurve, step_curve
 
 STRATEGY_LINES = {
-    "oracle": Line("oracle (any right)", GREY, "--", None, width=1.2),
-    "best_of_n": Line("Best-of-N by score", BLUE),
-    "weighted_vote": Line("score-weighted vote", GREEN, "-", "^", width=2.6, marker_size=6.5),
+    "oracle": Line("oracle", GREY, "--", None, width=1.2),
+    "best_of_n": Line("Best-of-N", BLUE),
+    "weighted_vote": Line("weighted vote", GREEN, "-", "^", width=2.6, marker_size=6.5),
     "majority": Line("majority vote", ORANGE, "-", "s"),
     "random": Line("mean@1", GREY, ":", None),
 }
@@ -45,7 +45,7 @@ LABEL_PLACES = (
 """Where N stands beside a point of the first and of the second line: rising lines leave these corners free."""
 
 NO_STEP_SCORES = "the results hold no step scores; they come with fused scores or from the score service"
-PANEL_SIZE = (4.6, 3.6)
+PANEL_SIZE = (4.8, 4.0)
 
 Drawing = Callable[[Axes], None]
 
@@ -124,7 +124,7 @@ def _draw_accuracy(axis: Axes, title: str, report: Report, with_legend: bool = T
     axis.set_xlabel("samples N")
     axis.set_title(title)
     if with_legend:
-        axis.legend(loc="best")
+        _legend_below(axis, columns=3)
 
 
 def _draw_scaling(axis: Axes, reports: Mapping[str, Report]) -> None:
@@ -140,13 +140,14 @@ def _draw_scaling(axis: Axes, reports: Mapping[str, Report]) -> None:
         for count, x, y in zip(counts, tokens, mean):
             axis.annotate(f"{count:,.0f}", (x, y), textcoords="offset points", fontsize=8, color=line.color, **place)
     axis.set_xscale("log")
+    axis.margins(x=0.08)
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda count, _: _short(count)))
     axis.xaxis.set_minor_locator(NullLocator())
     _accuracy_axis(axis, headroom=0.05)
     axis.set_xlabel("thinking tokens a question, N samples together")
     axis.set_title("Accuracy against thinking tokens, with N")
-    axis.legend(loc="lower right")
+    _legend_below(axis, columns=1)
 
 
 def _draw_step_curves(axis: Axes, curves: Sequence[tuple[Line, StepCurve]]) -> None:
@@ -159,7 +160,7 @@ def _draw_step_curves(axis: Axes, curves: Sequence[tuple[Line, StepCurve]]) -> N
     axis.set_xlabel("position in the response, from first step to last")
     axis.set_ylabel("mean step score")
     axis.set_title("Step scores of right and wrong responses")
-    axis.legend(loc="best")
+    _legend_below(axis, columns=2)
 
 
 def _draw_reliability(axis: Axes, report: Report) -> None:
@@ -168,8 +169,8 @@ def _draw_reliability(axis: Axes, report: Report) -> None:
     edges = np.array([bin.low for bin in bins])
     widths = np.array([bin.high - bin.low for bin in bins])
     axis.bar(edges, [bin.count / total for bin in bins], widths, align="edge", color=LIGHT_GREY, alpha=0.35, lw=0,
-             label="share of the responses")  # fmt: skip
-    axis.plot([0, 1], [0, 1], ":", color=GREY, lw=1.2, label="score = accuracy")
+             label="share of responses")  # fmt: skip
+    axis.plot([0, 1], [0, 1], ":", color=GREY, lw=1.2, label="ideal")
     score = np.array([bin.score for bin in bins])
     accuracy = np.array([bin.accuracy for bin in bins])
     draw_line(axis, score, accuracy, Line("accuracy", BLUE), np.array([bin.standard_error for bin in bins]))
@@ -178,7 +179,7 @@ def _draw_reliability(axis: Axes, report: Report) -> None:
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axis.set_xlabel("score")
     axis.set_title(f"Reliability (calibration error {report.calibration_error:.3f})")
-    axis.legend(loc="upper left")
+    _legend_below(axis, columns=3)
 
 
 def _step_curves(questions: Sequence[GradedQuestion]) -> list[tuple[Line, StepCurve]]:
@@ -191,6 +192,11 @@ def _columns(curve: Mapping[int, Estimate]) -> tuple[np.ndarray, np.ndarray, np.
     estimates = curve.values()
     means, errors = [estimate.mean for estimate in estimates], [estimate.standard_error for estimate in estimates]
     return np.array(list(curve), dtype=np.float64), np.array(means), np.array(errors)
+
+
+def _legend_below(axis: Axes, columns: int) -> None:
+    # Inside, it would cover a line sooner or later.
+    axis.legend(loc="upper left", bbox_to_anchor=(-0.03, -0.17), ncols=columns, columnspacing=1.2, handlelength=2.2)
 
 
 def _own_strategy(report: Report) -> str:
