@@ -1,37 +1,47 @@
 """Download benchmarks and training sets from the Hub and write them in the layouts that this project reads.
 
     python data/prepare.py aime24 math500 [--out DIR]
+    python data/prepare.py livecodebench --release release_v5 --start_date 2024-08-01
 
 Benchmarks become `NAME.jsonl`, training sets `NAME.parquet`; `make10` is made here and needs no network. The SHA-256
-sums of all files written are kept in `SHA256SUMS.json` beside them.
+sum of every file, and where it came from, is kept in `SHA256SUMS.json` beside it: what is there already is checked
+and not made again. Files once downloaded stay in the Hub's cache, so that an interrupted run goes on with the next.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
-from rich.progress import track
+from rich.progress import track, wrap_file
 
-from xbai.benchmarks.base import Row
+from xbai.benchmarks.base import Benchmark, Question, Row
 from xbai.benchmarks.ceval import SUBJECTS
+from xbai.benchmarks.livecodebench import DEFAULT_RELEASE, RELEASES, LiveCodeBench
 from xbai.benchmarks.make10 import write_splits
 from xbai.benchmarks.registry import get_benchmark
 from xbai.errors import UserError, exit_on_user_error
 from xbai.files import atomic_write
+from xbai.grading.code_tests import read_code_tests
 
 DATA_FOLDER = Path(__file__).parent
 SUMS_FILE = "SHA256SUMS.json"
+TESTS_FOLDER = "livecodebench.tests"
 TRAINING_INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
 NO_ANSWERS = ("", "proof", "notfound")
-KEPT_FIELDS = ("id", "unique_id", "subject", "level")
+KEPT_FIELDS = (
+    *("id", "unique_id", "subject", "level"),
+    *("question_id", "platform", "difficulty", "contest_date", "release"),
+)
 NEEDED_COLUMNS = (
     *("problem", "question", "answer", *KEPT_FIELDS, "A", "B", "C", "D"),
     *("question_type", "problem_is_valid", "solution_is_valid"),
@@ -53,11 +63,21 @@ TRAINING_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class HubSource:
-    """Where a set comes from: a dataset on the Hub, the split taken, and its configurations (None: it has one)."""
+    """Where a set comes from.
+
+    Attributes:
+        dataset: its name on the Hub.
+        split: the split taken.
+        configurations: those taken, None for the only one.
+        files: read as they are, where the Hub cannot split the dataset; each row says as `release` which it is from.
+        benchmark: whose layout it becomes, where that is not the name of the set.
+    """
 
     dataset: str
     split: str
     configurations: tuple[str | None, ...] = (None,)
+    files: Mapping[str, str] = field(default_factory=dict)
+    benchmark: str | None = None
 
 
 BENCHMARK_SOURCES = {
@@ -65,8 +85,14 @@ BENCHMARK_SOURCES = {
     "aime25": HubSource("math-ai/aime25", "test"),
     "math500": HubSource("HuggingFaceH4/MATH-500", "test"),
     "gsm8k": HubSource("openai/gsm8k", "test", ("main",)),
-    # The answers of its test split are not public.
     "ceval": HubSource("ceval/ceval-exam", "val", tuple(SUBJECTS)),
+    # Its answers are not public.
+    "ceval-test": HubSource("ceval/ceval-exam", "test", tuple(SUBJECTS), benchmark="ceval"),
+    "livecodebench": HubSource(
+        "livecodebench/code_generation_lite",
+        "test",
+        files={release: f"test{number if number > 1 else ''}.jsonl" for number, release in enumerate(RELEASES, 1)},
+    ),
 }
 TRAINING_SOURCES = {
     "deepscaler": HubSource("agentica-org/DeepScaleR-Preview-Dataset", "train"),
@@ -75,38 +101,112 @@ TRAINING_SOURCES = {
 }
 NAMES = ("make10", *BENCHMARK_SOURCES, *TRAINING_SOURCES)
 
-Download = Callable[[HubSource], Iterable[Row]]
+
+@dataclass(frozen=True)
+class Selection:
+    """The part of a benchmark that is taken; of those that can be cut, which is LiveCodeBench alone."""
+
+    release: str | None = None
+    start_date: str | None = None
+    end_date: str | None = None
+
+    def given(self) -> dict[str, str]:
+        """What is selected by."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def of(cls, entry: dict[str, Any]) -> Selection:
+        """The one that an entry of `SHA256SUMS.json` was made with."""
+        return cls(*map(entry.get, ("release", "start_date", "end_date")))
 
 
-def download(source: HubSource) -> Iterator[Row]:
+EVERYTHING = Selection()
+
+
+@contextmanager
+def hub_errors(dataset: str) -> Iterator[None]:
+    """Whatever goes wrong between here and the Hub as one line."""
+    try:
+        yield
+    except Exception as error:
+        # Its clients raise the errors of the HTTP libraries below them, which change from version to version.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+        raise UserError(
+            f"cannot download {dataset}: {reason}; this needs a network connection to the Hub "
+            "(or its mirror: HF_ENDPOINT), only make10 is made without one"
+        ) from error
+
+
+def revision_of(source: HubSource) -> str:
+    """The commit that the dataset is at."""
+    from huggingface_hub import HfApi
+
+    with hub_errors(source.dataset):
+        return HfApi().dataset_info(source.dataset).sha
+
+
+def download(source: HubSource, revision: str) -> Iterator[Row]:
     """The rows of a Hub dataset; of one in several configurations, each row names its own as `subject`.
 
     Raises:
         UserError: the Hub cannot be reached, or has no such dataset.
     """
+    if source.files:
+        yield from _download_files(source, revision)
+        return
     from datasets import load_dataset
 
     for configuration in source.configurations:
-        try:
-            rows = load_dataset(source.dataset, configuration, split=source.split)
-        except OSError as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"cannot download {source.dataset}: {reason}; this needs a network connection to the Hub "
-                "(or its mirror: HF_ENDPOINT), only make10 is made without one"
-            ) from error
+        with hub_errors(source.dataset):
+            rows = load_dataset(source.dataset, configuration, split=source.split, revision=revision)
         rows = rows.select_columns([name for name in rows.column_names if name in NEEDED_COLUMNS])
         for row in track(rows, description=f"{source.dataset} {configuration or ''}".strip(), total=len(rows)):
             yield {"subject": configuration, **row} if len(source.configurations) > 1 else row
+
+
+def _download_files(source: HubSource, revision: str) -> Iterator[Row]:
+    from huggingface_hub import hf_hub_download
+
+    for release, name in source.files.items():
+        with hub_errors(source.dataset):
+            path = Path(hf_hub_download(source.dataset, name, repo_type="dataset", revision=revision))
+        with (
+            path.open("rb") as stream,
+            wrap_file(stream, path.stat().st_size, description=f"{source.dataset} {name}") as lines,
+        ):
+            for line in lines:
+                yield {"release": release, **json.loads(line)}
 
 
 def benchmark_rows(name: str, rows: Iterable[Row]) -> Iterator[Row]:
     """A benchmark's rows as its file holds them: `prompt` with the instruction, `answer`, and what identifies it."""
     benchmark = get_benchmark(name)
     for index, row in enumerate(rows):
-        question = benchmark.question_from_row(index, row, f"{name}: row {index + 1}")
-        kept = {field: row[field] for field in KEPT_FIELDS if row.get(field) is not None}
-        yield {"prompt": benchmark.messages(question)[0]["content"], "answer": question.answer, **kept}
+        yield _file_row(benchmark, benchmark.question_from_row(index, row, f"{name}: row {index + 1}"), row)
+
+
+def livecodebench_rows(rows: Iterable[Row], selection: Selection, out: Path) -> Iterator[Row]:
+    """Rows of the problems selected, whose tests become a file each: some have megabytes of them."""
+    benchmark = LiveCodeBench(**asdict(selection))
+    for index, row in enumerate(rows):
+        place = f"livecodebench: row {index + 1}"
+        question = benchmark.question_from_row(index, row, place)
+        if not benchmark.selects(question, place):
+            continue
+        try:
+            tests = read_code_tests(question.answer).to_json().encode()
+        except ValueError as error:
+            raise UserError(f"{place}: the tests cannot be read: {error}") from error
+        digest = hashlib.sha256(tests).hexdigest()
+        file = f"{TESTS_FOLDER}/{digest[:16]}.json.gz"
+        with atomic_write(out / file) as stream:
+            stream.write(gzip.compress(tests, mtime=0))
+        yield _file_row(benchmark, replace(question, answer=json.dumps({"file": file, "sha256": digest})), row)
+
+
+def _file_row(benchmark: Benchmark, question: Question, row: Row) -> Row:
+    kept = {field: row[field] for field in KEPT_FIELDS if row.get(field) is not None}
+    return {"prompt": benchmark.messages(question)[0]["content"], "answer": question.answer, **kept}
 
 
 def training_rows(name: str, rows: Iterable[Row]) -> Iterator[Row]:
@@ -129,9 +229,9 @@ def is_checkable(row: Row) -> bool:
     return (
         bool(row.get("problem"))
         and answer not in NO_ANSWERS
-        and row.get("question_type", "math-word-problem") == "math-word-problem"
-        and row.get("problem_is_valid", "Yes") == "Yes"
-        and row.get("solution_is_valid", "Yes") == "Yes"
+        and row.get("question_type") in (None, "math-word-problem")
+        and row.get("problem_is_valid") in (None, "Yes")
+        and row.get("solution_is_valid") in (None, "Yes")
     )
 
 
@@ -158,45 +258,100 @@ def write_training_parquet(path: Path, rows: Iterable[Row]) -> int:
     return written + len(chunk)
 
 
-def prepare(name: str, out: Path, fetch: Download = download) -> list[Path]:
-    """Make the files of one set in `out` and record their sums; returns their paths."""
+def prepare(name: str, out: Path, selection: Selection = EVERYTHING) -> list[Path]:
+    """Make the files of one set in `out` and record their sums; returns their paths.
+
+    Raises:
+        UserError: the Hub cannot be reached, or a file of that name is there that this did not make.
+    """
     if name == "make10":
         files = write_splits(out)
         paths = [files.sft, files.train, files.validation, files.test]
-        origin: dict[str, Any] = {"source": "generated"}
+        record_sums(out, paths, {"set": name, "source": "generated"})
+        return paths
+    source = BENCHMARK_SOURCES.get(name) or TRAINING_SOURCES[name]
+    path = out / (f"{name}.jsonl" if name in BENCHMARK_SOURCES else f"{name}.parquet")
+    if path.exists() and path.name not in read_sums(out):
+        raise UserError(f"{path} exists, and is not listed in {SUMS_FILE}: remove it, or choose another --out")
+    if source.files:
+        wanted = RELEASES.index(selection.release or DEFAULT_RELEASE) + 1
+        source = replace(source, files=dict(list(source.files.items())[:wanted]))
+    revision = revision_of(source)
+    rows = download(source, revision)
+    if name == "livecodebench":
+        written = write_jsonl(path, livecodebench_rows(rows, selection, out))
     elif name in BENCHMARK_SOURCES:
-        source, paths = BENCHMARK_SOURCES[name], [out / f"{name}.jsonl"]
-        rows = write_jsonl(paths[0], benchmark_rows(name, fetch(source)))
-        origin = {"source": f"{source.dataset} ({source.split})", "rows": rows}
+        written = write_jsonl(path, benchmark_rows(source.benchmark or name, rows))
     else:
-        source, paths = TRAINING_SOURCES[name], [out / f"{name}.parquet"]
-        rows = write_training_parquet(paths[0], training_rows(name, fetch(source)))
-        origin = {"source": f"{source.dataset} ({source.split})", "rows": rows}
-    record_sums(out, dict.fromkeys(paths, origin))
-    return paths
+        written = write_training_parquet(path, training_rows(name, rows))
+    origin = {"set": name, "source": f"{source.dataset} ({source.split})", "revision": revision, "rows": written}
+    record_sums(out, [path], origin | selection.given())
+    return [path]
 
 
-def record_sums(out: Path, origins: dict[Path, dict[str, Any]]) -> None:
+def is_prepared(name: str, out: Path, selection: Selection = EVERYTHING) -> bool:
+    """Whether the files of a set are there already, as they were made.
+
+    Raises:
+        UserError: one of them has changed since.
+    """
+    entries = {file: entry for file, entry in read_sums(out).items() if entry.get("set") == name}
+    for file, entry in entries.items():
+        if not (out / file).exists() or Selection.of(entry) != selection:
+            return False
+        if _sum_of(out / file) != entry["sha256"]:
+            raise UserError(
+                f"{out / file} has changed since it was prepared (see {SUMS_FILE}): remove it to make it anew"
+            )
+    return bool(entries)
+
+
+def read_sums(out: Path) -> dict[str, dict[str, Any]]:
+    """What `SHA256SUMS.json` says of each file."""
+    path = out / SUMS_FILE
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def record_sums(out: Path, paths: Iterable[Path], origin: dict[str, Any]) -> None:
     """Add the SHA-256 sum and origin of each file to `SHA256SUMS.json`."""
-    sums_path = out / SUMS_FILE
-    sums = json.loads(sums_path.read_text()) if sums_path.exists() else {}
-    for path, origin in origins.items():
-        with path.open("rb") as stream:
-            sums[path.name] = {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), **origin}
-    with atomic_write(sums_path, "w") as stream:
+    sums = read_sums(out) | {path.name: {"sha256": _sum_of(path), **origin} for path in paths}
+    with atomic_write(out / SUMS_FILE, "w") as stream:
         json.dump(dict(sorted(sums.items())), stream, indent=2)
+
+
+def _sum_of(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def main(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help=f"what to prepare: {', '.join(NAMES)}")],
     out: Annotated[Path, typer.Option(help="folder for the files")] = DATA_FOLDER,
+    release: Annotated[
+        str | None, typer.Option("--release", help=f"LiveCodeBench: {', '.join(RELEASES)} (default {DEFAULT_RELEASE})")
+    ] = None,
+    start_date: Annotated[
+        str | None, typer.Option("--start_date", help="LiveCodeBench: contests from this day on, as YYYY-MM-DD")
+    ] = None,
+    end_date: Annotated[
+        str | None, typer.Option("--end_date", help="LiveCodeBench: contests up to this day, itself included")
+    ] = None,
 ) -> None:
     """Download (or make) data sets and write them in the layouts that this project reads."""
     unknown = [name for name in names if name not in NAMES]
     if unknown:
         raise UserError(f"unknown data set {', '.join(unknown)}; known are {', '.join(NAMES)}")
+    selection = Selection(release, start_date, end_date)
+    # Says what is wrong with it before anything is downloaded.
+    LiveCodeBench(**asdict(selection))
+    if selection != EVERYTHING and "livecodebench" not in names:
+        raise UserError("--release, --start_date and --end_date select from livecodebench, which is not asked for")
     for name in names:
-        for path in prepare(name, out):
+        its_selection = selection if name == "livecodebench" else EVERYTHING
+        if is_prepared(name, out, its_selection):
+            typer.echo(f"{name} is there already, and its checksums are right")
+            continue
+        for path in prepare(name, out, its_selection):
             typer.echo(f"wrote {path}")
 
 

@@ -63,7 +63,7 @@ class LiveCodeBench(Benchmark):
         """
         folder = Path(path).absolute().parent
         questions = [replace(question, answer=_locate(question.answer, folder)) for question in super().read(path)]
-        selected = [question for question in questions if self._selects(question, f"{path}: item {question.index + 1}")]
+        selected = [question for question in questions if self.selects(question, f"{path}: item {question.index + 1}")]
         if not selected:
             raise UserError(f"{path}: none of its {len(questions)} questions is in the release and dates asked for")
         return selected
@@ -90,13 +90,12 @@ class LiveCodeBench(Benchmark):
         text = f"{ROLE}\n\n### Question:\n{question.prompt}\n\n{form}\n\n{_ANSWER}\n\n"
         return [{"role": "user", "content": text}]
 
-    def _selects(self, question: Question, place: str) -> bool:
+    def selects(self, question: Question, place: str) -> bool:
+        """Whether a question is in the release and between the dates asked for; `place` is for errors."""
         if self._release is not None:
             release = question.meta.get("release")
             if release not in RELEASES:
-                raise UserError(
-                    f"{place} does not say its release; select by dates, or let data/prepare.py make the file"
-                )
+                raise UserError(f"{place} names no release: select by dates, or let data/prepare.py make the file")
             if RELEASES.index(release) > RELEASES.index(self._release):
                 return False
         if (self._start, self._end) == (date.min, date.max):

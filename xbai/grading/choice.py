@@ -27,5 +27,11 @@ def chosen_option(response: str) -> str | None:
 
 
 def grade_choice(response: str, letter: str) -> bool:
-    """Whether the response chose option `letter`."""
+    """Whether the response chose option `letter`.
+
+    Raises:
+        ValueError: the right option is not known.
+    """
+    if not letter.strip():
+        raise ValueError("the question comes without its answer")
     return chosen_option(response) == letter.strip().upper()

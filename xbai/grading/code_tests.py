@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import hashlib
 import io
 import json
 import pickle
@@ -45,7 +46,7 @@ def read_code_tests(text: str) -> CodeTests:
     """Read `{"tests": [{"input", "output"}, ...]}` with `function` where one is called.
 
     More tests may be packed in `private_test_cases`, as LiveCodeBench does; or the whole is in a file of its own,
-    gzipped JSON, named by `{"file": path}`.
+    gzipped JSON, named by `{"file": path}`, with the `sha256` of the JSON where it is to be checked.
 
     Raises:
         ValueError: the text is anything else.
@@ -53,8 +54,7 @@ def read_code_tests(text: str) -> CodeTests:
     """
     tests = _object(text)
     if "file" in tests:
-        with gzip.open(Path(tests["file"]), "rt", encoding="utf-8") as stream:
-            tests = _object(stream.read())
+        tests = _object(_read_file(Path(tests["file"]), tests.get("sha256")))
     cases = [*tests.get("tests", []), *unpack_cases(tests.get("private_test_cases") or "[]")]
     if not cases:
         raise ValueError("there are no tests")
@@ -74,6 +74,14 @@ def unpack_cases(text: str) -> list[dict[str, Any]]:
     if not isinstance(cases, list):
         raise ValueError("test cases must be a list")
     return cases
+
+
+def _read_file(path: Path, digest: str | None) -> str:
+    with gzip.open(path) as stream:
+        content = stream.read(MAX_TESTS_BYTES)
+    if digest not in (None, hashlib.sha256(content).hexdigest()):
+        raise ValueError(f"{path} is not the file that was prepared")
+    return content.decode()
 
 
 def _inflate(data: bytes) -> bytes:
