@@ -284,7 +284,7 @@ def metric(
         list[str], typer.Option("--result_paths", help="Result files of one run: a path or a glob; may be repeated.")
     ],
     more_paths: Annotated[
-        list[str] | None, typer.Argument(metavar="[FILE]...", help="More of them, as a shell expands a glob.")
+        list[str] | None, typer.Argument(metavar="FILE", help="More of them, as a shell expands a glob.")
     ] = None,
     n: Annotated[int, typer.Option("--N", min=1, help="Candidates among which the score chooses.")] = 1,
     compare: Annotated[
