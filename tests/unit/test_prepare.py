@@ -327,13 +327,15 @@ def test_what_is_there_is_checked_and_not_made_again(prepared, hub, run, tmp_pat
 
 
 def test_a_download_that_breaks_off_goes_on_where_it_stopped(hub, run, tmp_path):
-    hub.publish("livecodebench/code_generation_lite", {"test.jsonl": lines([LIVECODEBENCH] * 999)})
+    # The Hub's client keeps what has arrived by pieces of 10 MB.
+    rows = [{**LIVECODEBENCH, "question_title": "x" * 3_000_000}] * 9
+    hub.publish("livecodebench/code_generation_lite", {"test.jsonl": lines(rows)})
     hub.asked.clear()
     hub.break_off = "test.jsonl"
     arguments = ("livecodebench", "--release", "release_v1", "--out")
     finished = run(*arguments, tmp_path / "first")
     assert finished.returncode == 0, finished.stderr
-    assert len((tmp_path / "first/livecodebench.jsonl").read_text().splitlines()) == 999
+    assert len((tmp_path / "first/livecodebench.jsonl").read_text().splitlines()) == len(rows)
     downloads = [each for each in hub.asked if each.startswith("GET /datasets/livecodebench")]
     assert len(downloads) == 2
     assert re.search(r"test\.jsonl bytes=\d{4,}-$", downloads[1])
