@@ -44,6 +44,7 @@ _REWRITES = [
         (r"\\\(|\\\)|(?<!\\)\\\[|\\\]", ""),
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])", ""),
         (r"\\(?:displaystyle|textstyle|limits|nolimits)(?![A-Za-z])", ""),
+        (r"(?<=\d)(?:\{,\}|,)?\\! *(?=\d{3}(?!\d))", ","),
         (r"\\!", ""),
         (r"(?<=\d)(?:\{,\}|\\[,; ])(?=\d{3}(?!\d))", ","),
         (r"\\(?:q?quad|thinspace)(?![A-Za-z])|(?<!\\)\\[,;: ]|~", " "),
@@ -85,6 +86,18 @@ def clean(text: str) -> str:
 def without_text_commands(text: str) -> str:
     """`\\text{...}` replaced by its words."""
     return re.sub(r"\s+", " ", re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)).lstrip().rstrip(_ENDS)
+
+
+def without_separators(text: str) -> str:
+    """A number without the commas between its thousands."""
+    return re.sub(r"(?<=\d),(?=\d{3})", "", text)
+
+
+def in_radians(text: str) -> str:
+    """The degrees that a trigonometric function is applied to, as radians."""
+    if not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])", text):
+        return text
+    return re.sub(r"(\d+(?:\.\d+)?) ?\\text\{degrees\}", r"\\frac{\1\\pi}{180}", text)
 
 
 def compact(text: str) -> str:

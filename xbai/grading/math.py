@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from xbai.grading.boxed import after_thinking, last_boxed
-from xbai.grading.latex import clean, compact, without_text_commands
+from xbai.grading.latex import clean, compact, in_radians, without_separators, without_text_commands
 from xbai.grading.quantity import parse_quantity, same_unit, split_unit
 from xbai.grading.symbolic import symbolically_equal
 
@@ -46,9 +46,14 @@ def _same(answer: str, truth: str) -> bool:
     decided = _same_words(without_text_commands(answer), without_text_commands(truth))
     if decided is not None:
         return decided
-    collections = _Collection.parse(answer), _Collection.parse(truth)
-    if any(collections):
-        return _same_collections(answer, truth, *collections)
+    items, true_items = _Collection.parse(answer), _Collection.parse(truth)
+    # The commas of a list also separate thousands.
+    if number and true_items is None:
+        return _same_expressions(without_separators(answer), truth)
+    if true_number and items is None:
+        return _same_expressions(answer, without_separators(truth))
+    if items or true_items:
+        return _same_collections(answer, truth, items, true_items)
     return _same_expressions(answer, truth)
 
 
@@ -74,7 +79,7 @@ def _same_words(answer: str, truth: str) -> bool | None:
 
 
 def _same_expressions(answer: str, truth: str) -> bool:
-    (answer, unit), (truth, true_unit) = split_unit(answer), split_unit(truth)
+    (answer, unit), (truth, true_unit) = split_unit(in_radians(answer)), split_unit(in_radians(truth))
     if not same_unit(unit, true_unit):
         return False
     answer, truth = without_text_commands(answer), without_text_commands(truth)
