@@ -223,6 +223,13 @@ def infer(
     total_parts: Annotated[int, typer.Option("--total_parts", min=1, help="Split the questions over processes.")] = 1,
     part: Annotated[int, typer.Option("--part", min=0, help="Which part to run, from 0.")] = 0,
     max_questions: Annotated[int | None, typer.Option("--max_questions", min=1, help="Only the first.")] = None,
+    release: Annotated[
+        str | None, typer.Option("--release", help="Of livecodebench: the problems of release_v1, ..., release_v6.")
+    ] = None,
+    start_date: Annotated[
+        str | None, typer.Option("--start_date", help="Of livecodebench: contests from this day on, as YYYY-MM-DD.")
+    ] = None,
+    end_date: Annotated[str | None, typer.Option("--end_date", help="And up to this day, itself included.")] = None,
     request_timeout: RequestTimeout = 3600.0,
     patience: Annotated[float, typer.Option("--patience", min=0, help="Seconds to wait for an absent service.")] = 300,
     api_key: ApiKey = None,
@@ -267,6 +274,7 @@ def infer(
             total_parts=total_parts,
             part=part,
             max_questions=max_questions,
+            selection={"release": release, "start_date": start_date, "end_date": end_date},
             search=search_options,
             retry=RetryPolicy(patience_s=patience, request_timeout_s=request_timeout),
             api_key=read_api_key(api_key, api_key_file),

@@ -8,9 +8,11 @@ import pickle
 import zlib
 
 import pytest
+from typer.testing import CliRunner
 
 from xbai.benchmarks.livecodebench import LiveCodeBench
 from xbai.benchmarks.registry import get_benchmark
+from xbai.cli import app
 from xbai.errors import UserError
 from xbai.grading import GradeRequest, grade
 from xbai.grading.code_tests import Case, read_code_tests, unpack_cases
@@ -188,3 +190,23 @@ def test_hostile_packed_tests_load_nothing(text, complaint, tmp_path, monkeypatc
 def test_no_tests_are_no_grade(tests):
     with pytest.raises(ValueError):
         grade(GradeRequest("livecodebench", fenced("pass"), tests))
+
+
+def test_the_driver_takes_releases_and_dates_to_the_benchmark(write):
+    path = write(published_row())
+    arguments = [
+        "--input_file",
+        str(path),
+        "--output_file",
+        "out",
+        "--model_dir",
+        "none",
+        "--response_api_url",
+        "http://x",
+    ]
+    for task, options, complaint in [
+        ("aime24", ["--release", "release_v1", "--end_date", "2024-01-01"], "end_date, release: aime24 has no such"),
+        ("livecodebench", ["--start_date", "soon"], "start_date must be a date"),
+    ]:
+        result = CliRunner().invoke(app, ["infer", "--task", task, *arguments, *options])
+        assert (result.exit_code, complaint in result.output) == (2, True)

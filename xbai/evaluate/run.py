@@ -64,6 +64,7 @@ class RunOptions:
             service offers the scores that the score service gives, or there is no URL of one; else the service).
         total_parts, part: run only the questions whose index leaves `part` when divided by `total_parts`.
         max_questions: only the first so many.
+        selection: the part of a benchmark that has releases or dates (see `LiveCodeBench`).
         search: how a response is found; `candidates` counts the searches, where it is one that chooses by steps.
         api_key: what the services ask for, if anything.
     """
@@ -89,6 +90,7 @@ class RunOptions:
     total_parts: int = 1
     part: int = 0
     max_questions: int | None = None
+    selection: Mapping[str, str | None] = field(default_factory=dict)
     search: SearchOptions = field(default_factory=SearchOptions)
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     api_key: str | None = field(default=None, repr=False)
@@ -125,7 +127,7 @@ def run(options: RunOptions) -> Path:
         UserError: bad input, results of another run in the file, services that stay away, or that failed on some.
         KeyboardInterrupt: Ctrl-C; what is finished is kept.
     """
-    benchmark = get_benchmark(options.task)
+    benchmark = get_benchmark(options.task, **options.selection)
     tokenizer = load_tokenizer(options.model_dir)
     questions = {question.index: question for question in benchmark.read(options.input_file)}
     stored = [_stored(benchmark, tokenizer, question) for question in questions.values()]
