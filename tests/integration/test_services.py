@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -174,16 +175,43 @@ def test_what_cannot_start_says_so_in_one_line(
     assert "Traceback" not in done.stderr
 
 
-def test_sigterm_finishes_running_work_and_exits_0(start_service: Callable, tiny_model_dir: Path) -> None:
+def ask_for_a_while(url: str, responses: int) -> Future[httpx.Response]:
+    """A request that the service has begun."""
+    body = {"prefix_prompt": PROMPT, "max_tokens": 400, "response_num": responses, "temperature": 1.2}
+    answer: Future[httpx.Response] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(httpx.post(f"{url}/generate", json=body, timeout=100))
+        except httpx.TransportError as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    while f"xbai_queue_items {responses}.0" not in httpx.get(f"{url}/metrics").text:
+        assert not answer.done(), "the request ended before the signal"
+    return answer
+
+
+def test_sigterm_finishes_running_work_and_exits_0(policy) -> None:
+    answer = ask_for_a_while(policy.url, 64)
+    policy.process.send_signal(signal.SIGTERM)
+    refused = httpx.post(f"{policy.url}/generate", json={"prefix_prompt": PROMPT})
+    assert (refused.status_code, refused.json()["detail"]) == (503, "the service is stopping")
+    assert httpx.get(f"{policy.url}/ready").status_code == 503
+    assert policy.process.wait(100) == 0
+    assert len(answer.result().json()["results"]) == 64
+    entries = [json.loads(line) for line in policy.log.read_text().splitlines() if line.startswith("{")]
+    (entry,) = (entry for entry in entries if entry.get("responses") == 64)
+    assert (entry["route"], entry["status"]) == ("/generate", 200)
+    assert entry["tokens"] > 64
+
+
+def test_a_second_sigterm_ends_at_once(start_service: Callable, tiny_model_dir: Path) -> None:
     service = start_service("policy_model_queue.py", "--model_path", str(tiny_model_dir), "--engine", "hf").wait_ready()
-    body = {"prefix_prompt": PROMPT, "max_tokens": 400, "response_num": 64, "temperature": 1.2}
-    answers: list[httpx.Response] = []
-    client = threading.Thread(
-        target=lambda: answers.append(httpx.post(f"{service.url}/generate", json=body, timeout=100))
-    )
-    client.start()
-    while "xbai_queue_items 64.0" not in httpx.get(f"{service.url}/metrics").text:
-        assert client.is_alive(), "the request ended before the signal"
-    assert service.stop(signal.SIGTERM) == 0
-    client.join()
-    assert len(answers[0].json()["results"]) == 64
+    answer = ask_for_a_while(service.url, 1024)
+    service.process.send_signal(signal.SIGTERM)
+    while httpx.get(f"{service.url}/ready").is_success:
+        assert not answer.done()
+    assert service.stop(signal.SIGTERM) == 128 + signal.SIGTERM
+    with pytest.raises(httpx.TransportError):
+        answer.result(10)

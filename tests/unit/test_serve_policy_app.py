@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,22 +15,28 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from xbai.engine import Completion, Engine
-from xbai.engine.base import Sample
+from xbai.engine.base import Sample, sample_seed
 from xbai.engine.weight_check import HeldWeight
+from xbai.serve import protocol
 from xbai.serve.engine_thread import EngineThread
 from xbai.serve.limits import Limits
 from xbai.serve.policy import create_policy_app
 
 
 class GatedEngine(Engine):
-    """Echoes each prompt once `gate` is open; `explode` makes its next step fail."""
+    """Echoes `limit` prompts a step once `gate` is open; `explode` makes its next step fail."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__(Qwen3Config(vocab_size=len(tokenizer)), tokenizer, max_model_len=64, scorer=None)
         self.max_num_seqs = 32
         self.gate = threading.Event()
         self.explode = False
+        self.limit = 1024
         self.queued: list[Sample] = []
+        self.done: list[Sample] = []
+
+    def watch(self, on_failure: Callable[[], None]) -> None:
+        self.on_failure = on_failure
 
     def _enqueue(self, samples: list[Sample]) -> None:
         self.queued += samples
@@ -39,7 +46,8 @@ class GatedEngine(Engine):
             raise RuntimeError("out of memory")
         if not self.gate.wait(0.01):
             return []
-        done, self.queued = self.queued, []
+        done, self.queued = self.queued[: self.limit], self.queued[self.limit :]
+        self.done += done
         return [(sample, Completion(sample.prompt_ids, self._text(sample), "stop")) for sample in done]
 
     def _text(self, sample: Sample) -> str:
@@ -63,7 +71,9 @@ def start(serve_app: Callable[[FastAPI], str], tiny_tokenizer: PreTrainedTokeniz
     def start_policy(limits: Limits | None = None) -> tuple[str, GatedEngine, EngineThread]:
         engine = GatedEngine(tiny_tokenizer)
         thread = EngineThread(lambda: engine)
-        url = serve_app(create_policy_app(thread, "gated", limits or Limits()))
+        app = create_policy_app(thread, "gated", limits or Limits())
+        engine.service = app.state.service
+        url = serve_app(app)
         wait_until(lambda: thread.ready)
         return url, engine, thread
 
@@ -171,3 +181,148 @@ def test_requests_are_named_and_counted(start: Start) -> None:
     assert 'xbai_requests_total{route="/generate",status="200"} 1.0' in metrics
     assert "xbai_generated_tokens_total 16.0" in metrics
     assert 'xbai_responses_total{finish_reason="stop"} 8.0' in metrics
+
+
+def test_a_large_request_does_not_keep_the_others_waiting(start: Start) -> None:
+    url, engine, _ = start()
+    with ThreadPoolExecutor(2) as clients:
+        large = clients.submit(generate, url, "large", response_num=1024)
+        wait_until(lambda: len(engine.queued) == 32)
+        small = clients.submit(generate, url, "small")
+        wait_until(lambda: "xbai_engine_samples_waiting 1000.0" in httpx.get(f"{url}/metrics").text)
+        engine.limit = 1
+        engine.gate.set()
+        assert small.result().json()["results"] == [f"small/{i}" for i in range(8)]
+        assert large.result().json()["results"] == [f"large/{i}" for i in range(1024)]
+    turns = [
+        number for number, sample in enumerate(engine.done) if sample.prompt_ids == engine.tokenizer.encode("small")
+    ]
+    assert turns[-1] < 60, "its eight samples took turns with those of the large one"
+
+
+def test_leaving_frees_what_waits_and_what_has_begun(start: Start) -> None:
+    url, engine, thread = start()
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/generate", json={"prefix_prompt": "x", "response_num": 500}, timeout=0.3)
+    wait_until(lambda: not engine.queued)
+    assert (thread.samples_waiting, thread.samples_begun) == (0, 0)
+
+
+def test_samples_of_a_request_have_the_seeds_of_one_engine_request(start: Start) -> None:
+    url, engine, _ = start()
+    with ThreadPoolExecutor(1) as clients:
+        answer = clients.submit(generate, url, seed=7, response_num=3)
+        wait_until(lambda: len(engine.queued) == 3)
+        assert [sample.seed for sample in engine.queued] == [sample_seed(7, i) for i in range(3)]
+        engine.gate.set()
+        assert answer.result().is_success
+
+
+def test_a_dead_worker_fails_clients_though_the_engine_hangs(start: Start) -> None:
+    url, engine, thread = start()
+    with ThreadPoolExecutor(1) as clients:
+        running = clients.submit(generate, url)
+        wait_until(lambda: engine.queued)
+        engine.on_failure()
+        assert running.result().status_code == 503
+    assert httpx.get(f"{url}/health").status_code == 503
+    assert "worker process" in str(thread.error)
+
+
+def test_a_stop_finishes_what_was_accepted_and_takes_no_more(start: Start) -> None:
+    url, engine, _ = start()
+    service = engine.service
+    with ThreadPoolExecutor(1) as clients:
+        running = clients.submit(generate, url)
+        wait_until(lambda: engine.queued)
+        service.stop()
+        refused = generate(url)
+        assert (refused.status_code, refused.json()["detail"]) == (503, "the service is stopping")
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert httpx.get(f"{url}/ready").status_code == 503
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert not service.finished()
+        engine.gate.set()
+        assert running.result().status_code == 200
+    wait_until(service.finished)
+
+
+def test_a_stop_has_an_end(start: Start) -> None:
+    url, engine, thread = start(Limits(shutdown_timeout_s=0.2))
+    service = engine.service
+    with ThreadPoolExecutor(1) as clients:
+        running = clients.submit(generate, url)
+        wait_until(lambda: engine.queued)
+        service.stop()
+        loop = service._end.get_loop()
+        assert not service.finished()
+        time.sleep(0.25)
+        loop.call_soon_threadsafe(service.finished)
+        answer = running.result()
+        assert (answer.status_code, answer.json()["detail"]) == (503, "the service stopped before the answer")
+    wait_until(service.finished)
+    assert thread.error is None
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        ({}, 401),
+        ({"Authorization": "Bearer wrong"}, 401),
+        ({"Authorization": "secret"}, 401),
+        ({"Authorization": "Bearer secret"}, 200),
+    ],
+)
+def test_the_key_is_asked_for(start: Start, header: dict[str, str], status: int) -> None:
+    url, engine, _ = start(Limits(api_key="secret"))
+    engine.gate.set()
+    answer = httpx.post(f"{url}/generate", json={"prefix_prompt": "x"}, headers=header)
+    assert answer.status_code == status
+    assert answer.headers.get("WWW-Authenticate") == ("Bearer" if status == 401 else None)
+    for path in ("/ready", "/metrics", "/openapi.json", "/nowhere"):
+        assert (httpx.get(url + path, headers=header).status_code == 401) == (status == 401)
+    assert httpx.get(f"{url}/health").status_code == 200
+
+
+def connect(url: str) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=5)
+
+
+def test_slow_clients_are_cut_off(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.2)
+    url, engine, _ = start(Limits(receive_timeout_s=0.2))
+    with connect(url) as silent, connect(url) as slow_head, connect(url) as slow_body:
+        slow_head.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+        slow_body.sendall(
+            b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+        )
+        assert silent.recv(100) == b""
+        assert slow_head.recv(100) == b""
+        assert slow_body.recv(100).startswith(b"HTTP/1.1 408 ")
+    with connect(url) as kept:
+        for _ in range(2):
+            kept.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert kept.recv(1000).startswith(b"HTTP/1.1 200 ")
+            time.sleep(0.3)
+    engine.gate.set()
+    assert generate(url).is_success
+
+
+def test_a_request_is_one_log_line(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    url, engine, _ = start()
+    engine.gate.set()
+    with caplog.at_level("INFO", "xbai.serve.monitoring"):
+        for request_id in (b"mine", b"not mine\t\xff"):
+            httpx.post(f"{url}/generate", json={"prefix_prompt": "ab"}, headers={"X-Request-Id": request_id})
+        wait_until(lambda: len(caplog.records) == 2)
+    first, second = (record.fields for record in caplog.records)
+    assert first.pop("seconds") > 0
+    assert first == {
+        "request_id": "mine",
+        "route": "/generate",
+        "status": 200,
+        "responses": 8,
+        "prompt_tokens": 2,
+        "tokens": 16,
+    }
+    assert second["request_id"].isalnum()

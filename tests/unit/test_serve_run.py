@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from xbai.engine import Engine
 from xbai.errors import UserError
@@ -42,3 +43,35 @@ def test_flags_that_cannot_act_are_refused(serve, make_tiny_model) -> None:
     for flag, value in (("tensor_parallel_size", 2), ("gpu_memory_utilization", 0.5)):
         with pytest.raises(UserError, match=f"{flag}: the hf engine has no such option"):
             serve(folder, with_scores=None, **{flag: value})
+
+
+@pytest.mark.parametrize(
+    ("variable", "gpus", "flag", "size"), [(None, 8, None, 1), ("0,1", 2, None, 2), ("", 0, None, 1), ("0,1", 2, 1, 1)]
+)
+def test_the_visible_gpus_share_the_model(
+    tiny_model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str | None,
+    gpus: int,
+    flag: int | None,
+    size: int,
+) -> None:
+    if variable is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(run, "find_spec", lambda name: True)
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(run, "load_engine", lambda *args, **options: given.update(options))
+    monkeypatch.setattr(run, "_run", lambda app, listener: app.state.service.thread._load())
+    flags = FLAGS | {"tensor_parallel_size": flag}
+    run.serve_policy(str(tiny_model_dir), "127.0.0.1", 0, Limits(), engine="auto", with_scores=None, **flags)
+    assert given["tensor_parallel_size"] == size
+
+
+def test_gpus_that_cannot_share_the_model_are_refused(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "find_spec", lambda name: True)
+    flags = FLAGS | {"tensor_parallel_size": 3}
+    with pytest.raises(UserError, match=r"--tensor_parallel_size 3 .* must divide the model's 2 attention heads"):
+        run.serve_policy(str(tiny_model_dir), "127.0.0.1", 0, Limits(), engine="vllm", with_scores=None, **flags)

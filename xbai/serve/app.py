@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response, Security
 from fastapi.security import HTTPBearer
@@ -62,14 +62,21 @@ class Service:
         self._model_name = model_name
         # One worker: a fast tokenizer is not safe to encode with from several threads at once.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
-        # The middleware checks the key, before a body is read; this only says so in the schema.
-        key = {"dependencies": [Security(HTTPBearer(auto_error=False))], "responses": KEY_NEEDED}
-        self.app = FastAPI(title=title, lifespan=self._lifespan, **({} if limits.api_key is None else key))
+        self.app = FastAPI(title=title, lifespan=self._lifespan)
         self.app.state.service = self
         install_error_handlers(self.app)
         known = frozenset([*routes, "/health", "/ready", "/metrics"])
         self.app.add_middleware(RequestMiddleware, metrics=self.metrics, routes=known, limits=limits)
         self._add_state_routes()
+
+    def route(self, errors: dict[int, dict[str, Any]] = ERRORS) -> dict[str, Any]:
+        """What the schema says of a route beside its answer: its errors, and the key where one is needed.
+
+        The key itself is checked before a body is read, by the middleware.
+        """
+        if self.limits.api_key is None:
+            return {"responses": errors}
+        return {"responses": errors | KEY_NEEDED, "dependencies": [Security(HTTPBearer(auto_error=False))]}
 
     async def answer(self, request: Request, work: Awaitable[T]) -> T:
         """Await `work` as long as the client, the clock and the service allow; see `answer_in_time`."""
@@ -102,13 +109,22 @@ class Service:
         return max(0.0, self._deadline - time.monotonic())
 
     async def encode(self, *texts: str) -> list[list[int]]:
-        """Token ids of each text, without special tokens, computed off the event loop."""
-        tokenizer = self.thread.model.tokenizer
+        """Token ids of each text, without special tokens, computed off the event loop.
 
-        def work() -> list[list[int]]:
-            return [tokenizer.encode(text, add_special_tokens=False, verbose=False) for text in texts]
+        Raises:
+            ServiceError: 413 for a text that is far too long for the model, found out without encoding all of it.
+        """
+        model = self.thread.model
 
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
+        def encode(text: str) -> list[int]:
+            return model.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+        def encode_all() -> list[list[int]]:
+            for text in texts:
+                _refuse_far_too_long(text, model.max_model_len, encode)
+            return [encode(text) for text in texts]
+
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, encode_all)
 
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -134,7 +150,7 @@ class Service:
                 raise ServiceError(503, f"the engine is dead: {self.thread.error!r}")
             return self._state("alive")
 
-        @self.app.get("/ready", responses=NOT_READY)
+        @self.app.get("/ready", **self.route(NOT_READY))
         async def ready() -> StateResponse:
             """The model is loaded and answers."""
             if self.stopping:
@@ -143,7 +159,18 @@ class Service:
                 raise ServiceError(503, "the model is not loaded", retry_after_s=5)
             return self._state("ready")
 
-        @self.app.get("/metrics", response_class=Response)
+        @self.app.get("/metrics", response_class=Response, **self.route({}))
         async def metrics() -> Response:
             """Prometheus metrics."""
             return Response(self.metrics.render(), media_type=PROMETHEUS_TEXT)
+
+
+def _refuse_far_too_long(text: str, max_tokens: int, encode: Callable[[str], list[int]]) -> None:
+    # Megabytes of text take seconds to encode, and a hundred times their size in memory. A window's tokens are as many
+    # as these of the whole text, up to its edges; texts near the limit pass, and are counted exactly later.
+    window = 16 * max_tokens
+    tokens = 0
+    for start in range(0, len(text) if len(text) > window else 0, window):
+        tokens += len(encode(text[start : start + window]))
+        if tokens > 2 * max_tokens:
+            raise ServiceError(413, f"the text has more than {max_tokens} tokens, which is all that the model takes")

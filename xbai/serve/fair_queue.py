@@ -20,7 +20,7 @@ class FairQueue(Generic[T]):
         return self._length
 
     def put(self, client: str, request_id: str, items: Iterable[T]) -> None:
-        """Add a request that the queue does not hold; its items come out in order."""
+        """Add a request that the queue does not hold; its items, one at least, come out in order."""
         waiting = deque(items)
         self._clients.setdefault(client, OrderedDict())[request_id] = waiting
         self._length += len(waiting)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI, Request
 
 from xbai.engine import Scored
-from xbai.serve.app import ERRORS, Service
+from xbai.serve.app import Service
 from xbai.serve.engine_thread import ScoreModel, ScorerThread
 from xbai.serve.errors import ServiceError
 from xbai.serve.limits import Limits
@@ -17,60 +17,68 @@ def create_score_app(thread: ScorerThread, model_name: str, limits: Limits) -> F
     """The ASGI application; it starts and stops `thread`."""
     service = Service("XBai score service", model_name, thread, limits, ["/score", "/score_batch"])
 
-    @service.app.post("/score", responses=ERRORS, response_model_exclude_none=True)
+    @service.app.post("/score", **service.route(), response_model_exclude_none=True)
     async def score(body: ScoreRequest, request: Request) -> ScoreResponse:
         """The trajectory score of one text (prompt and response)."""
         with service.admission.admit(1):
-            (scored,) = await service.answer(request, _score(service, [(body.prompt, body.text)], request))
-        if not body.return_all_scores:
-            return ScoreResponse(value=scored.value)
-        return ScoreResponse(
-            value=scored.value,
-            all_scores=scored.step_scores,
-            token_ids=scored.token_ids,
-            score_positions=scored.positions,
-        )
+            scored = await service.answer(request, _score(service, {"text": body.text}, body.prompt, request))
+        details = _details(scored) if body.return_all_scores else {}
+        return ScoreResponse(value=scored[0].value, **{name: values[0] for name, values in details.items()})
 
-    @service.app.post("/score_batch", responses=ERRORS)
+    @service.app.post("/score_batch", **service.route(), response_model_exclude_none=True)
     async def score_batch(body: ScoreBatchRequest, request: Request) -> ScoreBatchResponse:
-        """The trajectory scores of several texts."""
-        with service.admission.admit(len(body.texts)):
-            scored = await service.answer(request, _score(service, [(None, text) for text in body.texts], request))
-        return ScoreBatchResponse(values=[item.value for item in scored])
+        """The trajectory scores of several texts. A text that cannot be scored refuses them all, and is named."""
+        texts = {f"texts[{i}]": text for i, text in enumerate(body.texts)}
+        with service.admission.admit(len(texts)):
+            scored = await service.answer(request, _score(service, texts, body.prompt, request))
+        details = _details(scored) if body.return_all_scores else {}
+        return ScoreBatchResponse(values=[item.value for item in scored], **details)
 
     return service.app
 
 
-async def _score(service: Service, items: list[tuple[str | None, str]], request: Request) -> list[Scored]:
+async def _score(service: Service, texts: dict[str, str], prompt: str | None, request: Request) -> list[Scored]:
+    """Score texts, given by the names that refusals call them."""
     thread: ScorerThread = service.thread
-    tokenized = [await _tokenize(service, prompt, text) for prompt, text in items]
-    for ids, _ in tokenized:
-        _check(ids, thread.model)
-    scored = await thread.score([ids for ids, _ in tokenized], [start for _, start in tokenized])
-    tokens = sum(len(ids) for ids, _ in tokenized)
-    request.state.log |= {"texts": len(items), "tokens": tokens}
+    tokenized = {name: await _tokenize(service, prompt, name, text) for name, text in texts.items()}
+    _check({name: ids for name, (ids, _) in tokenized.items()}, thread.model)
+    sequences, starts = zip(*tokenized.values(), strict=True)
+    client = request.client.host if request.client else ""
+    scored = await thread.score(sequences, starts, client)
+    tokens = sum(map(len, sequences))
+    request.state.log |= {"texts": len(texts), "tokens": tokens}
     service.metrics.prompt_tokens.inc(tokens)
     service.metrics.observe_scores(item.value for item in scored)
     return scored
 
 
-def _check(ids: list[int], model: ScoreModel) -> None:
+def _details(scored: list[Scored]) -> dict[str, list[list]]:
+    return {
+        "all_scores": [item.step_scores for item in scored],
+        "token_ids": [item.token_ids for item in scored],
+        "score_positions": [item.positions for item in scored],
+    }
+
+
+def _check(sequences: dict[str, list[int]], model: ScoreModel) -> None:
     vocabulary = model.scorer.backbone.config.vocab_size
-    if len(ids) > model.max_model_len:
-        raise ServiceError(413, f"text: {len(ids)} tokens, the model takes {model.max_model_len}")
-    if not ids or max(ids) >= vocabulary:
-        raise ServiceError(
-            422, f"text: needs at least one token, and none outside the model's vocabulary ({vocabulary})"
-        )
+    too_long = [f"{name}: {len(ids)} tokens" for name, ids in sequences.items() if len(ids) > model.max_model_len]
+    if too_long:
+        raise ServiceError(413, f"{', '.join(too_long)}, the model takes {model.max_model_len}")
+    for name, ids in sequences.items():
+        if not ids or max(ids) >= vocabulary:
+            raise ServiceError(
+                422, f"{name}: needs at least one token, and none outside the model's vocabulary ({vocabulary})"
+            )
 
 
-async def _tokenize(service: Service, prompt: str | None, text: str) -> tuple[list[int], int]:
+async def _tokenize(service: Service, prompt: str | None, name: str, text: str) -> tuple[list[int], int]:
     """Token ids and where the response begins."""
     if prompt is None:
         prompt, response = split_response(text, service.thread.model.step_rule)
     elif text.startswith(prompt):
         response = text[len(prompt) :]
     else:
-        raise ServiceError(422, "prompt: text does not start with it")
+        raise ServiceError(422, f"prompt: {name} does not start with it")
     prompt_ids, response_ids = await service.encode(prompt, response)
     return prompt_ids + response_ids, len(prompt_ids)

@@ -1,0 +1,145 @@
+"""Both services on a real model, against whatever may arrive on their ports: no 5xx, no hang, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from xbai.engine import Scorer, load_engine
+from xbai.engine.files import load_tokenizer
+from xbai.serve.engine_thread import EngineThread, ScoreModel, ScorerThread
+from xbai.serve.limits import Limits
+from xbai.serve.policy import create_policy_app
+from xbai.serve.score import create_score_app
+
+pytestmark = pytest.mark.slow
+
+CONFIG = Path(__file__).parents[1] / "schemathesis.toml"
+MAX_MODEL_LEN = 24
+KEY = {"Authorization": "Bearer secret"}
+JSON = {"Content-Type": "application/json", **KEY}
+
+
+@pytest.fixture
+def policy_app(tiny_model_dir: Path) -> FastAPI:
+    thread = EngineThread(lambda: load_engine("hf", tiny_model_dir, max_model_len=MAX_MODEL_LEN, max_num_seqs=512))
+    return create_policy_app(thread, "tiny", Limits(api_key="secret"))
+
+
+@pytest.fixture
+def score_app(tiny_model_dir: Path) -> FastAPI:
+    tokenizer = load_tokenizer(tiny_model_dir)
+    thread = ScorerThread(lambda: ScoreModel(Scorer.from_folder(tiny_model_dir), tokenizer, MAX_MODEL_LEN))
+    return create_score_app(thread, "tiny", Limits(api_key="secret"))
+
+
+@pytest.fixture(params=["policy", "score"])
+def service(request: pytest.FixtureRequest, serve_app: Callable[[FastAPI], str]) -> Iterator[tuple[str, str, str]]:
+    """URL, route and text field of one service; after the test, it still answers and nothing is queued."""
+    url = serve_app(request.getfixturevalue(f"{request.param}_app"))
+    deadline = time.monotonic() + 30
+    while not httpx.get(f"{url}/ready", headers=KEY).is_success:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    route, field = {"policy": ("/generate", "prefix_prompt"), "score": ("/score", "text")}[request.param]
+    yield url, route, field
+    assert httpx.post(url + route, json={field: "one.\n\ntwo"}, headers=KEY, timeout=30).is_success
+    assert "xbai_queue_items 0.0" in httpx.get(f"{url}/metrics", headers=KEY).text
+
+
+def test_the_services_keep_to_their_schema(service: tuple[str, str, str], tmp_path: Path) -> None:
+    url, _, _ = service
+    command = [
+        *(str(Path(sys.executable).with_name("schemathesis")), "--config-file", str(CONFIG)),
+        *("run", f"{url}/openapi.json", "--header", f"Authorization: {KEY['Authorization']}"),
+        *("--checks", "all", "--phases", "coverage,fuzzing", "--max-examples", "20", "--seed", "0"),
+        *("--max-response-time", "30", "--continue-on-failure", "--no-color"),
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "No issues found" in done.stdout
+
+
+def test_hostile_bodies(service: tuple[str, str, str]) -> None:
+    url, route, field = service
+    name = field.encode()
+    cases: list[tuple[bytes, dict[str, str], set[int]]] = [
+        (b"", JSON, {422}),
+        (b"null", JSON, {422}),
+        (b"[" * 100_000, JSON, {400, 422}),
+        (b'{"a":' * 100_000, JSON, {400, 422}),
+        (b'{"' + name + b'": "\xff\xfe"}', JSON, {422}),
+        (b'{"' + name + b'": "\\ud800"}', JSON, {422}),
+        (b'{"' + name + b'": ""}', JSON, {422}),
+        (b'{"' + name + b'": 1e400}', JSON, {422}),
+        (b'{"' + name + b'": "x", "' + name + b'": "y"}', JSON, {200}),
+        (b'{"' + name + b'": "x", "unknown": NaN}', JSON, {422}),
+        (b'{"' + name + b'": "\\u0000<|endoftext|><|im_end|>"}', JSON, {200}),
+        (b'{"' + name + b'": "' + b"x" * 10_000_000 + b'"}', JSON, {413}),
+        (b'{"' + name + b'": "' + b"x" * (17 << 20) + b'"}', JSON, {413}),
+        (b'{"' + name + b'": "x"}', {"Content-Type": "text/plain", **KEY}, {422}),
+        (b'{"' + name + b'": "x"}', {"Content-Type": "application/json; charset=utf-16", **KEY}, {200}),
+        (b'{"' + name + b'": "x"}', KEY, {422}),
+        (b"\x1f\x8b\x08", {"Content-Encoding": "gzip", **JSON}, {422}),
+    ]
+    with httpx.Client(timeout=60) as client:
+        for body, headers, statuses in cases:
+            answer = client.post(url + route, content=body, headers=headers)
+            assert answer.status_code in statuses, (body[:80], answer.status_code, answer.text[:200])
+            assert answer.is_success or isinstance(answer.json()["detail"], str)
+        chunks = (b"x" * (1 << 20) for _ in range(20))
+        assert client.post(url + route, content=chunks, headers=JSON).status_code == 413
+
+
+def test_hostile_numbers(serve_app: Callable[[FastAPI], str], policy_app: FastAPI) -> None:
+    url = serve_app(policy_app)
+    accepted = [
+        ("temperature", "1e-320"), ("temperature", "0.001"), ("temperature", "2"), ("top_p", "1e-320"),
+        ("repetition_penalty", "0.01"), ("repetition_penalty", "10"), ("max_tokens", str(2**31 - 1)),
+        ("seed", str(2**63 - 1)), ("top_k", str(2**31 - 1)), ("response_num", "1024"), ("stop", '"never \\u2603"'),
+    ]  # fmt: skip
+    refused = [
+        ("temperature", "-1e-9"), ("temperature", "NaN"), ("temperature", "1e400"), ("top_p", "0"), ("top_p", "-1"),
+        ("repetition_penalty", "1e-320"), ("max_tokens", "-1"), ("max_tokens", "1e99"), ("max_tokens", "9" * 5000),
+        ("seed", str(2**63)), ("response_num", "1025"), ("response_num", "0"), ("stop", "[]" * 2), ("stop", '[""]'),
+        ("stop", json.dumps(["x"] * 17)), ("stop", json.dumps("x" * 257)), ("return_scores", "1"),
+    ]  # fmt: skip
+    with httpx.Client(timeout=60, headers=JSON) as client:
+        while not client.get(f"{url}/ready").is_success:
+            time.sleep(0.05)
+        for cases, statuses in ((accepted, {200}), (refused, {400, 422})):
+            for field, value in cases:
+                tokens = "" if field == "max_tokens" else ', "max_tokens": 4'
+                number = "" if field == "response_num" else ', "response_num": 2'
+                body = f'{{"prefix_prompt": "x", "{field}": {value}{tokens}{number}}}'
+                answer = client.post(f"{url}/generate", content=body)
+                assert answer.status_code in statuses, (field, value, answer.text[:200])
+
+
+def test_what_is_not_http(service: tuple[str, str, str]) -> None:
+    url, route, _ = service
+    port = int(url.rpartition(":")[2])
+    head = f"POST {route} HTTP/1.1\r\nHost: x\r\n".encode()
+    for sent in (
+        b"\x16\x03\x01\x02\x00\x01\x00",
+        b"GET\r\n\r\n",
+        head + b"Content-Length: -1\r\n\r\n",
+        head + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n",
+        head + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        head + b"Transfer-Encoding: chunked\r\n\r\nnot a number\r\n",
+        head + b"X: " + b"x" * 100_000 + b"\r\n\r\n",
+    ):
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            connection.sendall(sent + b"\n")
+            connection.shutdown(socket.SHUT_WR)
+            answer = connection.recv(1000)
+        assert answer == b"" or answer.startswith(b"HTTP/1.1 4"), (sent[:60], answer)

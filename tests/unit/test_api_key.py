@@ -1,0 +1,32 @@
+"""Where the services' secret comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from xbai.api_key import authorization, read_api_key
+from xbai.errors import UserError
+
+
+def test_the_key_is_given_or_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("secret\n")
+    assert read_api_key(None, None) is None
+    assert read_api_key("given", None) == "given"
+    assert read_api_key(None, file) == "secret"
+    assert authorization("secret") == {"Authorization": "Bearer secret"}
+    assert authorization(None) == {}
+    with pytest.raises(UserError, match="keep one"):
+        read_api_key("given", file)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"two words", "schl\u00fcssel".encode(), b"\xff", b"a\nb"])
+def test_a_key_that_no_header_can_carry_is_refused(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "key"
+    file.write_bytes(content)
+    with pytest.raises(UserError):
+        read_api_key(None, file)
+    with pytest.raises(UserError, match="nowhere"):
+        read_api_key(None, tmp_path / "nowhere")

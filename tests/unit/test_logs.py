@@ -1,0 +1,45 @@
+"""Log lines for machines and for people."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+import pytest
+
+from xbai.errors import UserError
+from xbai.logs import JsonFormatter, TextFormatter, configure_logging
+
+
+def record(message: str, *args: object, fields: dict | None = None) -> logging.LogRecord:
+    made = logging.LogRecord("xbai.test", logging.INFO, __file__, 1, message, args, None)
+    if fields is not None:
+        made.fields = fields
+    return made
+
+
+def test_fields_are_keys_of_the_json_and_words_of_the_text() -> None:
+    done = record("request", fields={"request_id": "a\nb", "status": 200})
+    line = JsonFormatter().format(done)
+    assert "\n" not in line
+    entry = json.loads(line)
+    assert (entry["message"], entry["level"], entry["request_id"], entry["status"]) == ("request", "INFO", "a\nb", 200)
+    assert TextFormatter().format(record("request", fields={"status": 200})).endswith("xbai.test: request status=200")
+    assert TextFormatter().format(record("%d of %d", 1, 2)).endswith("xbai.test: 1 of 2")
+
+
+def test_a_traceback_stays_in_its_line() -> None:
+    try:
+        raise ValueError("why")
+    except ValueError:
+        failed = record("failed")
+        failed.exc_info = sys.exc_info()
+    line = JsonFormatter().format(failed)
+    assert "\n" not in line
+    assert json.loads(line)["exception"].endswith("ValueError: why")
+
+
+def test_an_unknown_format_is_refused() -> None:
+    with pytest.raises(UserError, match="--log_format 'xml': use json or text"):
+        configure_logging("xml")
