@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -141,6 +142,24 @@ def test_stop_strings_end_and_are_cut(loaded: Loaded) -> None:
     assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
     assert stop in loaded.engine.tokenizer.decode(cut.token_ids)
     assert stop not in loaded.engine.tokenizer.decode(cut.token_ids[:-1])
+
+
+def test_stop_tokens_end_and_stay(loaded: Loaded) -> None:
+    engine = loaded.engine
+    [[whole]] = engine.generate([[1, 2]], SamplingParams(max_tokens=60, seed=2))
+    texts = {i: engine.tokenizer.decode([i], skip_special_tokens=True) for i in whole.token_ids[5:]}
+    printable = [i for i, text in texts.items() if text.isascii() and text.isprintable() and text]
+    stops = SamplingParams(max_tokens=60, seed=2, stop_token_ids=tuple(printable[:2]))
+    [[paused]] = engine.generate([[1, 2]], stops, return_scores=True)
+    first = min(whole.token_ids.index(i) for i in stops.stop_token_ids)
+    assert (paused.finish_reason, paused.token_ids) == ("stop_token", whole.token_ids[: first + 1])
+    assert paused.text == engine.tokenizer.decode(paused.token_ids, skip_special_tokens=True)
+    assert paused.step_scores is not None
+    last = engine.tokenizer.decode(paused.token_ids[-1:])
+    [[cut]] = engine.generate([[1, 2]], replace(stops, stop=(last,)))
+    assert (cut.finish_reason, cut.text) == ("stop", paused.text[: paused.text.index(last)])
+    [[short]] = engine.generate([[1, 2]], replace(stops, max_tokens=first))
+    assert short.finish_reason == "length"
 
 
 def plain_scores(loaded: Loaded, sequence: list[int], start: int) -> tuple[float, list[float], list[int]]:

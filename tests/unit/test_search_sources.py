@@ -16,7 +16,6 @@ from xbai.evaluate.client import RequestRefusedError
 from xbai.search.engine_source import EngineLoop, EngineSource
 from xbai.search.path import ROOT, Path
 from xbai.search.service_source import ServiceSource, StepServices, scores_within
-from xbai.search.step_texts import stop_texts
 from xbai.search.strategy import SearchOptions, search_response
 from xbai.sprm import StepRule, step_feature_mask
 
@@ -110,16 +109,6 @@ def test_an_engine_without_head_is_refused(tiny_model_dir: FilePath) -> None:
         EngineLoop(load_engine("hf", tiny_model_dir, with_scores=False))
 
 
-def test_strings_at_which_generation_pauses(tiny_tokenizer: PreTrainedTokenizerFast, rule: StepRule) -> None:
-    assert stop_texts(rule, tiny_tokenizer) == (".\n\n",)
-    family = [f"{letter}\n" for letter in "abcdefghijklmnopqr"]
-    tiny = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer)
-    tiny.add_tokens(family)
-    zh = StepRule.from_tokenizer(tiny, "zh")
-    assert len(zh.step_ids) > 16
-    assert stop_texts(zh, tiny) == ("\n",)
-
-
 @pytest.mark.parametrize(
     ("before", "added", "kept"),
     [
@@ -165,8 +154,8 @@ class ScriptedPolicy:
             text += token
             if token == ".\n\n" and count > 1:
                 step_scores.append(0.5)
-            if any(stop in text for stop in payload["stop"] or ()):
-                reason, text = "stop", text[: min(text.index(s) for s in payload["stop"] if s in text)]
+            if self.tokenizer.encode(token)[0] in payload["stop_token_ids"]:
+                reason = "stop_token"
                 break
         self.generated += count
         scores = {"step_scores": [step_scores]} if payload["return_scores"] else {}

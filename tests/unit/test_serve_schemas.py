@@ -15,6 +15,7 @@ def test_generate_defaults_are_the_published_ones() -> None:
         "max_tokens": 1024,
         "response_num": 8,
         "stop": None,
+        "stop_token_ids": None,
         "temperature": 0.8,
         "seed": None,
         "top_p": 0.95,

@@ -38,6 +38,7 @@ class SamplingParams:
         top_k: -1 or 0 keeps every token.
         repetition_penalty: divides (multiplies, when negative) the logits of tokens seen in prompt or response.
         stop: strings that end a completion and are cut from its text.
+        stop_token_ids: tokens that end a completion, or interrupt it: they stay in its text.
         seed: sample i draws from a stream derived from (seed, i); None takes the engine's seed, or a fresh stream.
         first: number of the first sample, so that a request can be made in parts: its `n` are first, first + 1, ...
         log_probs: return each token's log-prob under softmax(logits / temperature), before penalties, top-k and top-p
@@ -51,6 +52,7 @@ class SamplingParams:
     top_k: int = -1
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
     first: int = 0
     ignore_eos: bool = False
@@ -74,7 +76,11 @@ class SamplingParams:
 
 @dataclass
 class Completion:
-    """One sampled response; `token_ids` include the end-of-sequence token or the one completing a stop string."""
+    """One sampled response; `token_ids` include the end-of-sequence token or the one completing a stop string.
+
+    Attributes:
+        finish_reason: `stop` (end of sequence, or a stop string), `stop_token` (one of `stop_token_ids`), or `length`.
+    """
 
     token_ids: list[int]
     text: str
@@ -105,6 +111,11 @@ class _Request:
     samples: list[Sample]
     return_scores: bool
     completions: dict[int, Completion] = field(default_factory=dict)
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> str:
+    """`text` up to where the first of the stop strings begins."""
+    return text[: min((text.index(string) for string in stop if string in text), default=len(text))]
 
 
 def sample_seed(seed: int, index: int) -> int:

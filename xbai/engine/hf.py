@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from xbai.engine.base import Completion, Engine, Sample
+from xbai.engine.base import Completion, Engine, Sample, cut_at_stop
 from xbai.engine.files import (
     eos_token_ids,
     load_tokenizer,
@@ -223,16 +223,16 @@ class _Row:
         params = self.sample.params
         if (token in self.eos_ids and not params.ignore_eos) or self._stops():
             self.finish_reason = "stop"
+        elif token in params.stop_token_ids:
+            self.finish_reason = "stop_token"
         elif len(self.token_ids) >= params.max_tokens:
             self.finish_reason = "length"
 
     def completion(self) -> Completion:
         """The finished completion, its text cut before the first stop string."""
-        text = self._decode(self.token_ids)
-        cuts = [text.index(stop) for stop in self.sample.params.stop if stop in text]
         return Completion(
             token_ids=self.token_ids,
-            text=text[: min(cuts, default=len(text))],
+            text=cut_at_stop(self._decode(self.token_ids), self.sample.params.stop),
             finish_reason=self.finish_reason,
             log_probs=self.log_probs if self.sample.params.log_probs else None,
         )

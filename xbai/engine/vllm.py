@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from xbai.engine.base import Completion, Engine, Sample
+from xbai.engine.base import Completion, Engine, Sample, cut_at_stop
 from xbai.engine.files import LM_HEAD, eos_token_ids, load_tokenizer, read_config, resolve_dtype, resolve_max_model_len
 from xbai.engine.fused_scores import FusedHead, obstacle, register_models, step_scores
 from xbai.engine.scorer import HEAD_PREFIX, Scorer
@@ -209,6 +209,12 @@ class VLLMEngine(Engine):
 
     def _finish(self, sample: Sample, output: Any) -> tuple[Sample, Completion]:
         completion = Completion(list(output.token_ids), output.text, output.finish_reason)
+        eos_ids = () if sample.params.ignore_eos else self._eos_ids
+        if output.stop_reason in sample.params.stop_token_ids and output.stop_reason not in eos_ids:
+            # vLLM leaves the token out of the text, and does not look for stop strings in it.
+            text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+            completion.text = cut_at_stop(text, sample.params.stop)
+            completion.finish_reason = "stop_token" if completion.text == text else "stop"
         if columns := self._columns(sample):
             values = output.logprobs.logprobs
             if sample.params.log_probs:
@@ -255,7 +261,7 @@ class VLLMEngine(Engine):
             top_k=params.top_k,
             repetition_penalty=params.repetition_penalty,
             stop=list(params.stop),
-            stop_token_ids=[] if params.ignore_eos else list(self._eos_ids),
+            stop_token_ids=[*params.stop_token_ids, *(() if params.ignore_eos else self._eos_ids)],
             ignore_eos=params.ignore_eos,
             seed=sample.seed,
             logprobs=columns - 1 if (columns := self._columns(sample)) else None,

@@ -10,7 +10,6 @@ from xbai.engine import Completion, Engine, SamplingParams
 from xbai.errors import UserError
 from xbai.search.expander import Continuation
 from xbai.search.path import Path
-from xbai.search.step_texts import stop_texts
 from xbai.sprm.steps import THINK_CLOSE
 
 
@@ -80,7 +79,6 @@ class EngineSource:
         self._loop = loop
         self._prompt_ids = list(prompt_ids)
         self._params = params
-        self._stops = stop_texts(loop.engine.step_rule, loop.engine.tokenizer)
 
     async def write_on(self, path: Path, max_tokens: int, to_end: bool, seed: int | None) -> Continuation:
         """See `StepSource`."""
@@ -88,12 +86,10 @@ class EngineSource:
         prompt_ids = [*self._prompt_ids, *path.token_ids]
         if len(prompt_ids) >= engine.max_model_len:
             return Continuation(replace(path, finish_reason="length"), 0)
-        stops = () if to_end or THINK_CLOSE in path.text else self._stops
-        params = replace(self._params, n=1, max_tokens=max_tokens, seed=seed, stop=(*self._params.stop, *stops))
+        step_ids = () if to_end or THINK_CLOSE in path.text else engine.step_rule.step_ids
+        params = replace(self._params, n=1, max_tokens=max_tokens, seed=seed, stop_token_ids=step_ids)
         completion = await self._loop.generate(prompt_ids, len(self._prompt_ids), params)
-        # An engine's text is cut before the string that stopped it; its tokens tell whether that was one of ours.
-        paused = any(stop in self._decode(completion.token_ids) for stop in stops)
-        ended = completion.finish_reason == "stop" and not paused
+        ended = completion.finish_reason == "stop"
         token_ids = (*path.token_ids, *completion.token_ids)
         grown = Path(
             text=path.text + completion.text if ended else self._decode(token_ids),

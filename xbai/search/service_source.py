@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +10,6 @@ import torch
 from xbai.evaluate.client import RequestRefusedError, ServicePool
 from xbai.search.expander import Continuation
 from xbai.search.path import Path
-from xbai.search.step_texts import stop_texts
 from xbai.sprm import StepRule, step_feature_mask
 from xbai.sprm.steps import THINK_CLOSE
 
@@ -43,28 +40,22 @@ class StepServices:
 @dataclass(frozen=True)
 class _Answer:
     text: str
-    stopped: bool
+    finish_reason: str
     token_count: int
     step_scores: list[float]
 
 
 class ServiceSource:
-    """Writes on at the responses to one prompt.
-
-    `/generate` cuts a text before the string that stopped it, and does not say whether a string did or the response
-    ended. Where the step scores do not tell either, the request is repeated with the same seed, for as many tokens and
-    without stop strings, which gives the same text whole; these tokens count as spent.
-    """
+    """Writes on at the responses to one prompt; a step token pauses generation and stays in the text."""
 
     def __init__(self, services: StepServices, prompt: str) -> None:
         self._services = services
         self._prompt = prompt
-        self._stops = stop_texts(services.rule, services.tokenizer)
 
     async def write_on(self, path: Path, max_tokens: int, to_end: bool, seed: int | None) -> Continuation:
         """See `StepSource`."""
         try:
-            answer, spent = await self._generate(path, max_tokens, to_end or THINK_CLOSE in path.text, seed)
+            answer = await self._post(path, max_tokens, to_end or THINK_CLOSE in path.text, seed)
         except RequestRefusedError as error:
             if path.text and str(error).startswith(TOO_LONG):
                 return Continuation(replace(path, finish_reason="length"), 0)
@@ -73,40 +64,25 @@ class ServiceSource:
             text=path.text + answer.text,
             token_count=path.token_count + answer.token_count,
             step_scores=await self._step_scores(path, answer),
-            finish_reason="stop" if answer.stopped else None,
+            finish_reason="stop" if answer.finish_reason == "stop" else None,
         )
-        return Continuation(grown, spent)
+        return Continuation(grown, answer.token_count)
 
-    async def _generate(self, path: Path, max_tokens: int, to_end: bool, seed: int | None) -> tuple[_Answer, int]:
-        """What was written, whole, and the tokens that this took; `stopped` says that the response ended."""
-        seed = secrets.randbits(62) if seed is None else seed
-        if to_end:
-            answer = await self._post(path, max_tokens, (), seed)
-            return answer, answer.token_count
-        answer = await self._post(path, max(1, max_tokens // 2), self._stops, seed)
-        if not answer.stopped:
-            return answer, answer.token_count
-        if answer.step_scores and len(self._stops) == 1:
-            return replace(answer, text=answer.text + self._stops[0], stopped=False), answer.token_count
-        whole = await self._post(path, answer.token_count, (), seed)
-        return whole, answer.token_count + whole.token_count
-
-    async def _post(self, path: Path, max_tokens: int, stops: Sequence[str], seed: int) -> _Answer:
-        sampling = self._services.sampling
+    async def _post(self, path: Path, max_tokens: int, to_end: bool, seed: int | None) -> _Answer:
         answer = await self._services.policy.post(
             {
-                **sampling,
+                **self._services.sampling,
                 "prefix_prompt": self._prompt + path.text,
                 "response_num": 1,
                 "max_tokens": max_tokens,
-                "stop": [*(sampling.get("stop") or ()), *stops] or None,
+                "stop_token_ids": [] if to_end else list(self._services.rule.step_ids),
                 "seed": seed,
                 "return_scores": self._services.scorer is None,
             }
         )
         return _Answer(
             text=answer["results"][0],
-            stopped=answer["finish_reasons"][0] == "stop",
+            finish_reason=answer["finish_reasons"][0],
             token_count=answer["token_counts"][0],
             step_scores=answer["step_scores"][0] if self._services.scorer is None else [],
         )

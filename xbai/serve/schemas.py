@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 MAX_RESPONSES = 1024
 MAX_BATCH_TEXTS = 1024
+MAX_STOP_TOKENS = 4096
 
 
 def _encodable(text: str) -> str:
@@ -35,6 +36,11 @@ class GenerateRequest(WireModel):
     max_tokens: int = Field(1024, ge=1, le=2**31 - 1)
     response_num: int = Field(8, ge=1, le=MAX_RESPONSES)
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    stop_token_ids: list[Annotated[int, Field(ge=0, le=2**31 - 1)]] | None = Field(
+        None,
+        max_length=MAX_STOP_TOKENS,
+        description="Tokens that end a response but stay in its text; its finish reason is then stop_token.",
+    )
     temperature: float = Field(0.8, ge=0, le=2, description="0 is greedy.")
     seed: int | None = Field(None, ge=0, le=2**63 - 1, description="Response i uses a seed derived from (seed, i).")
     top_p: float = Field(0.95, gt=0, le=1)
