@@ -333,7 +333,8 @@ def test_a_download_that_breaks_off_goes_on_where_it_stopped(hub, run, tmp_path)
     hub.asked.clear()
     hub.break_off = "test.jsonl"
     arguments = ("livecodebench", "--release", "release_v1", "--out")
-    finished = run(*arguments, tmp_path / "first")
+    cache = {"HF_HOME": str(tmp_path / "cache")}
+    finished = run(*arguments, tmp_path / "first", **cache)
     assert finished.returncode == 0, finished.stderr
     assert len((tmp_path / "first/livecodebench.jsonl").read_text().splitlines()) == len(rows)
     downloads = [each for each in hub.asked if each.startswith("GET /datasets/livecodebench")]
@@ -341,7 +342,7 @@ def test_a_download_that_breaks_off_goes_on_where_it_stopped(hub, run, tmp_path)
     assert re.search(r"test\.jsonl bytes=\d{4,}-$", downloads[1])
     # What has arrived once is not downloaded again.
     hub.asked.clear()
-    assert run(*arguments, tmp_path / "second").returncode == 0
+    assert run(*arguments, tmp_path / "second", **cache).returncode == 0
     assert not [each for each in hub.asked if each.startswith("GET /datasets/livecodebench")]
 
 
