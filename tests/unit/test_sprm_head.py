@@ -1,6 +1,5 @@
 """The score head's published form and its files."""
 
-
 import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM

@@ -19,8 +19,13 @@ _FUSED_CLASSES = {
     "Qwen2ForCausalLM": "FusedQwen2ForCausalLM",
     "Qwen3ForCausalLM": "FusedQwen3ForCausalLM",
 }
-# Of vLLM's arguments; what else they let it do leaves one row of logits to each sampled token.
-_OTHER_FORWARD_PASSES = ("speculative_config", "pipeline_parallel_size", "model_impl", "enable_lora")
+# Of vLLM's arguments those that run other code than `fused_models`, and with which values they do not.
+_FORWARD_PASS = {
+    "speculative_config": (None,),
+    "pipeline_parallel_size": (1,),
+    "model_impl": ("auto", "vllm"),
+    "enable_lora": (False,),
+}
 
 
 def register_models() -> None:
@@ -44,7 +49,8 @@ def obstacle(config: PretrainedConfig, options: Mapping[str, Any]) -> str | None
         return f"{architecture} is none of {', '.join(_FUSED_CLASSES)}"
     if config.num_hidden_layers < 2:
         return "the model has only one layer"
-    return next((f"{name} changes the forward pass" for name in _OTHER_FORWARD_PASSES if options.get(name)), None)
+    changed = (name for name, usual in _FORWARD_PASS.items() if options.get(name, usual[0]) not in usual)
+    return next((f"{name} changes the forward pass" for name in changed), None)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,170 @@
+"""Scores that come with the tokens are those of a pass over the finished sequences, whatever the scheduler does."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from xbai.engine import Engine, SamplingParams, Scorer, load_engine
+from xbai.sprm import ScoreHead, SPRMConfig, StepRule, aggregate, save_score_head
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.slow
+
+MAX_MODEL_LEN = 512
+CACHE_BLOCKS, BLOCK_TOKENS = 10, 128
+STEP_IDS = tuple(range(40, 90))
+CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+
+
+@pytest.fixture(scope="module")
+def make_model(tiny_tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`make_model(config_class, tied=False, seed=0, opinion=3.0) -> folder`: random, of tokens that are about equally
+    likely, many of which end a step; the more of an opinion its head has, the further its scores are from one half."""
+
+    def make(config_class: type[PreTrainedConfig], tied: bool = False, seed: int = 0, opinion: float = 3.0) -> Path:
+        config = config_class(
+            vocab_size=len(tiny_tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=32,
+            max_position_embeddings=MAX_MODEL_LEN,
+            tie_word_embeddings=tied,
+            initializer_range=0.15,
+            bos_token_id=None,
+            eos_token_id=tiny_tokenizer.eos_token_id,
+            pad_token_id=tiny_tokenizer.pad_token_id,
+        )
+        folder = tmp_path_factory.mktemp(config.model_type)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config)
+            model.model.norm.weight.data *= 0.1
+            head = {name: opinion * weight for name, weight in ScoreHead(64).state_dict().items()}
+        model.save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        save_score_head(folder, head, SPRMConfig(StepRule("en", STEP_IDS)))
+        return folder
+
+    return make
+
+
+def crowded_engine(folder: Path, dtype: str = "float32", **options: Any) -> Engine:
+    """An engine whose cache holds a few sequences, and whose iterations hold a prompt and a piece of another."""
+    config = AutoConfig.from_pretrained(folder)
+    bytes_per_token = 2 * config.num_hidden_layers * config.head_dim * getattr(torch, dtype).itemsize
+    return load_engine(
+        "vllm",
+        folder,
+        dtype=dtype,
+        kv_cache_memory_bytes=CACHE_BLOCKS * BLOCK_TOKENS * bytes_per_token,
+        max_num_batched_tokens=MAX_MODEL_LEN,
+        enable_chunked_prefill=True,
+        **options,
+    )
+
+
+@pytest.fixture
+def preemptions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempt, found = Scheduler._preempt_request, []
+
+    def recording(self: Scheduler, request: Any, *args: Any, **kwargs: Any) -> None:
+        found.append(request.request_id)
+        preempt(self, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", recording)
+    return found
+
+
+def differences(engine: Engine, scorer: Scorer, requests: int = 16) -> tuple[float, float]:
+    """The largest difference of a step's and of a response's score between the engine and `scorer`."""
+    generator = random.Random(0)
+    common = [generator.randrange(5, 200) for _ in range(BLOCK_TOKENS + 20)]
+    pairs = []
+    for number in range(requests):
+        prompt = common[: generator.randrange(1, len(common))] + [5 + number] * generator.randrange(1, 90)
+        # Among requests that want neither scores nor log-probs, or both.
+        params = SamplingParams(n=2, max_tokens=generator.randrange(1, 180), ignore_eos=True, log_probs=number % 3 == 0)
+        engine.add_request(f"{number}", prompt, params, return_scores=number % 4 != 3)
+        pairs.append((prompt, params))
+    results = {}
+    while engine.has_unfinished():
+        results.update(engine.step())
+    of_steps, of_responses, values = [], [], []
+    for number, (prompt, params) in enumerate(pairs):
+        sampled = results[f"{number}"]
+        assert all((one.log_probs is not None) == params.log_probs for one in sampled)
+        if number % 4 == 3:
+            assert all(one.step_scores is None for one in sampled)
+            continue
+        expected = scorer.score([prompt + one.token_ids for one in sampled], [len(prompt)] * len(sampled))
+        for one, other in zip(sampled, expected, strict=True):
+            assert len(one.step_scores) == len(other.step_scores)
+            of_steps += [abs(a - b) for a, b in zip(one.step_scores, other.step_scores)]
+            of_responses.append(abs(aggregate(one.step_scores) - other.value))
+            values += one.step_scores
+    assert len(values) > 100
+    assert torch.tensor(values).std() > 0.04
+    return max(of_steps), max(of_responses)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_scores_of_a_crowded_engine_are_those_of_a_second_pass(
+    make_model: Callable[..., Path], preemptions: list[str], name: str
+) -> None:
+    tied = name == "qwen2"
+    folder = make_model(CONFIGS[name], tied)
+    engine = crowded_engine(folder)
+    assert max(differences(engine, Scorer.from_folder(folder))) < 1e-4
+    assert preemptions
+    assert engine.cached_prompt_tokens
+    assert engine.scorer is None
+
+    other = make_model(CONFIGS[name], tied, seed=1)
+    head = torch.load(other / "score_module.pt", weights_only=True)
+    weights = dict(AutoModelForCausalLM.from_pretrained(other).named_parameters())
+    weights |= {f"score_head.{name}": weight for name, weight in head.items()}
+    engine.update_weights(weights.items(), check=True)
+    scorer = Scorer.from_folder(other)
+    assert max(differences(engine, scorer)) < 1e-4
+    # Of a sequence that was not generated, by a scorer that begins with the weights the engine has now.
+    sequence = list(range(5, 200))
+    assert engine.score([sequence], [3])[0].step_scores == pytest.approx(scorer.score([sequence], [3])[0].step_scores)
+    engine.close()
+
+
+def test_scores_in_half_precision(make_model: Callable[..., Path]) -> None:
+    folder = make_model(Qwen3Config, opinion=1.0)
+    engine = crowded_engine(folder, "bfloat16")
+    assert differences(engine, Scorer.from_folder(folder, dtype="bfloat16"))[1] < 1e-2
+    engine.close()
+
+
+def test_a_model_that_cannot_score_as_it_generates_takes_a_second_pass(
+    make_model: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_model(MistralConfig)
+    engine = crowded_engine(folder)
+    assert "second forward pass: MistralForCausalLM is none of Llama" in caplog.text
+    assert max(differences(engine, Scorer.from_folder(folder), requests=6)) < 1e-4
+    assert engine.scorer is not None
+    engine.close()
