@@ -45,5 +45,27 @@ def test_a_bare_text_scores_as_one_with_its_prompt(
     assert bare == told
     assert bare["token_ids"] == tokenizer.encode(PROMPT) + tokenizer.encode(response)
     assert all(position >= len(tokenizer.encode(PROMPT)) for position in bare["score_positions"])
-    batch = httpx.post(f"{url}/score_batch", json={"texts": [PROMPT + response]}).json()
-    assert batch["values"] == [pytest.approx(bare["value"])]
+    texts = {"texts": [PROMPT + response, PROMPT + "a.\n\nb", PROMPT + response], "prompt": PROMPT}
+    batch = httpx.post(f"{url}/score_batch", json=texts).json()
+    assert batch.keys() == {"values"}
+    detailed = httpx.post(f"{url}/score_batch", json={**texts, "return_all_scores": True}).json()
+    assert detailed["values"] == batch["values"]
+    for i in (0, 2):
+        assert detailed["values"][i] == pytest.approx(bare["value"], abs=1e-6)
+        assert detailed["all_scores"][i] == pytest.approx(bare["all_scores"], abs=1e-6)
+        assert detailed["token_ids"][i] == bare["token_ids"]
+        assert detailed["score_positions"][i] == bare["score_positions"]
+    assert len(detailed["all_scores"][1]) == 1
+
+
+def test_a_batch_that_cannot_be_scored_names_the_texts(serve_app: Callable[[FastAPI], str], folder: Path) -> None:
+    thread = ScorerThread(lambda: ScoreModel(Scorer.from_folder(folder), load_tokenizer(folder), 8))
+    url = serve_app(create_score_app(thread, "tiny", Limits()))
+    deadline = time.monotonic() + 20
+    while not thread.ready and time.monotonic() < deadline:
+        time.sleep(0.01)
+    refused = httpx.post(f"{url}/score_batch", json={"texts": ["1+2", "1+2" * 4, "1", "1+2" * 3]})
+    assert refused.status_code == 413
+    assert refused.json()["detail"] == "texts[1]: 12 tokens, texts[3]: 9 tokens, the model takes 8"
+    refused = httpx.post(f"{url}/score_batch", json={"texts": ["1+2", "2+1"], "prompt": "1"})
+    assert (refused.status_code, refused.json()["detail"]) == (422, "prompt: texts[1] does not start with it")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI, Request
 
 from xbai.engine import Completion, SamplingParams
-from xbai.serve.app import ERRORS, Service
+from xbai.serve.app import Service
 from xbai.serve.engine_thread import EngineThread
 from xbai.serve.errors import ServiceError
 from xbai.serve.limits import Limits
@@ -19,7 +19,7 @@ def create_policy_app(thread: EngineThread, model_name: str, limits: Limits) -> 
     service.metrics.watch("xbai_engine_samples_waiting", "Samples before the engine", lambda: thread.samples_waiting)
     service.metrics.watch("xbai_engine_samples_begun", "Samples in the engine", lambda: thread.samples_begun)
 
-    @service.app.post("/generate", responses=ERRORS, response_model_exclude_none=True)
+    @service.app.post("/generate", **service.route(), response_model_exclude_none=True)
     async def generate(body: GenerateRequest, request: Request) -> GenerateResponse:
         """Sample `response_num` responses to a prompt."""
         with service.admission.admit(body.response_num):
@@ -60,6 +60,7 @@ def _sampling_params(body: GenerateRequest, room: int) -> SamplingParams:
         top_k=body.top_k or -1,
         repetition_penalty=body.repetition_penalty,
         stop=body.stop_texts(),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
         seed=body.seed,
     )
 
