@@ -131,7 +131,7 @@ stage_rl() {
         data.train_batch_size=32 data.max_prompt_length=32 data.max_response_length="$response_length" \
         actor_rollout_ref.actor.ppo_mini_batch_size=32 \
         actor_rollout_ref.actor.ppo_max_token_len_per_gpu=16384 \
-        actor_rollout_ref.actor.optim.lr=3e-4 \
+        actor_rollout_ref.actor.optim.lr=3e-4 actor_rollout_ref.actor.optim.warmup_style=cosine \
         actor_rollout_ref.actor.kl_loss_coef=0.1 \
         actor_rollout_ref.score.optim.lr=1e-3 \
         actor_rollout_ref.score.backbone_grad_scale=1.0 \
