@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -130,7 +131,7 @@ def test_a_finished_run_asks_for_nothing_and_grows(command: Callable, tmp_path: 
 def test_fused_scores_equal_the_service_and_a_dead_copy_does_no_harm(
     command: Callable, services: dict[str, str], tmp_path: Path
 ) -> None:
-    run(command(output_file=tmp_path / "service.jsonl"))
+    run(command(output_file=tmp_path / "service.jsonl", score_source="service"))
     urls = f"http://127.0.0.1:9/score,{services['policy']}"
     run(command(output_file=tmp_path / "fused.jsonl", score_api_url=None, response_api_url=urls))
     fused, served = results(tmp_path / "fused.jsonl"), results(tmp_path / "service.jsonl")
@@ -142,6 +143,26 @@ def test_fused_scores_equal_the_service_and_a_dead_copy_does_no_harm(
             assert solution == other
             if "\ufffd" not in solution:
                 assert score == pytest.approx(expected, abs=1e-4)
+
+
+def test_ctrl_c_ends_cleanly_and_a_second_one_at_once(command: Callable, tmp_path: Path) -> None:
+    interrupted = command(max_tokens=200, response_num=1, max_in_flight=1)
+    journal = tmp_path / "out.jsonl.journal"
+    for signals in (1, 2):
+        before = journal.stat().st_size if journal.exists() else 0
+        process = subprocess.Popen(interrupted, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not (journal.exists() and journal.stat().st_size > before + 500):
+            time.sleep(0.01)
+        for _ in range(signals):
+            process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=20)[1]
+        assert process.returncode == 130, said
+        assert "Traceback" not in said
+        if signals == 1:
+            kept = journal.read_bytes().count(b'"finish_reason"')
+            assert f"interrupted: {kept} samples are kept; run the same command again to go on" in said
+    run(interrupted)
+    assert_complete(results(tmp_path / "out.jsonl"))
 
 
 def test_parts_add_up(command: Callable, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import socket
+import sys
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -106,6 +107,11 @@ class ServicePool:
     def capacity(self) -> int:
         """Requests that can be in flight at once."""
         return self._replicas.capacity
+
+    async def room(self) -> None:
+        """Wait until a copy has room for one more than the requests that wait."""
+        async with self._replicas.lease(ticket=sys.maxsize, weight=0):
+            return
 
     async def post(self, payload: dict[str, Any], weight: int = 1) -> dict[str, Any]:
         """The answer to `payload`. `weight` is how much work it is, for the balance among the copies.

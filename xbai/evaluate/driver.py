@@ -68,16 +68,15 @@ class Driver:
     async def run(self, schedule: Schedule, prompts: Mapping[int, str]) -> None:
         """Score what an earlier run left unscored, and do what the schedule asks for, all at once."""
         self._prompts = prompts
-        slots = asyncio.Semaphore(self._services.policy.capacity)
         if self._services.scorer is not None:
             self._scoring = asyncio.Semaphore(self._services.scorer.capacity)
         async with asyncio.TaskGroup() as self._tasks:
             for key in self._store.unscored():
                 self._go_on(key)
             while schedule:
-                await slots.acquire()
-                task = self._tasks.create_task(self._generate(schedule.take(), schedule))
-                task.add_done_callback(lambda _: slots.release())
+                await self._services.policy.room()
+                self._tasks.create_task(self._generate(schedule.take(), schedule))
+                await asyncio.sleep(0)  # It takes the room.
         if self._failed_scores:
             logger.warning("%d scores could not be had; run the same command again to retry them", self._failed_scores)
 
