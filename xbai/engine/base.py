@@ -283,7 +283,7 @@ class Engine(ABC):
         """Undo `sleep`, save for weights that it dropped; of `weights` and `kv_cache` only those named (None: both)."""
 
     def watch(self, on_failure: Callable[[], None]) -> None:  # noqa: B027
-        """Have `on_failure` called, from any thread, when another process that the engine needs has died."""
+        """Have `on_failure` called, from any thread, when another process of the engine's has ended."""
 
     def close(self) -> None:  # noqa: B027
         """Free what the engine holds; it cannot be used afterwards."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import multiprocessing.connection
 import os
 import secrets
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -172,8 +174,20 @@ class VLLMEngine(Engine):
             self._llm.wake_up(None if parts is None else list(parts))
 
     def watch(self, on_failure: Callable[[], None]) -> None:
-        """Have `on_failure` called, from a thread of vLLM's, when a worker process has died."""
-        self._llm.engine_core.engine_core.model_executor.register_failure_callback(on_failure)
+        """Have `on_failure` called, from a thread of its own, as soon as a worker process has ended, also by `close`.
+
+        vLLM's own callback comes only once the other workers have been waited for.
+        """
+        workers = getattr(self._llm.engine_core.engine_core.model_executor, "workers", None)
+        if not workers:
+            return
+        ends = [worker.proc.sentinel for worker in workers]
+
+        def wait_for_an_end() -> None:
+            multiprocessing.connection.wait(ends)
+            on_failure()
+
+        threading.Thread(target=wait_for_an_end, name="workers", daemon=True).start()
 
     def close(self) -> None:
         """Shut vLLM down; a torch.distributed process group that was there before the engine stays."""

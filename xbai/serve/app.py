@@ -131,10 +131,9 @@ class Service:
         self._end = asyncio.get_running_loop().create_future()
         self.thread.start()
         yield
-        # A model that is being loaded, or hangs, cannot be interrupted.
-        patience_s = self._seconds_left() if self.thread.ready else 0.0
-        if not await asyncio.to_thread(self.thread.stop, patience_s):
-            logger.warning("the model thread still runs")
+        # One that is being loaded cannot be interrupted, and a broken one might never end.
+        if self.thread.ready and not await asyncio.to_thread(self.thread.stop, self._seconds_left()):
+            logger.warning("the model thread did not end in time")
         self._tokenizing.shutdown(wait=False)
 
     def _state(self, status: str) -> StateResponse:

@@ -259,7 +259,11 @@ class EngineThread(ModelThread[Engine]):
             self._finish(request, error)
 
     def _watch(self, model: Engine) -> None:
-        model.watch(lambda: self.fail(RuntimeError("a worker process of the engine died")))
+        def on_failure() -> None:
+            if not self._stopping:
+                self.fail(RuntimeError("a worker process of the engine died"))
+
+        model.watch(on_failure)
 
     def _close(self, model: Engine) -> None:
         model.close()

@@ -133,7 +133,9 @@ class RequestMiddleware:
         route = scope["path"] if scope["path"] in self._routes else UNKNOWN_ROUTE
         self._metrics.requests.labels(route, str(status)).inc()
         self._metrics.latency.labels(route).observe(seconds)
-        level = logging.DEBUG if scope["method"] == "GET" and status < 400 else logging.INFO
+        # Probes of /health and /ready would drown the requests; their 503 is an answer too.
+        probed = scope["method"] == "GET" and status in (200, 503)
+        level = logging.DEBUG if probed else logging.INFO
         fields = {**name, "route": route, "status": status, "seconds": round(seconds, 4), **log}
         logger.log(level, "request", extra={"fields": fields})
 

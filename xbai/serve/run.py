@@ -158,11 +158,10 @@ class _Server(uvicorn.Server):
 
 
 def _run(app: FastAPI, listener: socket.socket) -> None:
-    """Serve on `listener`. Returns after a graceful stop.
+    """Serve on `listener`. Returns after a graceful stop; ends the process with status 1 when the engine died.
 
     Raises:
         UserError: the model could not be loaded, for a reason the user can mend.
-        SystemExit: status 1 when the engine died.
     """
     host, port = listener.getsockname()[:2]
     logger.info("listening on http://%s:%d", host, port)
@@ -171,10 +170,9 @@ def _run(app: FastAPI, listener: socket.socket) -> None:
     error = service.thread.error
     if isinstance(error, UserError):
         raise error
-    if service.thread.running:
-        logger.warning("leaving while the model thread still runs")
+    if error is not None or service.thread.running:
+        # At once: cleaning up a broken engine can take as long as its workers please, which end with this process.
+        logger.warning("leaving without cleaning up the model")
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0 if error is None else 1)
-    if error is not None:
-        raise SystemExit(1)
