@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from verl import DataProto
 from verl.trainer.config_check import DEFAULTS_FILE
 from verl.workers.rollout import EngineRollout, engine_rollout
+from xbai.sprm import ScoreHead, SPRMConfig, StepRule, step_feature_mask, trajectory_scores
 
 WEIGHTS = {"a": torch.zeros(2**10), "b": torch.zeros(2**9, dtype=torch.bfloat16)}
 SYNC = ["wake weights", "policy to the device", "weights a b", "policy off the device", "wake kv_cache"]
@@ -50,8 +53,9 @@ def rollout_config(**changes: object) -> DictConfig:
     return config.actor_rollout_ref.rollout
 
 
-def make_rollout(folder: Path, **changes: object) -> EngineRollout:
-    return EngineRollout(rollout_config(**changes), OmegaConf.create({"path": str(folder)}), pad_token_id=0)
+def make_rollout(folder: Path, sprm_config: SPRMConfig | None = None, **changes: object) -> EngineRollout:
+    model = OmegaConf.create({"path": str(folder)})
+    return EngineRollout(rollout_config(**changes), model, pad_token_id=0, sprm_config=sprm_config)
 
 
 def wake_up(rollout: EngineRollout, engine: RecordingEngine) -> dict[str, float]:
@@ -136,3 +140,34 @@ def test_samples_of_a_prompt_share_its_cache_until_the_weights_change(make_tiny_
     assert torch.equal(changed.batch["rollout_log_probs"], fresh.batch["rollout_log_probs"])
     assert not torch.equal(changed.batch["responses"], first.batch["responses"])
     assert other.generate(prompts).meta_info["metrics"] == {}
+
+
+def test_a_head_that_is_trained_is_brought_before_the_first_sample(engine: RecordingEngine, tiny_model_dir: Path):
+    wake_up(make_rollout(tiny_model_dir, SPRMConfig(StepRule("en", (1,)))), engine)
+    wake_up(make_rollout(tiny_model_dir, SPRMConfig(StepRule("en", (1,))), name="hf"), engine)
+    assert engine.calls == SYNC[1:4]
+
+
+@pytest.mark.slow
+def test_samples_come_with_the_scores_of_the_head_that_is_trained(make_tiny_model):
+    pytest.importorskip("vllm")
+    rule = StepRule("en", tuple(range(40, 140)))
+    rollout = make_rollout(make_tiny_model(seed=0), SPRMConfig(rule), n=4, response_length=30, check_weight_sync=True)
+    model = AutoModelForCausalLM.from_pretrained(make_tiny_model(seed=1), dtype=torch.float32)
+    head = ScoreHead(model.config.hidden_size).eval()
+    heads = ((f"score_head.{name}", weight.detach()) for name, weight in head.named_parameters())
+
+    @contextmanager
+    def policy_weights() -> Iterator[Iterable[tuple[str, Tensor]]]:
+        yield chain(((name, weight.detach()) for name, weight in model.named_parameters()), heads)
+
+    rollout.wake_up(policy_weights)
+    ids = torch.randint(0, 200, (3, 12), generator=torch.Generator().manual_seed(0))
+    samples = rollout.generate(DataProto.from_dict({"input_ids": ids, "attention_mask": torch.ones_like(ids)})).batch
+    in_response = torch.cat([torch.zeros(12, 12, dtype=torch.bool), samples["response_mask"]], dim=1)
+    mask = step_feature_mask(samples["input_ids"], in_response, rule)
+    with torch.no_grad():
+        features = model(samples["input_ids"], output_hidden_states=True).hidden_states[-2]
+        expected = trajectory_scores(head(features), mask)
+    assert (mask.sum(-1) > 0).all()
+    assert torch.allclose(samples["rollout_scores"], expected, atol=1e-4)

@@ -96,7 +96,7 @@ class ActorRolloutRefWorker(Worker):
             config, self._policy.model, self._policy.optimizer, sp_group=sp_group, reference=reference_policy
         )
         self._background_saves = BackgroundSaves()
-        self._rollout = EngineRollout(config.rollout, config.model, self.tokenizer.pad_token_id)
+        self._rollout = EngineRollout(config.rollout, config.model, self.tokenizer.pad_token_id, self._sprm_config)
 
     @register(Dispatch.DP_COMPUTE_PROTO, group="rollout")
     def generate_sequences(self, prompts: DataProto) -> DataProto:

@@ -55,6 +55,14 @@ def train_metrics(
     if "old_step_logits" in columns:
         measured = sprm_metrics(columns["old_step_logits"], columns["step_feature_mask"], correct, graded)
         metrics |= {f"score/{name}": value for name, value in measured.items()}
+    if "rollout_scores" in columns:
+        # Without a step there is no score, which 0 stands for.
+        scores = columns["rollout_scores"]
+        judged = graded & (scores > 0)
+        metrics |= {
+            "rollout/score_mean": masked_mean(scores, judged),
+            "rollout/score_auc": auc(scores[judged], correct[judged]),
+        }
     return metrics
 
 

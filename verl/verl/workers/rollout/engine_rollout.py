@@ -14,6 +14,8 @@ from verl import DataProto
 from verl.workers.phase_metrics import GIB
 from xbai.engine import Completion, SamplingParams, load_engine
 from xbai.engine.files import read_config, resolve_dtype
+from xbai.engine.fused_scores import obstacle
+from xbai.sprm import SPRMConfig, aggregate
 
 Weights = Iterable[tuple[str, Tensor]]
 SAMPLING_KEYS = ("n", "temperature", "top_p", "top_k", "do_sample")
@@ -30,6 +32,8 @@ class EngineRollout:
         config: the `rollout` section: `name`, `prompt_length`, `response_length`, the sampling keys and the engine's.
         model: the `model` section: `path`, the folder to start from, and `trust_remote_code`.
         pad_token_id: fills prompts and responses up to their width.
+        sprm_config: of the score head that is trained. Where the engine scores tokens in the forward pass that samples
+            them, it takes this head with the policy's weights, and responses come with their scores.
 
     Attributes:
         engine: the engine.
@@ -39,12 +43,18 @@ class EngineRollout:
         UserError: an unknown engine, or a key that it cannot honour.
     """
 
-    def __init__(self, config: DictConfig, model: DictConfig, pad_token_id: int) -> None:
+    def __init__(
+        self, config: DictConfig, model: DictConfig, pad_token_id: int, sprm_config: SPRMConfig | None = None
+    ) -> None:
         self._config = config
         self._pad_token_id = pad_token_id
         self._response_length: int = config.response_length
         trust_remote_code = model.get("trust_remote_code", False)
-        self.dtype = resolve_dtype(config.dtype, read_config(model.path, trust_remote_code))
+        model_config, options = read_config(model.path, trust_remote_code), _engine_options(config)
+        self.dtype = resolve_dtype(config.dtype, model_config)
+        self._scores = sprm_config is not None and config.name == "vllm" and obstacle(model_config, options) is None
+        if self._scores:
+            options["sprm_config"] = sprm_config
         self.engine = load_engine(
             config.name,
             model.path,
@@ -52,9 +62,10 @@ class EngineRollout:
             max_model_len=config.get("max_model_len") or config.prompt_length + config.response_length,
             with_scores=False,
             trust_remote_code=trust_remote_code,
-            **_engine_options(config),
+            **options,
         )
-        self._is_current, self._is_asleep = True, False
+        # The engine begins with the folder's policy, but with a head without weights.
+        self._is_current, self._is_asleep = not self._scores, False
         self.sleep()
 
     def policy_has_changed(self) -> None:
@@ -118,7 +129,8 @@ class EngineRollout:
         Returns:
             Rows of one prompt next to each other: `prompts` [B*n, P], `responses` [B*n, R] padded on the right,
             `input_ids attention_mask position_ids` [B*n, P+R], `response_mask` [B*n, R], and `rollout_log_probs`
-            [B*n, R] in float32, 0 on padding. `meta_info["metrics"]` has `rollout/prefix_cache_hit_rate`, the share of
+            [B*n, R] in float32, 0 on padding; `rollout_scores` [B*n], the responses' scores where the engine has them.
+            `meta_info["metrics"]` has `rollout/prefix_cache_hit_rate`, the share of
             prompt tokens that were not computed anew, of an engine that counts it.
         """
         ids, mask = prompts.batch["input_ids"], prompts.batch["attention_mask"]
@@ -128,8 +140,12 @@ class EngineRollout:
         completions = self.engine.generate(
             [row[kept].tolist() for row, kept in zip(ids, mask.bool())],
             [SamplingParams(**sampling, seed=None if seed is None else int(seed)) for seed in seeds],
+            return_scores=self._scores,
         )
-        batch = self._to_batch(ids, mask, [one for group in completions for one in group], sampling["n"])
+        responses = [one for group in completions for one in group]
+        batch = self._to_batch(ids, mask, responses, sampling["n"])
+        if self._scores:
+            batch.batch["rollout_scores"] = torch.tensor([aggregate(one.step_scores) for one in responses])
         batch.meta_info["metrics"] = {}
         if counted := self.engine.prompt_tokens - counted:
             hit_rate = (self.engine.cached_prompt_tokens - cached) / counted
