@@ -87,6 +87,9 @@ OUTCOMES = {
     "python test/score_model_queue.py": SERVICE,
     "python test/policy_model_queue.py": SERVICE,
     "python test/inference.py": Outcome(wrote="outputs/make10.jsonl", needs_services=True),
+    "python test/inference.py --task make10 --input_file outputs/quickstart/data/make10_test.jsonl "
+    "--output_file outputs/beam.jsonl": Outcome(wrote="outputs/beam.jsonl", needs_services=True),
+    "xbai metric": Outcome(wrote="outputs/metrics.png", says="Best-of-N"),
     "python test/compute_metric.py": Outcome(says="Best-of-N", needs_services=True),
 }
 
