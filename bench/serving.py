@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -343,6 +344,8 @@ def main(
     given = {name: value for name, value in given.items() if value is not None}
     chosen_engine, counts = _engine_name(engine), _client_counts(clients)
     out = out or ROOT / f"bench/results/serving_{'gpu' if torch.cuda.is_available() else 'cpu'}.json"
+    # As an exception, so that no service outlives its benchmark.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     say(f"the figures go to {out}")
     models: dict[str, dict[str, Any]] = {}
     with quiet_transformers():
