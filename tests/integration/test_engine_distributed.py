@@ -85,6 +85,8 @@ def use_shared_engine(folder: str) -> None:
     assert everyones[0] == everyones[1]
 
     weights = {name: weight.detach() for name, weight in reference_model(folder).named_parameters()}
+    head = torch.load(f"{folder}/score_module.pt", weights_only=True)
+    weights |= {f"score_head.{name}": weight for name, weight in head.items()}
     load = engine._load_weights
     for victim in weights:
         engine._load_weights = lambda given, victim=victim: load(first_value_changed(given, victim, rank == 0))

@@ -208,7 +208,10 @@ class VLLMEngine(Engine):
             raise UserError("log_probs: vLLM's speculative decoding has none of logits / temperature; leave one out")
         for sample in samples:
             self._samples[sample.key] = sample
-            self._llm.add_request(sample.key, tokens_input(sample.prompt_ids), self._vllm_params(sample))
+            prompt = tokens_input(sample.prompt_ids)
+            request_id = self._llm.add_request(sample.key, prompt, self._vllm_params(sample))
+            # The text of a column is nobody's to read, and would take longer to make than that of the response.
+            self._llm.output_processor.request_states[request_id].logprobs_processor.tokenizer = None
 
     def _drop(self, samples: list[Sample]) -> None:
         keys = [sample.key for sample in samples if self._samples.pop(sample.key, None) is not None]
