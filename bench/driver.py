@@ -31,6 +31,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +42,7 @@ from simulated_service import latency_s
 
 from xbai.benchmarks.registry import get_benchmark
 from xbai.benchmarks.tiny_model import make_tokenizer
+from xbai.engine.files import load_tokenizer
 from xbai.evaluate.client import RetryPolicy, ServicePool, open_client
 from xbai.evaluate.results import read_result_lines
 from xbai.evaluate.run import RunOptions, run
@@ -65,8 +67,8 @@ class Workload:
             )
         )
         self.model_dir = folder / "model"
-        tokenizer = make_tokenizer()
-        tokenizer.save_pretrained(self.model_dir)
+        make_tokenizer().save_pretrained(self.model_dir)
+        tokenizer = load_tokenizer(self.model_dir)
         benchmark = get_benchmark("aime24")
         self.prompts = [prompt_text(tokenizer, benchmark.messages(q)) for q in benchmark.read(self.input_file)]
 
@@ -119,6 +121,12 @@ def _wait_ready(url: str, process: subprocess.Popen) -> None:
             time.sleep(0.1)
 
 
+def share_barrier(barrier: Barrier) -> None:
+    """Cases begin together: what one of them still imports would slow the others."""
+    global all_ready
+    all_ready = barrier
+
+
 def drive(services: int, ideal_s: float) -> dict[str, Any]:
     """The driver, while a service dies half way."""
     slots = SLOTS * services
@@ -139,6 +147,7 @@ def drive(services: int, ideal_s: float) -> dict[str, Any]:
                 score_source="none",
                 seed=SEED,
             )
+            all_ready.wait()
             death = threading.Timer(death_s, processes[0].kill)
             death.start()
             started = time.monotonic()
@@ -166,6 +175,7 @@ def drive_sequentially(services: int) -> dict[str, Any]:
         work = Workload(Path(name), SEQUENTIAL_QUESTIONS)
         ideal = work.total_s() / (SLOTS * services)
         with simulated_services(services, Path(name)) as (urls, _, _):
+            all_ready.wait()
             started = time.monotonic()
             asyncio.run(_question_by_question(work, ",".join(urls)))
             wall = time.monotonic() - started
@@ -188,7 +198,8 @@ def main(
 ) -> None:
     """Measure all cases at the same time: they need next to no processor."""
     counts = [int(count) for count in services.split(",")]
-    with ProcessPoolExecutor(2 * len(counts), mp_context=get_context("spawn")) as processes:
+    context, at_once = get_context("spawn"), 2 * len(counts)
+    with ProcessPoolExecutor(at_once, context, share_barrier, (context.Barrier(at_once),)) as processes:
         driven = [processes.submit(drive, count, seconds) for count in counts]
         sequential = [processes.submit(drive_sequentially, count) for count in counts]
         cases = [first.result() | second.result() for first, second in zip(driven, sequential)]

@@ -39,7 +39,7 @@ from http_load import Load, ServiceProcess, press, running_service
 from machine import ROOT, describe_machine, report
 from rich.console import Console
 from rich.table import Table
-from serving_models import MODELS, Sizes, default_sizes, random_prompt_ids, random_question, random_text, write_model
+from serving_models import MODELS, Sizes, default_sizes, random_prompt_ids, random_text, write_model
 from turns import Ratio, take_turns
 
 from xbai.engine import SamplingParams
@@ -207,7 +207,7 @@ def measure_policy_service(subject: Subject) -> dict[str, Any]:
     most = 2 * _whole_turns(sizes.requests, max(subject.clients))
     bodies = [
         {
-            "prefix_prompt": random_question(rng, sizes.prompt_tokens),
+            "prefix_prompt": random_text(rng, sizes.prompt_tokens),
             "max_tokens": sizes.response_tokens,
             "response_num": 1,
             "seed": seed,

@@ -16,10 +16,7 @@ from xbai.sprm import ScoreHead, SPRMConfig, StepRule, save_score_head
 MODELS = ("tiny", "0.5b")
 TOKENS_PER_STEP = 16
 LETTERS = "bcdfghjklmnpqrstvwxz"
-"""Each is a token by itself, and none of the tokenizer's words is written with them alone."""
-TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-TURN_TOKENS = 8
-QUESTION_TOKENS = 16
+"""Each is a token by itself: none of the tokenizer's words is written with them alone."""
 
 
 @dataclass(frozen=True)
@@ -100,15 +97,5 @@ def random_prompt_ids(vocabulary: int, count: int, tokens: int) -> list[list[int
 
 
 def random_text(rng: random.Random, tokens: int) -> str:
-    """Question and response, of so many tokens."""
-    question, response = _letters(rng, QUESTION_TOKENS), _letters(rng, tokens - TURN_TOKENS - QUESTION_TOKENS)
-    return TURN.format(question) + response
-
-
-def random_question(rng: random.Random, tokens: int) -> str:
-    """A question of so many tokens."""
-    return TURN.format(_letters(rng, tokens - TURN_TOKENS))
-
-
-def _letters(rng: random.Random, count: int) -> str:
-    return "".join(rng.choices(LETTERS, k=count))
+    """A text of so many tokens, without a chat header: all of it is scored."""
+    return "".join(rng.choices(LETTERS, k=tokens))

@@ -28,9 +28,9 @@ setup(
         "wandb>=0.20,<0.32",
     ],
     extras_require={
-        # optim.name=AdamW8bit and Adam8bit
+        # For optimisers with states in 8 bits
         "adam8bit": ["torchao>=0.18,<0.19"],
-        # model.use_liger, on GPUs
+        # For kernels on GPUs
         "liger": ["liger-kernel>=0.8,<0.9"],
     },
 )

@@ -76,7 +76,7 @@ def serve_policy(
         bool | None,
         typer.Option(
             "--with_scores/--no_scores",
-            help="Offer scores, for which most weights are loaded twice; by default where score_module.pt exists.",
+            help="Offer scores with the responses; by default where score_module.pt exists.",
         ),
     ] = None,
     tensor_parallel_size: Annotated[

@@ -1,4 +1,4 @@
-"""Programs as answers: which one counts, when outputs are the same, and right and wrong programs against their tests."""
+"""Programs as answers: which one counts, when outputs are the same, right and wrong programs against their tests."""
 
 import json
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from xbai.engine.files import load_tokenizer, quiet_transformers, read_config, resolve_dtype
+from xbai.engine.onednn import use_onednn
 from xbai.engine.packed_batch import PackedBatch
 from xbai.errors import UserError
 from xbai.sprm import (
@@ -116,6 +117,7 @@ class Scorer:
             backbone.set_attn_implementation(PACKED_ATTENTION)
         else:
             logger.warning("%s scores one text at a time: no packed sequences, %s", type(backbone).__name__, reason)
+        use_onednn(backbone)
         for layer in backbone.layers:
             layer.mlp.forward = partial(_by_chunks, layer.mlp.forward)
 

@@ -42,7 +42,7 @@ def serve_policy(
     Args:
         model_path, ip, port, limits: what to serve, where, and how much of it.
         engine: as `load_engine` takes it.
-        with_scores: load the score head too, with its copy of the weights; None where the folder has one.
+        with_scores: load the score head too; None where the folder has one.
         **options: further ones of `load_engine`; None leaves its default.
 
     Raises:
