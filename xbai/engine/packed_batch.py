@@ -12,6 +12,10 @@ SHARED_COST = 1 / 16
 """What it costs to attend to a token that another sequence brought, in tokens: its keys and values are copied."""
 
 
+ROW_MULTIPLE = 64
+"""Rows are filled up to a multiple of it: libraries of matrix products prepare, and keep, a kernel for each shape."""
+
+
 class PackedBatch:
     """Sequences end to end, without padding, and without repeating what one begins with like another before it.
 
@@ -63,21 +67,24 @@ class PackedBatch:
         return len(self._token_ids)
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
-        """The decoder's keyword arguments: N tokens as one row."""
+        """The decoder's keyword arguments: one row, which a sequence of zeros fills up."""
         from xbai.engine.packed_attention import Packing, SharedPrefixPacking
 
         def extents(lengths: list[int]) -> tuple[torch.Tensor, int]:
             return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device), max(lengths)
 
-        attending = [(path, own) for path, own in zip(self.paths, self._own_lengths, strict=True) if own]
+        fill = -len(self) % ROW_MULTIPLE
+        filling = list(range(len(self), len(self) + fill))
+        rows = zip([*self.paths, filling], [*self._own_lengths, fill], strict=True)
+        attending = [(path, own) for path, own in rows if own]
         own = extents([own for _, own in attending])
-        if sum(len(path) for path, _ in attending) == len(self):
+        if sum(len(path) for path, _ in attending) == len(self) + fill:
             packing = Packing(*own)
         else:
             key_index = torch.tensor([place for path, _ in attending for place in path], device=device)
             packing = SharedPrefixPacking(*own, key_index, *extents([len(path) for path, _ in attending]))
         return {
-            "input_ids": torch.tensor([self._token_ids], device=device),
-            "position_ids": torch.tensor([self._positions], device=device),
+            "input_ids": torch.tensor([self._token_ids + [0] * fill], device=device),
+            "position_ids": torch.tensor([self._positions + list(range(fill))], device=device),
             "packing": packing,
         }

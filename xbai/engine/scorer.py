@@ -201,7 +201,7 @@ class Scorer:
         """[K] float32 on the CPU, of all steps of all sequences."""
         inputs = batch.packed.inputs(self.device)
         if not self._packs:
-            inputs = {"input_ids": inputs["input_ids"]}
+            inputs = {"input_ids": inputs["input_ids"][:, : len(batch.packed)]}
         hidden = self.backbone(**inputs, use_cache=False).last_hidden_state[0]
         steps = [
             path[i] for path, positions in zip(batch.packed.paths, batch.positions, strict=True) for i in positions
