@@ -1,6 +1,6 @@
 """How near the evaluation driver comes to keeping every slot of its services busy, while one of them dies.
 
-    python bench/driver.py [--services 2,4] [--seconds 100] [--out FILE]
+    python bench/driver.py [--services 2,4] [--seconds 130] [--out FILE]
 
 Simulated policy services (`simulated_service.py`: real HTTP servers in processes of their own, latencies log-normal
 with mean 2 s, 8 slots each, 429 when full), one response a request, 32 responses a question. One service is killed
@@ -193,7 +193,7 @@ async def _question_by_question(work: Workload, urls: str) -> None:
 
 def main(
     services: Annotated[str, typer.Option("--services", help="How many, for each case; comma-separated.")] = "2,4",
-    seconds: Annotated[float, typer.Option("--seconds", min=1, help="About the ideal time of each case.")] = 100.0,
+    seconds: Annotated[float, typer.Option("--seconds", min=1, help="About the ideal time of each case.")] = 130.0,
     out: Annotated[Path, typer.Option("--out")] = ROOT / "bench" / "results" / "driver.json",
 ) -> None:
     """Measure all cases at the same time: they need next to no processor."""
