@@ -18,4 +18,5 @@ if (($#)); then
     exec "$bin/python" -m pytest "$@"
 fi
 "$bin/python" -m pytest -x -q -m "not slow"
-"$bin/python" -m pytest -x -q -m slow
+# Two files at a time: most of these tests wait for processes, ports and clocks.
+"$bin/python" -m pytest -x -q -m slow -n 2 --dist loadfile
