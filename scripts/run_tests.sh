@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Installs what is missing, then lints and tests; fast tests first. Extra arguments go to pytest.
 #
-#   bash scripts/run_tests.sh               everything
-#   bash scripts/run_tests.sh -m "not slow" the fast ones
+#   bash scripts/run_tests.sh                            everything that continuous integration runs
+#   bash scripts/run_tests.sh -m "not slow and not long" the fast ones
+#   bash scripts/run_tests.sh -m long                    those that need minutes each
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -17,6 +18,6 @@ export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} RAY_USAGE_STATS_ENABLED=0
 if (($#)); then
     exec "$bin/python" -m pytest "$@"
 fi
-"$bin/python" -m pytest -x -q -m "not slow"
+"$bin/python" -m pytest -x -q -m "not slow and not long"
 # Two files at a time: most of these tests wait for processes, ports and clocks.
 "$bin/python" -m pytest -x -q -m slow -n 2 --dist loadfile

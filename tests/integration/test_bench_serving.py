@@ -13,7 +13,7 @@ import pytest
 BENCH = Path(__file__).parents[2] / "bench"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_serving_benchmark_compares_what_gives_the_same_scores(tmp_path: Path) -> None:
     sizes = {
         "model": "tiny",

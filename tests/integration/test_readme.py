@@ -152,7 +152,8 @@ def quickstart(checkout) -> Miniature:
     def stop(process, send) -> None:
         send()
         assert process.wait(60) != 0
-        checkout.wait_until(lambda: not checkout.processes(), 30, "the processes of an interrupted quickstart end")
+        # vLLM looks at model classes in a child of its own, which no signal reaches while it imports.
+        checkout.wait_until(lambda: not checkout.processes(), 90, "the processes of an interrupted quickstart end")
         outputs.append(checkout.logs[-1].read_text())
 
     def training() -> bool:

@@ -21,7 +21,7 @@ import pytest
 
 from verl.utils.tracking import METRICS_FILE
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 
 REPOSITORY = Path(__file__).parents[2]
 HEAD, WORKER = "node-a", "node-b"
