@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -104,6 +104,16 @@ def test_another_kind_is_not_guessed() -> None:
         ModelShape.from_config(AutoConfig.for_model("gpt2"))
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Attention on CPU takes a work space for each thread, which no GPU does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS[1:3], ids=lambda variant: variant["model_type"])
 def test_activations_are_what_torch_allocates(variant: dict, dtype: torch.dtype) -> None:
