@@ -99,3 +99,27 @@ def test_the_oldest_request_is_served_first_and_cancelled_ones_leave_no_trace() 
         return served
 
     assert asyncio.run(run()) == [5, 1, 3]
+
+
+def test_a_request_leaves_the_copy_that_failed_it_to_others_while_another_works() -> None:
+    async def run() -> list[tuple[int, str]]:
+        replicas = Replicas(["http://a", "http://b"], 1)
+        served: list[tuple[int, str]] = []
+
+        async def use(ticket: int, failed_on: set[str]) -> None:
+            async with replicas.lease(ticket, 1, failed_on) as replica:
+                served.append((ticket, replica.base_url))
+                await asyncio.sleep(0.01)
+
+        async with replicas.lease(0, 1, {"http://a"}) as busy_replica:
+            assert busy_replica.base_url == "http://b"
+            oldest = asyncio.create_task(use(1, {"http://a"}))
+            await asyncio.sleep(0)
+            await use(2, set())
+        await oldest
+        await use(3, {"http://a", "http://b"})
+        replicas.all[1].failed(asyncio.get_running_loop().time(), answered=False)
+        await use(4, {"http://a"})
+        return served
+
+    assert asyncio.run(run()) == [(2, "http://a"), (1, "http://b"), (3, "http://a"), (4, "http://a")]

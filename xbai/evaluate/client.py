@@ -123,13 +123,14 @@ class ServicePool:
             ServiceUnavailableError: every copy has been out of reach for `patience_s`.
         """
         ticket = next(self._tickets)
-        failures = 0
+        failures, failed_on = 0, set[str]()
         while True:
             try:
-                async with self._replicas.lease(ticket, weight) as replica:
+                async with self._replicas.lease(ticket, weight, failed_on) as replica:
                     return await self._attempt(replica, payload)
             except _TryAgainError as problem:
                 failures += problem.is_failure
+                failed_on |= {replica.base_url} if problem.is_failure else set()
                 if failures >= self._policy.max_attempts:
                     raise RequestFailedError(f"{failures} attempts failed, the last with: {problem}") from None
                 self._check_patience(str(problem))

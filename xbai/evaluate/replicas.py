@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Sequence, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -122,6 +122,7 @@ class Replica:
 class _Waiting:
     ticket: int
     weight: int = field(compare=False)
+    failed_on: Set[str] = field(compare=False)
     replica: asyncio.Future[Replica] = field(compare=False)
 
 
@@ -139,9 +140,14 @@ class Replicas:
         return sum(replica.max_in_flight for replica in self.all)
 
     @asynccontextmanager
-    async def lease(self, ticket: int, weight: int) -> AsyncIterator[Replica]:
-        """A copy that has room, once there is one; the lowest ticket first. `weight` is how much work it is."""
-        waiting = _Waiting(ticket, weight, asyncio.get_running_loop().create_future())
+    async def lease(self, ticket: int, weight: int, failed_on: Set[str] = frozenset()) -> AsyncIterator[Replica]:
+        """A copy that has room, once there is one; the lowest ticket first.
+
+        Args:
+            weight: how much work the request is.
+            failed_on: URLs of the copies that failed on it: left to other requests while any other copy works.
+        """
+        waiting = _Waiting(ticket, weight, failed_on, asyncio.get_running_loop().create_future())
         heapq.heappush(self._waiting, waiting)
         self._hand_out()
         try:
@@ -154,20 +160,26 @@ class Replicas:
     def _hand_out(self) -> None:
         loop = asyncio.get_running_loop()
         now = loop.time()
-        while self._waiting:
-            if self._waiting[0].replica.done():  # cancelled while it waited
-                heapq.heappop(self._waiting)
-                continue
-            free = [replica for replica in self.all if replica.has_room(now)]
-            if not free:
-                break
+        passed_over: list[_Waiting] = []
+        while self._waiting and (free := [replica for replica in self.all if replica.has_room(now)]):
             waiting = heapq.heappop(self._waiting)
-            replica = min(free, key=Replica.preference)
+            if waiting.replica.done():  # cancelled while it waited
+                continue
+            if not (choice := self._acceptable(free, waiting.failed_on)):
+                passed_over.append(waiting)
+                continue
+            replica = min(choice, key=Replica.preference)
             replica.take(waiting.weight, now)
             waiting.replica.set_result(replica)
+        for waiting in passed_over:
+            heapq.heappush(self._waiting, waiting)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         times = [time for time in (replica.room_again_at(now) for replica in self.all) if time is not None]
         if self._waiting and times:
             self._timer = loop.call_at(min(times), self._hand_out)
+
+    def _acceptable(self, free: list[Replica], failed_on: Set[str]) -> list[Replica]:
+        another_works = any(not replica.failures for replica in self.all if replica.base_url not in failed_on)
+        return [replica for replica in free if replica.base_url not in failed_on] if another_works else free
