@@ -204,14 +204,17 @@ class VLLMEngine(Engine):
     def _enqueue(self, samples: list[Sample]) -> None:
         from vllm.inputs.engine import tokens_input
 
+        from xbai.engine.vllm_sampler import ColumnReader
+
         if self._speculates and samples[0].params.log_probs:
             raise UserError("log_probs: vLLM's speculative decoding has none of logits / temperature; leave one out")
         for sample in samples:
             self._samples[sample.key] = sample
             prompt = tokens_input(sample.prompt_ids)
             request_id = self._llm.add_request(sample.key, prompt, self._vllm_params(sample))
-            # The text of a column is nobody's to read, and would take longer to make than that of the response.
-            self._llm.output_processor.request_states[request_id].logprobs_processor.tokenizer = None
+            if columns := self._columns(sample):
+                state = self._llm.output_processor.request_states[request_id]
+                state.logprobs_processor = ColumnReader(columns)
 
     def _drop(self, samples: list[Sample]) -> None:
         keys = [sample.key for sample in samples if self._samples.pop(sample.key, None) is not None]
@@ -233,7 +236,7 @@ class VLLMEngine(Engine):
             completion.text = cut_at_stop(text, sample.params.stop)
             completion.finish_reason = "stop_token" if completion.text == text else "stop"
         if columns := self._columns(sample):
-            values = output.logprobs.logprobs
+            values = output.logprobs
             if sample.params.log_probs:
                 completion.log_probs = values[LOG_PROB::columns]
             if self._fused_head is not None and sample.return_scores:
@@ -282,7 +285,6 @@ class VLLMEngine(Engine):
             ignore_eos=params.ignore_eos,
             seed=sample.seed,
             logprobs=columns - 1 if (columns := self._columns(sample)) else None,
-            flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from verl.utils.liger import apply_liger, check_liger
 from verl.workers.actor.joint_model import JointModel
@@ -81,10 +81,7 @@ def build_joint_model(
         score_model_path: `score_module.pt` or its folder; None takes the model folder's, and where that has none a
             fresh head, initialised alike on every rank.
         channel: the hidden size that the configuration expects, checked against the model's.
-        trust_remote_code: passed on to transformers.
-        gradient_checkpointing: recompute each decoder layer in the backward pass.
-        compute_dtype: what FSDP2 will cast the weights to (None: `dtype`); flash attention works in 16 bits only.
-        packed: for packed sequences (`model.use_remove_padding`), and for them alone.
+        trust_remote_code, gradient_checkpointing, compute_dtype, packed: see `load_transformer`.
         use_liger: see `apply_liger`.
         fused_kernels: see `token_log_probs`.
 
@@ -92,24 +89,18 @@ def build_joint_model(
         UserError: no such folder, no model in it, a head that does not fit, a model that cannot be packed, kernels that
             cannot run.
     """
-    files.check_model_folder(path)
-    try:
-        lm = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            attn_implementation=attention_for(compute_dtype or dtype, packed),
-            trust_remote_code=trust_remote_code,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: no causal LM that transformers can load ({reason})") from error
-    if packed:
-        check_packable(lm)
+    lm = load_transformer(
+        AutoModelForCausalLM,
+        path,
+        dtype,
+        packed=packed,
+        trust_remote_code=trust_remote_code,
+        gradient_checkpointing=gradient_checkpointing,
+        compute_dtype=compute_dtype,
+    )
     if use_liger:
         check_liger("cuda" if torch.cuda.is_available() else "cpu")
         apply_liger(lm)
-    if gradient_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     hidden_size = lm.config.hidden_size
     if channel is not None and channel != hidden_size:
         raise UserError(f"actor_rollout_ref.score.channel={channel}, but the hidden size of {path} is {hidden_size}")
@@ -120,6 +111,48 @@ def build_joint_model(
     else:
         head = load_score_head(score_model_path or path, hidden_size, sprm_config)
     return JointModel(lm, head, fused_kernels=fused_kernels)
+
+
+def load_transformer(
+    auto_class: type[AutoModel | AutoModelForCausalLM],
+    path: str | Path,
+    dtype: torch.dtype,
+    *,
+    packed: bool,
+    trust_remote_code: bool,
+    gradient_checkpointing: bool,
+    compute_dtype: torch.dtype | None,
+) -> PreTrainedModel:
+    """Load a Hugging Face folder for training, on the CPU.
+
+    Args:
+        auto_class: with the LM head or without.
+        path: model folder.
+        dtype: of the weights.
+        packed: for packed sequences (`model.use_remove_padding`), and for them alone.
+        trust_remote_code: passed on to transformers.
+        gradient_checkpointing: recompute each decoder layer in the backward pass.
+        compute_dtype: what FSDP2 will cast the weights to (None: `dtype`); flash attention works in 16 bits only.
+
+    Raises:
+        UserError: no such folder, no model in it, or one that cannot compute packed sequences.
+    """
+    files.check_model_folder(path)
+    try:
+        model = auto_class.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=attention_for(compute_dtype or dtype, packed),
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        kind = "causal LM" if auto_class is AutoModelForCausalLM else "model"
+        raise UserError(f"{path}: no {kind} that transformers can load ({str(error).splitlines()[0]})") from error
+    if packed:
+        check_packable(model)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
 
 
 def attention_for(compute_dtype: torch.dtype, packed: bool = False) -> str:

@@ -6,20 +6,19 @@ import torch
 from omegaconf import DictConfig
 
 from verl import DataProto
-from verl.single_controller import Dispatch, Worker, register
-from verl.utils.checkpoint import BackgroundSaves, load_checkpoint, save_checkpoint
+from verl.single_controller import Dispatch, register
 from verl.utils.fsdp import init_distributed
 from verl.utils.model import load_tokenizer, loading_dtype
 from verl.utils.optim import Optimizers
 from verl.utils.ulysses import check_head_counts, sequence_parallel_group
+from verl.workers.checkpointed_worker import CheckpointedWorker
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
 from verl.workers.critic.value_model import ValueModel, build_value_model
-from verl.workers.phase_metrics import measure_phase
+from verl.workers.phase_metrics import measure_phase, tokens_of_rank
 from verl.workers.placed_model import Dtypes, PlacedModel
-from xbai.errors import UserError
 
 
-class CriticWorker(Worker):
+class CriticWorker(CheckpointedWorker):
     """The critic of one rank. Results carry `meta_info["metrics"]`, as those of `ActorRolloutRefWorker` do.
 
     Args:
@@ -48,13 +47,13 @@ class CriticWorker(Worker):
         self._critic = DataParallelPPOCritic(
             config, self._critic_model.model, self._critic_model.optimizer, sequence_parallel_group(sp_size)
         )
-        self._background_saves = BackgroundSaves()
+        self._keep_checkpoints_of(self._critic_model, self.tokenizer, seed=self._seed)
 
     @register(Dispatch.DP_COMPUTE_PROTO, group="train")
     def compute_values(self, data: DataProto) -> DataProto:
         """`values` [B, R] of the states before each response token."""
         with measure_phase("values") as metrics, self._critic_model.on_device():
-            metrics["tokens"] = float(data.batch["attention_mask"].sum())
+            metrics["tokens"] = tokens_of_rank(data, self.config.ulysses_sequence_parallel_size)
             values = self._critic.compute_values(data.batch)
         return DataProto.from_dict({"values": values}, meta_info={"metrics": metrics})
 
@@ -65,47 +64,12 @@ class CriticWorker(Worker):
         Raises:
             UserError: the batch is not whole mini-batches.
         """
-        config = self.config
-        responses = len(data) * self.world_size // config.ulysses_sequence_parallel_size
-        if responses % (config.ppo_mini_batch_size * config.rollout_n):
-            raise UserError(
-                f"critic.ppo_mini_batch_size={config.ppo_mini_batch_size} prompts of {config.rollout_n} responses must "
-                f"divide the batch of {responses} responses (data.train_batch_size)"
-            )
         with measure_phase("update_critic") as metrics, self._critic_model.on_device(with_optimizer=True):
-            metrics["tokens"] = float(data.batch["attention_mask"].sum()) * config.ppo_epochs
+            metrics["tokens"] = (
+                tokens_of_rank(data, self.config.ulysses_sequence_parallel_size) * self.config.ppo_epochs
+            )
             training_metrics = self._critic.update_critic(data.batch)
         return DataProto(meta_info={"metrics": training_metrics | metrics})
-
-    @register(Dispatch.ONE_TO_ALL)
-    def save_checkpoint(self, folder: str, background: bool = False) -> None:
-        """Write this group's part of a checkpoint; with `background` only copy it, and write the copy meanwhile.
-
-        Raises:
-            UserError: it could not be written.
-        """
-        save = self._background_saves.start if background else save_checkpoint
-        with self._critic_model.on_device(with_optimizer=True):
-            save(folder, self._critic_model.model, self._critic_model.optimizer, self.tokenizer)
-
-    @register(Dispatch.ONE_TO_ALL)
-    def checkpoint_is_written(self) -> bool:
-        """Whether the save in the background is done; does not wait.
-
-        Raises:
-            UserError: it could not be written.
-        """
-        return self._background_saves.is_done()
-
-    @register(Dispatch.ONE_TO_ALL)
-    def load_checkpoint(self, folder: str) -> None:
-        """Go on from what `save_checkpoint` wrote.
-
-        Raises:
-            UserError: no checkpoint in the folder.
-        """
-        with self._critic_model.on_device(with_optimizer=True):
-            load_checkpoint(folder, self._critic_model.model, self._critic_model.optimizer, seed=self._seed)
 
     def _build_model(self) -> ValueModel:
         model = self.config.model

@@ -10,8 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from verl import DataProto
-from verl.single_controller import Dispatch, Worker, register
-from verl.utils.checkpoint import BackgroundSaves, load_checkpoint, save_checkpoint
+from verl.single_controller import Dispatch, register
 from verl.utils.fsdp import init_distributed, named_full_tensors
 from verl.utils.model import build_joint_model, load_tokenizer, loading_dtype
 from verl.utils.optim import JointOptimizer
@@ -20,11 +19,11 @@ from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.actor.joint_loss import LossConfig
 from verl.workers.actor.joint_model import JointModel
 from verl.workers.actor.reference import ReferencePolicy
+from verl.workers.checkpointed_worker import CheckpointedWorker
 from verl.workers.critic_worker import CriticWorker
-from verl.workers.phase_metrics import measure_phase
+from verl.workers.phase_metrics import measure_phase, tokens_of_rank
 from verl.workers.placed_model import Dtypes, PlacedModel
 from verl.workers.rollout import EngineRollout
-from xbai.errors import UserError
 from xbai.sprm import SPRMConfig, load_sprm_config, step_feature_mask
 
 __all__ = ["ActorRolloutRefWorker", "CriticWorker", "group_sizes"]
@@ -45,7 +44,7 @@ def group_sizes(config: DictConfig) -> dict[str, int]:
     }
 
 
-class ActorRolloutRefWorker(Worker):
+class ActorRolloutRefWorker(CheckpointedWorker):
     """Policy, rollout engine and, in the role `actor_rollout_ref`, the frozen reference policy of one rank.
 
     The result of every computing method has `meta_info["metrics"]`, the cost of the phase on rank 0 (and for
@@ -95,7 +94,13 @@ class ActorRolloutRefWorker(Worker):
         self._actor = DataParallelPPOActor(
             config, self._policy.model, self._policy.optimizer, sp_group=sp_group, reference=reference_policy
         )
-        self._background_saves = BackgroundSaves()
+        self._keep_checkpoints_of(
+            self._policy,
+            self.tokenizer,
+            self._sprm_config,
+            load_optimizer=not config.actor.optim.get("no_load_optim", False),
+            seed=self._seed,
+        )
         self._rollout = EngineRollout(config.rollout, config.model, self.tokenizer.pad_token_id, self._sprm_config)
 
     @register(Dispatch.DP_COMPUTE_PROTO, group="rollout")
@@ -126,7 +131,7 @@ class ActorRolloutRefWorker(Worker):
             )
         full_kl = data.meta_info.get("full_kl", False)
         with measure_phase("old_log_prob") as metrics, self._policy.on_device(), self._reference_on_device(full_kl):
-            metrics["tokens"] = _tokens(data) / group_sizes(self.config)["train"]
+            metrics["tokens"] = tokens_of_rank(data, group_sizes(self.config)["train"])
             columns |= self._actor.compute_log_prob({**dict(data.batch.items()), **columns}, compute_kl=full_kl)
         return DataProto.from_dict(columns, meta_info={"metrics": metrics})
 
@@ -134,7 +139,7 @@ class ActorRolloutRefWorker(Worker):
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         """`ref_log_prob` [B, R] under the reference policy."""
         with measure_phase("ref") as metrics, self._reference.on_device():
-            metrics["tokens"] = _tokens(data) / group_sizes(self.config)["reference"]
+            metrics["tokens"] = tokens_of_rank(data, group_sizes(self.config)["reference"])
             log_probs = self._reference_actor.compute_log_prob(data.batch, compute_entropy=False)["old_log_probs"]
         return DataProto.from_dict({"ref_log_prob": log_probs}, meta_info={"metrics": metrics})
 
@@ -146,42 +151,15 @@ class ActorRolloutRefWorker(Worker):
             UserError: the batch is not whole mini-batches.
         """
         sharers = group_sizes(self.config)["train"]
-        responses = len(data) * self.world_size // sharers
-        mini_batch = self.config.actor.ppo_mini_batch_size * self.config.rollout.n
-        if responses % mini_batch:
-            raise UserError(
-                f"actor.ppo_mini_batch_size={self.config.actor.ppo_mini_batch_size} prompts of {self.config.rollout.n} "
-                f"responses must divide the batch of {responses} responses (data.train_batch_size)"
-            )
         with (
             measure_phase("update_actor") as metrics,
             self._reference_on_device(LossConfig.from_config(self.config).uses_full_kl),
             self._policy.on_device(with_optimizer=True),
         ):
-            metrics["tokens"] = _tokens(data) * self.config.actor.ppo_epochs / sharers
+            metrics["tokens"] = tokens_of_rank(data, sharers) * self.config.actor.ppo_epochs
             training_metrics = self._actor.update_policy(data.batch)
         self._rollout.policy_has_changed()
         return DataProto(meta_info={"metrics": training_metrics | metrics})
-
-    @register(Dispatch.ONE_TO_ALL)
-    def save_checkpoint(self, folder: str, background: bool = False) -> None:
-        """Write this group's part of a checkpoint; with `background` only copy it, and write the copy meanwhile.
-
-        Raises:
-            UserError: it could not be written.
-        """
-        save = self._background_saves.start if background else save_checkpoint
-        with self._policy.on_device(with_optimizer=True):
-            save(folder, self._policy.model, self._policy.optimizer, self.tokenizer, self._sprm_config)
-
-    @register(Dispatch.ONE_TO_ALL)
-    def checkpoint_is_written(self) -> bool:
-        """Whether the save in the background is done; does not wait.
-
-        Raises:
-            UserError: it could not be written.
-        """
-        return self._background_saves.is_done()
 
     @register(Dispatch.ONE_TO_ALL)
     def load_checkpoint(self, folder: str) -> None:
@@ -190,11 +168,7 @@ class ActorRolloutRefWorker(Worker):
         Raises:
             UserError: no checkpoint in the folder.
         """
-        load_optimizer = not self.config.actor.optim.get("no_load_optim", False)
-        with self._policy.on_device(with_optimizer=True):
-            load_checkpoint(
-                folder, self._policy.model, self._policy.optimizer, load_optimizer=load_optimizer, seed=self._seed
-            )
+        super().load_checkpoint(folder)
         self._rollout.policy_has_changed()
 
     def _build_model(self, fsdp_config: DictConfig, sprm_config: SPRMConfig | None) -> JointModel:

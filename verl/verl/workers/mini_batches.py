@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,18 +33,29 @@ class MiniBatching:
         self._epochs, self._shuffle, self._sp_group = section["ppo_epochs"], section["shuffle"], sp_group
         rows = section["ppo_mini_batch_size"] * responses_per_prompt
         sp_size = 1 if sp_group is None else dist.get_world_size(sp_group)
-        groups = dist.get_world_size() // sp_size
-        if rows % groups:
+        self._groups = dist.get_world_size() // sp_size
+        if rows % self._groups:
             raise UserError(
                 f"{name}.ppo_mini_batch_size * rollout.n = {rows} must be a multiple of the number of ranks"
-                f"{' over ulysses_sequence_parallel_size' if sp_size > 1 else ''}, {groups}"
+                f"{' over ulysses_sequence_parallel_size' if sp_size > 1 else ''}, {self._groups}"
             )
-        self._rows = rows // groups
+        self._rows = rows // self._groups
+        self._name = f"{name}.ppo_mini_batch_size={section['ppo_mini_batch_size']} prompts of {responses_per_prompt}"
 
     def split(self, data: Batch) -> Iterator[dict[str, Tensor]]:
-        """This rank's share of each mini-batch, `ppo_epochs` times over."""
+        """This rank's share of each mini-batch, `ppo_epochs` times over.
+
+        Raises:
+            UserError: the batch is not whole mini-batches.
+        """
+        rank_rows = len(data["input_ids"])
+        if rank_rows % self._rows:
+            raise UserError(
+                f"{self._name} responses must divide the batch of {rank_rows * self._groups} responses "
+                "(data.train_batch_size)"
+            )
         for _ in range(self._epochs):
-            for rows in self._row_order(len(data["input_ids"])).split(self._rows):
+            for rows in self._row_order(rank_rows).split(self._rows):
                 yield {name: column[rows] for name, column in data.items()}
 
     def _row_order(self, rows: int) -> Tensor:
@@ -58,8 +69,18 @@ class MiniBatching:
         return order.cpu()
 
 
-def summed_over_ranks(shares: Mapping[str, Tensor]) -> dict[str, float]:
-    """Each scalar's sum over all ranks. A collective."""
-    stacked = torch.stack(list(shares.values())).double()
+def summed_over_ranks(shares: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Each scalar's sum over the micro-batches of a rank, which `shares` are of, and over all ranks. A collective."""
+    sums: dict[str, Tensor] = {}
+    for share in shares:
+        sums = {name: sums.get(name, 0) + value for name, value in share.items()}
+    stacked = torch.stack(list(sums.values())).double()
     dist.all_reduce(stacked)
-    return dict(zip(shares, stacked.tolist()))
+    return dict(zip(sums, stacked.tolist()))
+
+
+def means_over_steps(steps: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Each metric's mean over the optimiser steps; `skipped_updates` counts those with `skipped`."""
+    history = list(steps)
+    means = {name: sum(step[name] for step in history) / len(history) for name in history[0] if name != "skipped"}
+    return means | {"skipped_updates": sum(step["skipped"] for step in history)}

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 import torch
 
+from verl import DataProto
+
 GIB = 2**30
 
 
@@ -39,3 +41,8 @@ def measure_phase(phase: str) -> Iterator[dict[str, float]]:
 def _peak_rss() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def tokens_of_rank(data: DataProto, sharers: int) -> float:
+    """Tokens that a rank computes of rows that so many ranks share."""
+    return float(data.batch["attention_mask"].sum()) / sharers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from verl.workers.actor.joint_loss import LossConfig, Totals, joint_loss, local_
 from verl.workers.actor.joint_model import JointModel, JointOutput
 from verl.workers.actor.micro_batches import MicroBatches, MicroBatching
 from verl.workers.actor.reference import ReferencePolicy
-from verl.workers.mini_batches import MiniBatching, summed_over_ranks
+from verl.workers.mini_batches import MiniBatching, means_over_steps, summed_over_ranks
 from xbai.errors import UserError
 
 
@@ -127,35 +126,27 @@ class DataParallelPPOActor:
             the micro-batches were, `perf/*`. `actor/skipped_updates` counts those whose gradient was not finite.
 
         Raises:
-            UserError: `actor.tis_imp_ratio_cap` without the engine's log-probs.
+            UserError: `actor.tis_imp_ratio_cap` without the engine's log-probs, or a batch that is not whole
+                mini-batches.
         """
         self.model.train()
         keys = self._loss_config.batch_keys()
         if "rollout_log_probs" in keys and "rollout_log_probs" not in data.keys():  # noqa: SIM118 (a TensorDict, too)
             raise UserError("actor.tis_imp_ratio_cap needs the rollout engine's log-probs; this batch has none")
         data = {key: data[key] for key in keys}
-        history: dict[str, list[float]] = defaultdict(list)
-        for mini_batch in self._mini_batching.split(data):
-            for name, value in self._update(mini_batch).items():
-                history[name].append(value)
-        metrics = {name: sum(values) / len(values) for name, values in history.items()}
-        metrics |= self.optimizer.advance_schedules()
-        skipped = sum(history["skipped"])
-        return _prefixed({**metrics, "skipped_updates": skipped})
+        metrics = means_over_steps(map(self._update, self._mini_batching.split(data)))
+        return _prefixed(metrics | self.optimizer.advance_schedules())
 
     def _update(self, mini_batch: Batch) -> dict[str, float]:
         totals = local_totals(mini_batch, self._loss_config).to(self._device)
         dist.all_reduce(totals)
         # All ranks of a sequence-parallel group have counted the same rows.
         totals = Totals.from_tensor(totals / self._sp_size)
-        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self._device))
         micro_batches = MicroBatches(mini_batch, self._update_batching)
-        for _, batch in micro_batches:
-            for name, value in self._forward_backward(batch, totals).items():
-                sums[name] = sums[name] + value
+        shares = (self._forward_backward(batch, totals) for _, batch in micro_batches)
+        metrics = summed_over_ranks(shares) | micro_batches.balance()
         if self._loss_config.uses_full_kl:
             self._reference.release()
-        metrics = summed_over_ranks(sums) | micro_batches.balance()
         if self._loss_config.use_score:
             metrics |= {"counted_right": totals.steps.positive, "counted_wrong": totals.steps.negative}
         return metrics | self.optimizer.step(self._grad_clip, metrics["loss"])
@@ -192,4 +183,4 @@ METRIC_NAMES = {
 
 
 def _prefixed(metrics: dict[str, float]) -> dict[str, float]:
-    return {METRIC_NAMES.get(name, f"actor/{name}"): value for name, value in metrics.items() if name != "skipped"}
+    return {METRIC_NAMES.get(name, f"actor/{name}"): value for name, value in metrics.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from verl.utils.packing import Batch, layout_maker
 from verl.workers.actor.joint_loss import loss_mask
 from verl.workers.actor.micro_batches import MicroBatches, MicroBatching
 from verl.workers.critic.value_model import ValueModel
-from verl.workers.mini_batches import MiniBatching, summed_over_ranks
+from verl.workers.mini_batches import MiniBatching, means_over_steps, summed_over_ranks
 
 INPUT_KEYS = ("input_ids", "attention_mask", "position_ids", "response_mask")
 UPDATE_KEYS = (*INPUT_KEYS, "values", "returns", "graded")
@@ -88,15 +87,13 @@ class DataParallelPPOCritic:
         Returns:
             `critic/*`, means over the optimiser steps, the same on every rank; `critic/skipped_updates` counts those
             whose gradient was not finite.
+
+        Raises:
+            UserError: the batch is not whole mini-batches.
         """
         self.model.train()
-        history: dict[str, list[float]] = defaultdict(list)
-        for mini_batch in self._mini_batching.split({key: data[key] for key in UPDATE_KEYS}):
-            for name, value in self._update(mini_batch).items():
-                history[name].append(value)
-        skipped = sum(history.pop("skipped"))
-        metrics = {name: sum(values) / len(values) for name, values in history.items()}
-        metrics |= self.optimizer.advance_schedules() | {"skipped_updates": skipped}
+        mini_batches = self._mini_batching.split({key: data[key] for key in UPDATE_KEYS})
+        metrics = means_over_steps(map(self._update, mini_batches)) | self.optimizer.advance_schedules()
         return {f"critic/{name.removesuffix('/critic')}": value for name, value in metrics.items()}
 
     def _update(self, mini_batch: Batch) -> dict[str, float]:
@@ -104,12 +101,9 @@ class DataParallelPPOCritic:
         dist.all_reduce(tokens)
         # All ranks of a sequence-parallel group have counted the same rows.
         totals = Denominators(float(tokens) / self._sp_size, 0.0)
-        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self._device))
         micro_batches = MicroBatches(mini_batch, self._update_batching)
-        for _, batch in micro_batches:
-            for name, value in self._forward_backward(batch, totals).items():
-                sums[name] = sums[name] + value
-        metrics = summed_over_ranks(sums) | micro_batches.balance()
+        shares = (self._forward_backward(batch, totals) for _, batch in micro_batches)
+        metrics = summed_over_ranks(shares) | micro_batches.balance()
         return metrics | self.optimizer.step(self._grad_clip, metrics["vf_loss"])
 
     def _forward_backward(self, batch: Batch, totals: Denominators) -> dict[str, Tensor]:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
-from verl.utils.model import attention_for, check_packable
+from verl.utils.model import load_transformer
 from xbai.engine import files
-from xbai.errors import UserError
 
 if TYPE_CHECKING:
     from verl.utils.packing import TokenLayout
@@ -53,30 +52,21 @@ def build_value_model(
     Args:
         path: model folder, of a causal LM (whose LM head is not loaded) or of a base model.
         dtype: of the backbone's weights; the head is float32.
-        packed: for packed sequences (`model.use_remove_padding`), and for them alone.
-        trust_remote_code: passed on to transformers.
-        gradient_checkpointing: recompute each decoder layer in the backward pass.
-        compute_dtype: what FSDP2 will cast the weights to (None: `dtype`); flash attention works in 16 bits only.
+        packed, trust_remote_code, gradient_checkpointing, compute_dtype: see `load_transformer`.
 
     Raises:
         UserError: no such folder, no model in it, or one that cannot compute packed sequences.
     """
-    files.check_model_folder(path)
-    try:
-        with files.quiet_transformers():
-            backbone = AutoModel.from_pretrained(
-                path,
-                dtype=dtype,
-                attn_implementation=attention_for(compute_dtype or dtype, packed),
-                trust_remote_code=trust_remote_code,
-            )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: no model that transformers can load ({reason})") from error
-    if packed:
-        check_packable(backbone)
-    if gradient_checkpointing:
-        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with files.quiet_transformers():  # which would tell that the LM head is not loaded
+        backbone = load_transformer(
+            AutoModel,
+            path,
+            dtype,
+            packed=packed,
+            trust_remote_code=trust_remote_code,
+            gradient_checkpointing=gradient_checkpointing,
+            compute_dtype=compute_dtype,
+        )
     return ValueModel(backbone, _fresh_head(backbone.config.hidden_size))
 
 

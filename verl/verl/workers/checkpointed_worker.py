@@ -1,0 +1,58 @@
+"""The worker base of what is trained and saved: policy and critic."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from verl.single_controller import Dispatch, Worker, register
+from verl.utils.checkpoint import BackgroundSaves, load_checkpoint, save_checkpoint
+from verl.workers.placed_model import PlacedModel
+from xbai.sprm import SPRMConfig
+
+
+class CheckpointedWorker(Worker):
+    """A worker with one trained model, which a subclass hands over by `_keep_checkpoints_of`."""
+
+    def _keep_checkpoints_of(
+        self,
+        trained: PlacedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sprm_config: SPRMConfig | None = None,
+        *,
+        load_optimizer: bool = True,
+        seed: int = 0,
+    ) -> None:
+        """Prepare for saving. A collective; arguments as of `verl.utils.checkpoint`'s functions."""
+        self._trained, self._travels_along = trained, (tokenizer, sprm_config)
+        self._loading = {"load_optimizer": load_optimizer, "seed": seed}
+        self._background_saves = BackgroundSaves()
+
+    @register(Dispatch.ONE_TO_ALL)
+    def save_checkpoint(self, folder: str, background: bool = False) -> None:
+        """Write this group's part of a checkpoint; with `background` only copy it, and write the copy meanwhile.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        save = self._background_saves.start if background else save_checkpoint
+        with self._trained.on_device(with_optimizer=True):
+            save(folder, self._trained.model, self._trained.optimizer, *self._travels_along)
+
+    @register(Dispatch.ONE_TO_ALL)
+    def checkpoint_is_written(self) -> bool:
+        """Whether the save in the background is done; does not wait.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        return self._background_saves.is_done()
+
+    @register(Dispatch.ONE_TO_ALL)
+    def load_checkpoint(self, folder: str) -> None:
+        """Go on from what `save_checkpoint` wrote.
+
+        Raises:
+            UserError: no checkpoint in the folder.
+        """
+        with self._trained.on_device(with_optimizer=True):
+            load_checkpoint(folder, self._trained.model, self._trained.optimizer, **self._loading)
