@@ -139,6 +139,27 @@ def test_what_a_folder_lacks_is_named(make_tiny_model: Callable[..., Path], miss
     shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", (1, 64), r"shape \(1, 64\), the model has shape \(128, 64\)"),
+        ("model.norm.weight", (3,), r"shape \(3,\), the model has shape \(64,\)"),
+        ("score_head.3.bias", (), r"shape \(\), the model has shape \(1,\)"),
+        ("score_head.7.weight", (1,), "no such weight"),
+        ("model.layers.9.mlp.up_proj.weight", (1,), "no such weight"),
+    ],
+)
+def test_a_weight_of_another_shape_reaches_neither_model_nor_scorer(
+    tiny_model_dir: Path, name: str, shape: tuple[int, ...], message: str
+) -> None:
+    engine = load_engine("hf", tiny_model_dir)
+    before = {name: weight.clone() for name, weight in engine.scorer.backbone.named_parameters()}
+    with pytest.raises(UserError, match=f"^update_weights: {name} has .*{message}"):
+        engine.update_weights([(name, torch.full(shape, 7.0))])
+    assert all(torch.equal(weight, before[name]) for name, weight in engine.scorer.backbone.named_parameters())
+    assert all((weight < 7).all() for weight in engine.scorer.head.parameters())
+
+
 def test_code_of_a_model_folder_runs_only_when_trusted(make_tiny_model: Callable[..., Path]) -> None:
     folder = make_tiny_model()
     config = json.loads((folder / "config.json").read_text())

@@ -8,12 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from xbai.engine import PromptTooLong, Scored, Scorer, load_engine, packed_attention
 from xbai.engine import scorer as scorer_module
 from xbai.errors import UserError
-from xbai.sprm import aggregate, load_score_head, load_sprm_config, step_feature_mask
+from xbai.sprm import (
+    ScoreHead,
+    SPRMConfig,
+    StepRule,
+    aggregate,
+    load_score_head,
+    load_sprm_config,
+    save_score_head,
+    step_feature_mask,
+)
 
 PROMPT = "<|im_start|>user\nHi.\n\nBye<|im_end|>\n<|im_start|>assistant\n"
 PROMPT_TOKENS = len("user\nHiBye\nassistant\n") + 4
@@ -146,6 +155,36 @@ def test_a_model_that_cannot_be_packed_scores_one_by_one(
     assert batch.add(sequences[0], 0) and not batch.add(sequences[1], 0)
     expected = [result.step_scores for result in scorer.score(sequences, STARTS)]
     assert_scores(single.score(sequences, STARTS), expected)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "options", "reason"),
+    [
+        (Gemma2Config, {}, "caps its scores"),
+        (GptOssConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": None}, "has sinks"),
+    ],
+)
+def test_attention_of_other_kinds_scores_one_by_one(
+    config_class: type[PreTrainedConfig],
+    options: dict,
+    reason: str,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    sequences: list[list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sizes = {"vocab_size": len(tiny_tokenizer), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 512}
+    tokens = {"bos_token_id": None, "eos_token_id": tiny_tokenizer.eos_token_id, "pad_token_id": 0}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config_class(**sizes, **heads, **tokens, **options)).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    save_score_head(tmp_path, ScoreHead(64).state_dict(), SPRMConfig(StepRule.from_tokenizer(tiny_tokenizer)))
+    monkeypatch.setattr(scorer_module, "CHUNK_TOKENS", 7)
+    found = Scorer.from_folder(tmp_path, dtype="float32").score(sequences, STARTS)
+    assert reason in caplog.text
+    assert_scores(found, plain_scores(tmp_path, tiny_tokenizer, sequences, STARTS))
 
 
 def test_last_layer_and_lm_head_are_not_loaded(scorer: Scorer) -> None:

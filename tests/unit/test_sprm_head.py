@@ -56,6 +56,23 @@ def test_wrong_files_are_named(tmp_path):
         load_sprm_config(tmp_path, tokenizer=None)
 
 
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+def test_a_file_that_is_cut_off_is_named(tmp_path, kept):
+    save_score_head(tmp_path, ScoreHead(8).state_dict(), CONFIG)
+    path = tmp_path / "score_module.pt"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole))])
+    with pytest.raises(UserError, match=r"score_module\.pt: cut off, or no state dict"):
+        load_score_head(tmp_path, 8, CONFIG)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"0.weight": 1.0}, ScoreHead(8)])
+def test_a_file_of_something_else_is_named(tmp_path, content):
+    torch.save(content, tmp_path / "score_module.pt")
+    with pytest.raises(UserError, match=r"score_module\.pt: cut off, or no state dict"):
+        load_score_head(tmp_path, 8, CONFIG)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_tap_reads_the_penultimate_hidden_state(checkpointing):
     config = Qwen3Config(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from xbai.engine.files import LM_HEAD, weight_shapes
-from xbai.engine.scorer import HEAD_PREFIX, PromptTooLong, Scored, Scorer
+from xbai.engine.scorer import HEAD_PREFIX, PromptTooLong, Scored, Scorer, head_shapes
 from xbai.engine.weight_check import HeldWeight, WeightCheck
 from xbai.errors import UserError
 
@@ -141,8 +141,8 @@ class Engine(ABC):
     prompt_tokens = 0
     cached_prompt_tokens = 0
     max_num_seqs = 1
-    _fused_head_shapes: Mapping[str, torch.Size] = {}
-    """Of a score head inside the language model, which `_load_weights` gets with the model's weights."""
+    _head_is_fused = False
+    """Whether the language model has the score head inside: `_load_weights` then gets the head's weights too."""
 
     def __init__(
         self,
@@ -157,6 +157,7 @@ class Engine(ABC):
         self.vocab_size: int = config.vocab_size
         self.max_model_len = max_model_len
         self.scorer = scorer
+        self._head_shapes = head_shapes(scorer.head) if scorer else {}
         self._config = config
         self._trust_remote_code = trust_remote_code
         self._requests: dict[str, _Request] = {}
@@ -167,9 +168,11 @@ class Engine(ABC):
         """The rule that finds the steps, None without a score head."""
         return self.scorer.step_rule if self.scorer else None
 
-    def check(self, prompt_ids: list[int], return_scores: bool = False) -> None:
+    def check(self, prompt_ids: list[int], params: SamplingParams, return_scores: bool = False) -> None:
         """Raise what `add_request` would of these."""
         self._check_ids(prompt_ids, most=self.max_model_len - 1)
+        if (wrong := self._outside_vocabulary(params.stop_token_ids)) is not None:
+            raise UserError(f"stop_token_ids: {wrong} is outside the vocabulary of {self.vocab_size}")
         if return_scores and self.step_rule is None:
             raise UserError(_NO_HEAD)
 
@@ -180,12 +183,12 @@ class Engine(ABC):
 
         Raises:
             PromptTooLong: the prompt leaves no room for a response.
-            UserError: an empty prompt, an id outside the vocabulary, or scores asked of an engine without a head.
+            UserError: an empty prompt, a token outside the vocabulary, or scores asked of an engine without a head.
             ValueError: a request of this id is unfinished.
         """
         if request_id in self._requests:
             raise ValueError(f"request {request_id!r} is still unfinished")
-        self.check(prompt_ids, return_scores)
+        self.check(prompt_ids, params, return_scores)
         params = replace(params, max_tokens=min(params.max_tokens, self.max_model_len - len(prompt_ids)))
         seed = params.seed
         if seed is None and self._seeds is not None:
@@ -309,18 +312,20 @@ class Engine(ABC):
         """What the engine (this rank's part of it) holds of each of the language model's weights."""
 
     def _checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        expected = self._weight_shapes | self._fused_head_shapes
+        expected = self._weight_shapes | self._head_shapes
         missing = set(self._weight_shapes) - ({LM_HEAD} if self._config.tie_word_embeddings else set())
         for name, tensor in weights:
-            if self.scorer is not None:
-                self.scorer.load_weight(name, tensor)
-            if name.startswith(HEAD_PREFIX) and not self._fused_head_shapes:
+            is_of_head = name.startswith(HEAD_PREFIX)
+            if is_of_head and not self._head_shapes:
                 continue
             if expected.get(name) != tensor.shape:
                 wanted = f"shape {tuple(expected[name])}" if name in expected else "no such weight"
                 raise UserError(f"update_weights: {name} has shape {tuple(tensor.shape)}, the model has {wanted}")
+            if self.scorer is not None:
+                self.scorer.load_weight(name, tensor)
             missing.discard(name)
-            yield name, tensor
+            if self._head_is_fused or not is_of_head:
+                yield name, tensor
         if missing:
             raise UserError(f"update_weights: {len(missing)} weights were not given, first {min(missing)}")
 
@@ -344,9 +349,13 @@ class Engine(ABC):
             raise PromptTooLong(
                 f"prompt: {len(ids)} tokens, but at most {most} fit (max_model_len={self.max_model_len})"
             )
-        if min(ids) < 0 or max(ids) >= self.vocab_size:
-            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
+        if (wrong := self._outside_vocabulary(ids)) is not None:
             raise UserError(f"prompt: token id {wrong} is outside the vocabulary of {self.vocab_size}")
+
+    def _outside_vocabulary(self, ids: Sequence[int]) -> int | None:
+        if not ids or (min(ids) >= 0 and max(ids) < self.vocab_size):
+            return None
+        return next(i for i in ids if not 0 <= i < self.vocab_size)
 
     def _require_scorer(self) -> Scorer:
         if self.scorer is None:

@@ -74,7 +74,7 @@ def read_config(model_path: str | Path, trust_remote_code: bool = False) -> Pret
     try:
         return AutoConfig.from_pretrained(str(model_path), local_files_only=True, trust_remote_code=trust_remote_code)
     except (ValueError, OSError) as error:
-        raise UserError(f"{Path(model_path) / 'config.json'}: {_one_line(error)}") from error
+        raise UserError(f"{Path(model_path) / 'config.json'}: {one_line(error)}") from error
 
 
 def load_tokenizer(model_path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -93,14 +93,15 @@ def load_tokenizer(model_path: str | Path, trust_remote_code: bool = False) -> P
             str(folder), local_files_only=True, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: no tokenizer that transformers can load ({_one_line(error)})") from error
+        raise UserError(f"{folder}: no tokenizer that transformers can load ({one_line(error)})") from error
     # Without a vocabulary transformers makes up a tokenizer that knows nothing but its special tokens.
     if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
         raise UserError(f"{folder}: no tokenizer, the files there hold no vocabulary (tokenizer.json is missing?)")
     return tokenizer
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an error of a library says."""
     return " ".join(str(error).split())
 
 

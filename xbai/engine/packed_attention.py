@@ -136,9 +136,9 @@ AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 
 def why_not_packed(model: PreTrainedModel) -> str | None:
-    """Why a token of this model would see sequences packed before its own; None where it does not.
+    """Why `packed_attention` cannot stand in for this model's attention; None where it can.
 
-    Either its attention is not told where sequences begin, or it mixes tokens elsewhere.
+    The attention is of another kind or is not told where sequences begin, or the model mixes tokens elsewhere.
     """
     config = model.config
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
@@ -147,6 +147,10 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if "dynamic" in rope or rope == "longrope":
         return f"its {rope} position embedding depends on the longest of them"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "its attention caps its scores (attn_logit_softcapping)"
+    if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
+        return "its attention has sinks"
     if not model.is_backend_compatible() or not _hands_arguments_on(model.base_model):
         return "its attention does not take them"
     return None

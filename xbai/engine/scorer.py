@@ -229,6 +229,11 @@ class Scorer:
                 )
 
 
+def head_shapes(head: ScoreHead) -> dict[str, torch.Size]:
+    """The shape of each of a head's weights, by the name under which engines are sent them."""
+    return {f"{HEAD_PREFIX}{name}": weight.shape for name, weight in head.named_parameters()}
+
+
 def truncate_backbone(backbone: PreTrainedModel) -> PreTrainedModel:
     """A decoder without last layer and final norm; its parameters stay shared with `backbone`."""
     shared = {id(tensor): tensor for tensor in chain(backbone.parameters(), backbone.buffers())}
@@ -239,11 +244,14 @@ def truncate_backbone(backbone: PreTrainedModel) -> PreTrainedModel:
     return view
 
 
-def _by_chunks(forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    """An MLP's `forward` on a few tokens of [1, N, c] at a time."""
+def _by_chunks(forward: Callable[[Tensor], Tensor | tuple[Tensor, ...]], hidden: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """An MLP's `forward` on a few tokens of [1, N, c] at a time; a router's scores [N, experts] may come beside."""
     if hidden.shape[1] <= CHUNK_TOKENS:
         return forward(hidden)
-    return torch.cat([forward(chunk) for chunk in hidden.split(CHUNK_TOKENS, dim=1)], dim=1)
+    chunks = [forward(chunk) for chunk in hidden.split(CHUNK_TOKENS, dim=1)]
+    if isinstance(chunks[0], Tensor):
+        return torch.cat(chunks, dim=-2)
+    return tuple(torch.cat(parts, dim=-2) for parts in zip(*chunks, strict=True))
 
 
 def _drop_last_layer(config: PretrainedConfig) -> None:

@@ -8,6 +8,7 @@ import logging
 import multiprocessing.connection
 import os
 import secrets
+import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,15 +20,24 @@ import torch
 from torch import Tensor
 
 from xbai.engine.base import Completion, Engine, Sample, cut_at_stop
-from xbai.engine.files import LM_HEAD, eos_token_ids, load_tokenizer, read_config, resolve_dtype, resolve_max_model_len
+from xbai.engine.files import (
+    LM_HEAD,
+    eos_token_ids,
+    load_tokenizer,
+    one_line,
+    read_config,
+    resolve_dtype,
+    resolve_max_model_len,
+)
 from xbai.engine.fused_scores import FusedHead, obstacle, register_models, step_scores
-from xbai.engine.scorer import HEAD_PREFIX, Scorer
+from xbai.engine.scorer import Scorer, head_shapes
 from xbai.engine.weight_check import HeldWeight
 from xbai.errors import UserError
 from xbai.sprm import SPRMConfig, StepRule, load_sprm_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+    from vllm.v1.worker.worker_base import WorkerBase
 
 # vLLM reads these when it is first imported. A value set by the user stays, save for the first two: the engine core
 # must run in this process, and with the model runner whose sampler vllm_sampler.py extends.
@@ -106,14 +116,15 @@ class VLLMEngine(Engine):
         if with_scores and (reason := obstacle(config, options)) is not None:
             logger.warning("step scores will take a second forward pass: %s", reason)
             self.scorer = self._load_scorer()
+            self._head_shapes = head_shapes(self.scorer.head)
         elif with_scores:
             self._fused_head = FusedHead(load_sprm_config(model_path, tokenizer, lang), str(model_path))
         elif sprm_config is not None:
             self._fused_head = FusedHead(sprm_config, folder=None)
         if self._fused_head is not None:
             # Also made here: its mistakes are the user's, and vLLM's processes would hide them in tracebacks.
-            head = self._fused_head.build(config.hidden_size)
-            self._fused_head_shapes = {f"{HEAD_PREFIX}{name}": weight.shape for name, weight in head.named_parameters()}
+            self._head_shapes = head_shapes(self._fused_head.build(config.hidden_size))
+            self._head_is_fused = True
             options |= self._fused_head.engine_arguments(config, options)
         self._weights_have_changed = False
         self._on_cpu = not torch.cuda.is_available()
@@ -176,12 +187,13 @@ class VLLMEngine(Engine):
     def watch(self, on_failure: Callable[[], None]) -> None:
         """Have `on_failure` called, from a thread of its own, as soon as a worker process has ended, also by `close`.
 
-        vLLM's own callback comes only once the other workers have been waited for.
+        vLLM's own callback comes only once the other workers have been waited for. From here on workers ignore the
+        signals that a terminal or a service manager sends to all processes of a service: they end with this one.
         """
-        workers = getattr(self._llm.engine_core.engine_core.model_executor, "workers", None)
-        if not workers:
+        if not self._worker_processes:
             return
-        ends = [worker.proc.sentinel for worker in workers]
+        self._llm.collective_rpc(_ignore_stop_signals)
+        ends = [worker.proc.sentinel for worker in self._worker_processes]
 
         def wait_for_an_end() -> None:
             multiprocessing.connection.wait(ends)
@@ -202,6 +214,7 @@ class VLLMEngine(Engine):
         gc.collect()
 
     def _enqueue(self, samples: list[Sample]) -> None:
+        from vllm.exceptions import VLLMValidationError
         from vllm.inputs.engine import tokens_input
 
         from xbai.engine.vllm_sampler import ColumnReader
@@ -209,9 +222,12 @@ class VLLMEngine(Engine):
         if self._speculates and samples[0].params.log_probs:
             raise UserError("log_probs: vLLM's speculative decoding has none of logits / temperature; leave one out")
         for sample in samples:
-            self._samples[sample.key] = sample
             prompt = tokens_input(sample.prompt_ids)
-            request_id = self._llm.add_request(sample.key, prompt, self._vllm_params(sample))
+            try:
+                request_id = self._llm.add_request(sample.key, prompt, self._vllm_params(sample))
+            except (ValueError, VLLMValidationError) as error:
+                raise UserError(f"vLLM refuses the request: {error}") from error
+            self._samples[sample.key] = sample
             if columns := self._columns(sample):
                 state = self._llm.output_processor.request_states[request_id]
                 state.logprobs_processor = ColumnReader(columns)
@@ -252,23 +268,45 @@ class VLLMEngine(Engine):
 
     def _require_scorer(self) -> Scorer:
         if self.scorer is None and self._fused_head is not None:
-            self.scorer = self._load_scorer()
+            ranks = self._llm.vllm_config.parallel_config.tensor_parallel_size
+            if self._weights_have_changed and ranks > 1:
+                raise UserError(
+                    f"score: each of the {ranks} ranks holds a part of the weights that update_weights brought; score "
+                    "once before the first update, and the scorer takes the whole of them too"
+                )
+            scorer = self._load_scorer()
             if self._weights_have_changed:
                 for name, held in self._held_weights().items():
-                    self.scorer.load_weight(name, next(iter(held.copies())))
+                    scorer.load_weight(name, next(iter(held.copies())))
+            self.scorer = scorer
         return super()._require_scorer()
 
     def _load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        self._check_one_process()
         if self._config.tie_word_embeddings:
             weights = _with_lm_head(weights)
         self._weights_have_changed = True
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        self._llm.reset_prefix_cache()
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache, so that it would go on with states of the old weights")
 
     def _held_weights(self) -> Mapping[str, HeldWeight]:
         from xbai.engine.vllm_weights import held_weights
 
+        self._check_one_process()
         return self._llm.collective_rpc(held_weights)[0]
+
+    def _check_one_process(self) -> None:
+        if self._worker_processes:
+            raise UserError(
+                f"update_weights: {len(self._worker_processes)} processes of vLLM's hold this engine's weights "
+                "(tensor_parallel_size), and only an engine of ranks that share a process group takes new ones"
+            )
+
+    @property
+    def _worker_processes(self) -> Sequence[Any]:
+        """Handles of the processes that vLLM started for the model; none where it runs in this one."""
+        return getattr(self._llm.engine_core.engine_core.model_executor, "workers", ())
 
     def _vllm_params(self, sample: Sample) -> Any:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -287,6 +325,11 @@ class VLLMEngine(Engine):
             logprobs=columns - 1 if (columns := self._columns(sample)) else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+
+
+def _ignore_stop_signals(worker: WorkerBase) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _check_devices(options: dict[str, Any]) -> None:
@@ -356,4 +399,10 @@ def _construct(arguments: dict[str, Any]) -> Any:
         os.environ.setdefault("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
         os.environ.setdefault("VLLM_ALLREDUCE_USE_FLASHINFER", "0")
         arguments |= {"distributed_executor_backend": RankExecutor, "disable_custom_all_reduce": True}
-    return LLMEngine.from_engine_args(EngineArgs(**{k: v for k, v in arguments.items() if v is not None}))
+    try:
+        return LLMEngine.from_engine_args(EngineArgs(**{k: v for k, v in arguments.items() if v is not None}))
+    except (ValueError, torch.OutOfMemoryError) as error:
+        # What vLLM says of memory names the options to change: max_model_len, gpu_memory_utilization.
+        if "memory" not in str(error):
+            raise
+        raise UserError(f"vLLM: {one_line(error)}") from error

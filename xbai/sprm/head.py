@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,16 +96,19 @@ def load_score_head(path: str | Path, hidden_size: int, config: SPRMConfig) -> S
     """Load `score_module.pt` (given itself or by its folder) as a head in evaluation mode.
 
     Raises:
-        UserError: the file is missing, has other keys, or belongs to a model of another hidden size.
+        UserError: the file is missing or damaged, has other keys, or belongs to a model of another hidden size.
     """
     path = Path(path)
     path = path / SCORE_MODULE_FILE if path.is_dir() else path
     if not path.exists():
         raise UserError(f"{path}: no such file; a reflective model folder holds {SCORE_MODULE_FILE} (see model_merger)")
-    state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+        found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    except (OSError, EOFError, RuntimeError, ValueError, AttributeError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: cut off, or no state dict of torch.save ({type(error).__name__})") from error
     head = ScoreHead(hidden_size, config.dropout, config.normalize_features)
     expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     if found != expected:
         raise UserError(f"{path}: expected a score head of shapes {expected}, found {found}")
     head.load_state_dict({name: tensor.float() for name, tensor in state_dict.items()})
