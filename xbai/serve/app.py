@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request, Response, Security
 from fastapi.security import HTTPBearer
 
+from xbai.model_identity import model_identity
 from xbai.serve.engine_thread import ModelThread
 from xbai.serve.errors import ServiceError, install_error_handlers
 from xbai.serve.limits import Admission, Limits, answer_in_time
@@ -60,6 +61,7 @@ class Service:
         )
         self._deadline: float | None = None
         self._model_name = model_name
+        self._identity = model_identity(model_name)
         # One worker: a fast tokenizer is not safe to encode with from several threads at once.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self.app = FastAPI(title=title, lifespan=self._lifespan)
@@ -139,7 +141,9 @@ class Service:
     def _state(self, status: str) -> StateResponse:
         rule = self.thread.model.step_rule if self.thread.ready else None
         lang = None if rule is None else rule.lang
-        return StateResponse(status=status, model=self._model_name, scores=rule is not None, lang=lang)
+        return StateResponse(
+            status=status, model=self._model_name, identity=self._identity, scores=rule is not None, lang=lang
+        )
 
     def _add_state_routes(self) -> None:
         @self.app.get("/health", responses=NOT_READY)

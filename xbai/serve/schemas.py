@@ -114,5 +114,6 @@ class StateResponse(BaseModel):
 
     status: str
     model: str
+    identity: str = Field(description="Folder name and digest of the weights, of which the digest tells models apart.")
     scores: bool = Field(description="Whether this service returns scores.")
     lang: str | None = Field(description="The rule by which it finds the steps that it scores.")

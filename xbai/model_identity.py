@@ -1,0 +1,32 @@
+"""Which model a folder holds, told without reading all of it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+DIGEST_BYTES = 1 << 16
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "score_module.pt", "config.json")
+
+
+def model_identity(model_path: str | Path) -> str:
+    """`name:digest`: the folder's name, and a digest of its configuration and weights (size, head, tail of each file).
+
+    The digest is the same for copies of a folder, whatever their names. What is no folder is its own identity.
+    """
+    folder = Path(model_path)
+    if not folder.is_dir():
+        return str(model_path)
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in WEIGHT_PATTERNS for path in folder.glob(pattern)}):
+        digest.update(f"{path.name}:{path.stat().st_size}".encode())
+        with path.open("rb") as stream:
+            digest.update(stream.read(DIGEST_BYTES))
+            stream.seek(max(0, path.stat().st_size - DIGEST_BYTES))
+            digest.update(stream.read())
+    return f"{folder.resolve().name}:{digest.hexdigest()[:16]}"
+
+
+def is_same_model(one: str, other: str) -> bool:
+    """Whether two identities mean the same weights, whatever the folders' names."""
+    return one.rpartition(":")[2] == other.rpartition(":")[2]
