@@ -48,22 +48,29 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
 
 
 @contextmanager
-def atomic_directory(path: str | Path) -> Iterator[Path]:
+def atomic_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
     """Yield an empty temporary sibling folder; on success it is flushed and takes the name `path`.
 
+    With `replace` a folder of that name moves away first, and is deleted last: whoever is killed in between leaves
+    nothing at `path`, but never half a folder.
+
     Raises:
-        FileExistsError: when `path` exists already.
+        FileExistsError: when `path` exists already, without `replace`.
     """
     path = Path(path)
-    if path.exists():
+    if path.exists() and not replace:
         raise FileExistsError(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_sibling(path)
+    temporary, old = _temporary_sibling(path), _temporary_sibling(path)
     temporary.mkdir()
     try:
         yield temporary
         fsync_tree(temporary)
+        if replace and path.exists():
+            path.rename(old)
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     fsync_path(path.parent)
+    if old.exists():
+        shutil.rmtree(old)

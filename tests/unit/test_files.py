@@ -32,6 +32,11 @@ def test_success_takes_the_name(tmp_path):
     assert (tmp_path / "d" / "x").read_text() == "x"
     with pytest.raises(FileExistsError), atomic_directory(tmp_path / "d"):
         pass
+    with atomic_directory(tmp_path / "d", replace=True) as folder:
+        (folder / "y").write_text("y")
+        assert (tmp_path / "d" / "x").exists()
+    assert [path.name for path in (tmp_path / "d").iterdir()] == ["y"]
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
 def test_a_killed_writer_leaves_the_old_file(tmp_path):

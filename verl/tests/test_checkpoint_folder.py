@@ -1,5 +1,10 @@
 """Only whole checkpoints are ever found, and the latest is never dropped."""
 
+import os
+import signal
+from itertools import count
+from pathlib import Path
+
 import pytest
 
 from verl.trainer.ppo.checkpoint_folder import LATEST_FILE, CheckpointFolder
@@ -39,7 +44,7 @@ def test_leftovers_of_a_killed_save_are_removed_and_never_found(tmp_path):
     killed.mkdir()
     _fill(killed)
     assert checkpoints.find("auto", None) == tmp_path / "global_step_1"
-    checkpoints.prepare(resuming=True)
+    checkpoints.prepare(tmp_path / "global_step_1")
     assert _names(tmp_path) == ["global_step_1", LATEST_FILE]
 
 
@@ -91,7 +96,55 @@ def test_disable_starts_anew(tmp_path):
     checkpoints = CheckpointFolder(tmp_path)
     _save(checkpoints, 4)
     assert checkpoints.find("disable", None) is None
-    checkpoints.prepare(resuming=False)
+    checkpoints.prepare(None)
     assert checkpoints.find("auto", None) is None
     _save(checkpoints, 2)
     assert checkpoints.find("auto", None) == tmp_path / "global_step_2"
+
+
+def _killed_while_saving(checkpoints: CheckpointFolder, step: int, at_rename: int) -> None:
+    """Save a checkpoint in another process, which is killed as it is to rename something for the nth time."""
+    child = os.fork()
+    if child == 0:
+        numbers, rename = count(), Path.rename
+
+        def rename_or_die(source: Path, target: Path) -> Path:
+            if next(numbers) == at_rename:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rename(source, target)
+
+        Path.rename = rename_or_die
+        _save(checkpoints, step)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("at_rename", [0, 1])
+def test_a_run_that_went_back_is_killed_as_it_replaces_a_checkpoint(tmp_path: Path, at_rename: int) -> None:
+    checkpoints, start = CheckpointFolder(tmp_path), tmp_path / "global_step_5"
+    _save(checkpoints, 5, 10)
+    checkpoints.prepare(checkpoints.find("resume_path", str(start)))
+    _killed_while_saving(checkpoints, 10, at_rename)
+    assert (tmp_path / "global_step_10").exists() == (at_rename == 0)
+    assert checkpoints.find("auto", None) == start
+    checkpoints.prepare(start)
+    _save(checkpoints, 10)
+    assert checkpoints.find("auto", None) == tmp_path / "global_step_10"
+    assert _names(tmp_path) == ["global_step_10", "global_step_5", LATEST_FILE]
+
+
+def test_a_checkpoint_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:
+    checkpoints = CheckpointFolder(tmp_path)
+    _save(checkpoints, 1)
+    with pytest.raises(KeyboardInterrupt), checkpoints.write(1) as folder:
+        _fill(folder)
+        raise KeyboardInterrupt
+    assert checkpoints.find("auto", None) == tmp_path / "global_step_1"
+
+
+def test_going_on_from_elsewhere_forgets_the_run_that_was_here(tmp_path: Path) -> None:
+    here, elsewhere = CheckpointFolder(tmp_path / "here"), CheckpointFolder(tmp_path / "elsewhere")
+    for checkpoints in (here, elsewhere):
+        _save(checkpoints, 5)
+    here.prepare(elsewhere.find("auto", None))
+    assert here.find("auto", None) is None

@@ -46,6 +46,7 @@ def fails(capsys, monkeypatch, small_run):
 
 def test_a_valid_configuration_passes(small_run):
     assert _check(small_run).trainer.n_gpus_per_node == 2
+    _check([*small_run, "actor_rollout_ref.actor.kl_loss_type=k3", "algorithm.kl_penalty=k1"])
 
 
 @pytest.mark.parametrize(

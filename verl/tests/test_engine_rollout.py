@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from verl import DataProto
 from verl.trainer.config_check import DEFAULTS_FILE
+from verl.workers import fsdp_workers
+from verl.workers.fsdp_workers import ActorRolloutRefWorker
 from verl.workers.rollout import EngineRollout, engine_rollout
 from xbai.sprm import ScoreHead, SPRMConfig, StepRule, step_feature_mask, trajectory_scores
 
@@ -109,6 +111,22 @@ def test_an_engine_that_keeps_its_memory_only_takes_weights(
     wake_up(rollout, engine)
     assert engine.calls == SYNC[1:4]
     assert engine.checks == [False]
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_two_generations_of_a_step_share_one_wake_up(
+    engine: RecordingEngine, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rollout = make_rollout(tiny_model_dir)
+    rollout.generate = lambda prompts: engine.calls.append("generate") or prompts
+    worker = ActorRolloutRefWorker(OmegaConf.create({}), "actor_rollout")
+    worker._rollout, worker._policy_weights = rollout, lambda: nullcontext(WEIGHTS.items())
+    monkeypatch.setattr(fsdp_workers, "measure_phase", lambda _: nullcontext({}))
+    mask = torch.ones(1, 1)
+    for meta_info in ({"stay_awake": True}, {"do_sample": False}):
+        worker.generate_sequences(DataProto.from_dict({"response_mask": mask}, meta_info=meta_info | {"metrics": {}}))
+    wakes_up = ["wake weights", "weights a b", "wake kv_cache"]
+    assert engine.calls == ["sleep 2", *wakes_up, "generate", "generate", "sleep 2"]
 
 
 @pytest.mark.slow

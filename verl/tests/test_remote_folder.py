@@ -88,6 +88,10 @@ def test_a_copy_that_was_cut_off_is_not_a_checkpoint(url, tmp_path):
         remote.fetch("global_step_2", CheckpointFolder(tmp_path / "elsewhere"))
     remote.upload(_write(local, 2))
     assert remote.latest() == 2
+    # A run that went back to step 1 was killed as it replaced the copy of step 2.
+    files.rm_file(f"{root}/global_step_2/{COMPLETE_FILE}")
+    files.invalidate_cache()
+    assert RemoteFolder(url).latest() == 1
 
 
 @pytest.mark.parametrize("url", ["fragile"], indirect=True)

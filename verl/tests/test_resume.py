@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import threading
 from collections.abc import Callable
 from itertools import chain
@@ -21,7 +22,7 @@ from verl.utils.checkpoint import HUGGINGFACE_FOLDER
 from verl.utils.dataset.rl_dataset import RLHFDataset, create_dataloader
 from verl.utils.model import load_tokenizer
 from xbai.errors import UserError
-from xbai.sprm.head import SPRM_CONFIG_FILE
+from xbai.sprm.head import SPRM_CONFIG_FILE, load_sprm_config
 
 
 class Workers:
@@ -35,7 +36,8 @@ class Workers:
         files = Path(folder) / HUGGINGFACE_FOLDER
         files.mkdir(parents=True)
         (files / "config.json").write_text((self._model / "config.json").read_text())
-        (files / SPRM_CONFIG_FILE).write_text("{}")
+        rule = load_sprm_config(self._model, load_tokenizer(self._model))
+        (files / SPRM_CONFIG_FILE).write_text(json.dumps(rule.to_dict()))
 
     def checkpoint_is_written(self) -> list[bool]:
         return [True, self._written()]
@@ -191,6 +193,45 @@ def test_another_model_is_refused(config: DictConfig) -> None:
     saved.write_text(json.dumps({**json.loads(saved.read_text()), "hidden_size": 96}))
     with pytest.raises(UserError, match=r"is of another model: its hidden_size is 96, that of .* is 64"):
         start(config)
+
+
+def test_another_step_rule_or_head_is_refused(config: DictConfig, tiny_model_dir: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    (model / SPRM_CONFIG_FILE).unlink()
+    config.actor_rollout_ref.model.path = str(model)
+    save(config, 1)
+    config.actor_rollout_ref.score.lang = "zh"
+    with pytest.raises(UserError, match=r"global_step_1 was written with lang='en' .* this run has 'zh' .*score\.lang"):
+        start(config)
+    config.actor_rollout_ref.score.lang = "en"
+    assert start(config).step == 1
+    saved = Path(config.trainer.default_local_dir) / "global_step_1" / "actor" / HUGGINGFACE_FOLDER / SPRM_CONFIG_FILE
+    saved.write_text(json.dumps({**json.loads(saved.read_text()), "normalize_features": True}))
+    with pytest.raises(UserError, match="normalize_features=True for the score head, and this run has False"):
+        start(config)
+
+
+def test_it_says_what_to_start_next(config: DictConfig) -> None:
+    folder = Path(config.trainer.default_local_dir)
+    assert start(config).how_to_go_on() == "no checkpoint was written yet: the same command starts anew"
+    save(config, 1)
+    assert start(config).how_to_go_on() == f"the same command goes on from {folder}/global_step_1"
+    source = folder / "global_step_1"
+    config.trainer.update(resume_mode="resume_path", resume_from_path=str(source))
+    state, groups = start(config), {"actor": Workers(Path(config.actor_rollout_ref.model.path))}
+    assert state.how_to_go_on() == f"the same command goes on from {source}"
+    state.save(2, groups)
+    state.finish()
+    assert state.how_to_go_on() == (
+        "the same command with trainer.resume_mode=auto and without trainer.resume_from_path "
+        f"goes on from {folder}/global_step_2"
+    )
+    config.trainer.update(resume_mode="disable", resume_from_path=None)
+    anew = start(config)
+    assert anew.how_to_go_on().endswith("starts anew")
+    anew.save(1, groups)
+    anew.finish()
+    assert anew.how_to_go_on().startswith("the same command with trainer.resume_mode=auto goes on")
 
 
 def test_a_save_goes_on_while_training_does_and_the_next_one_waits(config: DictConfig) -> None:

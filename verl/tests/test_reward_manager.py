@@ -33,12 +33,12 @@ def _config(manager="prime", custom=None, workers=1, **trainer):
 
 @pytest.fixture
 def make_batch(tiny_tokenizer):
-    def make(texts, truth="1 2 3 4"):
+    def make(texts, truth="1 2 3 4", **others):
         ids = [tiny_tokenizer.encode(text) for text in texts]
         mask = torch.tensor([[t < len(row) for t in range(40)] for row in ids])
         responses = torch.tensor([row + [tiny_tokenizer.pad_token_id] * (40 - len(row)) for row in ids])
         columns = {"data_source": ["make10"] * len(ids), "reward_model": [{"ground_truth": truth}] * len(ids)}
-        return DataProto.from_dict({"responses": responses, "response_mask": mask.long()}, columns)
+        return DataProto.from_dict({"responses": responses, "response_mask": mask.long()}, columns | others)
 
     return make
 
@@ -140,6 +140,29 @@ def test_a_batch_function_that_fails_masks_the_batch(text, reason, hostile, tiny
     assert reward.metrics[f"reward/ungraded_{reason}"] == 3
 
 
+def test_closing_does_not_wait_for_a_grader(hostile, tiny_tokenizer, make_batch):
+    config = _batch_config(hostile)
+    config.reward_model.batch_timeout_s = 600
+    manager = load_reward_manager(config, tiny_tokenizer)
+    manager.launch(make_batch(["hang"]))
+    time.sleep(1)
+    start = time.monotonic()
+    manager.close()
+    assert time.monotonic() - start < 5
+
+
+def test_a_function_of_ones_own_sees_the_messages(tmp_path, tiny_tokenizer, make_batch):
+    path = tmp_path / "reward.py"
+    path.write_text(
+        "def compute_score(extra_info, **_):\n"
+        "    return len(extra_info['raw_prompt'][0]['content']) + extra_info.get('index', 0)\n"
+    )
+    messages = [[{"role": "user", "content": "hi"}], [{"role": "user", "content": "hello"}]]
+    batch = make_batch(["a", "b"], raw_prompt=messages, extra_info=[{"index": 10}, None])
+    reward = _reward(_config(custom=str(path)), tiny_tokenizer, batch)
+    assert reward.reward_tensor.sum(-1).tolist() == [12, 5]
+
+
 def test_a_run_that_never_gets_a_grade_ends(hostile, tiny_tokenizer, make_batch):
     manager = load_reward_manager(_config(custom=hostile), tiny_tokenizer)
     bad, good = make_batch(["raise"] * 2), make_batch(["raise", "1"])
@@ -202,6 +225,7 @@ def test_unknown_names_are_refused(tmp_path, tiny_tokenizer):
         (None, r"a\.parquet: row 7: 'reward_model' must be"),
         ({"style": "rule"}, r"a\.parquet: row 7: 'reward_model' has no ground_truth"),
         ({"ground_truth": {"target": None}}, r"a\.parquet: row 7: 'reward_model' has no ground_truth"),
+        ({"ground_truth": " "}, r"a\.parquet: row 7: 'reward_model' has no ground_truth"),
     ],
 )
 def test_a_row_without_an_answer_is_named(reward_model, message):

@@ -40,7 +40,7 @@ def run(config: DictConfig) -> None:
         trainer.init_workers()
         trainer.fit()
     except WorkerLostError as error:
-        sys.stderr.write(f"error: {error}; the same command goes on from the last checkpoint\n")
+        sys.stderr.write(f"error: {error}; {trainer.how_to_go_on()}\n")
         raise SystemExit(1) from None
     finally:
         trainer.close()

@@ -105,13 +105,17 @@ class ActorRolloutRefWorker(CheckpointedWorker):
 
     @register(Dispatch.DP_COMPUTE_PROTO, group="rollout")
     def generate_sequences(self, prompts: DataProto) -> DataProto:
-        """Sample responses with the present policy; see `EngineRollout.generate`."""
+        """Sample responses with the present policy; see `EngineRollout.generate`.
+
+        `meta_info["stay_awake"]=True` leaves the engine awake, for another call that follows at once.
+        """
         with measure_phase("weight_sync") as sync_metrics:
             sync_metrics |= self._rollout.wake_up(self._policy_weights)
         with measure_phase("generate") as metrics:
             output = self._rollout.generate(prompts)
             metrics["tokens"] = float(output.batch["response_mask"].sum())
-        self._rollout.sleep()
+        if not prompts.meta_info.get("stay_awake", False):
+            self._rollout.sleep()
         output.meta_info["metrics"] |= sync_metrics | metrics
         return output
 

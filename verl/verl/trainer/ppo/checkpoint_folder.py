@@ -22,7 +22,8 @@ class CheckpointFolder:
     """`folder/global_step_N/{actor/,data.pt}`, with the step to resume from in `latest_checkpointed_iteration.txt`.
 
     A checkpoint is written under a temporary name and renamed when it is complete, and only then named as the latest:
-    one with its final name is whole, and a run that died while saving goes on from the one before.
+    one with its final name is whole, and a run that died while saving goes on from the one before. What a run goes on
+    from is its latest until it saves: those after it are of an earlier run, and are replaced one by one.
 
     Args:
         folder: `trainer.default_local_dir`.
@@ -44,40 +45,55 @@ class CheckpointFolder:
         """
         if resume_mode == "resume_path":
             return _checked(Path(resume_from_path), "trainer.resume_from_path")
-        latest = self.folder / LATEST_FILE
-        if resume_mode == "disable" or not latest.exists():
-            return None
-        return _checked(self.step_folder(int(latest.read_text())), str(latest))
+        latest = None if resume_mode == "disable" else self.latest()
+        return None if latest is None else _checked(self.step_folder(latest), str(self.folder / LATEST_FILE))
 
-    def prepare(self, resuming: bool) -> None:
-        """Remove what killed saves left behind; a run that starts anew also forgets which checkpoint was the latest."""
+    def latest(self) -> int | None:
+        """The step that the next start goes on from."""
+        pointer = self.folder / LATEST_FILE
+        return int(pointer.read_text()) if pointer.exists() else None
+
+    def prepare(self, start: Path | None) -> None:
+        """Remove what killed saves left behind, and forget the checkpoints of an earlier run that went further.
+
+        Args:
+            start: the checkpoint that the run goes on from; None for a new run.
+        """
         for leftover in self.folder.glob(".global_step_*.tmp"):
             logger.info("removing %s: a save that was interrupted", leftover)
             shutil.rmtree(leftover)
-        latest = self.folder / LATEST_FILE
-        if not resuming and latest.exists():
-            logger.warning("%s: starting anew beside the checkpoints of an earlier run, which will be replaced", latest)
-            latest.unlink()
+        own = step_of(start) if start is not None and start.parent.resolve() == self.folder.resolve() else None
+        latest = self.latest()
+        if latest == own:
+            return
+        if latest is not None:
+            logger.warning(
+                "%s: the checkpoints after step %d are of an earlier run and will be replaced", self.folder, own or 0
+            )
+        if own is None:
+            (self.folder / LATEST_FILE).unlink()
+        else:
+            self._name_latest(own)
 
     @contextmanager
     def write(self, step: int) -> Iterator[Path]:
         """Yield an empty folder to fill; on success it takes its final name and is the latest checkpoint."""
-        final = self.step_folder(step)
-        if final.exists():
-            _remove(final)
-        with atomic_directory(final) as temporary:
+        with atomic_directory(self.step_folder(step), replace=True) as temporary:
             yield temporary
-        with atomic_write(self.folder / LATEST_FILE, "w") as stream:
-            stream.write(str(step))
+        self._name_latest(step)
 
     def drop_old(self, in_use: Collection[int] = ()) -> None:
         """Delete all but the newest `max_to_keep` checkpoints up to the latest, and those `in_use`."""
-        latest = self.folder / LATEST_FILE
-        if self._max_to_keep is None or not latest.exists():
+        latest = self.latest()
+        if self._max_to_keep is None or latest is None:
             return
-        for step in surplus(self._steps(), int(latest.read_text()), self._max_to_keep):
+        for step in surplus(self._steps(), latest, self._max_to_keep):
             if step not in in_use:
                 _remove(self.step_folder(step))
+
+    def _name_latest(self, step: int) -> None:
+        with atomic_write(self.folder / LATEST_FILE, "w") as stream:
+            stream.write(str(step))
 
     def _steps(self) -> list[int]:
         names = (re.fullmatch(r"global_step_(\d+)", path.name) for path in self.folder.iterdir())

@@ -304,7 +304,7 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
     # Both clamps only keep a diverged token finite.
     "low_var_kl": lambda log_ratio: ((-log_ratio).clamp(-20, 20).exp() - 1 + log_ratio.clamp(-20, 20)).clamp(-10, 10),
 }
-_KL_ALIASES = {"k1": "kl", "k2": "mse", "k3": "low_var_kl"}
+KL_ESTIMATORS |= {"k1": KL_ESTIMATORS["kl"], "k2": KL_ESTIMATORS["mse"], "k3": KL_ESTIMATORS["low_var_kl"]}
 
 
 def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, kind: str) -> Tensor:
@@ -312,12 +312,11 @@ def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, kind: str) -> Tensor:
 
     Args:
         log_probs, ref_log_probs: [B, R].
-        kind: `kl` (k1), `abs`, `mse` (k2) or `low_var_kl` (k3, non-negative and unbiased; Schulman 2020).
+        kind: `kl` or `k1`, `abs`, `mse` or `k2`, `low_var_kl` or `k3` (non-negative and unbiased; Schulman 2020).
 
     Raises:
         UserError: another kind. `full` is no estimate; the joint model computes it, from both models' hidden states.
     """
-    kind = _KL_ALIASES.get(kind, kind)
     if kind not in KL_ESTIMATORS:
         raise UserError(f"KL estimate {kind!r} is not available from log-probs, use one of {', '.join(KL_ESTIMATORS)}")
     return KL_ESTIMATORS[kind](log_probs - ref_log_probs)

@@ -173,9 +173,10 @@ class RayPPOTrainer:
     def train_step(self, prompts: DataProto) -> dict[str, float]:
         """One step of the algorithm on a batch of prompts; returns its metrics."""
         start, metrics = time.perf_counter(), {}
-        batch = self._generate(prompts, self._rollout.n, metrics)
+        needs_baseline = self._estimator == "remax"
+        batch = self._generate(prompts, self._rollout.n, metrics, stay_awake=needs_baseline)
         pending = self._launch_grading(batch)
-        baseline = self._launch_baseline(prompts, metrics) if self._estimator == "remax" else None
+        baseline = self._launch_baseline(prompts, metrics) if needs_baseline else None
         self._compute(self._workers.compute_log_prob, batch, metrics, full_kl=self._uses_full_kl_in_reward)
         if self._uses_reference_log_probs:
             self._compute(self._workers.compute_ref_log_prob, batch, metrics)
@@ -208,6 +209,10 @@ class RayPPOTrainer:
                 prompts = DataProto.from_single_dict(collate_fn(items, self.tokenizer.pad_token_id))
                 results.append(self._validate_batch(self._seeded(prompts, "validation"), n))
         return validation_metrics(results, n) | timing
+
+    def how_to_go_on(self) -> str:
+        """What to start after a run that ended early, in words."""
+        return self._run_state.how_to_go_on()
 
     def close(self) -> None:
         """End graders, workers and this run's part in Ray; a checkpoint being written gets a little time."""

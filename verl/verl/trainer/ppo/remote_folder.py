@@ -79,7 +79,12 @@ class RemoteFolder:
         """
         try:
             pointer = f"{self._root}/{LATEST_FILE}"
-            return int(self._files.cat_file(pointer)) if self._files.exists(pointer) else None
+            if not self._files.exists(pointer):
+                return None
+            latest = int(self._files.cat_file(pointer))
+            # A run that went back replaces checkpoints of the one before, and may have been killed at this one.
+            earlier = sorted((step for step in self._steps() if step <= latest), reverse=True)
+            return next((step for step in earlier if self._is_whole(step)), latest)
         except Exception as error:
             raise self._unusable(error) from error
 
@@ -115,7 +120,7 @@ class RemoteFolder:
         step, source = step_of(Path(name)), f"{self._root}/{name}"
         local = into.step_folder(step)
         try:
-            if not self._files.exists(f"{source}/{COMPLETE_FILE}"):
+            if not self._is_whole(step):
                 raise UserError(f"{self._key}: {self.url}/{name} is no complete checkpoint (it has no {COMPLETE_FILE})")
             manifest = self._files.cat_file(f"{source}/{COMPLETE_FILE}").decode()
             if local.exists():
@@ -150,10 +155,16 @@ class RemoteFolder:
     def _drop_old(self, latest: int) -> None:
         if self._max_to_keep is None:
             return
+        for step in surplus(self._steps(), latest, self._max_to_keep):
+            self._discard(step_name(step))
+
+    def _steps(self) -> list[int]:
         paths = self._files.ls(self._root, detail=False)
         names = (re.fullmatch(r"global_step_(\d+)", path.rstrip("/").rpartition("/")[2]) for path in paths)
-        for step in surplus([int(name[1]) for name in names if name], latest, self._max_to_keep):
-            self._discard(step_name(step))
+        return [int(name[1]) for name in names if name]
+
+    def _is_whole(self, step: int) -> bool:
+        return self._files.exists(f"{self._root}/{step_name(step)}/{COMPLETE_FILE}")
 
     def _discard(self, name: str) -> None:
         """Delete a checkpoint, of which a reader sees all or nothing."""

@@ -51,7 +51,8 @@ def check_gradable(rows: Iterable[tuple[str, str, Any]], config: DictConfig) -> 
 
 def _check_ground_truth(reward_model: dict[str, Any], place: str) -> None:
     truth = reward_model.get("ground_truth")
-    if (truth.get("target") if isinstance(truth, dict) else truth) is None:
+    target = truth.get("target") if isinstance(truth, dict) else truth
+    if target is None or not str(target).strip():
         raise UserError(
             f"{place}: 'reward_model' has no ground_truth (text, number or {{target: ...}}), found {reward_model!r:.60}"
         )

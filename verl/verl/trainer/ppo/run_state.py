@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torchdata.stateful_dataloader import StatefulDataLoader
+from transformers import PreTrainedTokenizerBase
 
 from verl.single_controller import RayWorkerGroup
 from verl.trainer.ppo.checkpoint_folder import TRAINER_STATE_FILE, CheckpointFolder, step_name, step_of
@@ -23,7 +24,7 @@ from verl.utils.checkpoint import HUGGINGFACE_FOLDER, rng_state, set_rng_state
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from xbai.engine.files import read_config
 from xbai.errors import UserError
-from xbai.sprm.head import SPRM_CONFIG_FILE
+from xbai.sprm.head import SPRM_CONFIG_FILE, SPRMConfig, load_sprm_config
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +75,12 @@ class RunState:
             self._remote = RemoteFolder(trainer.default_hdfs_dir, trainer.max_actor_ckpt_to_keep)
             self._uploads = Uploads(self._remote)
         self._identity = data_identity(config, dataset)
-        self.checkpoint = self._find()
+        self.checkpoint = self._newest = self._find()
         self._state: dict[str, Any] | None = None
         self._keeps_place = True
         self._epoch, self._batch = 1, 0
         if self.checkpoint is not None:
-            self._check_model(self.checkpoint)
+            self._check_model(self.checkpoint, dataset.tokenizer)
             self._state = torch.load(self.checkpoint / TRAINER_STATE_FILE, weights_only=False)
             if "data" not in self._state:
                 raise UserError(f"{self.checkpoint} was written by an earlier version of this trainer; {_ANEW}")
@@ -95,7 +96,7 @@ class RunState:
 
     def restore(self, groups: WorkerGroups) -> None:
         """Make ready for saving; where there is a checkpoint, put workers, data and random states where it was."""
-        self._folder.prepare(resuming=self.checkpoint is not None)
+        self._folder.prepare(self.checkpoint)
         if self.checkpoint is None:
             return
         self._upload_if_behind(self.checkpoint)
@@ -183,6 +184,18 @@ class RunState:
         self._saving = None
         self._thread.shutdown(wait=False)
 
+    def how_to_go_on(self) -> str:
+        """What to start after a run that ended early, in words."""
+        if self._newest is None:
+            return "no checkpoint was written yet: the same command starts anew"
+        changes = {
+            "disable": " with trainer.resume_mode=auto",
+            "resume_path": " with trainer.resume_mode=auto and without trainer.resume_from_path",
+        }
+        # Until it saves, a run's own mode leads to where it began.
+        mode = "auto" if self._newest == self.checkpoint else self._config.trainer.resume_mode
+        return f"the same command{changes.get(mode, '')} goes on from {self._newest}"
+
     def _write(self, step: int, state: dict[str, Any], groups: WorkerGroups, copied: Future[None]) -> None:
         """Runs in the saving thread."""
         start = time.perf_counter()
@@ -196,19 +209,20 @@ class RunState:
                 # Asked, not waited for: a worker answers between two phases of training.
                 while background and not all(all(group.checkpoint_is_written()) for group in groups.values()):
                     time.sleep(POLL_S)
+            self._newest = self._folder.step_folder(step)
             if self._uploads is not None:
-                self._uploads.submit(self._folder.step_folder(step))
+                self._uploads.submit(self._newest)
             self._folder.drop_old(self._uploads.in_use if self._uploads is not None else ())
         except OSError as error:
             raise UserError(self._not_saved(step, error)) from error
         except UserError as error:
             raise UserError(self._not_saved(step, error)) from error
-        logger.info("saved %s in %.1f s", self._folder.step_folder(step), time.perf_counter() - start)
+        logger.info("saved %s in %.1f s", self._newest, time.perf_counter() - start)
 
     def _not_saved(self, step: int, error: Exception) -> str:
         return (
             f"trainer.default_local_dir={self.folder}: the checkpoint of step {step} was not saved ({error}); make "
-            "room or choose another folder; the same command goes on from the checkpoint before"
+            f"room or choose another folder; {self.how_to_go_on()}"
         )
 
     def _wait_for_save(self) -> None:
@@ -237,7 +251,7 @@ class RunState:
         if copied is None or copied < step_of(checkpoint):
             self._uploads.submit(checkpoint)
 
-    def _check_model(self, checkpoint: Path) -> None:
+    def _check_model(self, checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """A checkpoint of another model is one line, before the workers load anything."""
         section, saved = self._config.actor_rollout_ref, checkpoint / "actor" / HUGGINGFACE_FOLDER
         if not (saved / "config.json").is_file():
@@ -255,6 +269,17 @@ class RunState:
                 f"{checkpoint} was written with actor_rollout_ref.use_score={str(had_head).lower()}; set that, "
                 f"or {_ANEW}"
             )
+        if not had_head:
+            return
+        then = _fields(load_sprm_config(saved, tokenizer))
+        now = _fields(load_sprm_config(section.model.path, tokenizer, section.score.lang))
+        for field in then:
+            if then[field] != now[field]:
+                raise UserError(
+                    f"{checkpoint} was written with {field}={then[field]!r:.60} for the score head, and this run has "
+                    f"{now[field]!r:.60} (by actor_rollout_ref.score.lang, or {SPRM_CONFIG_FILE} in "
+                    f"actor_rollout_ref.model.path={section.model.path}); put that back, or {_ANEW}"
+                )
 
     def _check_data(self, then: dict[str, Any]) -> None:
         changes = differences(then, self._identity)
@@ -278,6 +303,11 @@ class RunState:
 
 
 _ANEW = "start anew with trainer.resume_mode=disable"
+
+
+def _fields(config: SPRMConfig) -> dict[str, Any]:
+    fields = config.to_dict()
+    return fields.pop("step_rule") | fields
 
 
 def _write_state(state: dict[str, Any], path: Path) -> None:

@@ -35,7 +35,8 @@ class RewardManager:
         self._pool = GraderPool(workers, self._timeout_s(), self._grader(), int(section.memory_gib * GIBIBYTE))
 
     def launch(self, data: DataProto) -> PendingReward:
-        """Start grading; reads `responses` and `response_mask` [B, R], the data source and `reward_model`."""
+        """Start grading; reads `responses` and `response_mask` [B, R], the data source, `reward_model` and, where there
+        are, `extra_info` and `raw_prompt`, which a function of one's own finds in its `extra_info`."""
         mask = data.batch["response_mask"]
 
         def finish(grades: list[Grade]) -> Reward:
@@ -60,8 +61,8 @@ class RewardManager:
         return trainer.length_penalty_coeff * correct * lengths / self._config.data.max_response_length
 
     def close(self) -> None:
-        """End the grading processes."""
-        self._pool.close()
+        """End the grading processes, at once: what is under way is of a run that fails."""
+        self._pool.kill()
 
     def _timeout_s(self) -> float:
         return self._config.reward_model.timeout_s
@@ -89,6 +90,8 @@ class RewardManager:
         columns, mask = data.non_tensor_batch, data.batch["response_mask"].bool()
         sources, truths = columns[self._config.data.reward_fn_key], columns["reward_model"]
         extra = columns.get("extra_info", [None] * len(data))
+        if "raw_prompt" in columns:
+            extra = [{**(info or {}), "raw_prompt": messages} for info, messages in zip(extra, columns["raw_prompt"])]
         texts = self._tokenizer.batch_decode(
             [ids[kept].tolist() for ids, kept in zip(data.batch["responses"], mask)], skip_special_tokens=True
         )
