@@ -119,7 +119,7 @@ stage_sft() {
         trainer.output_dir="$out/base" trainer.seed="$seed" "${sft_args[@]}"
 }
 
-# The published recipe of run_single_node.sh, in small. Why two settings of the score loss are changed is in the README.
+# The recipe of run_single_node.sh, in small. Why two settings of the score loss are changed is in docs/results.md.
 stage_rl() {
     bash scripts/run_single_node.sh \
         trainer.device=cpu trainer.n_gpus_per_node="$ranks" trainer.seed="$seed" \
@@ -128,8 +128,10 @@ stage_rl() {
         actor_rollout_ref.model.path="$out/base" \
         actor_rollout_ref.model.enable_gradient_checkpointing=false \
         data.train_files="$out/data/make10_train.parquet" data.val_files="$out/data/make10_val.parquet" \
-        data.train_batch_size=32 data.max_prompt_length=32 data.max_response_length="$response_length" \
+        data.max_prompt_length=32 data.max_response_length="$response_length" \
         actor_rollout_ref.actor.ppo_mini_batch_size=32 \
+        actor_rollout_ref.actor.ulysses_sequence_parallel_size=1 \
+        actor_rollout_ref.actor.entropy_coeff=0 \
         actor_rollout_ref.actor.ppo_max_token_len_per_gpu=16384 \
         actor_rollout_ref.actor.optim.lr=3e-4 actor_rollout_ref.actor.optim.warmup_style=cosine \
         actor_rollout_ref.actor.kl_loss_coef=0.1 \
@@ -138,8 +140,9 @@ stage_rl() {
         actor_rollout_ref.score.agreement_weighting=false \
         actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=32768 \
         actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=32768 \
-        actor_rollout_ref.rollout.n=8 actor_rollout_ref.rollout.dtype=float32 \
-        actor_rollout_ref.rollout.val_kwargs.n=8 "${rl_args[@]}"
+        actor_rollout_ref.rollout.dtype=float32 actor_rollout_ref.rollout.temperature=1.0 \
+        actor_rollout_ref.rollout.val_kwargs.temperature=1.0 \
+        trainer.val_before_train=true "${rl_args[@]}"
 }
 
 stage_merge() {

@@ -41,6 +41,7 @@ _QWEN2_14B = _qwen2(5120, 48, 40, 8, 13824, 152064)
 _QWEN2_32B = _qwen2(5120, 64, 40, 8, 27648, 152064)
 
 KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
+    "DeepScaleR-1.5B-Preview": _QWEN2_1_5B,
     "DeepSeek-R1-Distill-Qwen-1.5B": _QWEN2_1_5B,
     "DeepSeek-R1-Distill-Qwen-7B": _QWEN2_7B,
     "DeepSeek-R1-Distill-Qwen-14B": _QWEN2_14B,
