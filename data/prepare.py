@@ -3,7 +3,8 @@
     python data/prepare.py aime24 math500 [--out DIR]
     python data/prepare.py livecodebench --release release_v5 --start_date 2024-08-01
 
-Benchmarks become `NAME.jsonl`, training sets `NAME.parquet`; `make10` is made here and needs no network. The SHA-256
+Benchmarks become `NAME.jsonl`, and those of mathematics `NAME.parquet` too, for validation during training; training
+sets become `NAME.parquet`; `make10` is made here and needs no network. The SHA-256
 sum of every file, and where it came from, is kept in `SHA256SUMS.json` beside it: what is there already is checked
 and not made again. Files once downloaded stay in the Hub's cache, so that an interrupted run goes on with the next.
 """
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 import typer
 from rich.progress import track, wrap_file
 
-from xbai.benchmarks.base import Benchmark, Question, Row
+from xbai.benchmarks.base import Benchmark, MathBenchmark, Question, Row
 from xbai.benchmarks.ceval import SUBJECTS
 from xbai.benchmarks.livecodebench import DEFAULT_RELEASE, RELEASES, LiveCodeBench
 from xbai.benchmarks.make10 import write_splits
@@ -223,6 +224,18 @@ def training_rows(name: str, rows: Iterable[Row]) -> Iterator[Row]:
         }
 
 
+def validation_rows(benchmark: MathBenchmark, rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows of a benchmark's file in the layout of training data."""
+    for index, row in enumerate(rows):
+        yield {
+            "data_source": benchmark.data_source,
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": {"target": str(row["answer"])}},
+            "extra_info": {"index": index, "split": "validation", "question": row["prompt"]},
+        }
+
+
 def is_checkable(row: Row) -> bool:
     """Whether a row has an answer of its own: no proof, no multiple choice, not marked as invalid by its publisher."""
     answer = str(row.get("answer") if row.get("answer") is not None else "").strip().lower()
@@ -270,23 +283,30 @@ def prepare(name: str, out: Path, selection: Selection = EVERYTHING) -> list[Pat
         record_sums(out, paths, {"set": name, "source": "generated"})
         return paths
     source = BENCHMARK_SOURCES.get(name) or TRAINING_SOURCES[name]
-    path = out / (f"{name}.jsonl" if name in BENCHMARK_SOURCES else f"{name}.parquet")
-    if path.exists() and path.name not in read_sums(out):
-        raise UserError(f"{path} exists, and is not listed in {SUMS_FILE}: remove it, or choose another --out")
+    benchmark = get_benchmark(source.benchmark or name) if name in BENCHMARK_SOURCES else None
+    paths = [out / f"{name}.jsonl"] if benchmark else []
+    if benchmark is None or isinstance(benchmark, MathBenchmark):
+        paths.append(out / f"{name}.parquet")
+    for path in paths:
+        if path.exists() and path.name not in read_sums(out):
+            raise UserError(f"{path} exists, and is not listed in {SUMS_FILE}: remove it, or choose another --out")
     if source.files:
         wanted = RELEASES.index(selection.release or DEFAULT_RELEASE) + 1
         source = replace(source, files=dict(list(source.files.items())[:wanted]))
     revision = revision_of(source)
     rows = download(source, revision)
     if name == "livecodebench":
-        written = write_jsonl(path, livecodebench_rows(rows, selection, out))
-    elif name in BENCHMARK_SOURCES:
-        written = write_jsonl(path, benchmark_rows(source.benchmark or name, rows))
+        written = write_jsonl(paths[0], livecodebench_rows(rows, selection, out))
+    elif benchmark is not None:
+        file_rows = list(benchmark_rows(benchmark.name, rows))
+        written = write_jsonl(paths[0], file_rows)
+        if isinstance(benchmark, MathBenchmark):
+            write_training_parquet(paths[1], validation_rows(benchmark, file_rows))
     else:
-        written = write_training_parquet(path, training_rows(name, rows))
+        written = write_training_parquet(paths[0], training_rows(name, rows))
     origin = {"set": name, "source": f"{source.dataset} ({source.split})", "revision": revision, "rows": written}
-    record_sums(out, [path], origin | selection.given())
-    return [path]
+    record_sums(out, paths, origin | selection.given())
+    return paths
 
 
 def is_prepared(name: str, out: Path, selection: Selection = EVERYTHING) -> bool:

@@ -241,7 +241,8 @@ def prepared(run, tmp_path_factory):
     finished = run(*names, "--release", "release_v2", "--start_date", "2024-01-01", "--out", folder)
     assert finished.returncode == 0, finished.stderr
     assert [Path(line.split()[1]).name for line in finished.stdout.splitlines() if line.startswith("wrote")] == [
-        *("math500.jsonl", "gsm8k.jsonl", "deepscaler.parquet", "numina-math.parquet", "livecodebench.jsonl")
+        *("math500.jsonl", "math500.parquet", "gsm8k.jsonl", "gsm8k.parquet"),
+        *("deepscaler.parquet", "numina-math.parquet", "livecodebench.jsonl"),
     ]
     return folder
 
@@ -258,6 +259,16 @@ def test_a_prepared_benchmark_is_read_asked_and_graded(prepared, name, answer, r
     assert question.prompt.count(benchmark.instruction) == 1
     assert grade(benchmark.grade_request(question, right)) == 1.0
     assert grade(benchmark.grade_request(question, wrong)) == 0.0
+
+
+@pytest.mark.parametrize("name,right", [("math500", "\\boxed{0.5}"), ("gsm8k", "\\boxed{2002}")])
+def test_a_prepared_benchmark_of_mathematics_is_validation_data_too(prepared, name, right):
+    (row,) = pq.read_table(prepared / f"{name}.parquet").to_pylist()
+    (question,) = get_benchmark(name).read(prepared / f"{name}.jsonl")
+    assert row["prompt"] == get_benchmark(name).messages(question)
+    request = GradeRequest(row["data_source"], right, row["reward_model"]["ground_truth"])
+    assert grade(request) == 1.0
+    assert get_benchmark(name).read(prepared / f"{name}.parquet")[0].answer == str(question.answer)
 
 
 def test_prepared_programs_are_selected_read_and_graded(prepared):
