@@ -43,7 +43,7 @@ remove_broken_vision_packages() {
 
 device=${DEVICE:-$(detect_device)}
 [[ -n ${vllm_pin[$device]:-} ]] || fail "DEVICE=$device is unknown, use cpu or cuda"
-fingerprint=$(cat scripts/setup.sh setup.py verl/setup.py requirements.txt | sha256sum | cut -c1-16)-$device-$PWD
+fingerprint=$(cat scripts/setup.sh setup.py verl/setup.py requirements*.txt | sha256sum | cut -c1-16)-$device-$PWD
 stamp=$venv/.xbai-installed
 
 if [[ -x $venv/bin/python && -f $stamp && $(cat "$stamp") == "$fingerprint" ]]; then
@@ -61,8 +61,8 @@ pip=("$venv/bin/pip" install --quiet --disable-pip-version-check)
 say "1/3 torch and vLLM for $device (the large ones)"
 "${pip[@]}" "$torch_pin" setuptools wheel
 "${pip[@]}" "$torch_pin" "${vllm_pin[$device]}"
-say "2/3 the trainer (verl) and the evaluation (xbai)"
-"${pip[@]}" "$torch_pin" -e verl -r requirements.txt
+say "2/3 the trainer (verl), the evaluation (xbai) and what the tests need"
+"${pip[@]}" "$torch_pin" -e verl -r requirements.txt -r requirements-dev.txt
 say "3/3 checking"
 remove_broken_vision_packages
 "$venv/bin/python" - <<'PYTHON'

@@ -1,4 +1,4 @@
-"""The `verl` package: the Ray + FSDP2 + vLLM trainer. `pip install -r requirements.txt` installs `xbai` beside it."""
+"""The `verl` package: the Ray + FSDP2 + vLLM trainer. It needs `xbai` beside it: `pip install -r requirements.txt`."""
 
 from setuptools import find_packages, setup
 
@@ -18,6 +18,7 @@ setup(
         "fsspec",
         "hydra-core>=1.3,<1.4",
         "numpy>=2,<3",
+        "pyarrow>=17",
         "ray[default]>=2.50,<2.61",
         "rich>=13,<16",
         "tensorboard>=2.15,<3",
