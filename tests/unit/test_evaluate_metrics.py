@@ -228,10 +228,15 @@ def test_markdown_is_a_table() -> None:
 
 
 def test_differences_have_signs() -> None:
-    comparison = compare(random_questions(5, 4), random_questions(5, 4, seed=1), (settings(), settings(model="m")))
-    text = comparison_grid(comparison, "new", "old").to_markdown()
-    assert "new less old" in text and "5 questions paired); other model" in text
-    assert "| +" in text or "| -" in text
+    new, old = random_questions(5, 4), random_questions(5, 4, seed=1)
+    for comparison, sign in ((compare(new, old, (settings(), settings(model="m"))), "+"), (compare(old, new), "-")):
+        grid = comparison_grid(comparison, "new", "old")
+        for row, curve in zip(grid.sections[0], comparison.curves.values(), strict=True):
+            signed = [cell.split(" ±")[0] for cell in row[grid.labels :]]
+            assert signed == [f"{100 * estimate.mean:+.1f}" for estimate in curve.values()]
+            assert signed[0].startswith(sign)
+    title = comparison_grid(compare(new, old, (settings(), settings(model="m"))), "new", "old").title
+    assert "new less old" in title and "5 questions paired); other model" in title
 
 
 def drawn(path: Path) -> float:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from xbai.errors import UserError
-from xbai.evaluate.metrics import report_files
-from xbai.evaluate.result_set import differing_settings, read_lines, result_files
+from xbai.evaluate.metrics import compare, repeated_accuracy, report_files
+from xbai.evaluate.result_set import read_lines, result_files
+from xbai.evaluate.settings import differing_settings
 
 RIGHT, WRONG = "The answer is \\boxed{7+8-1+1-5}.", "The answer is \\boxed{7+8+1+1+5}."
 SETTINGS = {"task": "make10", "model": "m", "questions": "d", "temperature": 1.0, "seed": 0}
@@ -52,6 +53,20 @@ def test_questions_of_the_same_text_stay_apart(tmp_path: Path) -> None:
     assert (report.samples, report.missing) == (1, 1)
 
 
+def test_a_question_without_a_sample_is_wrong_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "a.jsonl", result_line(0, [RIGHT, RIGHT]), result_line(1, []))
+    with caplog.at_level(logging.WARNING):
+        report, questions = report_files("make10", [str(path)])
+    assert (report.questions, report.samples, report.missing, report.unanswered) == (2, 2, 2, 1)
+    assert report.mean_at_1.mean == 0.5
+    assert {curve[n].mean for curve in report.curves.values() for n in (1, 2)} == {0.5}
+    assert repeated_accuracy(questions, 1) == [0.5, 0.5]
+    assert "1 of 2 questions have no sample and count as wrong" in caplog.text
+    unpaired = compare(questions, questions[:1])
+    assert (unpaired.questions, unpaired.unpaired) == (1, 1)
+    assert compare(questions, questions).curves["random"][2].mean == 0.0
+
+
 def test_runs_that_differ_in_the_seed_alone_add_up(tmp_path: Path) -> None:
     paths = [write(tmp_path / f"{seed}.jsonl", result_line(0, [RIGHT], seed=seed)) for seed in (0, 1)]
     assert len(read_lines(paths)) == 2
@@ -90,5 +105,13 @@ def test_an_unfinished_extension_is_said(tmp_path: Path, caplog: pytest.LogCaptu
 
 def test_settings_of_before_searches_are_those_of_best_of_n() -> None:
     assert differing_settings(SETTINGS, {**SETTINGS, "search": {"name": "best_of_n"}}) == []
-    assert differing_settings(SETTINGS, {**SETTINGS, "search": {"name": "beam"}, "seed": 3}) == ["search", "seed"]
+    beam = {**SETTINGS, "search": {"name": "beam"}, "seed": 3}
+    assert sorted(differing_settings(SETTINGS, beam)) == ["search", "seed"]
     assert differing_settings(None, SETTINGS) == []
+
+
+def test_models_differ_by_their_weights_where_both_files_name_them() -> None:
+    served = {**SETTINGS, "policy": "here:1a", "scorer": "here:1a", "lang": "en"}
+    assert differing_settings(SETTINGS, served) == [], "a file of before they were recorded"
+    assert differing_settings(served, {**served, "policy": "there:1a"}) == []
+    assert differing_settings(served, {**served, "scorer": "here:2b", "lang": "zh"}) == ["scorer", "lang"]

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from xbai.errors import UserError
 from xbai.evaluate.results import Sample, StoredQuestion, read_result_lines
-from xbai.evaluate.settings import RunSettings, model_identity, request_seed
+from xbai.evaluate.settings import RunSettings, request_seed
 from xbai.evaluate.store import ResultStore
+from xbai.model_identity import is_same_model, model_identity
 
 SETTINGS = RunSettings("make10", "m", "q", 0.8, 0.95, -1, 1.05, 64, (), 0)
 QUESTIONS = [StoredQuestion(i, f"<p{i}>", str(i), {"question": f"q{i}"}) for i in range(3)]
@@ -201,12 +202,13 @@ def test_a_damaged_result_file_is_named_with_its_line(tmp_path: Path) -> None:
 
 def test_model_identity_follows_the_weights_not_the_place(tmp_path: Path) -> None:
     for parent in ("a", "b"):
-        (tmp_path / parent / "model").mkdir(parents=True)
-        (tmp_path / parent / "model" / "model.safetensors").write_bytes(b"x" * 200_000)
-    first, second = model_identity(str(tmp_path / "a" / "model")), model_identity(str(tmp_path / "b" / "model"))
-    assert first == second
-    (tmp_path / "b" / "model" / "model.safetensors").write_bytes(b"x" * 199_999 + b"y")
-    assert model_identity(str(tmp_path / "b" / "model")) != first
+        (tmp_path / parent).mkdir()
+        (tmp_path / parent / "model.safetensors").write_bytes(b"x" * 200_000)
+    first, second = model_identity(tmp_path / "a"), model_identity(tmp_path / "b")
+    assert (first[:2], second[:2]) == ("a:", "b:")
+    assert is_same_model(first, second)
+    (tmp_path / "b" / "model.safetensors").write_bytes(b"x" * 199_999 + b"y")
+    assert not is_same_model(model_identity(tmp_path / "b"), first)
     assert model_identity("hub/name") == "hub/name"
 
 

@@ -73,7 +73,8 @@ def expected_vote(
 def votes_for(keys: Sequence[str | None]) -> np.ndarray:
     """[K, answers] bool: which answer each candidate votes for; None abstains."""
     answers = sorted({key for key in keys if key is not None})
-    return np.array([[key == answer for answer in answers] for key in keys], dtype=bool).reshape(len(keys), -1)
+    votes = [[key == answer for answer in answers] for key in keys]
+    return np.array(votes, dtype=bool).reshape(len(keys), len(answers))
 
 
 @lru_cache(maxsize=16)

@@ -12,8 +12,9 @@ from typing import Any
 import typer
 
 from xbai.evaluate.figure import check_format
-from xbai.evaluate.metrics import Comparison, Report, compare, repeated_accuracy, report_files, strategy_of
+from xbai.evaluate.metrics import Comparison, Report, compare, repeated_accuracy, report_files
 from xbai.evaluate.plots import plot_results
+from xbai.evaluate.settings import choice_of
 from xbai.evaluate.summary import write_json
 from xbai.evaluate.tables import STRATEGY_NAMES, Grid, comparison_grid, report_grids, show
 from xbai.files import atomic_write
@@ -82,7 +83,7 @@ def run_metric(options: MetricOptions) -> None:
     if options.plot_path is not None:
         check_format(options.plot_path)
     report, questions = report_files(options.task, options.patterns)
-    strategy = strategy_of(report.settings)
+    strategy = choice_of(report.settings)
     repeated = RepeatedTest(strategy, options.n, repeated_accuracy(questions, options.n, strategy))
     name, base_name = _names(options)
     reports, comparison = {name: report}, None

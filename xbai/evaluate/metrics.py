@@ -21,7 +21,8 @@ from xbai.evaluate.estimators import (
     vote_groups,
 )
 from xbai.evaluate.graded import GradedQuestion, QuestionKey, grade_lines, refused_count
-from xbai.evaluate.result_set import differing_settings, read_lines, result_files
+from xbai.evaluate.result_set import read_lines, result_files
+from xbai.evaluate.settings import differing_settings
 from xbai.sprm import auc
 
 logger = logging.getLogger(__name__)
@@ -101,8 +102,10 @@ class Report:
     """Everything measured on one set of results.
 
     Attributes:
-        questions, samples: how many questions, and candidates of each (the fewest).
+        questions, samples: how many questions, and candidates of each (the fewest of those that have any).
         missing: candidates by which questions fall short of the question that has the most.
+        unanswered: questions without any candidate, because the service failed each time. They are wrong, at every N:
+            what times out is rarely easy, so leaving them out would flatter the model.
         ungraded, unscored, refused: candidates that have no grade, have no score, were refused by the service. Those
             without a grade are left out of all accuracies, refused ones are wrong.
         ungraded_rate, truncated_rate: share of the candidates without a grade, cut off by the length limit; the latter
@@ -120,6 +123,7 @@ class Report:
     questions: int
     samples: int
     missing: int
+    unanswered: int
     ungraded: int
     unscored: int
     refused: int
@@ -199,13 +203,16 @@ def accuracies(
     """Accuracy [questions] of each strategy at each N.
 
     Where ungraded candidates leave a question fewer than N, its estimate is that of all it has. `seed` draws the
-    subsets of the votes.
+    subsets of the votes. A question without any candidate is wrong.
     """
     graded = [question.graded() for question in questions]
     found = {}
     for name in strategies:
         choices = [(STRATEGIES[name](question), len(question.correct)) for question in graded]
-        found[name] = {n: np.array([choice(min(n, samples), seed) for choice, samples in choices]) for n in counts}
+        found[name] = {
+            n: np.array([choice(min(n, samples), seed) if samples else 0.0 for choice, samples in choices])
+            for n in counts
+        }
     return found
 
 
@@ -217,6 +224,7 @@ def measure(questions: Sequence[GradedQuestion], settings: dict[str, Any] | None
     """
     usable = _usable(questions)
     per_question = [len(question.correct) for question in questions]
+    fewest = min(filter(None, per_question))
     scores = np.concatenate([question.scores for question in questions])
     correct = np.concatenate([question.correct for question in questions])
     question_of = np.repeat(np.arange(len(questions)), per_question)
@@ -225,18 +233,19 @@ def measure(questions: Sequence[GradedQuestion], settings: dict[str, Any] | None
     finishes = [reason for question in questions for reason in question.finish_reasons if reason is not None]
     return Report(
         questions=len(questions),
-        samples=min(per_question),
+        samples=fewest,
         missing=sum(max(per_question) - count for count in per_question),
+        unanswered=per_question.count(0),
         ungraded=int(np.isnan(correct).sum()),
         unscored=int((~np.isfinite(scores)).sum()),
         refused=refused_count(questions),
         ungraded_rate=float(np.isnan(correct).mean()),
         truncated_rate=_mean(np.array([reason == "length" for reason in finishes])),
-        mean_at_1=Estimate.over([float(question.graded().correct.mean()) for question in usable]),
+        mean_at_1=Estimate.over(accuracies(usable, ["random"], [1])["random"][1]),
         curves={
             name: {n: Estimate.over(values) for n, values in by_count.items()}
             for name, by_count in accuracies(
-                usable, possible_strategies(usable), candidate_counts(min(per_question)), seed
+                usable, possible_strategies(usable), candidate_counts(fewest), seed
             ).items()
         },
         auc=_auc(scores[judged], correct[judged]),
@@ -261,12 +270,12 @@ def compare(
     """
     ours, theirs = ({question.key: question for question in side} for side in (questions, base))
     common: list[QuestionKey] = [key for key in ours if key in theirs]
-    paired = [key for key in common if len(_gradable([ours[key], theirs[key]])) == 2]
-    if not paired:
+    paired = [key for key in common if _counts(ours[key]) and _counts(theirs[key])]
+    if not any(len(side[key].correct) for key in paired for side in (ours, theirs)):
         raise UserError("--compare: the two have no question in common that could be graded")
     pairs = [[side[key] for key in paired] for side in (ours, theirs)]
     strategies = [name for name in possible_strategies(pairs[0]) if name in possible_strategies(pairs[1])]
-    counts = candidate_counts(min(len(question.correct) for side in pairs for question in side))
+    counts = candidate_counts(min(filter(None, (len(question.correct) for side in pairs for question in side))))
     here, there = (accuracies(side, strategies, counts, seed) for side in pairs)
     return Comparison(
         questions=len(paired),
@@ -285,9 +294,9 @@ def repeated_accuracy(questions: Sequence[GradedQuestion], n: int, strategy: str
         strategy: chooses in each group: best_of_n, majority or weighted_vote.
 
     Raises:
-        UserError: a question has fewer than n candidates, or there are no scores to choose by.
+        UserError: a question has candidates, but fewer than n, or there are no scores to choose by.
     """
-    fewest = min(questions, key=lambda question: len(question.correct))
+    fewest = min(filter(_is_answered, questions), key=lambda question: len(question.correct))
     repetitions = len(fewest.correct) // n
     if repetitions == 0:
         raise UserError(
@@ -296,7 +305,12 @@ def repeated_accuracy(questions: Sequence[GradedQuestion], n: int, strategy: str
         )
     if n > 1 and strategy != "majority" and strategy not in possible_strategies(questions):
         raise UserError(f"--N {n}: there are no scores to choose by; use --N 1, or run inference again with scores")
-    picks = np.stack([_group_picks(question, n, strategy)[:repetitions] for question in questions])
+    picks = np.stack(
+        [
+            _group_picks(question, n, strategy)[:repetitions] if _is_answered(question) else np.zeros(repetitions)
+            for question in questions
+        ]
+    )
     graded = ~np.isnan(picks)
     return [float(np.mean(pick[known])) for pick, known in zip(picks.T, graded.T) if known.any()]
 
@@ -306,12 +320,6 @@ def _group_picks(question: GradedQuestion, n: int, strategy: str) -> np.ndarray:
         return best_of_n_groups(question.scores, question.correct, n)
     weights = question.vote_weights if strategy == "weighted_vote" else None
     return vote_groups(question.votes, question.correct, n, weights)
-
-
-def strategy_of(settings: Mapping[str, Any] | None) -> str:
-    """How a run with these settings chooses among its samples: by a vote where it asked for one, else by score."""
-    name = ((settings or {}).get("search") or {}).get("name")
-    return name if name in ("majority", "weighted_vote") else "best_of_n"
 
 
 def report_files(task: str, patterns: Sequence[str]) -> tuple[Report, list[GradedQuestion]]:
@@ -326,19 +334,29 @@ def report_files(task: str, patterns: Sequence[str]) -> tuple[Report, list[Grade
     report = measure(questions, settings)
     if report.missing:
         logger.warning(
-            "%s: %d samples are missing: one question has only %d, and N ends there",
+            "%s: %d samples are missing; N ends at %d, which every question has that has any",
             " ".join(patterns), report.missing, report.samples,
+        )  # fmt: skip
+    if report.unanswered:
+        logger.warning(
+            "%s: %d of %d questions have no sample and count as wrong; run the same inference again to ask for them",
+            " ".join(patterns), report.unanswered, report.questions,
         )  # fmt: skip
     return report, questions
 
 
-def _gradable(questions: Sequence[GradedQuestion]) -> list[GradedQuestion]:
-    return [question for question in questions if not np.isnan(question.correct).all()]
+def _is_answered(question: GradedQuestion) -> bool:
+    return len(question.correct) > 0
+
+
+def _counts(question: GradedQuestion) -> bool:
+    """Whether it has a part in accuracies: not where there are candidates, but no grades."""
+    return not _is_answered(question) or not np.isnan(question.correct).all()
 
 
 def _usable(questions: Sequence[GradedQuestion]) -> list[GradedQuestion]:
-    usable = _gradable(questions)
-    if not usable:
+    usable = [question for question in questions if _counts(question)]
+    if not any(map(_is_answered, usable)):
         raise UserError("none of the responses could be graded")
     return usable
 

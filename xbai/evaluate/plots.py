@@ -27,7 +27,8 @@ from xbai.evaluate.figure import (
     save_figure,
 )
 from xbai.evaluate.graded import GradedQuestion
-from xbai.evaluate.metrics import Estimate, Report, strategy_of
+from xbai.evaluate.metrics import Estimate, Report
+from xbai.evaluate.settings import choice_of
 from xbai.evaluate.step_curve import StepCurve, step_curve
 
 STRATEGY_LINES = {
@@ -201,7 +202,7 @@ def _legend_below(axis: Axes, columns: int) -> None:
 
 def _own_strategy(report: Report) -> str:
     """The choice that the results were made for, or the next best that they allow."""
-    wanted = (strategy_of(report.settings), "majority", "random")
+    wanted = (choice_of(report.settings), "majority", "random")
     return next(strategy for strategy in wanted if strategy in report.curves)
 
 

@@ -11,11 +11,10 @@ from typing import Any
 from xbai.errors import UserError
 from xbai.evaluate.graded import question_key
 from xbai.evaluate.results import ResultLine, read_result_lines
+from xbai.evaluate.settings import differing_settings
 from xbai.evaluate.store import JOURNAL_SUFFIX
 
 logger = logging.getLogger(__name__)
-
-BEFORE_SEARCHES = {"search": {"name": "best_of_n"}}
 
 
 def result_files(patterns: Sequence[str]) -> list[Path]:
@@ -42,7 +41,7 @@ def _unfinished_hint(pattern: str) -> str:
 
 
 def read_lines(paths: Sequence[Path], task: str | None = None) -> list[ResultLine]:
-    """All result lines of files that belong together.
+    """All result lines of files that belong together, those without any candidate too.
 
     Files of one run in parts, or of several runs that differ in nothing but the seed, belong together.
 
@@ -54,9 +53,9 @@ def read_lines(paths: Sequence[Path], task: str | None = None) -> list[ResultLin
         UserError: a file is not a result file, holds a sample of another one again, was made with other settings or
             for another task, or there is no candidate at all.
     """
-    by_path = {path: [line for line in read_result_lines(path) if line.solutions] for path in paths}
+    by_path = {path: list(read_result_lines(path)) for path in paths}
     lines = [line for found in by_path.values() for line in found]
-    if not lines:
+    if not any(line.solutions for line in lines):
         raise UserError(f"{', '.join(map(str, paths))}: no candidates to measure")
     _check_settings(by_path, task)
     _check_repeated(by_path)
@@ -65,14 +64,6 @@ def read_lines(paths: Sequence[Path], task: str | None = None) -> list[ResultLin
         if journal.exists():
             logger.warning("%s: an unfinished run adds to this file; what it holds so far is not counted", journal)
     return lines
-
-
-def differing_settings(one: dict[str, Any] | None, other: dict[str, Any] | None) -> list[str]:
-    """Names of the settings in which two results differ; none where one does not say how it was made."""
-    if one is None or other is None:
-        return []
-    one, other = BEFORE_SEARCHES | one, BEFORE_SEARCHES | other
-    return [name for name in {**one, **other} if one.get(name) != other.get(name)]
 
 
 def _check_settings(by_path: dict[Path, list[ResultLine]], task: str | None) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xbai.errors import UserError
+from xbai.evaluate.settings import choice_of
 from xbai.search.majority import voted_candidate
 
 REFUSED = "refused"
@@ -88,11 +89,11 @@ class ResultLine:
 
     def chosen(self) -> str:
         """The response that a vote chooses where the settings ask for one, `content` elsewhere."""
-        search = ((self.settings or {}).get("search") or {}).get("name")
-        if search not in ("majority", "weighted_vote") or not self.solutions:
+        choice = choice_of(self.settings)
+        if choice == "best_of_n" or not self.solutions:
             return self.content
         responses = self.responses
-        return responses[voted_candidate(responses, self.scores, weighted=search == "weighted_vote")]
+        return responses[voted_candidate(responses, self.scores, weighted=choice == "weighted_vote")]
 
     def samples(self) -> Iterator[Sample]:
         """The line as samples again."""

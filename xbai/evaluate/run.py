@@ -26,10 +26,11 @@ from xbai.evaluate.progress import Progress
 from xbai.evaluate.results import StoredQuestion
 from xbai.evaluate.running_grades import RunningGrades
 from xbai.evaluate.schedule import Schedule, missing_requests
-from xbai.evaluate.settings import RunSettings, digest_texts, model_identity
+from xbai.evaluate.settings import RunSettings, digest_texts
 from xbai.evaluate.step_search import StepSearchDriver
 from xbai.evaluate.store import ResultStore
 from xbai.evaluate.tally import Tally
+from xbai.model_identity import model_identity
 from xbai.prompts import prompt_text
 from xbai.search.service_source import StepServices
 from xbai.search.strategy import SearchOptions

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from xbai.errors import UserError
+from xbai.model_identity import is_same_model
+from xbai.search.strategy import CHOICES
 
-DIGEST_BYTES = 1 << 16
-WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "score_module.pt", "config.json")
+BEST_OF_N = {"name": "best_of_n"}
+MODELS = ("model", "policy", "scorer")
+RECORDED = ("policy", "scorer", "lang")
+"""What only the services know; a file in which it does not stand goes with any."""
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The settings that results of one file share. The number of samples is not among them: a run may be extended."""
+    """The settings that results of one file share. The number of samples is not among them: a run may be extended.
+
+    Attributes:
+        model: identity of `--model_dir`, which gives the tokenizer and the chat template.
+        questions: digest of the benchmark's prompts.
+        search: the search's name and settings.
+        policy, scorer: identities of the models that generated and that scored; None where not known, or none did.
+        lang: the rule by which the scorer finds steps.
+    """
 
     task: str
     model: str
@@ -27,7 +40,10 @@ class RunSettings:
     max_tokens: int
     stop: tuple[str, ...]
     seed: int | None
-    search: dict[str, Any] = field(default_factory=lambda: {"name": "best_of_n"})
+    search: dict[str, Any] = field(default_factory=BEST_OF_N.copy)
+    policy: str | None = None
+    scorer: str | None = None
+    lang: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, as it stands in result files."""
@@ -40,31 +56,43 @@ class RunSettings:
             UserError: names what differs.
         """
         ours = self.to_dict()
-        # Files of before there were searches do not name theirs.
-        found = {"search": {"name": "best_of_n"}, **found}
-        differing = [
-            f"{key}={found.get(key)!r}, now {value!r}" for key, value in ours.items() if found.get(key) != value
-        ]
+        differing = [f"{name}={found.get(name)!r}, now {ours.get(name)!r}" for name in differing_settings(found, ours)]
         if differing:
             raise UserError(
                 f"{path} holds results of another run ({'; '.join(differing)}); "
                 "choose another --output_file or remove it"
             )
 
+    def completed_by(self, found: Mapping[str, Any]) -> RunSettings:
+        """With those of the recorded settings that are known there and not here."""
+        return replace(self, **{name: getattr(self, name) or found.get(name) for name in RECORDED})
 
-def model_identity(model_dir: str) -> str:
-    """Folder name and a digest of its weights (size, head, tail of each file); a name that is no folder stays."""
-    folder = Path(model_dir)
-    if not folder.is_dir():
-        return model_dir
-    digest = hashlib.sha256()
-    for path in sorted({path for pattern in WEIGHT_PATTERNS for path in folder.glob(pattern)}):
-        digest.update(f"{path.name}:{path.stat().st_size}".encode())
-        with path.open("rb") as stream:
-            digest.update(stream.read(DIGEST_BYTES))
-            stream.seek(max(0, path.stat().st_size - DIGEST_BYTES))
-            digest.update(stream.read())
-    return f"{folder.resolve().name}:{digest.hexdigest()[:16]}"
+
+def differing_settings(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> list[str]:
+    """Names of the settings in which two results differ; none where one does not say how it was made."""
+    if one is None or other is None:
+        return []
+    return [name for name in {**one, **other} if not _agree(name, one, other)]
+
+
+def _agree(name: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    if name == "search":
+        return search_of(one) == search_of(other)
+    values = one.get(name), other.get(name)
+    if None in values:
+        return values == (None, None) or name in RECORDED
+    return is_same_model(*values) if name in MODELS else values[0] == values[1]
+
+
+def search_of(settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Name and settings of a run's search. Files of before there were searches do not name theirs."""
+    return dict((settings or {}).get("search") or BEST_OF_N)
+
+
+def choice_of(settings: Mapping[str, Any] | None) -> str:
+    """How a run with these settings chooses among its samples: by a vote where it asked for one, else by score."""
+    name = search_of(settings)["name"]
+    return name if name in CHOICES else "best_of_n"
 
 
 def digest_texts(texts: list[str]) -> str:

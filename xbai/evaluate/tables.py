@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from xbai.evaluate.metrics import Comparison, Curves, Estimate, Report
+from xbai.evaluate.settings import search_of
 
 STRATEGY_NAMES = {
     "best_of_n": "Best-of-N",
@@ -132,11 +133,12 @@ def _quality(report: Report) -> dict[str, str]:
         "without a score": f"{report.unscored:,}",
         "refused by the service": f"{report.refused:,}",
         "missing samples": f"{report.missing:,}",
+        "questions without a sample (wrong)": f"{report.unanswered:,}",
     }
 
 
 def _search(report: Report) -> str:
-    search = dict((report.settings or {}).get("search") or {"name": "best_of_n"})
+    search = search_of(report.settings)
     name = search.pop("name")
     details = ", ".join(f"{key} {value}" for key, value in search.items() if value is not None)
     return f"{name} ({details})" if details else name
