@@ -10,7 +10,7 @@ API_KEY_VARIABLE = "XBAI_API_KEY"
 
 
 def read_api_key(key: str | None, file: Path | None) -> str | None:
-    """The key as given, or the first line of `file`; None where neither is given.
+    """The key as given, or what `file` holds without the white space around it; None where neither is given.
 
     Raises:
         UserError: both are given, the file cannot be read, or the key is not one that fits an HTTP header.
@@ -23,7 +23,8 @@ def read_api_key(key: str | None, file: Path | None) -> str | None:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--api_key_file {file}: cannot be read ({error})") from None
     if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
-        raise UserError("the API key must be printable ASCII without spaces, and not empty")
+        source = f"--api_key or {API_KEY_VARIABLE}" if file is None else f"--api_key_file {file}"
+        raise UserError(f"{source}: an API key is printable ASCII without spaces, on one line, and not empty")
     return key
 
 

@@ -113,14 +113,18 @@ def test_generate_greedily(policy, tiny_model_dir: Path, tiny_tokenizer: PreTrai
 
 
 def test_generated_scores_equal_the_score_service(policy, scorer) -> None:
-    body = {"prefix_prompt": PROMPT, "max_tokens": 60, "response_num": 8, "temperature": 1.5, "return_scores": True}
+    # So low a penalty makes a model of random weights repeat the prompt's tokens, the step token among them.
+    prompt = "one.\n\ntwo.\n\nthree"
+    sampling = {"max_tokens": 20, "response_num": 48, "repetition_penalty": 0.12, "temperature": 1.0, "seed": 0}
+    body = {"prefix_prompt": prompt, "return_scores": True, **sampling}
     answer = httpx.post(f"{policy.url}/generate", json=body, timeout=60).json()
-    assert len(answer["scores"]) == len(answer["step_scores"]) == 8
-    for result, steps in zip(answer["results"], answer["step_scores"]):
-        if "\ufffd" in result or "<" in result:
-            # Random bytes that are no text, or may spell a marker, do not come back as the same tokens.
-            continue
-        text = {"text": PROMPT + result, "prompt": PROMPT, "return_all_scores": True}
+    assert len(answer["scores"]) == len(answer["step_scores"]) == 48
+    # Random bytes that are no text, or may spell a marker, do not come back as the same tokens.
+    generated = zip(answer["results"], answer["step_scores"])
+    compared = {result: steps for result, steps in generated if steps and not {"\ufffd", "<"} & set(result)}
+    assert compared
+    for result, steps in compared.items():
+        text = {"text": prompt + result, "prompt": prompt, "return_all_scores": True}
         assert httpx.post(f"{scorer.url}/score", json=text).json()["all_scores"] == pytest.approx(steps, abs=1e-4)
 
 

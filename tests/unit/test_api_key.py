@@ -26,7 +26,7 @@ def test_the_key_is_given_or_in_a_file(tmp_path: Path) -> None:
 def test_a_key_that_no_header_can_carry_is_refused(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "key"
     file.write_bytes(content)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=f"--api_key_file {file}: "):
         read_api_key(None, file)
     with pytest.raises(UserError, match="nowhere"):
         read_api_key(None, tmp_path / "nowhere")

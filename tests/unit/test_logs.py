@@ -43,3 +43,15 @@ def test_a_traceback_stays_in_its_line() -> None:
 def test_an_unknown_format_is_refused() -> None:
     with pytest.raises(UserError, match="--log_format 'xml': use json or text"):
         configure_logging("xml")
+
+
+def test_vllms_level_is_its_own_in_either_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", root.level)
+    monkeypatch.setenv("VLLM_CONFIGURE_LOGGING", "0")
+    monkeypatch.setattr(logging.getLogger("vllm"), "level", logging.WARNING)
+    for level in ("debug", "DEBUG"):
+        monkeypatch.setenv("VLLM_LOGGING_LEVEL", level)
+        configure_logging("text")
+        assert logging.getLogger("vllm").level == logging.DEBUG

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 from xbai.engine import Completion, Engine
 from xbai.engine.base import Sample, sample_seed
 from xbai.engine.weight_check import HeldWeight
+from xbai.errors import UserError
 from xbai.serve import protocol
 from xbai.serve.engine_thread import EngineThread
 from xbai.serve.limits import Limits
@@ -24,13 +25,14 @@ from xbai.serve.policy import create_policy_app
 
 
 class GatedEngine(Engine):
-    """Echoes `limit` prompts a step once `gate` is open; `explode` makes its next step fail."""
+    """Echoes `limit` prompts a step once `gate` is open; `failure` is what its next step raises."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__(Qwen3Config(vocab_size=len(tokenizer)), tokenizer, max_model_len=64, scorer=None)
         self.max_num_seqs = 32
         self.gate = threading.Event()
-        self.explode = False
+        self.failure: Exception | None = None
+        self.refused: int | None = None
         self.limit = 1024
         self.queued: list[Sample] = []
         self.done: list[Sample] = []
@@ -39,11 +41,13 @@ class GatedEngine(Engine):
         self.on_failure = on_failure
 
     def _enqueue(self, samples: list[Sample]) -> None:
+        if samples[0].index == self.refused:
+            raise UserError("not this one")
         self.queued += samples
 
     def _advance(self) -> list[tuple[Sample, Completion]]:
-        if self.explode:
-            raise RuntimeError("out of memory")
+        if self.failure is not None:
+            raise self.failure
         if not self.gate.wait(0.01):
             return []
         done, self.queued = self.queued[: self.limit], self.queued[self.limit :]
@@ -132,18 +136,45 @@ def test_a_client_that_leaves_frees_its_work(start: Start) -> None:
     assert generate(url).status_code == 200
 
 
-def test_a_dead_engine_fails_its_clients_and_its_health(start: Start) -> None:
+@pytest.mark.parametrize("failure", [RuntimeError("out of memory"), UserError("not a loading error")])
+def test_a_dead_engine_fails_its_clients_and_its_health(start: Start, failure: Exception) -> None:
     url, engine, thread = start()
     with ThreadPoolExecutor(1) as clients:
         running = clients.submit(generate, url)
         wait_until(lambda: engine.queued)
-        engine.explode = True
+        engine.failure = failure
         assert running.result().status_code == 503
     wait_until(lambda: not thread.running)
     assert httpx.get(f"{url}/health").status_code == 503
     assert httpx.get(f"{url}/ready").status_code == 503
     assert generate(url).status_code == 503
-    assert isinstance(thread.error, RuntimeError)
+    assert thread.error is failure
+    assert thread.loading_error is None, "else the service would exit as one that was started wrongly"
+
+
+def test_what_the_engine_refuses_is_its_own_requests_end_only(start: Start) -> None:
+    url, engine, thread = start()
+    with ThreadPoolExecutor(1) as clients:
+        accepted = clients.submit(generate, url, response_num=2)
+        wait_until(lambda: len(engine.queued) == 2)
+        engine.refused = 3
+        refused = generate(url, "other", response_num=40)
+        assert (refused.status_code, refused.json()["detail"]) == (422, "not this one")
+        wait_until(lambda: (thread.samples_waiting, thread.samples_begun, len(engine.queued)) == (0, 2, 2))
+        engine.gate.set()
+        assert accepted.result().json()["results"] == ["hello/0", "hello/1"]
+
+
+def test_a_bug_is_a_500_that_the_log_explains(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    url, engine, _ = start()
+    engine.gate.set()
+    engine._text = lambda sample: None
+    answer = httpx.post(f"{url}/generate", json={"prefix_prompt": "x"}, headers={"X-Request-Id": "mine"})
+    assert (answer.status_code, answer.headers["X-Request-Id"]) == (500, "mine")
+    assert answer.json()["detail"].startswith("internal error (ValidationError)")
+    (bug,) = (record for record in caplog.records if record.exc_info)
+    assert bug.fields["request_id"] == "mine"
+    assert 'xbai_requests_total{route="/generate",status="500"} 1.0' in httpx.get(f"{url}/metrics").text
 
 
 @pytest.mark.parametrize(
@@ -155,6 +186,7 @@ def test_a_dead_engine_fails_its_clients_and_its_health(start: Start) -> None:
         (b'{"prefix_prompt": "' + b"x" * 200 + b'"}', 413, "200 tokens"),
         (b'{"prefix_prompt": "' + b"x" * 4000 + b'"}', 413, "larger than 2000 bytes"),
         (b'{"prefix_prompt": "x", "return_scores": true}', 422, "no score head"),
+        (b'{"prefix_prompt": "x", "stop_token_ids": [1, 999999999]}', 422, "stop_token_ids: 999999999 is outside"),
     ],
 )
 def test_bad_requests_say_what_is_wrong(start: Start, body: bytes, status: int, detail: str) -> None:
@@ -170,6 +202,21 @@ def test_a_body_without_length_is_bounded_too(start: Start) -> None:
     chunks = (b"x" * 500 for _ in range(10))
     answer = httpx.post(f"{url}/generate", content=chunks, headers={"content-type": "application/json"})
     assert answer.status_code == 413
+
+
+def test_bodies_together_are_bounded(start: Start) -> None:
+    url, engine, _ = start(Limits(max_body_bytes=2000, max_bodies_bytes=1000))
+    engine.gate.set()
+    head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 2000\r\n\r\n"
+    with connect(url) as first, connect(url) as second:
+        first.sendall(head + b" " * 1500)
+        time.sleep(0.1)
+        second.sendall(head + b" ")
+        answer = second.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 429 ") and b"retry-after: " in answer
+        first.sendall(b'{"prefix_prompt": "x"}'.rjust(500))
+        assert first.recv(1000).startswith(b"HTTP/1.1 200 "), "one body alone may be larger"
+    assert generate(url).is_success
 
 
 def test_requests_are_named_and_counted(start: Start) -> None:
@@ -306,6 +353,28 @@ def test_slow_clients_are_cut_off(start: Start, monkeypatch: pytest.MonkeyPatch)
             time.sleep(0.3)
     engine.gate.set()
     assert generate(url).is_success
+
+
+def test_clients_that_do_not_read_are_cut_off(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "READ_TIMEOUT_S", 0.3)
+    url, engine, _ = start()
+    engine.gate.set()
+    engine._text = lambda sample: "x" * (8 << 20)
+    request = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 22\r\n\r\n"
+    with connect(url) as silent, connect(url) as slow:
+        for client in (silent, slow):
+            client.sendall(request + b'{"prefix_prompt": "x"}')
+        received = 0
+        for _ in range(8):
+            time.sleep(0.15)
+            received += len(slow.recv(2 << 20, socket.MSG_WAITALL))
+        while received < 64 << 20:
+            received += len(slow.recv(1 << 20))
+        left = 0
+        while part := silent.recv(1 << 20):
+            left += len(part)
+        assert left < 32 << 20, "more than what the kernel had taken over"
+    assert httpx.get(f"{url}/health").is_success
 
 
 def test_a_request_is_one_log_line(start: Start, caplog: pytest.LogCaptureFixture) -> None:

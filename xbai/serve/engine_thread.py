@@ -36,6 +36,7 @@ class ModelThread(ABC, Generic[Model]):
 
     Attributes:
         error: why the model is dead; None while it is not.
+        loading_error: why it could not be loaded, where that is the user's to mend.
     """
 
     def __init__(self, name: str, load: Callable[[], Model]) -> None:
@@ -45,6 +46,7 @@ class ModelThread(ABC, Generic[Model]):
         self._model: Model | None = None
         self._stopping = False
         self.error: BaseException | None = None
+        self.loading_error: UserError | None = None
 
     def start(self) -> None:
         """Begin loading; `ready` turns true at the end of it."""
@@ -72,6 +74,11 @@ class ModelThread(ABC, Generic[Model]):
         return self.running and self.error is None
 
     @property
+    def loading(self) -> bool:
+        """The model is not loaded yet."""
+        return self.alive and self._model is None
+
+    @property
     def ready(self) -> bool:
         """The model is loaded and at work."""
         return self.alive and self._model is not None
@@ -92,15 +99,18 @@ class ModelThread(ABC, Generic[Model]):
 
     def _run(self) -> None:
         try:
-            model = self._load()
+            try:
+                model = self._load()
+            except UserError as error:
+                self.loading_error = error
+                self.fail(error)
+                return
             self._watch(model)
             self._model = model
             while not self._stopping:
                 self._take_commands(model)
                 self._work(model)
             self._close(model)
-        except UserError as error:
-            self.fail(error)
         except BaseException as error:
             logger.exception("the %s thread died", self._thread.name)
             self.fail(error)
@@ -204,7 +214,7 @@ class EngineThread(ModelThread[Engine]):
 
     def _add(self, engine: Engine, request: _Generation) -> None:
         try:
-            engine.check(request.prompt_ids, request.return_scores)
+            engine.check(request.prompt_ids, request.params, request.return_scores)
         except UserError as error:
             status = 413 if isinstance(error, PromptTooLong) else 422
             self._finish(request, ServiceError(status, str(error)))
@@ -237,7 +247,13 @@ class EngineThread(ModelThread[Engine]):
     def _begin(self, engine: Engine, request: _Generation, number: int) -> None:
         key = f"{request.request_id}/{number}"
         one = replace(request.params, n=1, first=number)
-        engine.add_request(key, request.prompt_ids, one, request.return_scores)
+        try:
+            engine.add_request(key, request.prompt_ids, one, request.return_scores)
+        except UserError as error:
+            # `check` passed it, but vLLM has rules of its own.
+            self._finish(request, ServiceError(422, str(error)))
+            self._abort(engine, request)
+            return
         request.begun.add(number)
         self._begun[key] = request, number
 

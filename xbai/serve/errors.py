@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-
-logger = logging.getLogger(__name__)
 
 
 class ServiceError(Exception):
@@ -54,14 +50,8 @@ async def _on_http_error(request: Request, error: HTTPException) -> JSONResponse
     return JSONResponse({"detail": str(error.detail)}, error.status_code, error.headers)
 
 
-async def _on_bug(request: Request, error: Exception) -> JSONResponse:
-    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return JSONResponse({"detail": f"internal error ({type(error).__name__}); the service's log has more"}, 500)
-
-
 def install_error_handlers(app: FastAPI) -> None:
-    """Make every failure of `app` a JSON answer."""
+    """Make every refusal of `app` a JSON answer; a bug's is `RequestMiddleware`'s."""
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
-    app.add_exception_handler(Exception, _on_bug)

@@ -26,6 +26,7 @@ class Limits:
         max_pending: responses (policy) or texts (score) accepted and not yet answered; beyond it, 429.
         request_timeout_s: longest time to an answer; beyond it, 504.
         max_body_bytes: largest request body; beyond it, 413.
+        max_bodies_bytes: bodies of all requests that are not yet answered; beyond it, 429.
         shutdown_timeout_s: how long running work may take after SIGTERM.
         receive_timeout_s: longest time to receive a request's body; beyond it, 408. Its head has `HEAD_TIMEOUT_S`.
         api_key: what clients must send as `Authorization: Bearer`; None asks for nothing.
@@ -34,6 +35,7 @@ class Limits:
     max_pending: int = 4096
     request_timeout_s: float = 3600.0
     max_body_bytes: int = 16 << 20
+    max_bodies_bytes: int = 256 << 20
     shutdown_timeout_s: float = 60.0
     receive_timeout_s: float = 60.0
     api_key: str | None = None

@@ -8,14 +8,15 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from xbai.api_key import authorization
 from xbai.serve.errors import ServiceError
-from xbai.serve.limits import Limits
+from xbai.serve.limits import RETRY_AFTER_S, Limits
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Metrics:
 
 
 class RequestMiddleware:
-    """Asks for the key, bounds the body, gives every request an id (its own, or the client's), counts and logs it.
+    """Asks for the key, bounds the bodies, gives every request an id (its own, or the client's), counts and logs it.
 
     Plain ASGI, because Starlette's function middleware hides a client's disconnect from the handler. What a handler
     puts into `request.state.log` is logged with the request.
@@ -68,6 +69,7 @@ class RequestMiddleware:
         self._metrics = metrics
         self._routes = routes
         self._limits = limits
+        self._bodies_bytes = 0
         self._authorization = authorization(limits.api_key).get("Authorization", "").encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,7 +82,7 @@ class RequestMiddleware:
         if not REQUEST_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
         log = scope.setdefault("state", {})["log"] = {}
-        status = 500
+        status: int | None = None
 
         async def send_named(message: Message) -> None:
             nonlocal status
@@ -93,11 +95,17 @@ class RequestMiddleware:
             self._authorize(scope)
             if int(_header(scope, b"content-length") or 0) > self._limits.max_body_bytes:
                 raise self._too_large()
-            await self._app(scope, self._bounded(receive), send_named)
+            with self._bounded(receive) as bounded:
+                await self._app(scope, bounded, send_named)
         except ServiceError as error:
             await error.to_response()(scope, receive, send_named)
+        except Exception as error:
+            logger.exception("a bug", extra={"fields": {"request_id": request_id, "path": scope["path"]}})
+            if status is None:
+                detail = f"internal error ({type(error).__name__}); the service's log has more"
+                await ServiceError(500, detail).to_response()(scope, receive, send_named)
         finally:
-            self._record(scope, status, time.perf_counter() - started, {"request_id": request_id}, log)
+            self._record(scope, status or 500, time.perf_counter() - started, {"request_id": request_id}, log)
 
     def _authorize(self, scope: Scope) -> None:
         if scope["path"] == OPEN_ROUTE or not self._authorization:
@@ -105,7 +113,8 @@ class RequestMiddleware:
         if not hmac.compare_digest(_header(scope, b"authorization"), self._authorization):
             raise ServiceError(401, "this service asks for its API key: Authorization: Bearer KEY")
 
-    def _bounded(self, receive: Receive) -> Receive:
+    @contextmanager
+    def _bounded(self, receive: Receive) -> Iterator[Receive]:
         received = 0
         complete = False
         deadline = asyncio.get_running_loop().time() + self._limits.receive_timeout_s
@@ -119,12 +128,19 @@ class RequestMiddleware:
                 seconds = self._limits.receive_timeout_s
                 raise ServiceError(408, f"the request body did not arrive within {seconds:g} s") from None
             complete = not message.get("more_body", False)
-            received += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            received += size
+            self._bodies_bytes += size
             if received > self._limits.max_body_bytes:
                 raise self._too_large()
+            if self._bodies_bytes > max(received, self._limits.max_bodies_bytes):
+                raise ServiceError(429, "the requests at hand are as much as memory may hold", RETRY_AFTER_S)
             return message
 
-        return bounded
+        try:
+            yield bounded
+        finally:
+            self._bodies_bytes -= received
 
     def _too_large(self) -> ServiceError:
         return ServiceError(413, f"the request body is larger than {self._limits.max_body_bytes} bytes")

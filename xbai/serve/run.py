@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import uvicorn
@@ -22,7 +23,7 @@ from xbai.serve.app import Service
 from xbai.serve.engine_thread import EngineThread, ScoreModel, ScorerThread
 from xbai.serve.limits import Limits
 from xbai.serve.policy import create_policy_app
-from xbai.serve.protocol import BoundedHeadProtocol
+from xbai.serve.protocol import TimedProtocol
 from xbai.serve.score import create_score_app
 from xbai.sprm.head import SCORE_MODULE_FILE
 
@@ -126,7 +127,7 @@ def server_config(app: FastAPI) -> uvicorn.Config:
     """How HTTP is spoken."""
     return uvicorn.Config(
         app,
-        http=BoundedHeadProtocol,
+        http=TimedProtocol,
         ws="none",
         log_config=None,
         access_log=False,
@@ -148,7 +149,10 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop at the first signal, end the process at the second."""
         if self._service.stopping:
-            os._exit(128 + sig)
+            _leave(128 + sig)
+        if self._service.thread.loading:
+            # Nothing is accepted yet, and loading cannot be interrupted.
+            _leave(0)
         logger.info("stopping: at most %g s for what is unanswered", self._service.limits.shutdown_timeout_s)
         self._service.stop()
 
@@ -167,12 +171,19 @@ def _run(app: FastAPI, listener: socket.socket) -> None:
     logger.info("listening on http://%s:%d", host, port)
     service: Service = app.state.service
     _Server(server_config(app), service).run(sockets=[listener])
-    error = service.thread.error
-    if isinstance(error, UserError):
-        raise error
-    if error is not None or service.thread.running:
-        # At once: cleaning up a broken engine can take as long as its workers please, which end with this process.
+    thread = service.thread
+    if thread.loading_error is not None:
+        raise thread.loading_error
+    if thread.error is not None or thread.running:
+        # At once: cleaning up a broken engine can take as long as its workers please.
         logger.warning("leaving without cleaning up the model")
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0 if error is None else 1)
+        _leave(0 if thread.error is None else 1)
+
+
+def _leave(status: int) -> NoReturn:
+    """End this process and its workers, which would keep their GPUs if they hang or are still loading."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(status)
