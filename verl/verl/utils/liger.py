@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from types import MethodType
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from xbai.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 KEY = "model.use_liger"
 

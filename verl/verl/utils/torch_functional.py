@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from itertools import repeat
 from typing import NamedTuple
 
@@ -69,7 +70,7 @@ def token_log_probs(
     """
     logits_per_token = vocab_size if reference is None else 2 * vocab_size
     tokens_per_chunk = max(1, logits_per_chunk // logits_per_token)
-    from_logits = _fused_chunk_log_probs if fused else _chunk_log_probs
+    from_logits = _fused_chunk_log_probs() if fused else _chunk_log_probs
 
     def run(hidden_chunk: Tensor, label_chunk: Tensor, reference_chunk: Tensor | None) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
@@ -106,7 +107,10 @@ def _chunk_log_probs(
     return log_probs, entropy if compute_entropy else None, kl
 
 
-_fused_chunk_log_probs = torch.compile(_chunk_log_probs, dynamic=True)
+@cache
+def _fused_chunk_log_probs() -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]:
+    # Not at import: torch's compiler takes a second to load, in every process.
+    return torch.compile(_chunk_log_probs, dynamic=True)
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
