@@ -285,6 +285,26 @@ def test_micro_batches_follow_from_the_configuration() -> None:
     # Half as many groups with twice the budget each: 64 rows, four at a time.
     shared = ["model.use_remove_padding=true", "actor.ulysses_sequence_parallel_size=2"]
     assert plan(*by_tokens, *shared)["update, a mini-batch"] == (64, 1, 16, 2)
+    # Two ranks have the rows of both, of the whole job's 64 at a time.
+    assert plan("actor.ppo_micro_batch_size=64", *shared)["update, a mini-batch"] == (64, 8, 8, 2)
+    # The reference shares rows as it is told, not as the policy does.
+    assert plan(*shared, "ref.ulysses_sequence_parallel_size=1")["reference"] == (64, 8, 8, 1)
+
+
+def test_tokens_of_sharers_are_shared() -> None:
+    root, packed = "actor_rollout_ref", "actor_rollout_ref.model.use_remove_padding=true"
+    sizes = [f"{root}.actor.ulysses_sequence_parallel_size=2", f"{root}.ref.ulysses_sequence_parallel_size=1"]
+    alone, shared = _memory(80, packed), _memory(80, packed, *sizes)
+    assert shared.peaks["reference"] == alone.peaks["reference"]
+    assert shared.peaks["log-prob"] < alone.peaks["log-prob"]
+    # 16 rows of the whole job are 2 of each of 8 ranks, or 4 of each two: as many tokens on a GPU.
+    whole_job = f"{root}.actor.ppo_micro_batch_size=16"
+    assert _memory(80, packed, whole_job, sizes[0]).update_tokens == _memory(80, packed, whole_job).update_tokens
+
+
+def test_a_reference_is_kept_as_its_checkpoint_is() -> None:
+    memory = _memory(80)
+    assert memory.reference.weights == memory.policy.weights / 2
 
 
 @pytest.mark.parametrize(

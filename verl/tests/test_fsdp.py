@@ -14,7 +14,17 @@ from transformers import AutoModelForCausalLM
 
 from verl.utils.fsdp import create_mesh, named_full_tensors, shard_model
 from verl.utils.model import attention_for, build_joint_model, loading_dtype
+from verl.utils.optim import JointOptimizer
 from verl.utils.packing import padded_layout
+from verl.workers.placed_model import PlacedModel
+
+IDS = torch.arange(1, 9)[None]
+BATCH = {
+    "input_ids": IDS,
+    "attention_mask": torch.ones_like(IDS),
+    "position_ids": torch.arange(8)[None],
+    "response_mask": torch.ones(1, 7, dtype=torch.bool),
+}
 
 
 @pytest.fixture
@@ -39,18 +49,27 @@ def test_sixteen_bits_are_widened_after_sharding(
     assert found.keys() == dict(expected.named_parameters()).keys()
     assert all(torch.equal(found[name], weight) for name, weight in expected.named_parameters())
 
-    ids = torch.arange(1, 9)[None]
-    batch = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "position_ids": torch.arange(8)[None],
-        "response_mask": torch.ones(1, 7, dtype=torch.bool),
-    }
-    log_probs = model(padded_layout(batch)).log_probs
-    logits = expected(ids).logits[0, :-1].log_softmax(-1)
-    torch.testing.assert_close(log_probs, logits.gather(-1, ids[0, 1:, None]).squeeze(-1))
+    log_probs = model(padded_layout(BATCH)).log_probs
+    logits = expected(IDS).logits[0, :-1].log_softmax(-1)
+    torch.testing.assert_close(log_probs, logits.gather(-1, IDS[0, 1:, None]).squeeze(-1))
     log_probs.sum().backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("compute", ["bfloat16", "float32"])
+def test_what_is_not_trained_stays_as_it_was_loaded(
+    process_group: None, tiny_model_dir: Path, tmp_path: Path, compute: str
+) -> None:
+    folder, fsdp_config = tmp_path / "half", {"compute_dtype": compute}
+    AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.bfloat16).save_pretrained(folder)
+    models = [build_joint_model(folder, loading_dtype(folder, torch.float32)) for _ in range(2)]
+    optim = {"name": "AdamW", "lr": 1.0}
+    frozen = PlacedModel(models[0], fsdp_config).model.eval()
+    widened = PlacedModel(models[1], fsdp_config, lambda model: JointOptimizer(model, optim)).model.eval()
+    assert {weight.dtype for weight in frozen.parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in widened.parameters()} == {torch.float32}
+    with torch.no_grad():
+        assert torch.equal(frozen(padded_layout(BATCH)).log_probs, widened(padded_layout(BATCH)).log_probs)
 
 
 def test_only_whole_sixteen_bit_checkpoints_are_loaded_so(tiny_model_dir: Path) -> None:

@@ -63,42 +63,27 @@ def batches(config: DictConfig) -> Iterator[Batches]:
     """The micro-batches of every phase, counted by what the workers count them with."""
     root, longest = config.actor_rollout_ref, (config.data.max_prompt_length, config.data.max_response_length)
     world = config.trainer.nnodes * config.trainer.n_gpus_per_node
-    sp_size, packed, n = root.actor.ulysses_sequence_parallel_size, root.model.use_remove_padding, root.rollout.n
-    groups = world // sp_size
-    every, mini_batch = config.data.train_batch_size * n // groups, root.actor.ppo_mini_batch_size * n // groups
-    mini_batches = config.data.train_batch_size // root.actor.ppo_mini_batch_size
+    packed, prompts = root.model.use_remove_padding, config.data.train_batch_size
 
-    def counted(phase: str, batching: MicroBatching, rows: int, per_step: int = 1) -> Batches:
+    def counted(phase: str, batching: MicroBatching, prompts: int, sp_size: int, per_step: int = 1) -> Batches:
+        rows = prompts * root.rollout.n // (world // sp_size)
         shortest, full = (RowSizes([p] * rows, [r] * rows) for p, r in ((1, 1), longest))
         return Batches(phase, rows, batching.fewest(shortest), batching.fewest(full), per_step)
 
-    yield counted("log-prob", MicroBatching.for_log_prob(root.rollout, packed, sp_size), every)
+    sp_size = root.actor.ulysses_sequence_parallel_size
+    yield counted("log-prob", MicroBatching.for_log_prob(root.rollout, packed, sp_size), prompts, sp_size)
     if root.actor.use_kl_loss or config.algorithm.use_kl_in_reward:
-        yield counted("reference", MicroBatching.for_log_prob(root.ref, packed, sp_size), every)
-    section = _per_gpu(root.actor, world)
-    update = MicroBatching.for_update(section, packed, sp_size)
-    yield counted("update, a mini-batch", update, mini_batch, mini_batches * root.actor.ppo_epochs)
+        sharers = root.ref.ulysses_sequence_parallel_size
+        yield counted("reference", MicroBatching.for_log_prob(root.ref, packed, sharers), prompts, sharers)
+    update, mini_batch = MicroBatching.for_update(root.actor, packed, sp_size, world), root.actor.ppo_mini_batch_size
+    yield counted("update, a mini-batch", update, mini_batch, sp_size, prompts // mini_batch * root.actor.ppo_epochs)
     if config.algorithm.adv_estimator == "gae":
         critic = critic_config(config)
-        groups = world // critic.ulysses_sequence_parallel_size
-        layout = critic.model.use_remove_padding, critic.ulysses_sequence_parallel_size
-        forward = {
-            "use_dynamic_bsz": critic.use_dynamic_bsz,
-            "ppo_max_token_len_per_gpu": critic.forward_max_token_len_per_gpu,
-            "ppo_micro_batch_size_per_gpu": critic.forward_micro_batch_size_per_gpu,
-        }
-        yield counted("values", MicroBatching.for_update(forward, *layout), config.data.train_batch_size * n // groups)
-        times = config.data.train_batch_size // critic.ppo_mini_batch_size * critic.ppo_epochs
-        update = MicroBatching.for_update(critic, *layout)
-        yield counted("critic update, a mini-batch", update, critic.ppo_mini_batch_size * n // groups, times)
-
-
-def _per_gpu(actor: DictConfig, world: int) -> Mapping[str, Any]:
-    # The deprecated form for the whole job would ask the process group, which a dry run has not, for its size.
-    if actor.ppo_micro_batch_size is None or actor.use_dynamic_bsz:
-        return actor
-    rows = max(1, actor.ppo_micro_batch_size * actor.ulysses_sequence_parallel_size // world)
-    return {"ppo_micro_batch_size_per_gpu": rows}
+        packed, sp_size = critic.model.use_remove_padding, critic.ulysses_sequence_parallel_size
+        yield counted("values", MicroBatching.for_values(critic, packed, sp_size), prompts, sp_size)
+        update, mini_batch = MicroBatching.for_update(critic, packed, sp_size, world), critic.ppo_mini_batch_size
+        times = prompts // mini_batch * critic.ppo_epochs
+        yield counted("critic update, a mini-batch", update, mini_batch, sp_size, times)
 
 
 def _steps(config: DictConfig, world: int) -> str:

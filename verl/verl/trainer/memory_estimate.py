@@ -15,6 +15,8 @@ from verl.utils.model_shapes import ModelShape
 
 GIB = 2**30
 BYTES = {"float32": 4, "fp32": 4, "bfloat16": 2, "bf16": 2, "float16": 2, "fp16": 2}
+# Of a weight in all checkpoints that are worth an estimate.
+CHECKPOINT_BYTES = 2
 
 # Bytes of one logit of a chunk: forward (with entropies), and where the backward pass computes it again.
 LOGIT_FORWARD, LOGIT_BACKWARD = 12, 20
@@ -37,7 +39,7 @@ class Placement:
         config: its `fsdp_config`.
         shards: GPUs that share one copy.
         compute: bytes of a weight as it is multiplied.
-        stored: bytes of a weight as it is kept.
+        stored: bytes of a weight as it is kept: in float32, or as in the checkpoint where it is not trained.
         states: bytes of optimiser state for one parameter, 0 for a model that is not trained.
         has_lm_head: a critic has none.
     """
@@ -60,13 +62,14 @@ class Placement:
         on_gpu: bool,
         has_lm_head: bool = True,
     ) -> Placement:
-        """As `shard_model` reads `fsdp_config`, and `build_optimizer` `optim` (None: not trained)."""
+        """As `PlacedModel` reads `fsdp_config`, and `build_optimizer` `optim` (None: not trained)."""
         size = fsdp_config.get("fsdp_size", -1)
         stored = BYTES[fsdp_config.get("model_dtype") or "float32"]
         chosen = fsdp_config.get("compute_dtype")
         compute = BYTES[chosen] if chosen else (2 if on_gpu else stored)
-        states = 0.0
-        if optim is not None:
+        if optim is None:
+            stored, states = CHECKPOINT_BYTES, 0.0
+        else:
             states = 2 * EIGHT_BIT_STATE if "8bit" in optim["name"] else 2.0 * stored
         return cls(shape, fsdp_config, size if size > 0 else world, compute, stored, states, has_lm_head)
 

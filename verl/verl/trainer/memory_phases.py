@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl.trainer.critic_config import critic_config
 from verl.trainer.memory_estimate import (
     BYTES,
+    CHECKPOINT_BYTES,
     CONTEXT_BYTES,
     CPU_CACHE_BYTES,
     FRAGMENTATION,
@@ -23,6 +24,7 @@ from verl.trainer.memory_estimate import (
 )
 from verl.utils.model_shapes import ModelShape
 from verl.utils.torch_functional import LOGITS_PER_CHUNK
+from verl.workers.actor.micro_batches import MicroBatching
 
 GPUS_GIB = {
     "24 GB (RTX 4090, L4)": 23.5,
@@ -36,13 +38,6 @@ GPUS_GIB = {
 """What torch reports as the whole memory of common GPUs."""
 
 COMMON_GPU = "80 GB (A100, H100)"
-
-
-def tokens_at_most(section: DictConfig, switch: str, budget: str, rows: str, length: int, sp_size: int) -> int:
-    """Tokens of one GPU's largest micro-batch, rows being as long as they can be."""
-    if section[switch]:
-        return section[budget]
-    return -(-section[rows] * length // sp_size)
 
 
 @dataclass(frozen=True)
@@ -101,11 +96,12 @@ class PhaseMemory:
         found = {
             "rollout": self._resident() | self._engine(with_cache=True),
             "weight sync": self._resident("policy") | self._engine(with_cache=False) | self._whole_tensor(),
-            "log-prob": self._resident("policy") | self._log_prob(self.policy, "rollout"),
+            "log-prob": self._resident("policy") | self._log_prob(self.policy, "rollout", self._sp_size),
             "update": self._resident("policy", trains=True) | self._update(),
         }
         if self.reference is not None:
-            found["reference"] = self._resident("reference") | self._log_prob(self.reference, "ref")
+            sharers = self.config.actor_rollout_ref.ref.ulysses_sequence_parallel_size
+            found["reference"] = self._resident("reference") | self._log_prob(self.reference, "ref", sharers)
         if self.critic is not None:
             found["values"] = self._resident("critic") | self._values()
             found["critic update"] = self._resident("critic", trains=True) | self._critic_update()
@@ -167,15 +163,13 @@ class PhaseMemory:
         resident = 4 * head / shards * (bool(weights) + 2 * bool(states))
         return resident + (4 * head / shards + 4 * 3 * head if trains else 0)
 
-    def _log_prob(self, model: Placement, section: str) -> Components:
-        tokens = tokens_at_most(
-            self.config.actor_rollout_ref[section],
-            "log_prob_use_dynamic_bsz",
-            "log_prob_max_token_len_per_gpu",
-            "log_prob_micro_batch_size_per_gpu",
-            self._longest,
-            self._sp_size,
-        )
+    def _tokens(self, batching: MicroBatching, sp_size: int) -> int:
+        """Of one GPU in the largest micro-batch, rows being as long as they can be."""
+        return -(-batching.most_tokens(self._longest) // sp_size)
+
+    def _log_prob(self, model: Placement, section: str, sp_size: int) -> Components:
+        batching = MicroBatching.for_log_prob(self.config.actor_rollout_ref[section], self._packed, sp_size)
+        tokens = self._tokens(batching, sp_size)
         return forward_peak(model, tokens, self._longest, self._packed, self.chunk(tokens))
 
     def _update(self) -> Components:
@@ -185,25 +179,20 @@ class PhaseMemory:
     @property
     def update_tokens(self) -> int:
         """Tokens of one GPU in the largest micro-batch of the policy's update."""
-        return self._update_tokens(self.config.actor_rollout_ref.actor, self._sp_size)
-
-    def _update_tokens(self, section: DictConfig, sp_size: int) -> int:
-        whole_job = section.get("ppo_micro_batch_size")
-        if whole_job is not None and not section.use_dynamic_bsz:
-            return max(1, whole_job // self.world) * self._longest
-        names = ("use_dynamic_bsz", "ppo_max_token_len_per_gpu", "ppo_micro_batch_size_per_gpu")
-        return tokens_at_most(section, *names, self._longest, sp_size)
+        actor = self.config.actor_rollout_ref.actor
+        return self._tokens(MicroBatching.for_update(actor, self._packed, self._sp_size, self.world), self._sp_size)
 
     def _values(self) -> Components:
         critic = critic_config(self.config)
-        names = ("use_dynamic_bsz", "forward_max_token_len_per_gpu", "forward_micro_batch_size_per_gpu")
-        tokens = tokens_at_most(critic, *names, self._longest, critic.ulysses_sequence_parallel_size)
-        return forward_peak(self.critic, tokens, self._longest, critic.model.use_remove_padding, logits=0)
+        packed, sp_size = critic.model.use_remove_padding, critic.ulysses_sequence_parallel_size
+        tokens = self._tokens(MicroBatching.for_values(critic, packed, sp_size), sp_size)
+        return forward_peak(self.critic, tokens, self._longest, packed, logits=0)
 
     def _critic_update(self) -> Components:
         critic = critic_config(self.config)
-        tokens = self._update_tokens(critic, critic.ulysses_sequence_parallel_size)
-        packed, checkpointing = critic.model.use_remove_padding, critic.model.enable_gradient_checkpointing
+        packed, sp_size = critic.model.use_remove_padding, critic.ulysses_sequence_parallel_size
+        tokens = self._tokens(MicroBatching.for_update(critic, packed, sp_size, self.world), sp_size)
+        checkpointing = critic.model.enable_gradient_checkpointing
         return training_peak(self.critic, tokens, self._longest, checkpointing, packed, logits=0)
 
     @property
@@ -220,8 +209,8 @@ class PhaseMemory:
 
     @property
     def _engine_width(self) -> int:
-        # `auto` is the checkpoint's, which is in 16 bits for all that are worth an estimate.
-        return BYTES.get(self.config.actor_rollout_ref.rollout.dtype, 2)
+        # `auto` is the checkpoint's.
+        return BYTES.get(self.config.actor_rollout_ref.rollout.dtype, CHECKPOINT_BYTES)
 
     @property
     def _tensor_parallel(self) -> int:

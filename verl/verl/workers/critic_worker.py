@@ -80,7 +80,7 @@ class CriticWorker(CheckpointedWorker):
             packed=model.use_remove_padding,
             trust_remote_code=model.trust_remote_code,
             gradient_checkpointing=model.enable_gradient_checkpointing,
-            compute_dtype=dtypes.compute or dtypes.stored,
+            compute_dtype=dtypes.compute,
         )
 
     def _build_optimizer(self, model: ValueModel) -> Optimizers:

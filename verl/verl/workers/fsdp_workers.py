@@ -185,7 +185,7 @@ class ActorRolloutRefWorker(CheckpointedWorker):
             channel=config.score.get("channel") if sprm_config is not None else None,
             trust_remote_code=config.model.get("trust_remote_code", False),
             gradient_checkpointing=config.model.get("enable_gradient_checkpointing", False),
-            compute_dtype=dtypes.compute or dtypes.stored,
+            compute_dtype=dtypes.compute,
             use_liger=config.model.get("use_liger", False),
             fused_kernels=config.model.get("use_fused_kernels", False),
             packed=config.model.get("use_remove_padding", False),
@@ -203,7 +203,3 @@ class ActorRolloutRefWorker(CheckpointedWorker):
     def _policy_weights(self) -> Iterator[Iterator[tuple[str, Tensor]]]:
         with self._policy.on_device():
             yield named_full_tensors(self._policy.model, self._rollout.dtype)
-
-
-def _tokens(data: DataProto) -> float:
-    return float(data.batch["attention_mask"].sum())

@@ -18,10 +18,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Dtypes(NamedTuple):
-    """What weights are kept in, and what they are cast to for multiplying (None: nothing)."""
+    """What weights are kept in, and what they are cast to for multiplying."""
 
     stored: torch.dtype
-    compute: torch.dtype | None
+    compute: torch.dtype
 
     @classmethod
     def from_config(cls, fsdp_config: Mapping[str, Any]) -> Dtypes:
@@ -32,7 +32,7 @@ class Dtypes(NamedTuple):
         stored = torch_dtype(fsdp_config.get("model_dtype") or "float32")
         if (name := fsdp_config.get("compute_dtype")) is not None:
             return cls(stored, torch_dtype(name))
-        return cls(stored, torch.bfloat16 if local_device().type == "cuda" else None)
+        return cls(stored, torch.bfloat16 if local_device().type == "cuda" else stored)
 
 
 class PlacedModel(Generic[Model]):
@@ -42,7 +42,8 @@ class PlacedModel(Generic[Model]):
     `optimizer_offload`; with `offload_policy` FSDP2 itself keeps both there and fetches each layer when it is needed.
 
     Args:
-        model: whole, on the CPU, with the same weights on every rank; it is sharded in place.
+        model: whole, on the CPU, with the same weights on every rank; it is sharded in place. One that is trained is
+            kept in `model_dtype`, another as it was loaded.
         fsdp_config: the model's section of this name.
         build_optimizer: makes the optimiser of the sharded model; None for one that is not trained.
 
@@ -65,7 +66,9 @@ class PlacedModel(Generic[Model]):
         self._offloads_optimizer = bool(fsdp_config.get("optimizer_offload"))
         dtypes = Dtypes.from_config(fsdp_config)
         mesh = create_mesh(fsdp_config.get("fsdp_size", -1))
-        self.model = shard_model(model, mesh, fsdp_config, dtypes.compute, dtypes.stored)
+        # To a model that is not trained more bits than its checkpoint has are nothing but memory.
+        stored = None if build_optimizer is None else dtypes.stored
+        self.model = shard_model(model, mesh, fsdp_config, dtypes.compute, stored)
         self.optimizer = None if build_optimizer is None else build_optimizer(self.model)
         # The next model that comes to the device finds room.
         self._offload()

@@ -67,7 +67,7 @@ class DataParallelPPOActor:
     def _read_update_config(self, config: Mapping[str, Any]) -> None:
         actor = config["actor"]
         self._loss_config = LossConfig.from_config(config)
-        self._update_batching = MicroBatching.for_update(actor, self._packed, self._sp_size)
+        self._update_batching = MicroBatching.for_update(actor, self._packed, self._sp_size, self._world_size)
         self._mini_batching = MiniBatching(actor, config["rollout"]["n"], self._sp_group, "actor")
         self._grad_clip = actor["grad_clip"]
 

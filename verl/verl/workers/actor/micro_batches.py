@@ -52,25 +52,32 @@ class MicroBatching:
     key: str = "micro_batch_size_per_gpu"
 
     @classmethod
-    def for_update(cls, section: Mapping[str, Any], packed: bool = False, sp_size: int = 1) -> MicroBatching:
-        """From `actor_rollout_ref.actor` or `critic`; `sp_size` ranks share `sp_size` budgets."""
-        if section.get("use_dynamic_bsz", False):
-            budget = section["ppo_max_token_len_per_gpu"] * sp_size
-            return cls(1, budget, packed, "ppo_max_token_len_per_gpu")
+    def for_update(cls, section: Mapping[str, Any], packed: bool, sp_size: int, world_size: int) -> MicroBatching:
+        """From `actor_rollout_ref.actor` or `critic`; of `world_size` ranks, `sp_size` share as many budgets."""
         whole_job = section.get("ppo_micro_batch_size")
-        if whole_job is not None:
-            rows = whole_job * sp_size // dist.get_world_size()
-            return cls(max(1, rows), packed=packed, key="ppo_micro_batch_size")
-        return cls(section["ppo_micro_batch_size_per_gpu"], packed=packed, key="ppo_micro_batch_size_per_gpu")
+        if whole_job is not None and not section.get("use_dynamic_bsz", False):
+            return cls(max(1, whole_job * sp_size // world_size), packed=packed, key="ppo_micro_batch_size")
+        return cls._per_gpu(section, "use_dynamic_bsz", "ppo", packed, sp_size)
 
     @classmethod
-    def for_log_prob(cls, section: Mapping[str, Any], packed: bool = False, sp_size: int = 1) -> MicroBatching:
-        """From `actor_rollout_ref.rollout` or `.ref`; `sp_size` as in `for_update`."""
-        if section.get("log_prob_use_dynamic_bsz", False):
-            budget = section["log_prob_max_token_len_per_gpu"] * sp_size
-            return cls(1, budget, packed, "log_prob_max_token_len_per_gpu")
-        rows = section["log_prob_micro_batch_size_per_gpu"]
-        return cls(rows, packed=packed, key="log_prob_micro_batch_size_per_gpu")
+    def for_values(cls, section: Mapping[str, Any], packed: bool, sp_size: int) -> MicroBatching:
+        """From `critic`, whose values before the update need a forward pass only."""
+        return cls._per_gpu(section, "use_dynamic_bsz", "forward", packed, sp_size)
+
+    @classmethod
+    def for_log_prob(cls, section: Mapping[str, Any], packed: bool, sp_size: int) -> MicroBatching:
+        """From `actor_rollout_ref.rollout` or `.ref`."""
+        return cls._per_gpu(section, "log_prob_use_dynamic_bsz", "log_prob", packed, sp_size)
+
+    @classmethod
+    def _per_gpu(
+        cls, section: Mapping[str, Any], switch: str, prefix: str, packed: bool, sp_size: int
+    ) -> MicroBatching:
+        if section.get(switch, False):
+            key = f"{prefix}_max_token_len_per_gpu"
+            return cls(1, section[key] * sp_size, packed, key)
+        key = f"{prefix}_micro_batch_size_per_gpu"
+        return cls(section[key], packed=packed, key=key)
 
     def __post_init__(self) -> None:
         if self.rows < 1:
@@ -82,6 +89,10 @@ class MicroBatching:
             return sum(sizes.prompts[row] + sizes.responses[row] for row in rows)
         widest = (max((column[row] for row in rows), default=0) for column in sizes)
         return len(rows) * _padded_width(*widest)
+
+    def most_tokens(self, longest_row: int) -> int:
+        """What the largest micro-batch may have, of rows of at most `longest_row` tokens."""
+        return self.rows * longest_row if self.max_tokens is None else self.max_tokens
 
     def fewest(self, sizes: RowSizes) -> int:
         """The smallest number of micro-batches that `fill` can share the rows out over; it can for any larger one.

@@ -50,13 +50,8 @@ class DataParallelPPOCritic:
         self._clip, self._grad_clip = config["cliprange_value"], config["grad_clip"]
         packed = config["model"]["use_remove_padding"]
         self._layout = layout_maker(packed, self._device, sp_group)
-        self._update_batching = MicroBatching.for_update(config, packed, self._sp_size)
-        forward = {
-            "use_dynamic_bsz": config["use_dynamic_bsz"],
-            "ppo_max_token_len_per_gpu": config["forward_max_token_len_per_gpu"],
-            "ppo_micro_batch_size_per_gpu": config["forward_micro_batch_size_per_gpu"],
-        }
-        self._forward_batching = MicroBatching.for_update(forward, packed, self._sp_size)
+        self._update_batching = MicroBatching.for_update(config, packed, self._sp_size, self._world_size)
+        self._forward_batching = MicroBatching.for_values(config, packed, self._sp_size)
         self._mini_batching = MiniBatching(config, config["rollout_n"], sp_group, "critic")
 
     @torch.no_grad()
