@@ -8,7 +8,7 @@ import pytest
 
 from verl.trainer.compose import compose_config
 from verl.trainer.config_check import DEFAULTS_FILE, check_config
-from verl.trainer.placement_config import FSDP_CONFIGS, OPTIMS, check_kernels, check_placement
+from verl.trainer.placement_config import FSDP_CONFIGS, OPTIMS, TRAINED, check_kernels, check_placement
 from xbai.errors import UserError
 
 MODEL = "actor_rollout_ref.model"
@@ -33,6 +33,19 @@ def test_two_ways_to_offload_exclude_each_other(small_run: list[str], section: s
         check_placement(compose(small_run, f"{section}.{key}=true"))
         with pytest.raises(UserError, match=f"^{section}: {key} and offload_policy exclude each other"):
             check_placement(compose(small_run, f"{section}.{key}=true", f"{section}.offload_policy=true"))
+
+
+@pytest.mark.parametrize("section", FSDP_CONFIGS)
+@pytest.mark.parametrize("name", ["float16", "fp16"])
+def test_only_what_is_not_trained_may_be_in_float16(small_run: list[str], section: str, name: str) -> None:
+    chosen = compose(small_run, f"{section}.compute_dtype={name}")
+    if section not in TRAINED:
+        check_placement(chosen)
+        return
+    with pytest.raises(UserError, match=rf"^{section}\.compute_dtype={name} cannot train: small gradients"):
+        check_placement(chosen)
+    with pytest.raises(UserError, match=rf"^{section}\.model_dtype={name} cannot train"):
+        check_placement(compose(small_run, f"+{section}.model_dtype={name}"))
 
 
 @pytest.mark.parametrize("section", OPTIMS)

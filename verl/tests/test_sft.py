@@ -8,6 +8,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
+import torch.distributed as dist
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -144,6 +145,28 @@ def test_muon_equals_adamw_off_the_matrices():
         muon.step()
         adamw.step()
     torch.testing.assert_close(ours, theirs)
+
+
+def test_the_seed_is_each_ranks_own_and_float16_is_refused(tmp_path):
+    write_tiny_model(tmp_path / "base")
+    rows = [{"prompt": CHAT, "response": "7+3"}]
+    overrides = [
+        f"data.train_files={write_rows(tmp_path / 'sft.parquet', rows)}",
+        f"model.path={tmp_path / 'base'}",
+        f"trainer.output_dir={tmp_path / 'out'}",
+        "data.train_batch_size=1",
+        "trainer.seed=7",
+    ]
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        main_sft.SFTTrainer(compose_config("sft_trainer", overrides), torch.device("cpu"))
+        assert torch.initial_seed() == 7
+        with pytest.raises(UserError, match=r"^model\.compute_dtype=fp16 cannot train"):
+            main_sft.SFTTrainer(
+                compose_config("sft_trainer", [*overrides, "model.compute_dtype=fp16"]), torch.device("cpu")
+            )
+    finally:
+        dist.destroy_process_group()
 
 
 def run_sft(ranks, *overrides):

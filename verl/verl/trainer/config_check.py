@@ -322,8 +322,7 @@ def _check_model(config: DictConfig, not_found: Callable[[str], None]) -> None:
 
 
 def _check_files(config: DictConfig, not_found: Callable[[str], None]) -> None:
-    needed = [config.data.prompt_key]
-    needed += [config.data.reward_fn_key, "reward_model"]
+    needed = [config.data.prompt_key, config.data.reward_fn_key, "reward_model"]
     for key in ("train_files", "val_files"):
         for file in file_list(config.data[key]):
             if not Path(file).is_file():

@@ -27,7 +27,7 @@ from torch import Tensor
 from verl.trainer.compose import compose_config
 from verl.utils.dataset.sft_dataset import SFTDataset, SFTExample, collate_examples, length_grouped_batches
 from verl.utils.fsdp import create_mesh, init_distributed, named_full_tensors, shard_model
-from verl.utils.model import build_joint_model, load_tokenizer, loading_dtype, torch_dtype
+from verl.utils.model import build_joint_model, load_tokenizer, loading_dtype, trained_dtype
 from verl.utils.optim import JointOptimizer
 from verl.utils.packing import TokenLayout, padded_layout
 from verl.utils.tracking import Tracking
@@ -63,6 +63,7 @@ class SFTTrainer:
     def __init__(self, config: DictConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        torch.manual_seed(config.trainer.seed + self.rank)
         self.output_dir = Path(config.trainer.output_dir)
         self._check_config()
         self.tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
@@ -98,7 +99,10 @@ class SFTTrainer:
         return SPRMConfig(travelling.step_rule, score.dropout, score.normalize_features)
 
     def _build_model(self) -> JointModel:
-        path, compute_dtype = self.config.model.path, torch_dtype(self.config.model.compute_dtype)
+        path, compute_dtype = (
+            self.config.model.path,
+            trained_dtype(self.config.model.compute_dtype, "model.compute_dtype"),
+        )
         model = build_joint_model(
             path,
             loading_dtype(path, torch.float32),
@@ -219,7 +223,8 @@ class SFTTrainer:
 
     def save(self) -> None:
         """Write the model folder with tokenizer, head and step rule. A collective."""
-        weights = {name: tensor.cpu() for name, tensor in named_full_tensors(self.model)}
+        # Every rank gathers, one tensor at a time; only the one that writes keeps them.
+        weights = {name: tensor.cpu() for name, tensor in named_full_tensors(self.model) if self.rank == 0}
         if self.rank == 0:
             head = {n.removeprefix("score_head."): w for n, w in weights.items() if n.startswith("score_head.")}
             policy = {name: weight for name, weight in weights.items() if not name.startswith("score_head.")}

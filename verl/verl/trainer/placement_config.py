@@ -9,18 +9,24 @@ from omegaconf import DictConfig, OmegaConf
 from verl.utils.compiler import check_compiler
 from verl.utils.eight_bit_adam import EIGHT_BIT_OPTIMIZERS, check_eight_bit
 from verl.utils.liger import check_liger
+from verl.utils.model import trained_dtype
 from xbai.errors import UserError
 
+TRAINED = ("actor_rollout_ref.actor.fsdp_config", "critic.model.fsdp_config")
 FSDP_CONFIGS = (
-    "actor_rollout_ref.actor.fsdp_config",
+    *TRAINED,
     "actor_rollout_ref.ref.fsdp_config",
-    "critic.model.fsdp_config",
 )
 OPTIMS = ("actor_rollout_ref.actor.optim", "actor_rollout_ref.score.optim", "critic.optim")
 
 
 def check_placement(config: DictConfig) -> None:
-    """Raise a `UserError` for the first `fsdp_config` that contradicts itself or the number of processes."""
+    """Raise a `UserError` for the first `fsdp_config` that contradicts itself or the number of processes, or in which
+    nothing can be trained."""
+    for name in TRAINED:
+        for key in ("model_dtype", "compute_dtype"):
+            if (dtype := OmegaConf.select(config, f"{name}.{key}")) is not None:
+                trained_dtype(dtype, f"{name}.{key}")
     processes = config.trainer.nnodes * config.trainer.n_gpus_per_node
     for name in FSDP_CONFIGS:
         section = OmegaConf.select(config, name)

@@ -32,6 +32,20 @@ def torch_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def trained_dtype(name: str, key: str) -> torch.dtype:
+    """`torch_dtype` of a model that is trained.
+
+    Raises:
+        UserError: an unknown name, or float16, in which small gradients are 0 (a loss is a mean over all tokens of a
+            batch, and there is no loss scaling) and weights that Adam keeps in it become nan (its epsilon is 0).
+    """
+    if torch_dtype(name) == torch.float16:
+        raise UserError(
+            f"{key}={name} cannot train: small gradients, and Adam's epsilon, are 0 in float16; use bfloat16 or float32"
+        )
+    return torch_dtype(name)
+
+
 def loading_dtype(path: str | Path, dtype: torch.dtype) -> torch.dtype:
     """What to load a model in that is to be kept in `dtype`: in 16 bits where its files hold nothing else.
 
