@@ -61,9 +61,9 @@ def test_truncation_keeps_one_end(write_rows, tiny_tokenizer, truncation, kept):
 
 
 def test_truncation_error_names_the_row(write_rows, tiny_tokenizer):
-    dataset = RLHFDataset(write_rows(["hi", "x" * 80]), tiny_tokenizer, _config(filter_overlong_prompts=False))
-    with pytest.raises(UserError, match=r"rows\.parquet: row 1 has a prompt"):
-        dataset[1]
+    files = [write_rows(["hi"], "a.parquet"), write_rows(["hi", "x" * 80], "b.parquet")]
+    with pytest.raises(UserError, match=r"b\.parquet: row 1 has a prompt of 99 tokens; raise"):
+        RLHFDataset(files, tiny_tokenizer, _config(filter_overlong_prompts=False))
 
 
 def test_row_without_prompt_is_named(write_rows, tiny_tokenizer):

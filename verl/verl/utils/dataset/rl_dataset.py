@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +64,29 @@ class RLHFDataset(Dataset):
             logger.info(
                 "%d of %d prompts dropped: longer than %d tokens", dropped, len(self._places), config.max_prompt_length
             )
+        elif config.truncation == "error":
+            self._refuse_overlong(parts)
         # One table of them all would need one form of every column, where ground truths may be texts in one file and
         # {"target": ...} in the next.
         self._rows = ConcatDataset(parts)
         if not len(self._rows):
             raise UserError(f"{', '.join(files)}: no prompt of up to {config.max_prompt_length} tokens")
 
+    def _lengths(self, part: datasets.Dataset) -> Iterator[int]:
+        return (len(prompt_ids(self.tokenizer, messages)) for messages in part[self.config.prompt_key])
+
     def _without_overlong(self, part: datasets.Dataset) -> datasets.Dataset:
-        lengths = (len(prompt_ids(self.tokenizer, messages)) for messages in part[self.config.prompt_key])
-        return part.select([row for row, length in enumerate(lengths) if length <= self.config.max_prompt_length])
+        limit = self.config.max_prompt_length
+        return part.select([row for row, length in enumerate(self._lengths(part)) if length <= limit])
+
+    def _refuse_overlong(self, parts: Sequence[datasets.Dataset]) -> None:
+        limit = self.config.max_prompt_length
+        for place, length in zip(self._places, itertools.chain.from_iterable(map(self._lengths, parts))):
+            if length > limit:
+                raise UserError(
+                    f"{place} has a prompt of {length} tokens; raise data.max_prompt_length={limit}, or set "
+                    "data.filter_overlong_prompts=true or data.truncation=left|right"
+                )
 
     def values(self, column: str) -> list[Any]:
         """One column of all rows."""
@@ -88,7 +102,7 @@ class RLHFDataset(Dataset):
     def __getitem__(self, item: int) -> dict[str, Any]:
         row = self._rows[item]
         messages = row.pop(self.config.prompt_key)
-        ids = self._truncate(prompt_ids(self.tokenizer, messages), row["row_index"])
+        ids = self._truncate(prompt_ids(self.tokenizer, messages))
         if self.config.return_raw_chat:
             row["raw_prompt"] = messages
         return {
@@ -98,15 +112,8 @@ class RLHFDataset(Dataset):
             "position_ids": torch.arange(len(ids)),
         }
 
-    def _truncate(self, ids: list[int], index: int) -> list[int]:
+    def _truncate(self, ids: list[int]) -> list[int]:
         limit = self.config.max_prompt_length
-        if len(ids) <= limit:
-            return ids
-        if self.config.truncation == "error":
-            raise UserError(
-                f"{self._places[index]} has a prompt of {len(ids)} tokens; raise data.max_prompt_length={limit}, "
-                "or set data.filter_overlong_prompts=true or data.truncation=left|right"
-            )
         return ids[-limit:] if self.config.truncation == "left" else ids[:limit]
 
 
