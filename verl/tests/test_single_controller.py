@@ -22,6 +22,8 @@ from verl.single_controller import (
     WorkerLostError,
     register,
 )
+from verl.single_controller.nodes import Node
+from verl.single_controller.worker_group import _thread_env
 from xbai.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -58,14 +60,6 @@ class Doubler(Worker):
     @register()
     def last_seen(self) -> list[int]:
         return self.seen
-
-    @register(Dispatch.ALL_TO_ALL)
-    def echo(self, value: str) -> str:
-        return value
-
-    @register(Dispatch.RANK_ZERO, blocking=False)
-    def later(self) -> int:
-        return self.rank
 
     @register()
     def refuse(self) -> None:
@@ -107,8 +101,6 @@ def test_dispatch_and_collect(group: RayWorkerGroup):
     assert group.environment("WORLD_SIZE") == ["2", "2"]
     assert group.environment("COLOUR") == ["green", "green"]
     assert group.environment("OMP_WAIT_POLICY") == ["PASSIVE", "PASSIVE"]
-    assert group.echo(["a", "b"]) == ["a", "b"]
-    assert group.later().get() == 0
     assert group.all_reduce() == [2.0, 2.0]
     for rows in (1, 2, 3, 4):
         doubled = group.multiply(DataProto.from_dict({"x": torch.arange(rows)}), repeat=3)
@@ -121,6 +113,14 @@ def test_dispatch_and_collect(group: RayWorkerGroup):
         group.total(DataProto.from_dict({"x": torch.arange(3)}))
     with pytest.raises(UserError, match=r"^model.path: no such folder$"):
         group.refuse()
+
+
+def test_processes_share_the_cores_of_their_node(monkeypatch: pytest.MonkeyPatch):
+    node = Node("id", "10.0.0.1", None, 16, (None,) * 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert _thread_env(node)["OMP_NUM_THREADS"] == "4"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert _thread_env(node)["OMP_NUM_THREADS"] == "3"
 
 
 def test_ranks_of_a_group_share_rows_and_the_first_answers():

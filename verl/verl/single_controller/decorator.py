@@ -18,8 +18,6 @@ class Dispatch(Enum):
     """How one call on the driver becomes calls on the ranks, and their results one result.
 
     ONE_TO_ALL: every rank gets the same arguments; the list of all results, rank 0's first.
-    ALL_TO_ALL: every argument is a list with one entry per rank; the list of all results.
-    RANK_ZERO: only rank 0 is called; its result.
     DP_COMPUTE_PROTO: every `DataProto` argument is cut into one chunk per rank, padded with copies of its first rows
         where it does not divide; the results are stacked and the rows that come of the padding dropped (a method may
         return k rows for each row). For methods that treat rows independently.
@@ -29,8 +27,6 @@ class Dispatch(Enum):
     """
 
     ONE_TO_ALL = "one_to_all"
-    ALL_TO_ALL = "all_to_all"
-    RANK_ZERO = "rank_zero"
     DP_COMPUTE_PROTO = "dp_compute_proto"
     DP_COMPUTE_METRIC = "dp_compute_metric"
 
@@ -40,7 +36,6 @@ class Registration:
     """What `register` was told about a method."""
 
     dispatch_mode: Dispatch
-    blocking: bool
     group: str | None = None
 
 
@@ -59,20 +54,17 @@ class RankCalls:
     group_size: int = 1
 
 
-def register(
-    dispatch_mode: Dispatch = Dispatch.ONE_TO_ALL, blocking: bool = True, group: str | None = None
-) -> Callable[[F], F]:
+def register(dispatch_mode: Dispatch = Dispatch.ONE_TO_ALL, group: str | None = None) -> Callable[[F], F]:
     """Make a worker's method callable on its worker group.
 
     Args:
         dispatch_mode: how arguments and results are dealt out.
-        blocking: whether the call on the group waits for the result or returns a `WorkerFuture`.
         group: for the `DP_` modes, the kind of groups in which consecutive ranks share the rows (sequence or tensor
             parallel ranks); `RayWorkerGroup(group_sizes=...)` says how many ranks that is, 1 by default.
     """
 
     def decorate(method: F) -> F:
-        setattr(method, REGISTRATION_ATTRIBUTE, Registration(dispatch_mode, blocking, group))
+        setattr(method, REGISTRATION_ATTRIBUTE, Registration(dispatch_mode, group))
         return method
 
     return decorate
@@ -90,12 +82,8 @@ def dispatch(mode: Dispatch, world_size: int, args: tuple, kwargs: dict[str, Any
     Raises:
         ValueError: an argument that does not fit `mode`.
     """
-    if mode is Dispatch.RANK_ZERO:
-        return RankCalls([(args, kwargs)], lambda results: results[0])
     if mode is Dispatch.ONE_TO_ALL:
         return RankCalls([(args, kwargs)] * world_size, list)
-    if mode is Dispatch.ALL_TO_ALL:
-        return RankCalls(_per_rank(lambda value: _checked_list(value, world_size), world_size, args, kwargs), list)
     pad = mode is Dispatch.DP_COMPUTE_PROTO
     return RankCalls(*_deal_rows(world_size // group_size, args, kwargs, pad), group_size)
 
@@ -120,20 +108,9 @@ def _deal_rows(
         stacked = DataProto.concat(results)
         return unpad_dataproto(stacked, padding * (len(stacked) // (rows + padding)))
 
-    return _per_rank(cut, groups, args, kwargs), collect
-
-
-def _per_rank(
-    cut: Callable[[Any], list[Any]], world_size: int, args: tuple, kwargs: dict[str, Any]
-) -> list[tuple[tuple, dict[str, Any]]]:
     columns, named = [cut(value) for value in args], {key: cut(value) for key, value in kwargs.items()}
-    return [
-        (tuple(column[rank] for column in columns), {key: value[rank] for key, value in named.items()})
-        for rank in range(world_size)
+    calls = [
+        (tuple(column[group] for column in columns), {key: value[group] for key, value in named.items()})
+        for group in range(groups)
     ]
-
-
-def _checked_list(value: Any, world_size: int) -> list[Any]:
-    if not isinstance(value, list) or len(value) != world_size:
-        raise ValueError(f"expected a list with one entry for each of {world_size} ranks, got {value!r:.80}")
-    return value
+    return calls, collect

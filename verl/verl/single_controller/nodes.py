@@ -43,6 +43,11 @@ class Node:
     strategies: tuple[PlacementGroupSchedulingStrategy, ...]
 
     @property
+    def is_here(self) -> bool:
+        """Whether this process runs on it, so that what is to be known of it needs no other process."""
+        return self.id == _this_node()
+
+    @property
     def gloo_interface(self) -> dict[str, str]:
         """The variable that has gloo listen where the other nodes reach this one; alone it asks the host's name."""
         return {"GLOO_SOCKET_IFNAME": self.interface} if self.interface else {}
@@ -50,7 +55,7 @@ class Node:
 
 def nodes_of_bundles(group: PlacementGroup) -> list[tuple[int, str]]:
     """Index and node id of each bundle of a placed group: the driver's own node first, then by address."""
-    here, address_of = ray.get_runtime_context().get_node_id(), _addresses()
+    here, address_of = _this_node(), _addresses()
     places = ray.util.placement_group_table(group)["bundles_to_node_id"].items()
     return sorted(places, key=lambda place: (place[1] != here, _address_order(address_of[place[1]]), place[0]))
 
@@ -65,15 +70,19 @@ def look_up_nodes(group: PlacementGroup, node_of_rank: list[str]) -> list[Node]:
     strategies: dict[str, list[PlacementGroupSchedulingStrategy]] = {}
     for rank, node_id in enumerate(node_of_rank):
         strategies.setdefault(node_id, []).append(PlacementGroupSchedulingStrategy(group, rank))
-    address_of = _addresses()
+    here, address_of = _this_node(), _addresses()
+    look_around_there = ray.remote(num_cpus=0)(_look_around)
     asked = {
-        address_of[node_id]: _look_around.options(scheduling_strategy=own[0]).remote(address_of[node_id])
+        address_of[node_id]: look_around_there.options(scheduling_strategy=own[0]).remote(address_of[node_id])
         for node_id, own in strategies.items()
+        if node_id != here
     }
-    seen = answers_by_node(asked)
+    seen = dict(zip(asked, answers_by_node(asked)))
+    if here in strategies:
+        seen[address_of[here]] = _look_around(address_of[here])
     return [
-        Node(node_id, address_of[node_id], interface, cpu_count, tuple(own))
-        for (node_id, own), (interface, cpu_count) in zip(strategies.items(), seen)
+        Node(node_id, address_of[node_id], *seen[address_of[node_id]], tuple(own))
+        for node_id, own in strategies.items()
     ]
 
 
@@ -115,6 +124,10 @@ def alive_nodes() -> list[dict[str, Any]]:
     )
 
 
+def _this_node() -> str:
+    return ray.get_runtime_context().get_node_id()
+
+
 def _addresses() -> dict[str, str]:
     return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
 
@@ -125,7 +138,6 @@ def _address_order(address: str) -> tuple[int, bytes]:
     return family, socket.inet_pton(family, address)
 
 
-@ray.remote(num_cpus=0)
 def _look_around(address: str) -> tuple[str | None, int]:
     """The interface and the number of cores of the node on which this runs; a node's own setting comes first."""
     return os.environ.get("GLOO_SOCKET_IFNAME") or _interface_of(address), os.cpu_count() or 1

@@ -29,16 +29,6 @@ class Worker:
         """This worker's number in its group."""
         return int(os.environ["RANK"])
 
-    @property
-    def world_size(self) -> int:
-        """How many workers the group has."""
-        return int(os.environ["WORLD_SIZE"])
-
-    @property
-    def local_rank(self) -> int:
-        """This worker's number on its node."""
-        return int(os.environ["LOCAL_RANK"])
-
     def worker_info(self) -> WorkerInfo:
         """Rank, process id and node, for messages about this worker."""
         node_id = ray.get_runtime_context().get_node_id()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -102,8 +103,7 @@ class GroupMethod:
         self._group, self._name, self._registration = group, name, registration
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        future = self.remote(*args, **kwargs)
-        return future.get() if self._registration.blocking else future
+        return self.remote(*args, **kwargs).get()
 
     def remote(self, *args: Any, **kwargs: Any) -> WorkerFuture:
         """Start the call on the ranks and return at once."""
@@ -214,11 +214,14 @@ class RayWorkerGroup:
 
 def _spawn(pool: RayResourcePool, init: RayClassWithInitArgs, env: Mapping[str, str]) -> list[ActorHandle]:
     nodes = pool.nodes()
-    port = ray.get(_free_port.options(scheduling_strategy=nodes[0].strategies[0]).remote())
+    if nodes[0].is_here:
+        port = _free_port()
+    else:
+        port = ray.get(ray.remote(num_cpus=0)(_free_port).options(scheduling_strategy=nodes[0].strategies[0]).remote())
     common = {"MASTER_ADDR": nodes[0].address, "MASTER_PORT": str(port), "WORLD_SIZE": str(pool.world_size)}
     actor_class, workers = ray.remote(init.cls), []
     for node in nodes:
-        of_node = node.gloo_interface | ({} if pool.use_gpu else _cpu_env(node)) | dict(env)
+        of_node = node.gloo_interface | _thread_env(node) | dict(env)
         local_world_size = str(len(node.strategies))
         for local_rank, strategy in enumerate(node.strategies):
             ranks = {"RANK": str(len(workers)), "LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": local_world_size}
@@ -231,9 +234,11 @@ def _spawn(pool: RayResourcePool, init: RayClassWithInitArgs, env: Mapping[str, 
     return workers
 
 
-def _cpu_env(node: Node) -> dict[str, str]:
-    """Threads for processes that compute on the CPU: together they use each core once, and wait without spinning."""
-    return {"OMP_NUM_THREADS": str(max(1, node.cpu_count // len(node.strategies))), "OMP_WAIT_POLICY": "PASSIVE"}
+def _thread_env(node: Node) -> dict[str, str]:
+    """Threads for what is computed on the CPU, on GPU nodes an offloaded optimiser's step: the processes together use
+    each core once, unless the driver's environment says otherwise, and wait without spinning."""
+    fair_share = str(max(1, node.cpu_count // len(node.strategies)))
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", fair_share), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def _stored(value: Any) -> Any:
@@ -241,7 +246,6 @@ def _stored(value: Any) -> Any:
     return ray.put(value) if isinstance(value, DataProto) else value
 
 
-@ray.remote(num_cpus=0)
 def _free_port() -> int:
     """Where rank 0's torch.distributed store can listen; runs on rank 0's node."""
     with socket.socket() as probe:
