@@ -29,33 +29,35 @@ KEY = {"Authorization": "Bearer secret"}
 JSON = {"Content-Type": "application/json", **KEY}
 
 
-@pytest.fixture
-def policy_app(tiny_model_dir: Path) -> FastAPI:
-    thread = EngineThread(lambda: load_engine("hf", tiny_model_dir, max_model_len=MAX_MODEL_LEN, max_num_seqs=512))
+def policy_app(engine: str, folder: Path) -> FastAPI:
+    thread = EngineThread(lambda: load_engine(engine, folder, max_model_len=MAX_MODEL_LEN, max_num_seqs=512))
     return create_policy_app(thread, "tiny", Limits(api_key="secret"))
 
 
-@pytest.fixture
-def score_app(tiny_model_dir: Path) -> FastAPI:
-    tokenizer = load_tokenizer(tiny_model_dir)
-    thread = ScorerThread(lambda: ScoreModel(Scorer.from_folder(tiny_model_dir), tokenizer, MAX_MODEL_LEN))
+def score_app(folder: Path) -> FastAPI:
+    tokenizer = load_tokenizer(folder)
+    thread = ScorerThread(lambda: ScoreModel(Scorer.from_folder(folder), tokenizer, MAX_MODEL_LEN))
     return create_score_app(thread, "tiny", Limits(api_key="secret"))
 
 
-@pytest.fixture(params=["policy", "score"])
-def service(request: pytest.FixtureRequest, serve_app: Callable[[FastAPI], str]) -> Iterator[tuple[str, str, str]]:
+@pytest.fixture(params=["hf", "vllm", "score"])
+def service(
+    request: pytest.FixtureRequest, serve_app: Callable[[FastAPI], str], tiny_model_dir: Path
+) -> Iterator[tuple[str, str, str]]:
     """URL, route and text field of one service; after the test, it still answers and nothing is queued."""
-    url = serve_app(request.getfixturevalue(f"{request.param}_app"))
-    deadline = time.monotonic() + 30
+    is_policy = request.param != "score"
+    url = serve_app(policy_app(request.param, tiny_model_dir) if is_policy else score_app(tiny_model_dir))
+    deadline = time.monotonic() + 120
     while not httpx.get(f"{url}/ready", headers=KEY).is_success:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    route, field = {"policy": ("/generate", "prefix_prompt"), "score": ("/score", "text")}[request.param]
+    route, field = ("/generate", "prefix_prompt") if is_policy else ("/score", "text")
     yield url, route, field
     assert httpx.post(url + route, json={field: "one.\n\ntwo"}, headers=KEY, timeout=30).is_success
     assert "xbai_queue_items 0.0" in httpx.get(f"{url}/metrics", headers=KEY).text
 
 
+@pytest.mark.parametrize("service", ["hf", pytest.param("vllm", marks=pytest.mark.long), "score"], indirect=True)
 def test_the_services_keep_to_their_schema(service: tuple[str, str, str], tmp_path: Path) -> None:
     url, _, _ = service
     command = [
@@ -100,22 +102,23 @@ def test_hostile_bodies(service: tuple[str, str, str]) -> None:
         assert client.post(url + route, content=chunks, headers=JSON).status_code == 413
 
 
-def test_hostile_numbers(serve_app: Callable[[FastAPI], str], policy_app: FastAPI) -> None:
-    url = serve_app(policy_app)
+@pytest.mark.parametrize("service", ["hf", "vllm"], indirect=True)
+def test_hostile_numbers(service: tuple[str, str, str]) -> None:
+    url, _, _ = service
     accepted = [
         ("temperature", "1e-320"), ("temperature", "0.001"), ("temperature", "2"), ("top_p", "1e-320"),
         ("repetition_penalty", "0.01"), ("repetition_penalty", "10"), ("max_tokens", str(2**31 - 1)),
         ("seed", str(2**63 - 1)), ("top_k", str(2**31 - 1)), ("response_num", "1024"), ("stop", '"never \\u2603"'),
+        ("stop_token_ids", "[]"), ("stop_token_ids", "[0, 0]"), ("stop_token_ids", str([0] * 4096)),
     ]  # fmt: skip
     refused = [
         ("temperature", "-1e-9"), ("temperature", "NaN"), ("temperature", "1e400"), ("top_p", "0"), ("top_p", "-1"),
         ("repetition_penalty", "1e-320"), ("max_tokens", "-1"), ("max_tokens", "1e99"), ("max_tokens", "9" * 5000),
         ("seed", str(2**63)), ("response_num", "1025"), ("response_num", "0"), ("stop", "[]" * 2), ("stop", '[""]'),
         ("stop", json.dumps(["x"] * 17)), ("stop", json.dumps("x" * 257)), ("return_scores", "1"),
+        ("stop_token_ids", "[999999999]"), ("stop_token_ids", "[-1]"), ("stop_token_ids", str([0] * 4097)),
     ]  # fmt: skip
     with httpx.Client(timeout=60, headers=JSON) as client:
-        while not client.get(f"{url}/ready").is_success:
-            time.sleep(0.05)
         for cases, statuses in ((accepted, {200}), (refused, {400, 422})):
             for field, value in cases:
                 tokens = "" if field == "max_tokens" else ', "max_tokens": 4'
@@ -125,6 +128,7 @@ def test_hostile_numbers(serve_app: Callable[[FastAPI], str], policy_app: FastAP
                 assert answer.status_code in statuses, (field, value, answer.text[:200])
 
 
+@pytest.mark.parametrize("service", ["hf", "score"], indirect=True)
 def test_what_is_not_http(service: tuple[str, str, str]) -> None:
     url, route, _ = service
     port = int(url.rpartition(":")[2])
