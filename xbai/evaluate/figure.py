@@ -44,7 +44,7 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Line:
-    """How one curve looks; of those that coincide, the wide ones and large markers lie below and stay visible."""
+    """How one curve looks; of those that coincide, the wide ones lie below and stay visible."""
 
     label: str
     color: str

@@ -32,11 +32,11 @@ from xbai.evaluate.settings import choice_of
 from xbai.evaluate.step_curve import StepCurve, step_curve
 
 STRATEGY_LINES = {
-    "oracle": Line("oracle", GREY, "--", None, width=1.2),
+    "oracle": Line("oracle (any is right)", LIGHT_GREY, "-", None, width=9.0),
     "best_of_n": Line("Best-of-N", BLUE),
-    "weighted_vote": Line("weighted vote", GREEN, "-", "^", width=2.6, marker_size=6.5),
+    "weighted_vote": Line("score-weighted vote", GREEN, "-", None, width=5.0),
     "majority": Line("majority vote", ORANGE, "-", "s"),
-    "random": Line("mean@1", GREY, ":", None),
+    "random": Line("pass@1", GREY, ":", None),
 }
 SCALING_LINES = (Line("", BLUE), Line("", PURPLE, "--", "D"))
 LABEL_PLACES = (
@@ -63,7 +63,7 @@ def plot_results(reports: Mapping[str, Report], questions: Sequence[GradedQuesti
     """
     report = next(iter(reports.values()))
     curves = _step_curves(questions)
-    panels: list[Drawing] = [lambda axis: _draw_accuracy(axis, "Accuracy against samples", report)]
+    panels: list[Drawing] = [lambda axis: _draw_accuracy(axis, "Accuracy against candidates", report)]
     if any(_has_tokens(each) for each in reports.values()):
         panels.append(lambda axis: _draw_scaling(axis, reports))
     if curves:
@@ -80,7 +80,9 @@ def plot_results(reports: Mapping[str, Report], questions: Sequence[GradedQuesti
         for axis in list(figure.axes)[len(panels) :]:
             axis.set_visible(False)
         if len(reports) > 1:
-            figure.suptitle(f"{', beside '.join(reports)}", x=0.02, ha="left", fontweight="bold", fontsize=12)
+            first, *others = reports
+            title = f"{first}; in the panel of thinking tokens also {', '.join(others)}"
+            figure.suptitle(title, x=0.02, ha="left", fontweight="bold", fontsize=12)
         save_figure(figure, path)
 
 
@@ -122,10 +124,10 @@ def _draw_accuracy(axis: Axes, title: str, report: Report, with_legend: bool = T
     axis.set_xticks(counts, [f"{n:,}" for n in counts])
     axis.xaxis.set_minor_locator(NullLocator())
     _accuracy_axis(axis)
-    axis.set_xlabel("samples N")
+    axis.set_xlabel("candidates N")
     axis.set_title(title)
     if with_legend:
-        _legend_below(axis, columns=3)
+        _legend_below(axis, columns=2)
 
 
 def _draw_scaling(axis: Axes, reports: Mapping[str, Report]) -> None:
@@ -146,7 +148,7 @@ def _draw_scaling(axis: Axes, reports: Mapping[str, Report]) -> None:
     axis.xaxis.set_major_formatter(FuncFormatter(lambda count, _: _short(count)))
     axis.xaxis.set_minor_locator(NullLocator())
     _accuracy_axis(axis, headroom=0.05)
-    axis.set_xlabel("thinking tokens a question, N samples together")
+    axis.set_xlabel("thinking tokens a question, N candidates together")
     axis.set_title("Accuracy against thinking tokens, with N")
     _legend_below(axis, columns=1)
 
@@ -178,7 +180,8 @@ def _draw_reliability(axis: Axes, report: Report) -> None:
     axis.set_xlim(0, 1)
     axis.set_ylim(0, 1.02)
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axis.set_xlabel("score")
+    axis.set_xlabel("score of a response")
+    axis.set_ylabel("accuracy, and share of responses")
     axis.set_title(f"Reliability (calibration error {report.calibration_error:.3f})")
     _legend_below(axis, columns=3)
 

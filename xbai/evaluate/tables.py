@@ -22,7 +22,7 @@ STRATEGY_NAMES = {
     "majority": "majority vote",
     "weighted_vote": "score-weighted vote",
     "oracle": "oracle (pass@N)",
-    "random": "mean@1",
+    "random": "pass@1",
 }
 MIN_WIDTH = 120
 

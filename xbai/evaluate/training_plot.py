@@ -11,7 +11,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from xbai.errors import UserError
 from xbai.evaluate.figure import BLUE, GREEN, ORANGE, RIGHT, STYLE, WRONG, Line, draw_line, save_figure
@@ -25,6 +25,7 @@ class Panel:
 
     title: str
     lines: Mapping[str, Line]
+    percent: bool = False
 
 
 TRAINING_PANELS = (
@@ -35,13 +36,15 @@ TRAINING_PANELS = (
             "val/pass@1": Line("validation pass@1", ORANGE),
             "val/best_of_8": Line("validation Best-of-8", GREEN),
         },
+        percent=True,
     ),
     Panel("Response length (tokens)", {"response_length/mean": Line("mean", BLUE)}),
-    Panel("Score AUC", {"score/auc": Line("training samples", BLUE), "val/auc": Line("validation", ORANGE)}),
     Panel(
-        "Trajectory score",
-        {"score/score_right": RIGHT, "score/score_wrong": WRONG},
+        "Score AUC",
+        {"score/auc": Line("training samples", BLUE), "val/auc": Line("validation", ORANGE)},
+        percent=True,
     ),
+    Panel("Score of a response", {"score/score_right": RIGHT, "score/score_wrong": WRONG}),
     Panel("Policy entropy (nats a token)", {"actor/entropy": Line("entropy", BLUE)}),
     Panel("KL to the reference (nats a token)", {"actor/ref_kl": Line("KL", BLUE)}),
 )
@@ -84,6 +87,8 @@ def _draw_training(axis: Axes, panel: Panel, records: Sequence[Mapping[str, floa
             axis.plot(steps, _smoothed(values), color=line.color, lw=1.8, label=line.label)
     axis.set_title(panel.title)
     axis.set_xlabel("step")
+    if panel.percent:
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     if len(axis.get_legend_handles_labels()[1]) > 1:
         axis.legend(fontsize=8.5)
