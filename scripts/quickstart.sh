@@ -30,6 +30,7 @@ absolute_out=$(cd "$out" && pwd)
 # A finished stage is only worth skipping when it was made with the same settings.
 settings="SEED=$seed PROBLEMS=$problems RANKS=$ranks SFT_ARGS=${SFT_ARGS:-} RL_ARGS=${RL_ARGS:-}"
 [[ -f $out/settings ]] || echo "$settings" >"$out/settings"
+[[ -f $out/commit ]] || git describe --always --dirty >"$out/commit" 2>/dev/null || rm -f "$out/commit"
 if [[ $(cat "$out/settings") != "$settings" ]]; then
     echo "error: $out was begun with $(cat "$out/settings"); set OUT to another folder, or remove it" >&2
     exit 2
