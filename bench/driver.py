@@ -44,8 +44,9 @@ from xbai.benchmarks.registry import get_benchmark
 from xbai.benchmarks.tiny_model import make_tokenizer
 from xbai.engine.files import load_tokenizer
 from xbai.evaluate.client import RetryPolicy, ServicePool, open_client
+from xbai.evaluate.options import RunOptions
 from xbai.evaluate.results import read_result_lines
-from xbai.evaluate.run import RunOptions, run
+from xbai.evaluate.run import run
 from xbai.evaluate.settings import request_seed
 from xbai.prompts import prompt_text
 
@@ -142,8 +143,8 @@ def drive(services: int, ideal_s: float) -> dict[str, Any]:
                 output_file=str(folder / "results.jsonl"),
                 model_dir=str(work.model_dir),
                 response_api_url=",".join(urls),
-                candidates=SAMPLES,
-                responses_per_request=1,
+                n_samples=SAMPLES,
+                response_num=1,
                 score_source="none",
                 seed=SEED,
             )

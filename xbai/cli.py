@@ -15,6 +15,8 @@ import typer
 
 from xbai.api_key import API_KEY_VARIABLE, read_api_key
 from xbai.errors import UserError, exit_on_user_error
+from xbai.evaluate.client import RetryPolicy
+from xbai.evaluate.options import RunOptions, branch_for
 from xbai.logs import configure_logging
 
 app = typer.Typer(
@@ -180,27 +182,33 @@ def infer(
     score_api_url: Annotated[
         str | None, typer.Option("--score_api_url", help="Score services, comma-separated.")
     ] = None,
-    n_samples: Annotated[int, typer.Option("--n_samples", min=1, help="Repetitions of the Best-of-N test.")] = 1,
+    n_samples: Annotated[
+        int, typer.Option("--n_samples", min=1, help="Repetitions of the Best-of-N test.")
+    ] = RunOptions.n_samples,
     branch: Annotated[
         int | None, typer.Option("--branch", min=1, help="Candidates of each; n_samples x branch responses in all.")
     ] = None,
     effort: Annotated[str | None, typer.Option("--effort", help="low, medium or high: branch 2, 8 or 32.")] = None,
-    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 is greedy.")] = 0.8,
-    top_p: Annotated[float, typer.Option("--top_p", min=0, max=1)] = 0.95,
-    top_k: Annotated[int, typer.Option("--top_k", min=-1, help="-1: no limit.")] = -1,
-    repetition_penalty: Annotated[float, typer.Option("--repetition_penalty", min=0)] = 1.05,
-    max_tokens: Annotated[int, typer.Option("--max_tokens", min=1)] = 32768,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = RunOptions.temperature,
+    top_p: Annotated[float, typer.Option("--top_p")] = RunOptions.top_p,
+    top_k: Annotated[int, typer.Option("--top_k", help="-1: no limit.")] = RunOptions.top_k,
+    repetition_penalty: Annotated[float, typer.Option("--repetition_penalty")] = RunOptions.repetition_penalty,
+    max_tokens: Annotated[int, typer.Option("--max_tokens")] = RunOptions.max_tokens,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="May be given several times.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Gives the same samples again.")] = 0,
-    response_num: Annotated[int, typer.Option("--response_num", min=1, help="Responses asked for at once.")] = 8,
-    max_in_flight: Annotated[int, typer.Option("--max_in_flight", min=1, help="Requests at one URL.")] = 32,
+    seed: Annotated[int | None, typer.Option("--seed", help="Gives the same samples again.")] = RunOptions.seed,
+    response_num: Annotated[
+        int, typer.Option("--response_num", help="Responses asked for at once.")
+    ] = RunOptions.response_num,
+    max_in_flight: Annotated[
+        int, typer.Option("--max_in_flight", min=1, help="Requests at one URL.")
+    ] = RunOptions.max_in_flight,
     score_source: Annotated[
         str,
         typer.Option(
             "--score_source",
             help="fused (with the responses), service, none, or auto: fused where they are the same, else the service.",
         ),
-    ] = "auto",
+    ] = RunOptions.score_source,
     search: Annotated[
         str, typer.Option("--search", help="best_of_n, majority or weighted_vote; or by steps: beam, dvts or mcts.")
     ] = "best_of_n",
@@ -220,8 +228,10 @@ def infer(
     exploration: Annotated[
         float | None, typer.Option("--exploration", min=0, help="Weight of the unexplored (mcts): 1.0.")
     ] = None,
-    total_parts: Annotated[int, typer.Option("--total_parts", min=1, help="Split the questions over processes.")] = 1,
-    part: Annotated[int, typer.Option("--part", min=0, help="Which part to run, from 0.")] = 0,
+    total_parts: Annotated[
+        int, typer.Option("--total_parts", min=1, help="Split the questions over processes.")
+    ] = RunOptions.total_parts,
+    part: Annotated[int, typer.Option("--part", min=0, help="Which part to run, from 0.")] = RunOptions.part,
     max_questions: Annotated[int | None, typer.Option("--max_questions", min=1, help="Only the first.")] = None,
     release: Annotated[
         str | None, typer.Option("--release", help="Of livecodebench: the problems of release_v1, ..., release_v6.")
@@ -230,27 +240,18 @@ def infer(
         str | None, typer.Option("--start_date", help="Of livecodebench: contests from this day on, as YYYY-MM-DD.")
     ] = None,
     end_date: Annotated[str | None, typer.Option("--end_date", help="And up to this day, itself included.")] = None,
-    request_timeout: RequestTimeout = 3600.0,
-    patience: Annotated[float, typer.Option("--patience", min=0, help="Seconds to wait for an absent service.")] = 300,
+    request_timeout: RequestTimeout = RetryPolicy.request_timeout_s,
+    patience: Annotated[
+        float, typer.Option("--patience", min=0, help="Seconds to wait for an absent service.")
+    ] = RetryPolicy.patience_s,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
 ) -> None:
     """Generate and score responses to a benchmark."""
-    from xbai.evaluate.client import RetryPolicy
-    from xbai.evaluate.run import EFFORTS, RunOptions, run
+    from xbai.evaluate.run import run
     from xbai.search.strategy import SearchOptions
 
     search_options = SearchOptions(search, beam_width, expand, token_budget, max_steps, step_value, exploration)
-    if search_options.is_step_search and (branch, effort) != (None, None):
-        raise UserError(
-            f"--search {search} makes one response a sample: give --beam_width and --expand instead of "
-            f"--{'branch' if effort is None else 'effort'}"
-        )
-    if effort is not None and effort not in EFFORTS:
-        raise UserError(f"--effort {effort!r}: use one of {', '.join(EFFORTS)}")
-    if effort is not None and branch not in (None, EFFORTS[effort]):
-        raise UserError(f"--effort {effort} means --branch {EFFORTS[effort]}, not {branch}; give one of the two")
-    best_of = branch or EFFORTS.get(effort, 1)
     run(
         RunOptions(
             task=task,
@@ -259,9 +260,9 @@ def infer(
             model_dir=model_dir,
             response_api_url=response_api_url,
             score_api_url=score_api_url,
-            candidates=n_samples * best_of,
-            best_of=best_of,
-            responses_per_request=response_num,
+            n_samples=n_samples,
+            branch=branch_for(search_options, branch, effort),
+            response_num=response_num,
             max_in_flight=max_in_flight,
             score_source=score_source,
             temperature=temperature,

@@ -18,13 +18,14 @@ import pytest
 
 from xbai.benchmarks.tiny_model import make_tokenizer
 from xbai.evaluate.client import RetryPolicy
+from xbai.evaluate.options import RunOptions
 from xbai.evaluate.results import read_result_lines
-from xbai.evaluate.run import RunOptions, run
+from xbai.evaluate.run import run
 
 pytestmark = pytest.mark.slow
 
 SERVICE = Path(__file__).parents[2] / "bench" / "simulated_service.py"
-QUESTIONS, SAMPLES, AT_ONCE = 40, 12, 3
+QUESTIONS, SAMPLES, BRANCH, AT_ONCE = 40, 12, 4, 3
 KILLS = 20
 MEAN_S = 0.5
 SECONDS = 100.0
@@ -74,9 +75,9 @@ def options(tmp_path: Path) -> RunOptions:
         output_file=str(tmp_path / "results.jsonl"),
         model_dir=str(tmp_path / "model"),
         response_api_url="",
-        candidates=SAMPLES,
-        best_of=4,
-        responses_per_request=AT_ONCE,
+        n_samples=SAMPLES // BRANCH,
+        branch=BRANCH,
+        response_num=AT_ONCE,
         retry=RetryPolicy(patience_s=60.0),
     )
 

@@ -13,7 +13,7 @@ from xbai.errors import UserError
 from xbai.evaluate import replicas
 from xbai.evaluate.client import (
     RequestFailedError,
-    RequestRefusedError,
+    RequestTooLongError,
     RetryPolicy,
     ServicePool,
     ServiceUnavailableError,
@@ -94,8 +94,9 @@ def test_passing_trouble_is_retried(serve_app: Callable[[FastAPI], str], status:
 @pytest.mark.parametrize(
     ("status", "attempts", "kind"),
     [
-        (422, 1, RequestRefusedError),
-        (413, 1, RequestRefusedError),
+        (413, 1, RequestTooLongError),
+        (400, 1, UserError),
+        (422, 1, UserError),
         (500, 3, RequestFailedError),
         (401, 1, UserError),
         (404, 1, UserError),
@@ -135,6 +136,35 @@ def test_nothing_alive_gives_up_in_one_line() -> None:
     (error,) = posts(dead_url(), 1, RetryPolicy(patience_s=0.1))
     assert isinstance(error, ServiceUnavailableError)
     assert "run the same command again" in str(error)
+
+
+def test_a_copy_that_only_refuses_is_said_and_given_up_unless_it_has_work_of_ours(
+    serve_app: Callable[[FastAPI], str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(replicas, "REFUSALS_LOG_S", 0.1)
+    policy = RetryPolicy(patience_s=0.3)
+    (error,) = posts(serve_app(Script(*[429] * 1000).app), 1, policy)
+    assert isinstance(error, ServiceUnavailableError)
+    assert "429: as told" in str(error)
+    assert 1 <= caplog.text.count("has refused every request for") <= 4
+
+    class OneAtATime(Script):
+        """It is busy with the first request for longer than the patience, and refuses the others meanwhile."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.app = FastAPI()
+
+            @self.app.post("/generate")
+            async def generate() -> Response:
+                if self.running:
+                    return Response('{"detail": "full"}', 429, {"Retry-After": "0.05"})
+                self.running += 1
+                await asyncio.sleep(0.6)
+                self.running -= 1
+                return Response('{"ok": true}', media_type="application/json")
+
+    assert posts(serve_app(OneAtATime().app), 2, policy) == [{"ok": True}] * 2
 
 
 @pytest.mark.parametrize("status", [500, 503, 504])

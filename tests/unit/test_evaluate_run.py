@@ -1,56 +1,54 @@
-"""Where the scores of a run come from."""
+"""Which models a run is asked of, where its scores come from, and what is refused before anything is sent."""
 
 from __future__ import annotations
-
-import asyncio
 
 import pytest
 
 from xbai.errors import UserError
-from xbai.evaluate.run import RunOptions, use_fused_scores
+from xbai.evaluate.options import RunOptions
+from xbai.evaluate.served_model import ServedModel, use_fused_scores
 
-READY = {"model": "m", "lang": "en", "scores": True}
-
-
-class Service:
-    """Copies of a service, as they describe themselves."""
-
-    def __init__(self, *described: dict) -> None:
-        self.described = list(described)
-
-    async def describe(self) -> list[dict]:
-        return self.described
+READY = {"model": "/models/m", "identity": "m:1a", "lang": "en", "scores": True}
+OTHER = READY | {"identity": "other:2b"}
 
 
-def fused(source: str, policy: Service, scorer: Service | None) -> bool:
+def served(*copies: dict) -> ServedModel:
+    return ServedModel.from_copies("--response_api_url http://policy", copies)
+
+
+def options(**changes: object) -> RunOptions:
+    return RunOptions("make10", "in", "out", "model", "http://policy", **changes)
+
+
+def fused(source: str, policy: ServedModel, scorer: ServedModel | None) -> bool:
     url = None if scorer is None else "http://score"
-    options = RunOptions("make10", "in", "out", "model", "http://policy", url, score_source=source)
-    return asyncio.run(use_fused_scores(options, policy, scorer))
+    return use_fused_scores(options(score_api_url=url, score_source=source), policy, scorer)
 
 
 @pytest.mark.parametrize(
     ("source", "scorer", "expected"),
     [
-        ("auto", Service(READY), True),
-        ("auto", Service(READY | {"model": "other"}), False),
-        ("auto", Service(READY | {"lang": "zh"}), False),
-        ("auto", Service({}), False),
+        ("auto", READY, True),
+        ("auto", READY | {"model": "/a/copy", "identity": "copy:1a"}, True),
+        ("auto", OTHER, False),
+        ("auto", READY | {"lang": "zh"}, False),
+        ("auto", {}, False),
         ("auto", None, True),
-        ("fused", Service(READY | {"model": "other"}), True),
+        ("fused", OTHER, True),
         ("fused", None, True),
-        ("service", Service(READY), False),
+        ("service", READY, False),
         ("none", None, False),
     ],
 )
 def test_scores_come_with_the_responses_where_they_are_those_of_the_score_service(
-    source: str, scorer: Service | None, expected: bool
+    source: str, scorer: dict | None, expected: bool
 ) -> None:
-    assert fused(source, Service(READY, READY), scorer) is expected
+    assert fused(source, served(READY, READY), None if scorer is None else served(scorer)) is expected
 
 
 def test_without_scores_in_every_copy_the_score_service_is_asked() -> None:
-    policy = Service(READY, READY | {"scores": False})
-    assert fused("auto", policy, Service(READY)) is False
+    policy = served(READY, READY | {"scores": False, "lang": None})
+    assert fused("auto", policy, served(READY)) is False
     assert fused("none", policy, None) is False
     for source in ("auto", "fused"):
         with pytest.raises(UserError, match="the service offers no scores"):
@@ -58,5 +56,26 @@ def test_without_scores_in_every_copy_the_score_service_is_asked() -> None:
 
 
 def test_copies_of_different_models_are_refused() -> None:
-    with pytest.raises(UserError, match=r"different models \(m, other\)"):
-        fused("none", Service(READY, READY | {"model": "other"}), None)
+    with pytest.raises(UserError, match=r"--response_api_url http://policy: .*different models \(m:1a, other:2b\)"):
+        served(READY, OTHER)
+    with pytest.raises(UserError, match=r"different rules \(en, zh\)"):
+        served(READY, READY | {"lang": "zh"})
+    assert served({}, READY) == ServedModel("m:1a", "en", scores=False), "one that does not say goes with any"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_p": 0.0}, "--top_p 0.0: Input should be greater than 0"),
+        ({"temperature": 2.5}, "--temperature 2.5: Input should be less than or equal to 2"),
+        ({"repetition_penalty": 0.0}, "--repetition_penalty 0.0: "),
+        ({"response_num": 2000}, "--response_num 2000: Input should be less than or equal to 1024"),
+        ({"max_tokens": 0}, "--max_tokens 0: "),
+        ({"seed": -1}, "--seed -1: "),
+        ({"stop": ("",)}, "--stop '': String should have at least 1 character"),
+    ],
+)
+def test_what_the_service_would_refuse_for_every_question_is_refused_at_once(changes: dict, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        options(**changes)
+    assert str(caught.value).startswith(message)

@@ -12,13 +12,14 @@ QUESTIONS = [StoredQuestion(index, f"p{index}", "", {}) for index in range(3)]
 KEYS = [(question.index, sample) for question in QUESTIONS for sample in range(6)]
 
 
-@given(present=st.sets(st.sampled_from(KEYS)), at_once=st.integers(1, 8))
-def test_every_missing_sample_is_asked_for_once_and_no_other(present: set, at_once: int) -> None:
-    requests = list(missing_requests(QUESTIONS, present, 6, at_once))
-    asked = [key for request in requests for key in request.keys]
-    assert sorted(asked) == sorted(set(KEYS) - present)
+@given(present=st.sets(st.sampled_from(KEYS)), response_num=st.integers(1, 8))
+def test_every_missing_sample_is_asked_for_once_at_its_place_in_its_request(present: set, response_num: int) -> None:
+    requests = list(missing_requests(QUESTIONS, present, 6, response_num))
+    wanted = [key for request in requests for key in request.keys]
+    assert sorted(wanted) == sorted(set(KEYS) - present)
     for request in requests:
-        assert request.first_sample // at_once == (request.first_sample + request.count - 1) // at_once
+        assert request.first_sample % response_num == 0
+        assert request.missing[-1] - request.first_sample + 1 == request.count <= response_num
 
 
 @given(data=st.data())

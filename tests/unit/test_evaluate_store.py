@@ -147,6 +147,43 @@ def test_other_settings_are_refused(tmp_path: Path, finished: bool) -> None:
         assert len(results) == 1, "a refusal leaves nothing behind"
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_models_are_recorded_and_others_refused(tmp_path: Path, finished: bool) -> None:
+    path = tmp_path / "out.jsonl"
+    with store(path) as results:
+        results.record(policy="m:1a")
+        results.add(sample(0, 0, 0.5))
+        results.record(scorer="s:2b", lang="en")
+        if finished:
+            results.write_results()
+    with store(path) as results:
+        results.record(policy="renamed:1a", scorer="s:2b", lang="en")
+        for models, message in (
+            ({"policy": "m2:3c"}, r"policy='renamed:1a', now 'm2:3c'"),
+            ({"scorer": "s2:4d", "lang": "zh"}, r"scorer='s:2b', now 's2:4d'; lang='en', now 'zh'"),
+        ):
+            with pytest.raises(UserError, match=message):
+                results.record(**models)
+        results.record(policy=None)
+        results.write_results()
+    assert json.loads(path.read_text().splitlines()[0])["settings"]["policy"] == "renamed:1a"
+
+
+def test_a_file_of_before_models_were_recorded_is_taken_up(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with store(path) as results:
+        results.add(sample(0, 0, 0.5))
+        results.write_results()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        for name in ("policy", "scorer", "lang", "search"):
+            del line["settings"][name]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with store(path) as results:
+        results.record(policy="m:1a", scorer="m:1a", lang="en")
+        assert len(results) == 1
+
+
 def test_two_runs_cannot_write_one_file(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     with store(path) as results:

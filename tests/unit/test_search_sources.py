@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path as FilePath
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from xbai.engine import Engine, SamplingParams, load_engine
+from xbai.engine.base import sample_seed
 from xbai.errors import UserError
-from xbai.evaluate.client import RequestRefusedError
+from xbai.evaluate.client import RequestFailedError, RequestTooLongError, RetryPolicy, ServicePool
+from xbai.evaluate.options import RunOptions
+from xbai.evaluate.progress import Progress
+from xbai.evaluate.results import Sample, StoredQuestion
+from xbai.evaluate.schedule import missing_requests
+from xbai.evaluate.step_search import StepSearchDriver
+from xbai.evaluate.tally import Tally
 from xbai.search.engine_source import EngineLoop, EngineSource
+from xbai.search.expander import Continuation, Expander, Limits
 from xbai.search.path import ROOT, Path
 from xbai.search.service_source import ServiceSource, StepServices, scores_within
 from xbai.search.strategy import SearchOptions, search_response
@@ -139,7 +149,7 @@ class ScriptedPolicy:
         self.generated = 0
         self.payloads: list[dict[str, Any]] = []
 
-    async def post(self, payload: dict[str, Any]) -> dict[str, Any]:
+    async def post(self, payload: dict[str, Any], ticket: int) -> dict[str, Any]:
         self.payloads.append(payload)
         begun = len(self.tokenizer.encode(payload["prefix_prompt"].removeprefix(self.prompt)))
         text, count = "", 0
@@ -165,7 +175,7 @@ class ScriptedPolicy:
 class ScriptedScorer:
     """`/score` that gives every step 0.5."""
 
-    async def post(self, payload: dict[str, Any]) -> dict[str, Any]:
+    async def post(self, payload: dict[str, Any], ticket: int) -> dict[str, Any]:
         return {"all_scores": [0.5] * payload["text"].removeprefix(payload["prompt"]).count(".\n\n")}
 
 
@@ -180,7 +190,7 @@ def test_a_service_response_is_written_step_by_step_and_whole(
     async def write() -> list[Path]:
         paths, spent = [ROOT], 0
         while paths[-1].open:
-            continuation = await ServiceSource(services, PROMPT).write_on(paths[-1], 80, False, seed=1)
+            continuation = await ServiceSource(services, PROMPT, 0).write_on(paths[-1], 80, False, seed=1)
             paths.append(continuation.path)
             spent += continuation.spent
         assert spent == policy.generated
@@ -197,11 +207,75 @@ def test_a_service_response_is_written_step_by_step_and_whole(
 
 def test_a_context_that_is_full_ends_a_response(tiny_tokenizer: PreTrainedTokenizerFast, rule: StepRule) -> None:
     class Refusing:
-        async def post(self, payload: dict[str, Any]) -> dict[str, Any]:
-            raise RequestRefusedError("413: prefix_prompt: 512 tokens leave no room in the model's 512")
+        async def post(self, payload: dict[str, Any], ticket: int) -> dict[str, Any]:
+            raise RequestTooLongError("413: prefix_prompt: 512 tokens leave no room in the model's 512")
 
-    source = ServiceSource(StepServices(Refusing(), None, {}, rule, tiny_tokenizer), PROMPT)
+    source = ServiceSource(StepServices(Refusing(), None, {}, rule, tiny_tokenizer), PROMPT, 0)
     begun = Path("begun", 5)
     assert asyncio.run(source.write_on(begun, 10, False, 0)).path.finish_reason == "length"
-    with pytest.raises(RequestRefusedError):
+    with pytest.raises(RequestTooLongError):
         asyncio.run(source.write_on(ROOT, 10, False, 0))
+
+
+def test_searches_end_one_after_the_other_while_the_service_stays_busy(
+    tiny_tokenizer: PreTrainedTokenizerFast, rule: StepRule, tmp_path: FilePath
+) -> None:
+    searches, steps, expand, slots = 20, 10, 4, 4
+    answered = running = 0
+    side_by_side: list[int] = []
+    ended_after: list[int] = []
+
+    async def generate(request: httpx.Request) -> httpx.Response:
+        nonlocal answered, running
+        running += 1
+        await asyncio.sleep(0.001)
+        side_by_side.append(running)
+        await asyncio.sleep(0.001)
+        running -= 1
+        answered += 1
+        step = json.loads(request.content)["prefix_prompt"].count(".\n\n") + 1
+        finish = "stop" if step == steps else "stop_token"
+        answer = {"results": ["one.\n\n"], "finish_reasons": [finish], "token_counts": [2], "step_scores": [[0.5]]}
+        return httpx.Response(200, json=answer)
+
+    class Store:
+        def add(self, sample: Sample) -> None:
+            ended_after.append(answered)
+
+    async def run() -> None:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(generate)) as client:
+            pool = ServicePool("http://a", "/generate", client, RetryPolicy(), max_in_flight=slots)
+            services = StepServices(pool, None, {}, rule, tiny_tokenizer)
+            options = RunOptions(
+                "make10", "", "", "", "http://a", search=SearchOptions("dvts", beam_width=1, expand=expand)
+            )
+            progress = Progress(searches, 0, Tally())
+            driver = StepSearchDriver(options, Store(), services, progress, on_complete=lambda key: None)
+            question = StoredQuestion(0, PROMPT, "", {})
+            await driver.run(list(missing_requests([question], (), searches, 1)))
+
+    asyncio.run(run())
+    work = steps * expand
+    assert answered == searches * work
+    assert ended_after[0] <= 2 * work, "the first search does not wait for the others"
+    assert all(after <= (number + 3) * work for number, after in enumerate(ended_after)), "nor any for later ones"
+    assert sum(side_by_side) > 0.9 * slots * answered, "later searches fill the slots that the first leaves"
+
+
+def test_what_a_failed_search_had_asked_for_is_cancelled() -> None:
+    cancelled = []
+
+    class Failing:
+        async def write_on(self, path: Path, max_tokens: int, to_end: bool, seed: int) -> Continuation:
+            if not cancelled and seed == first_seed:
+                raise RequestFailedError("a time-out")
+            try:
+                return await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                cancelled.append(seed)
+                raise
+
+    first_seed = sample_seed(0, 0)
+    with pytest.raises(RequestFailedError, match="a time-out"):
+        asyncio.run(Expander(Failing(), Limits(100), seed=0).extend([ROOT] * 3))
+    assert len(cancelled) == 2

@@ -30,12 +30,14 @@ KEEP_ALIVE = (
 )
 """A machine that loses its power closes no connection: this tells it from one that takes long to answer."""
 
+TOO_LONG = 413
+"""The one refusal that belongs to a question: others are of the options or the service, and end the run."""
+
 WRONG_SERVICE = (403, 404, 405)
-"""Statuses that every request will get."""
 
 
-class RequestRefusedError(Exception):
-    """The service does not take this request, however often asked: bad input, or too long."""
+class RequestTooLongError(Exception):
+    """The request's text is too long for the model, however often asked."""
 
 
 class RequestFailedError(Exception):
@@ -58,7 +60,7 @@ class RetryPolicy:
 
     Attributes:
         max_attempts: tries of one request that reach a service and fail there (500, 504, time-out).
-        patience_s: how long every copy may be out of reach before giving up.
+        patience_s: how long every copy may be out of reach, or full of the work of others, before giving up.
         request_timeout_s: longest wait for one answer.
     """
 
@@ -85,7 +87,10 @@ def base_urls(urls: str) -> list[str]:
 
 
 def open_client(api_key: str | None = None) -> httpx.AsyncClient:
-    """Connections for any number of requests in flight (the pools bound those)."""
+    """Connections for any number of requests in flight (the pools bound those).
+
+    A transport of its own goes past proxies that the environment names: the services are near, often on the same host.
+    """
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     transport = httpx.AsyncHTTPTransport(limits=limits, socket_options=KEEP_ALIVE)
     return httpx.AsyncClient(transport=transport, headers=authorization(api_key))
@@ -113,16 +118,22 @@ class ServicePool:
         async with self._replicas.lease(ticket=sys.maxsize, weight=0):
             return
 
-    async def post(self, payload: dict[str, Any], weight: int = 1) -> dict[str, Any]:
-        """The answer to `payload`. `weight` is how much work it is, for the balance among the copies.
+    async def post(self, payload: dict[str, Any], weight: int = 1, ticket: int | None = None) -> dict[str, Any]:
+        """The answer to `payload`.
+
+        Args:
+            payload: the body.
+            weight: how much work it is, for the balance among the copies.
+            ticket: of the requests that wait, the lowest goes first; by default in the order of the calls.
 
         Raises:
-            RequestRefusedError: the service does not take this request.
+            RequestTooLongError: for the model.
             RequestFailedError: `max_attempts` failures.
-            UserError: the service takes no request at all: another API key, or not this kind of service.
+            UserError: the service refuses the request for what has nothing to do with its text: bad options, another
+                API key, not this kind of service.
             ServiceUnavailableError: every copy has been out of reach for `patience_s`.
         """
-        ticket = next(self._tickets)
+        ticket = next(self._tickets) if ticket is None else ticket
         failures, failed_on = 0, set[str]()
         while True:
             try:
@@ -178,12 +189,20 @@ class ServicePool:
         problem = f"{response.status_code}: {_detail(response)}"
         if response.status_code == 408 or not response.is_client_error:
             raise self._failure(replica, problem, answered=response.status_code != 503)
-        _check_taken(response)
-        replica.succeeded()
         if response.status_code == 429:
-            replica.is_full(asyncio.get_running_loop().time(), _retry_after_s(response))
-            raise _TryAgainError(problem, is_failure=False)
-        raise RequestRefusedError(problem)
+            raise self._refusal(replica, problem, _retry_after_s(response))
+        replica.succeeded()
+        if response.status_code == TOO_LONG:
+            raise RequestTooLongError(problem)
+        _check_key(response)
+        hint = "; is this the right service?" if response.status_code in WRONG_SERVICE else ""
+        raise UserError(f"{response.url}: {problem}{hint}")
+
+    def _refusal(self, replica: Replica, problem: str, retry_after_s: float) -> _TryAgainError:
+        seconds = replica.is_full(asyncio.get_running_loop().time(), retry_after_s)
+        if seconds is not None:
+            logger.warning("%s has refused every request for %.0f s (%s)", replica.base_url, seconds, problem)
+        return _TryAgainError(problem, is_failure=False)
 
     def _failure(self, replica: Replica, problem: str, answered: bool) -> _TryAgainError:
         pause = replica.failed(asyncio.get_running_loop().time(), answered)
@@ -196,7 +215,7 @@ class ServicePool:
         if all(replica.is_lost(now, patience_s, self._policy.max_attempts) for replica in self._replicas.all):
             raise ServiceUnavailableError(
                 f"no answer from {self._tried()} for {patience_s:g} s ({problem}); "
-                "start the service, then run the same command again to go on"
+                "see to the service, then run the same command again to go on"
             )
 
     def _tried(self) -> str:
@@ -212,12 +231,6 @@ class ServicePool:
             return None
         _check_key(response)
         return response.json() if response.is_success else {}
-
-
-def _check_taken(response: httpx.Response) -> None:
-    _check_key(response)
-    if response.status_code in WRONG_SERVICE:
-        raise UserError(f"{response.url}: {response.status_code}: {_detail(response)}; is this the right service?")
 
 
 def _check_key(response: httpx.Response) -> None:

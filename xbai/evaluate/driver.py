@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from xbai.errors import UserError
-from xbai.evaluate.client import RequestFailedError, RequestRefusedError, ServicePool
+from xbai.evaluate.client import RequestFailedError, RequestTooLongError, ServicePool
 from xbai.evaluate.progress import Progress
 from xbai.evaluate.results import REFUSED, Sample, SampleKey
 from xbai.evaluate.schedule import GenerationRequest, Schedule
@@ -84,15 +84,15 @@ class Driver:
         started = time.monotonic()
         try:
             answer = await self._services.policy.post(self._payload(request), weight=request.count)
-        except RequestRefusedError as error:
+        except RequestTooLongError as error:
             logger.warning("question %d is refused: %s", request.question.index, error)
             self._store.add(*(Sample(*key, "", finish_reason=REFUSED, error=str(error)) for key in request.keys))
             for key in request.keys:
                 self._complete(key)
             return
         except RequestFailedError as error:
-            logger.warning("question %d, %d samples: %s", request.question.index, request.count, error)
-            self.failed += request.count
+            logger.warning("question %d, %d samples: %s", request.question.index, len(request.missing), error)
+            self.failed += len(request.missing)
             return
         seconds = time.monotonic() - started
         schedule.finished(request, seconds)
@@ -124,7 +124,7 @@ class Driver:
             text = prompt + self._store.get(key).response
             try:
                 answer = await self._services.scorer.post({"text": text, "prompt": prompt, "return_all_scores": True})
-            except (RequestRefusedError, RequestFailedError) as error:
+            except (RequestTooLongError, RequestFailedError) as error:
                 self._failed_scores += 1
                 logger.warning("question %d, sample %d has no score: %s", *key, error)
             else:
@@ -144,9 +144,12 @@ def _samples(request: GenerationRequest, answer: dict[str, Any], seconds: float)
         )
     unknown = [None] * len(texts)
     columns = [answer.get(name) or unknown for name in ("finish_reasons", "token_counts", "scores", "step_scores")]
-    for key, text, reason, tokens, score, steps in zip(request.keys, texts, *columns, strict=True):
+    responses = list(zip(texts, *columns, strict=True))
+    for sample in request.missing:
+        text, reason, tokens, score, steps = responses[sample - request.first_sample]
         yield Sample(
-            *key,
+            request.question.index,
+            sample,
             response=text,
             finish_reason=reason,
             token_count=tokens,

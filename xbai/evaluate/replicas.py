@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 RETRY_BASE_S = 0.5
 RETRY_MAX_S = 30.0
+REFUSALS_LOG_S = 60.0
 
 
 def backoff_s(failures: int) -> float:
@@ -30,6 +31,7 @@ class Replica:
         resting_until: when it may be tried again after a failure.
         failing_since: when that row of failures began; None where the last answer was good.
         answers: whether any of these failures was an answer of the service.
+        refusing_since: since when every answer has been that it is full; None where the last one was another.
     """
 
     base_url: str
@@ -41,6 +43,8 @@ class Replica:
     resting_until: float = 0.0
     failing_since: float | None = None
     answers: bool = False
+    refusing_since: float | None = None
+    _logged_at: float = 0.0
     _grows_at: float = 0.0
     _refusals: int = 0
     _was_refused: bool = False
@@ -51,13 +55,12 @@ class Replica:
 
     def succeeded(self) -> None:
         """It answered as it should."""
-        self.failures = 0
-        self.resting_until = 0.0
-        self.failing_since = None
-        self.answers = False
+        self.refusing_since = None
+        self._is_well()
 
     def failed(self, now: float, answered: bool) -> float | None:
         """Set it aside; returns for how long, None where it rests already (its other requests fail together)."""
+        self.refusing_since = None
         self.failing_since = now if self.failing_since is None else self.failing_since
         self.answers = self.answers or answered
         if self.resting_until > now:
@@ -67,12 +70,23 @@ class Replica:
         self.resting_until = now + pause
         return pause
 
-    def is_full(self, now: float, retry_after_s: float) -> None:
-        """It refused a request that is still counted: it gets no more than it has, until later one more is tried."""
+    def is_full(self, now: float, retry_after_s: float) -> float | None:
+        """It refused a request that is still counted: it gets no more than it has, until later one more is tried.
+
+        Returns:
+            For how long it has only refused, with nothing else of ours in flight there, where it is time to say so.
+        """
+        self._is_well()
         self.limit = min(self.limit, self.in_flight - 1)
         self._refusals += not self._was_refused  # Refusals of a burst count once.
         self._was_refused = True
         self._grows_at = now + max(retry_after_s * random.uniform(1.0, 1.25), backoff_s(self._refusals))
+        if self.refusing_since is None:
+            self.refusing_since = self._logged_at = now
+        if self.in_flight > 1 or now - self._logged_at < REFUSALS_LOG_S:
+            return None
+        self._logged_at = now
+        return now - self.refusing_since
 
     def has_room(self, now: float) -> bool:
         """Whether it may be given a request: after a failure only one, to try it."""
@@ -109,10 +123,21 @@ class Replica:
         self.outstanding -= weight
 
     def is_lost(self, now: float, patience_s: float, max_failures: int) -> bool:
-        """It has not answered for the whole patience, or only failed in all that time, several times."""
+        """It has not answered for the whole patience, or only refused, or only failed, several times.
+
+        While it refuses, what it has in flight of ours may still be answered.
+        """
+        if self.refusing_since is not None:
+            return self.in_flight == 0 and now - self.refusing_since > patience_s
         if self.failing_since is None or now - self.failing_since <= patience_s:
             return False
         return not self.answers or self.failures >= max_failures
+
+    def _is_well(self) -> None:
+        self.failures = 0
+        self.resting_until = 0.0
+        self.failing_since = None
+        self.answers = False
 
     def _may_grow(self, now: float) -> bool:
         return self.limit < self.max_in_flight and now >= self._grows_at

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 
 from xbai.benchmarks.base import Benchmark, Question
 from xbai.errors import UserError
@@ -40,13 +39,12 @@ class RunningGrades:
         """Begin."""
         workers = max(1, (os.cpu_count() or 1) // CORES_PER_WORKER)
         self._pool = GraderPool(workers)
-        self._tasks = [asyncio.create_task(self._work()) for _ in range(workers)]
+        self._working = asyncio.create_task(self._work_together(workers))
         return self
 
     async def __aexit__(self, *exception: object) -> None:
         """Stop at once."""
-        for task in self._tasks:
-            task.cancel()
+        self._working.cancel()
         self._pool.kill()
 
     def add(self, key: SampleKey) -> None:
@@ -54,21 +52,29 @@ class RunningGrades:
         self._waiting.put_nowait(key)
 
     async def settle(self, seconds: float) -> None:
-        """Wait for the grades of all that was added, so long at most."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._waiting.join()
+        """Wait for the grades of all that was added, so long at most; not at all once grading has failed."""
+        all_graded = asyncio.create_task(self._waiting.join())
+        await asyncio.wait((all_graded, self._working), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        all_graded.cancel()
+
+    async def _work_together(self, workers: int) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(workers):
+                    group.create_task(self._work())
+        except ExceptionGroup as failures:
+            error = failures.exceptions[0]
+            # The samples are good without it, and `xbai metric` grades them again.
+            logger.warning(
+                "the accuracy so far is no longer known: %s",
+                error,
+                exc_info=None if isinstance(error, UserError) else error,
+            )
 
     async def _work(self) -> None:
         while True:
-            key = await self._waiting.get()
-            try:
-                await self._grade(key)
-            except UserError as error:
-                logger.warning("the accuracy so far is not known: %s", error)
-                return
-            finally:
-                self._waiting.task_done()
+            await self._grade(await self._waiting.get())
+            self._waiting.task_done()
 
     async def _grade(self, key: SampleKey) -> None:
         sample = self._store.get(key)

@@ -12,34 +12,42 @@ from xbai.evaluate.results import SampleKey, StoredQuestion
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """Some samples of one question, from `first_sample` on."""
+    """Some samples of one question.
+
+    Attributes:
+        first_sample: the first that is asked for.
+        missing: those that are not there yet, in order; the others that come with them are dropped.
+    """
 
     question: StoredQuestion
     first_sample: int
-    count: int
+    missing: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """How many responses to ask for."""
+        return self.missing[-1] + 1 - self.first_sample
 
     @property
     def keys(self) -> list[SampleKey]:
-        """The samples."""
-        return [(self.question.index, self.first_sample + offset) for offset in range(self.count)]
+        """The missing samples."""
+        return [(self.question.index, sample) for sample in self.missing]
 
 
 def missing_requests(
-    questions: Sequence[StoredQuestion], present: Container[SampleKey], candidates: int, responses_per_request: int
+    questions: Sequence[StoredQuestion], present: Container[SampleKey], candidates: int, response_num: int
 ) -> Iterator[GenerationRequest]:
-    """The requests that complete every question's samples, none for those that are there."""
+    """The requests that complete every question's samples.
+
+    They begin at the same samples in every run, because a sample's seed follows from the request's and its place there:
+    it is the same sample after a restart, and in a run of more or fewer.
+    """
     for question in questions:
-        sample = 0
-        while sample < candidates:
-            if (question.index, sample) in present:
-                sample += 1
-                continue
-            # Requests begin at the same samples in every run, so that a seed gives the same samples after a restart.
-            limit = min(candidates, (sample // responses_per_request + 1) * responses_per_request)
-            following = range(sample + 1, limit)
-            end = next((other for other in following if (question.index, other) in present), limit)
-            yield GenerationRequest(question, sample, end - sample)
-            sample = end
+        for first in range(0, candidates, response_num):
+            asked = range(first, min(first + response_num, candidates))
+            missing = tuple(sample for sample in asked if (question.index, sample) not in present)
+            if missing:
+                yield GenerationRequest(question, first, missing)
 
 
 class Schedule:

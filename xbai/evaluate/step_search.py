@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from xbai.evaluate.client import RequestFailedError, RequestRefusedError
+from xbai.evaluate.client import RequestFailedError, RequestTooLongError
 from xbai.evaluate.progress import Progress
 from xbai.evaluate.results import REFUSED, Sample, SampleKey, StoredQuestion
 from xbai.evaluate.settings import request_seed
@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 class StepSearchDriver:
     """Runs one search a sample, all at once, as far as the services take their requests.
+
+    The requests of earlier searches go before those of later ones, which fill what is free: searches end one after the
+    other, so that a run that is killed keeps most of its work.
 
     Attributes:
         failed: samples that could not be had, though they were not refused.
@@ -48,16 +51,16 @@ class StepSearchDriver:
     async def run(self, requests: Sequence[GenerationRequest]) -> None:
         """Do the search of each request, which asks for one sample."""
         async with asyncio.TaskGroup() as tasks:
-            for request in requests:
-                tasks.create_task(self._search(request.question, request.first_sample))
+            for ticket, request in enumerate(requests):
+                tasks.create_task(self._search(request.question, request.first_sample, ticket))
 
-    async def _search(self, question: StoredQuestion, sample: int) -> None:
-        source = ServiceSource(self._services, question.prompt)
+    async def _search(self, question: StoredQuestion, sample: int, ticket: int) -> None:
+        source = ServiceSource(self._services, question.prompt, ticket)
         seed = request_seed(self._options.seed, question.index, sample)
         started = time.monotonic()
         try:
             path, spent = await search_response(self._options.search, source, self._options.max_tokens, seed)
-        except RequestRefusedError as error:
+        except RequestTooLongError as error:
             logger.warning("question %d is refused: %s", question.index, error)
             found = Sample(question.index, sample, "", finish_reason=REFUSED, error=str(error))
         except RequestFailedError as error:

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -77,6 +77,18 @@ class ResultStore:
     def __len__(self) -> int:
         """How many samples are there."""
         return len(self._places)
+
+    def record(self, **models: str | None) -> None:
+        """Note which models make what is to come, as far as they are known: `policy`, `scorer` and its `lang`.
+
+        Raises:
+            UserError: others made what is there.
+        """
+        settings = replace(self._settings, **{name: value for name, value in models.items() if value is not None})
+        settings.check_same(self._settings.to_dict(), self.path)
+        if settings != self._settings:
+            self._settings = settings
+            self._append(_encode({"settings": settings.to_dict()}))
 
     def unscored(self) -> list[SampleKey]:
         """Samples without a score, whether it never came or failed in an earlier run; refused ones have none."""
@@ -213,6 +225,7 @@ class ResultStore:
             record = json.loads(line)
             if "settings" in record:
                 self._settings.check_same(record["settings"], self.journal_path)
+                self._settings = self._settings.completed_by(record["settings"])
                 return
             key = record["question"], record["sample"]
             if "response" in record:
@@ -236,6 +249,7 @@ class ResultStore:
                 self.journal_path.unlink()
             raise
         for line in lines:
+            self._settings = self._settings.completed_by(line.settings or {})
             if line.index in self._questions:
                 for sample in line.samples():
                     if sample.key not in self._places:

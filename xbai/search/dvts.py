@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-
-from xbai.search.expander import Expander
+from xbai.search.expander import Expander, together
 from xbai.search.path import ROOT, Path, Value, highest
 
 
@@ -14,7 +12,7 @@ async def diverse_tree_search(expander: Expander, subtrees: int, expand: int, va
     Returns:
         The end of each subtree's path, best first.
     """
-    ends = await asyncio.gather(*(greedy_search(part, expand, value) for part in expander.split(subtrees)))
+    ends = await together(greedy_search(part, expand, value) for part in expander.split(subtrees))
     return highest(ends, subtrees, value)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from xbai.engine.base import sample_seed
 from xbai.search.path import Path
+
+T = TypeVar("T")
 
 SMALLEST_SHARE = 8
 """Fewer tokens than this are not worth a request."""
@@ -101,7 +103,7 @@ class Expander:
         extended = list(paths)
         pending = [i for i, path in enumerate(paths) if path.open]
         while pending and (share := self._left // len(pending)) >= SMALLEST_SHARE:
-            written = await asyncio.gather(*(self._write_on(extended[i], share) for i in pending))
+            written = await together(self._write_on(extended[i], share) for i in pending)
             for i, continuation in zip(pending, written, strict=True):
                 self._spent += continuation.spent
                 extended[i] = continuation.path
@@ -135,3 +137,13 @@ class Expander:
     def _next_seed(self) -> int | None:
         number = next(self._requests)
         return None if self._seed is None else sample_seed(self._seed, number)
+
+
+async def together(parts: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """`asyncio.gather`, but where one fails the others are cancelled: nobody would use what they generate."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(part) for part in parts]
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]

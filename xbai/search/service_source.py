@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from xbai.evaluate.client import RequestRefusedError, ServicePool
+from xbai.evaluate.client import RequestTooLongError, ServicePool
 from xbai.search.expander import Continuation
 from xbai.search.path import Path
 from xbai.sprm import StepRule, step_feature_mask
@@ -15,8 +15,6 @@ from xbai.sprm.steps import THINK_CLOSE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-TOO_LONG = "413"
 
 
 @dataclass(frozen=True)
@@ -46,20 +44,27 @@ class _Answer:
 
 
 class ServiceSource:
-    """Writes on at the responses to one prompt; a step token pauses generation and stays in the text."""
+    """Writes on at the responses to one prompt; a step token pauses generation and stays in the text.
 
-    def __init__(self, services: StepServices, prompt: str) -> None:
+    Args:
+        services: what generates and scores.
+        prompt: the question, chat template applied.
+        ticket: of the requests that wait for the services, those of the lowest go first.
+    """
+
+    def __init__(self, services: StepServices, prompt: str, ticket: int) -> None:
         self._services = services
         self._prompt = prompt
+        self._ticket = ticket
 
     async def write_on(self, path: Path, max_tokens: int, to_end: bool, seed: int | None) -> Continuation:
         """See `StepSource`."""
         try:
             answer = await self._post(path, max_tokens, to_end or THINK_CLOSE in path.text, seed)
-        except RequestRefusedError as error:
-            if path.text and str(error).startswith(TOO_LONG):
-                return Continuation(replace(path, finish_reason="length"), 0)
-            raise
+        except RequestTooLongError:
+            if not path.text:
+                raise
+            return Continuation(replace(path, finish_reason="length"), 0)
         grown = Path(
             text=path.text + answer.text,
             token_count=path.token_count + answer.token_count,
@@ -78,7 +83,8 @@ class ServiceSource:
                 "stop_token_ids": [] if to_end else list(self._services.rule.step_ids),
                 "seed": seed,
                 "return_scores": self._services.scorer is None,
-            }
+            },
+            ticket=self._ticket,
         )
         return _Answer(
             text=answer["results"][0],
@@ -93,7 +99,8 @@ class ServiceSource:
             before, added = (tokenizer.encode(text, add_special_tokens=False) for text in (path.text, answer.text))
             return (*path.step_scores, *scores_within(before, added, answer.step_scores, self._services.rule))
         text = self._prompt + path.text + answer.text
-        scored = await scorer.post({"text": text, "prompt": self._prompt, "return_all_scores": True})
+        payload = {"text": text, "prompt": self._prompt, "return_all_scores": True}
+        scored = await scorer.post(payload, ticket=self._ticket)
         return tuple(scored["all_scores"])
 
 

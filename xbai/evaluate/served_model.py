@@ -1,0 +1,70 @@
+"""Which model the copies of a service hold, and whether it gives the scores as well."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from xbai.errors import UserError
+from xbai.evaluate.options import RunOptions
+from xbai.model_identity import is_same_model
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What all copies of a service serve.
+
+    Attributes:
+        identity: of the model; None where no copy says.
+        lang: the rule by which they find steps; None where they find none.
+        scores: every copy returns scores.
+    """
+
+    identity: str | None
+    lang: str | None
+    scores: bool
+
+    @classmethod
+    def from_copies(cls, option: str, described: Sequence[Mapping[str, Any]]) -> ServedModel:
+        """From the copies' `/ready`.
+
+        Raises:
+            UserError: they serve different models, or find steps by different rules; names `option`.
+        """
+        identities = [copy["identity"] for copy in described if copy.get("identity")]
+        others = {identity for identity in identities if not is_same_model(identity, identities[0])}
+        if others:
+            raise UserError(f"{option}: the copies serve different models ({', '.join([identities[0], *others])})")
+        langs = sorted({copy["lang"] for copy in described if copy.get("lang")})
+        if len(langs) > 1:
+            raise UserError(f"{option}: the copies find steps by different rules ({', '.join(langs)})")
+        return cls(
+            identity=identities[0] if identities else None,
+            lang=langs[0] if langs else None,
+            scores=all(copy.get("scores") for copy in described),
+        )
+
+    def gives_scores_of(self, scorer: ServedModel) -> bool:
+        """Whether its scores are those of the scorer: of one model, whose steps both find by one rule."""
+        if not self.scores or None in (self.identity, scorer.identity, self.lang):
+            return False
+        return is_same_model(self.identity, scorer.identity) and self.lang == scorer.lang
+
+
+def use_fused_scores(options: RunOptions, policy: ServedModel, scorer: ServedModel | None) -> bool:
+    """Whether scores come with the responses.
+
+    Raises:
+        UserError: they are to come so, but the policy service offers none.
+    """
+    if options.score_source in ("service", "none"):
+        return False
+    if options.score_source == "auto" and scorer is not None:
+        return policy.gives_scores_of(scorer)
+    if not policy.scores:
+        raise UserError(
+            f"--response_api_url {options.response_api_url}: the service offers no scores; "
+            "give --score_api_url, or --score_source none"
+        )
+    return True
