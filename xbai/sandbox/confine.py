@@ -31,19 +31,20 @@ def python_paths() -> tuple[Path, ...]:
     return tuple(dict.fromkeys(path for path in paths if path.exists()))
 
 
-def confine(folder: Path, limits: Limits, walls: Walls) -> None:
-    """Keep this process, from here on, to its limits and to `folder`."""
+def confine(limits: Limits, walls: Walls) -> None:
+    """Keep this process, from here on, to its limits, and from changing anything outside of itself."""
     libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
     _limit(resource.RLIMIT_CPU, limits.cpu_s)
     _limit(resource.RLIMIT_AS, limits.memory_bytes)
-    _limit(resource.RLIMIT_FSIZE, limits.file_bytes)
+    # No file that is open already grows.
+    _limit(resource.RLIMIT_FSIZE, 0)
     _limit(resource.RLIMIT_STACK, STACK_BYTES)
     _limit(resource.RLIMIT_NOFILE, _OPEN_FILES)
     _limit(resource.RLIMIT_CORE, 0)
     libc.drop_capabilities()
     if walls.landlock:
-        landlock.restrict_files(python_paths(), folder)
-    seccomp.restrict_calls(change_files=walls.landlock)
+        landlock.restrict_files(python_paths())
+    seccomp.restrict_calls(open_to_write=walls.landlock)
 
 
 def _limit(kind: int, amount: int) -> None:

@@ -10,22 +10,18 @@ import fcntl
 import json
 import os
 import select
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NoReturn
+from types import CodeType, ModuleType
+from typing import NoReturn
 
 from xbai.sandbox.confine import Walls, confine, python_paths
 from xbai.sandbox.job import Job, Limits, Outcome, Status
-
-READY = "ready"
 
 _DONE, _FAILED, _OUT_OF_MEMORY = 0, 1, 77
 _STATUS_OF_EXIT = {
@@ -40,16 +36,15 @@ _RESULT_FD = 3
 _LOOK_S = 0.05
 _CHUNK_BYTES = 2**16
 _RECURSION_LIMIT = 50_000
-_MODULES = [
-    *("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math"),
-    *("random", "statistics", "itertools", "functools", "operator", "typing"),
-]
+_MODULES = (
+    *("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics"),
+    *("itertools", "functools", "operator", "io", "sys", "json"),
+)
 _PREAMBLE = [
-    *(f"from {name} import *" for name in _MODULES),
-    *(f"import {name}" for name in (*_MODULES, "sys", "os", "io", "json")),
-    "from builtins import *",
+    *(f"from {name} import *" for name in (*_MODULES, "builtins", "typing")),
+    *(f"import {name}" for name in _MODULES),
 ]
-"""What solutions on contest sites may use without importing it, as in LiveCodeBench's own checker."""
+"""What solutions on contest sites may use without importing it: what LiveCodeBench's own checker gives them."""
 
 
 def main() -> None:
@@ -57,25 +52,17 @@ def main() -> None:
     connection = Connection(0)
     walls = connection.recv()
     python_paths()
-    names = _prepared_names()
-    connection.send(READY)
+    preamble = compile("\n".join(_PREAMBLE), "<preamble>", "exec")
+    exec(preamble, {})
     while True:
         try:
             job = connection.recv()
         except EOFError:
             return
-        connection.send(_run(job, names, walls))
+        connection.send(_run(job, preamble, walls))
 
 
-def _prepared_names() -> dict[str, Any]:
-    names: dict[str, Any] = {}
-    exec("\n".join(_PREAMBLE), names)
-    del names["__builtins__"]
-    return names
-
-
-def _run(job: Job, names: dict[str, Any], walls: Walls) -> Outcome:
-    folder = Path(tempfile.mkdtemp(prefix="xbai-"))
+def _run(job: Job, preamble: CodeType, walls: Walls) -> Outcome:
     input_fd = os.memfd_create("stdin")
     try:
         with os.fdopen(os.dup(input_fd), "wb") as stream:
@@ -84,16 +71,15 @@ def _run(job: Job, names: dict[str, Any], walls: Walls) -> Outcome:
         read_end, write_end = os.pipe()
         child = os.fork()
         if child == 0:
-            _child(job, names, walls, folder, input_fd, write_end)
+            _child(job, preamble, walls, input_fd, write_end)
         os.close(write_end)
         with os.fdopen(read_end, "rb", buffering=0) as output:
-            return _watch(child, output.fileno(), folder, job.limits)
+            return _watch(child, output.fileno(), job.limits)
     finally:
         os.close(input_fd)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _watch(child: int, output_fd: int, folder: Path, limits: Limits) -> Outcome:
+def _watch(child: int, output_fd: int, limits: Limits) -> Outcome:
     """Collect the child's output until it ends, or oversteps a limit that the kernel does not watch."""
     output, is_open = bytearray(), True
     deadline, next_look = time.monotonic() + limits.wall_s, 0.0
@@ -114,7 +100,8 @@ def _watch(child: int, output_fd: int, folder: Path, limits: Limits) -> Outcome:
         elif now > deadline:
             overstepped = Status.TIME
         elif now > next_look:
-            overstepped, next_look = _overstepped(child, folder, limits), now + _LOOK_S
+            overstepped = Status.THREADS if _thread_count(child) > limits.threads else None
+            next_look = now + _LOOK_S
         if overstepped:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
@@ -126,38 +113,24 @@ def _watch(child: int, output_fd: int, folder: Path, limits: Limits) -> Outcome:
     return Outcome(_STATUS_OF_EXIT.get(os.waitstatus_to_exitcode(status), Status.ERROR), bytes(output))
 
 
-def _overstepped(child: int, folder: Path, limits: Limits) -> Status | None:
+def _thread_count(process: int) -> int:
     try:
-        threads = sum(1 for _ in Path(f"/proc/{child}/task").iterdir())
-    except FileNotFoundError:
-        return None
-    if threads > limits.threads:
-        return Status.THREADS
-    used = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            try:
-                # Even an empty file takes some room.
-                used += max((Path(root) / name).lstat().st_size, 4096)
-            except FileNotFoundError:
-                continue
-            if used > limits.file_bytes:
-                return Status.FILES
-    return None
+        return sum(1 for _ in Path(f"/proc/{process}/task").iterdir())
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
 
 
-def _child(job: Job, names: dict[str, Any], walls: Walls, folder: Path, input_fd: int, output_fd: int) -> NoReturn:
+def _child(job: Job, preamble: CodeType, walls: Walls, input_fd: int, output_fd: int) -> NoReturn:
     code = _FAILED
     try:
         _redirect(input_fd, output_fd, is_program=job.function is None)
-        os.chdir(folder)
-        os.environ.update(HOME=str(folder), TMPDIR=str(folder))
-        tempfile.tempdir = None
-        confine(folder, job.limits, walls)
+        confine(job.limits, walls)
         sys.setrecursionlimit(_RECURSION_LIMIT)
         # Its own module: dataclasses and type hints look names up there.
         module = ModuleType("__main__" if job.function is None else "solution")
-        module.__dict__.update(names, __builtins__=builtins)
+        module.__dict__["__builtins__"] = builtins
+        # Only now: it has the names of the streams, which are this child's.
+        exec(preamble, module.__dict__)
         sys.modules[module.__name__] = module
         if job.function is None:
             _run_program(job.code, module)

@@ -18,7 +18,6 @@ class Limits:
         wall_s: seconds on the clock.
         memory_bytes: address space.
         output_bytes: on standard output.
-        file_bytes: of all files in its folder together, and of any one.
         threads: at a time, the main one included.
     """
 
@@ -26,7 +25,6 @@ class Limits:
     wall_s: float = 20.0
     memory_bytes: int = 2048 * MEBIBYTE
     output_bytes: int = 16 * MEBIBYTE
-    file_bytes: int = 16 * MEBIBYTE
     threads: int = 32
 
 
@@ -57,7 +55,6 @@ class Status(StrEnum):
     TIME = "time"
     MEMORY = "memory"
     OUTPUT = "output"
-    FILES = "files"
     THREADS = "threads"
 
 

@@ -19,8 +19,7 @@ _QUERY_VERSION = 1
 _READ_FILE, _READ_DIR = 1 << 2, 1 << 3
 _WRITE_FILE, _TRUNCATE = 1 << 1, 1 << 14
 _READ = _READ_FILE | _READ_DIR
-# Ordinary files and folders only: no devices, sockets, pipes or links.
-_CHANGE = _WRITE_FILE | _TRUNCATE | 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8
+_WRITE = _WRITE_FILE | _TRUNCATE
 _TCP, _SCOPES = 0b11, 0b11
 
 NEEDED_VERSION = 3
@@ -38,8 +37,8 @@ def is_available() -> bool:
         raise
 
 
-def restrict_files(readable: Iterable[Path], writable: Path) -> None:
-    """Leave this process the reading of `readable` and all use of the folder `writable`; nothing is executable.
+def restrict_files(readable: Iterable[Path]) -> None:
+    """Leave this process the reading of `readable`, and the null device; nothing is executable.
 
     Where the kernel can, TCP, signals to others and abstract sockets are closed as well.
     """
@@ -50,8 +49,7 @@ def restrict_files(readable: Iterable[Path], writable: Path) -> None:
     try:
         for path in readable:
             _allow(ruleset, path, _READ)
-        _allow(ruleset, writable, _READ | _CHANGE)
-        _allow(ruleset, Path("/dev/null"), _READ | _CHANGE)
+        _allow(ruleset, Path(os.devnull), _READ | _WRITE)
         libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
         libc.syscall(_RESTRICT_SELF, ruleset, 0)
     finally:
@@ -60,7 +58,7 @@ def restrict_files(readable: Iterable[Path], writable: Path) -> None:
 
 def _allow(ruleset: int, path: Path, rights: int) -> None:
     if not path.is_dir():
-        rights &= _READ_FILE | _WRITE_FILE | _TRUNCATE
+        rights &= _READ_FILE | _WRITE
     descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         rule = struct.pack("=Qi", rights, descriptor)

@@ -15,12 +15,13 @@ from types import TracebackType
 from xbai.errors import UserError
 from xbai.sandbox import landlock, seccomp
 from xbai.sandbox.confine import Walls, python_paths
-from xbai.sandbox.harness import READY
-from xbai.sandbox.job import Job, Outcome
+from xbai.sandbox.job import Job, Outcome, Status
 
 START_TIMEOUT_S = 60.0
 ANSWER_GRACE_S = 30.0
 """How much longer than a job's own limit the harness may take, on a busy machine, to start and to end it."""
+ATTEMPTS = 2
+"""How many harnesses a job gets to run in."""
 
 _PACKAGE = Path(__file__).parent
 _CODE = f"import sys; sys.path.insert(0, {str(_PACKAGE.parents[1])!r}); from xbai.sandbox.harness import main; main()"
@@ -30,17 +31,21 @@ class SandboxError(Exception):
     """The sandbox itself failed, so that nothing is known about the job."""
 
 
+class _HarnessEndedError(SandboxError):
+    pass
+
+
 class Sandbox:
-    """Runs untrusted Python where it can do no more than compute: no processes, no network, no files but its own.
+    """Runs untrusted Python where it can do no more than compute: no processes, no network, no file written.
 
     Each job is a process of its own that gives up, before the submitted code starts: its privileges, nearly all system
-    calls but those to compute, read and write (seccomp), and all files but Python itself and a temporary folder
-    (Landlock), under limits on processor time, memory, file sizes, threads and output. Where bubblewrap works, all of
-    this happens inside namespaces with a file system of their own besides.
+    calls but those to compute, read and write (seccomp), and all files but Python itself (Landlock), under limits on
+    processor time, memory, threads and output. Where bubblewrap works, all of this happens inside namespaces with a
+    file system of their own besides.
 
     Args:
         bubblewrap: use it where it works.
-        use_landlock: use it where the kernel has it; without it jobs can write no file at all, but read any.
+        use_landlock: use it where the kernel has it; without it jobs can read any file.
 
     Attributes:
         warning: which of these walls is missing; empty where none is. Known after `start`.
@@ -53,11 +58,11 @@ class Sandbox:
         self._process: subprocess.Popen | None = None
 
     def start(self) -> None:
-        """Start the harness, if it does not run.
+        """Start the harness, if it does not run, and see that it runs an empty program.
 
         Raises:
             UserError: this system cannot contain a program.
-            SandboxError: the harness does not start.
+            SandboxError: the harness does not start, or runs nothing.
         """
         if self._process is not None:
             return
@@ -71,16 +76,18 @@ class Sandbox:
     def run(self, job: Job) -> Outcome:
         """Run one program to its end, or to its limits.
 
+        A program that ends the harness time and again, while an empty one runs in it, has failed.
+
         Raises:
-            SandboxError: the harness died or is stuck; the next call starts another.
+            SandboxError: the harness is stuck, or runs no program at all; the next call starts another.
             UserError: this system cannot contain a program.
         """
+        for _ in range(ATTEMPTS):
+            self.start()
+            with suppress(_HarnessEndedError):
+                return self._ask(job.limits.wall_s + ANSWER_GRACE_S, job)
         self.start()
-        try:
-            self._connection.send(job)
-            return self._receive(job.limits.wall_s + ANSWER_GRACE_S)
-        except (EOFError, OSError) as error:
-            raise SandboxError(f"the sandbox's process ended: {self.close()}") from error
+        return Outcome(Status.ERROR, b"")
 
     def close(self) -> str:
         """End the harness, and with it whatever it runs; returns what it complained about."""
@@ -123,20 +130,24 @@ class Sandbox:
                 stdin=theirs,
                 stdout=subprocess.DEVNULL,
                 stderr=self._complaints,
+                cwd="/",
                 env=_environment(),
             )
-        try:
-            self._connection.send(self._walls)
-            if self._receive(START_TIMEOUT_S) != READY:
-                raise SandboxError("the sandbox's process does not know its part")
-        except (EOFError, OSError) as error:
-            raise SandboxError(self.close()) from error
-
-    def _receive(self, timeout_s: float) -> Outcome | str:
-        if not self._connection.poll(timeout_s):
+        outcome = self._ask(START_TIMEOUT_S, self._walls, Job(""))
+        if outcome.status is not Status.DONE:
             self.close()
-            raise SandboxError(f"no answer from the sandbox's process within {timeout_s:g} s")
-        return self._connection.recv()
+            raise SandboxError(f"an empty program fails in it: {outcome.status}")
+
+    def _ask(self, timeout_s: float, *messages: Walls | Job) -> Outcome:
+        try:
+            for message in messages:
+                self._connection.send(message)
+            if self._connection.poll(timeout_s):
+                return self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise _HarnessEndedError(self.close()) from error
+        self.close()
+        raise SandboxError(f"no answer from the sandbox's process within {timeout_s:g} s")
 
     def _describe(self, missing: str) -> str:
         holes = [missing] if missing else []
@@ -163,4 +174,4 @@ def _bubblewrap_command(program: str) -> list[str]:
         visible.append(interpreter)
     binds = [argument for path in visible for argument in ("--ro-bind", str(path), str(path))]
     isolation = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--die-with-parent"]
-    return [program, *isolation, "--tmpfs", "/tmp", *binds, "--proc", "/proc", "--dev", "/dev", "--chdir", "/tmp", "--"]
+    return [program, *isolation, *binds, "--proc", "/proc", "--dev", "/dev", "--"]

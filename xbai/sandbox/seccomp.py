@@ -1,4 +1,4 @@
-"""A seccomp filter: no processes, no network, no signals to others, no way around the file rules (see seccomp(2))."""
+"""A seccomp filter: no processes, no network, no signals to others, no changes of files (see seccomp(2))."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ctypes
 import errno
 import os
 import struct
+from collections.abc import Sequence
+from fcntl import F_DUPFD, F_DUPFD_CLOEXEC, F_GETFD, F_GETFL, F_SETFD, F_SETFL
 from functools import cache
 
 from xbai.sandbox import libc
@@ -38,7 +40,12 @@ _OTHER_PROCESSES = {
     "process_vm_writev": (311, 271),
     "process_madvise": (440, 440),
     "setpriority": (141, 140),
+    "ioprio_set": (251, 30),
+    "flock": (73, 32),
+    "migrate_pages": (256, 238),
+    "move_pages": (279, 239),
     "sched_setaffinity": (203, 122),
+    "sched_setparam": (142, 118),
     "sched_setscheduler": (144, 119),
     "sched_setattr": (314, 274),
 }
@@ -67,8 +74,7 @@ _KERNEL = {
     "open_by_handle_at": (304, 265),
     "fanotify_init": (300, 262),
 }
-# Landlock has no rules for these.
-_FILE_ATTRIBUTES = {
+_FILES = {
     "chmod": (90, None),
     "fchmod": (91, 52),
     "fchmodat": (268, 53),
@@ -91,8 +97,6 @@ _FILE_ATTRIBUTES = {
     "futimesat": (261, None),
     "utimensat": (280, 88),
     "ioctl": (16, 29),
-}
-_FILE_CHANGES = {
     "creat": (85, None),
     "unlink": (87, None),
     "unlinkat": (263, 35),
@@ -114,9 +118,11 @@ _FILE_CHANGES = {
 }
 _ABSENT = {"clone3": (435, 435), "openat2": (437, 437)}
 """Calls whose arguments a filter cannot read; the C library does without them."""
-_CLONE, _PRLIMIT, _OPEN, _OPENAT = (56, 220), (302, 261), (2, None), (257, 56)
+_CLONE, _PRLIMIT, _OPEN, _OPENAT, _FCNTL = (56, 220), (302, 261), (2, None), (257, 56), (72, 25)
 
 _CLONE_THREAD = 0x10000
+# Others make the kernel signal another process (F_SETOWN, F_SETSIG), hold up who writes a file, or enlarge a pipe.
+_DESCRIPTOR_COMMANDS = (F_DUPFD, F_DUPFD_CLOEXEC, F_GETFD, F_SETFD, F_GETFL, F_SETFL)
 _OPENS_TO_CHANGE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | (os.O_TMPFILE & ~os.O_DIRECTORY)
 
 _LOAD, _JUMP_EQUAL, _JUMP_FROM, _JUMP_SET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -135,20 +141,20 @@ def is_available() -> bool:
     return os.uname().machine in _ARCHITECTURES
 
 
-def restrict_calls(change_files: bool) -> None:
+def restrict_calls(open_to_write: bool) -> None:
     """Take from this thread, and all that it starts, what a program that only computes has no use for.
 
     Args:
-        change_files: leave it files to write, because something else says which.
+        open_to_write: leave it that, because something else says which files.
     """
-    instructions = b"".join(_program(change_files))
+    instructions = b"".join(_program(open_to_write))
     buffer = ctypes.create_string_buffer(instructions, len(instructions))
     program = ctypes.create_string_buffer(struct.pack("@HP", len(instructions) // 8, ctypes.addressof(buffer)))
     libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
     libc.prctl(_PR_SET_SECCOMP, _FILTER, ctypes.addressof(program))
 
 
-def _program(change_files: bool) -> list[bytes]:
+def _program(open_to_write: bool) -> list[bytes]:
     column, architecture = _ARCHITECTURES[os.uname().machine]
     program = [
         _instruction(_LOAD, _ARCHITECTURE),
@@ -158,17 +164,16 @@ def _program(change_files: bool) -> list[bytes]:
         _instruction(_JUMP_FROM, _X32_CALLS, 0, 1),
         _instruction(_RETURN, _KILL),
     ]
-    groups = [_PROCESSES, _NETWORK, _OTHER_PROCESSES, _SHARED_MEMORY, _KERNEL, _FILE_ATTRIBUTES]
-    if not change_files:
-        groups.append(_FILE_CHANGES)
+    if not open_to_write:
         program += _unless(_OPEN[column], 1, _OPENS_TO_CHANGE, allowed_if_set=False)
         program += _unless(_OPENAT[column], 2, _OPENS_TO_CHANGE, allowed_if_set=False)
-    for group in groups:
+    for group in (_PROCESSES, _NETWORK, _OTHER_PROCESSES, _SHARED_MEMORY, _KERNEL, _FILES):
         for numbers in group.values():
             program += _refuse(numbers[column], errno.EACCES)
     for numbers in _ABSENT.values():
         program += _refuse(numbers[column], errno.ENOSYS)
     program += _unless(_CLONE[column], 0, _CLONE_THREAD, allowed_if_set=True)
+    program += _only(_FCNTL[column], 1, _DESCRIPTOR_COMMANDS)
     # Limits of this process alone: its number here is 0.
     program += _unless(_PRLIMIT[column], 0, 0xFFFFFFFF, allowed_if_set=False)
     return [*program, _instruction(_RETURN, _ALLOW)]
@@ -188,6 +193,17 @@ def _unless(number: int | None, argument: int, bits: int, allowed_if_set: bool) 
         _instruction(_JUMP_EQUAL, number, 0, 4),
         _instruction(_LOAD, _ARGUMENTS + 8 * argument),
         _instruction(_JUMP_SET, bits, int(allowed_if_set), int(not allowed_if_set)),
+        _instruction(_RETURN, _ERRNO | errno.EACCES),
+        _instruction(_LOAD, _NUMBER),
+    ]
+
+
+def _only(number: int, argument: int, values: Sequence[int]) -> list[bytes]:
+    """Refuse a call unless an argument, of 32 bits, is one of some values."""
+    return [
+        _instruction(_JUMP_EQUAL, number, 0, len(values) + 3),
+        _instruction(_LOAD, _ARGUMENTS + 8 * argument),
+        *(_instruction(_JUMP_EQUAL, value, len(values) - i, 0) for i, value in enumerate(values)),
         _instruction(_RETURN, _ERRNO | errno.EACCES),
         _instruction(_LOAD, _NUMBER),
     ]
