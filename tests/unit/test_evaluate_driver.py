@@ -1,0 +1,119 @@
+"""The driver of whole responses: what is kept of each answer, and what ends the run."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from xbai.benchmarks.base import Question
+from xbai.benchmarks.registry import get_benchmark
+from xbai.errors import UserError
+from xbai.evaluate.client import RetryPolicy, ServicePool
+from xbai.evaluate.driver import Driver, Services
+from xbai.evaluate.progress import Progress
+from xbai.evaluate.results import REFUSED, Sample, StoredQuestion
+from xbai.evaluate.running_grades import RunningGrades
+from xbai.evaluate.schedule import Schedule, missing_requests
+from xbai.evaluate.settings import RunSettings
+from xbai.evaluate.store import ResultStore
+from xbai.evaluate.tally import Tally
+
+SETTINGS = RunSettings("make10", "m", "q", 0.8, 0.95, -1, 1.05, 64, (), 0)
+QUESTIONS = [StoredQuestion(i, f"<p{i}>", str(i), {}) for i in range(2)]
+
+Answer = Callable[[dict], httpx.Response]
+
+
+def sampled(payload: dict) -> httpx.Response:
+    """As the service samples: the text follows from the request's seed and the place in it."""
+    texts = [f"{payload['seed']}/{i}" for i in range(payload["response_num"])]
+    return httpx.Response(200, json={"results": texts})
+
+
+def drive(path: Path, candidates: int, response_num: int = 4, answer: Answer = sampled) -> ResultStore:
+    async def run(store: ResultStore) -> None:
+        transport = httpx.MockTransport(lambda request: answer(json.loads(request.content)))
+        async with httpx.AsyncClient(transport=transport) as client:
+            pool = ServicePool("http://a", "/generate", client, RetryPolicy(), max_in_flight=2)
+            progress = Progress(candidates, 0, Tally())
+            driver = Driver(Services(pool, None, False), store, progress, lambda key: None, {}, seed=0)
+            requests = list(missing_requests(QUESTIONS, store, candidates, response_num))
+            await driver.run(Schedule(requests), {question.index: question.prompt for question in QUESTIONS})
+
+    store = ResultStore(path, SETTINGS, QUESTIONS)
+    with store:
+        asyncio.run(run(store))
+        store.write_results()
+    return store
+
+
+def responses(path: Path) -> list[list[str]]:
+    return [json.loads(line)["output"]["solution_lst"] for line in path.read_text().splitlines()]
+
+
+def test_a_run_that_is_extended_holds_what_a_longer_one_does(tmp_path: Path) -> None:
+    whole, extended = tmp_path / "whole.jsonl", tmp_path / "extended.jsonl"
+    drive(whole, 8)
+    for candidates in (1, 3, 6, 8):
+        drive(extended, candidates)
+    assert responses(extended) == responses(whole)
+    assert len({text for texts in responses(whole) for text in texts}) == 16
+
+
+def test_a_question_that_is_too_long_is_refused_and_the_others_go_on(tmp_path: Path) -> None:
+    def answer(payload: dict) -> httpx.Response:
+        if payload["prefix_prompt"] == "<p0>":
+            return httpx.Response(413, json={"detail": "600 tokens"})
+        return sampled(payload)
+
+    path = tmp_path / "out.jsonl"
+    drive(path, 2, answer=answer)
+    refused, answered = (json.loads(line)["output"] for line in path.read_text().splitlines())
+    assert refused["finish_reason_lst"] == [REFUSED] * 2
+    assert refused["error_lst"] == ["413: 600 tokens"] * 2
+    assert len(set(answered["solution_lst"])) == 2
+
+
+def test_a_refusal_that_is_not_of_the_text_ends_the_run_and_is_not_kept(tmp_path: Path) -> None:
+    def answer(payload: dict) -> httpx.Response:
+        if payload["prefix_prompt"] == "<p0>":
+            return httpx.Response(422, json={"detail": "return_scores: this model has no score head"})
+        return sampled(payload)
+
+    path = tmp_path / "out.jsonl"
+    with pytest.raises(ExceptionGroup) as caught:
+        drive(path, 2, answer=answer)
+    (error,) = caught.value.exceptions
+    assert isinstance(error, UserError)
+    assert str(error) == "http://a/generate: 422: return_scores: this model has no score head"
+    assert not path.exists()
+    assert REFUSED not in Path(f"{path}.journal").read_text()
+
+
+def test_grading_that_fails_is_said_and_waited_for_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    benchmark = get_benchmark("make10")
+
+    def fail(question: Question, response: str) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(benchmark, "grade_request", fail)
+
+    async def run(store: ResultStore) -> None:
+        store.add(Sample(0, 0, "text"), Sample(0, 1, "text"))
+        async with RunningGrades(benchmark, {0: Question(0, "p", "1 2", {})}, store, Tally()) as grades:
+            grades.add((0, 0))
+            grades.add((0, 1))
+            async with asyncio.timeout(10):
+                await grades.settle(60.0)
+
+    with ResultStore(tmp_path / "out.jsonl", SETTINGS, QUESTIONS) as store, caplog.at_level(logging.WARNING):
+        asyncio.run(run(store))
+    assert "the accuracy so far is no longer known: a bug" in caplog.text
