@@ -17,7 +17,7 @@ from xbai.search.service_source import ServiceSource, StepServices
 from xbai.search.strategy import search_response
 
 if TYPE_CHECKING:
-    from xbai.evaluate.run import RunOptions
+    from xbai.evaluate.options import RunOptions
     from xbai.evaluate.schedule import GenerationRequest
 
 logger = logging.getLogger(__name__)
