@@ -228,7 +228,8 @@ class EngineThread(ModelThread[Engine]):
         for number in request.begun - request.completions.keys():
             key = f"{request.request_id}/{number}"
             engine.abort(key)
-            self._begun.pop(key)
+            # A client may leave a request that has been refused meanwhile, and so is aborted already.
+            self._begun.pop(key, None)
 
     def _idle(self, model: Engine) -> bool:
         return not (self._queue or self._begun)

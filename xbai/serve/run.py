@@ -151,7 +151,7 @@ class _Server(uvicorn.Server):
         if self._service.stopping:
             _leave(128 + sig)
         if self._service.thread.loading:
-            # Nothing is accepted yet, and loading cannot be interrupted.
+            logger.info("stopping: nothing is accepted yet, and loading cannot be interrupted")
             _leave(0)
         logger.info("stopping: at most %g s for what is unanswered", self._service.limits.shutdown_timeout_s)
         self._service.stop()
