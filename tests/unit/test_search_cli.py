@@ -1,4 +1,4 @@
-"""Flags of a search that do not go together are refused in one line, before anything is read or asked."""
+"""Flags that cannot be, or do not go together, are refused in one line, before anything is read or asked."""
 
 from __future__ import annotations
 
@@ -25,9 +25,12 @@ FLAGS = (
             "--score_source none: --search beam is guided by scores; use fused or service",
         ),
         ("--search tree", "--search 'tree': use one of best_of_n, majority"),
+        ("--effort high --branch 2", "--effort high means --branch 32, not 2"),
+        ("--top_p 0", "--top_p 0.0: Input should be greater than 0"),
+        ("--response_num 2000", "--response_num 2000: Input should be less than or equal to 1024"),
     ],
 )
-def test_wrong_combinations(flags: str, message: str) -> None:
+def test_wrong_flags(flags: str, message: str) -> None:
     result = CliRunner().invoke(app, ["infer", *FLAGS, *flags.split()])
     assert result.exit_code == 2
     assert result.stderr.startswith("error: ")
