@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from verl.trainer.ppo.checkpoint_folder import LATEST_FILE
 from verl.utils.tracking import METRICS_FILE
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
@@ -143,7 +144,7 @@ class World:
     def trainers(self, machine: str) -> list[str]:
         """Worker processes of the trainer that a machine runs."""
         # The first machine's process namespace contains the second's.
-        own = "[[ $(readlink $p/ns/pid) == $(readlink /proc/self/ns/pid) ]]"
+        own = '[[ $(readlink $p/ns/pid) == "$(readlink /proc/self/ns/pid)" ]]'
         listing = self.run(
             machine, f"for p in /proc/[0-9]*; do {own} && tr '\\0' ' ' <$p/cmdline && echo; done 2>&1 || :"
         )
@@ -384,3 +385,29 @@ def test_a_folder_that_only_one_node_sees_is_refused(world, overrides):
     world.run(WORKER, f"mount -t tmpfs tmpfs {run.folder}")
     assert f"trainer.default_local_dir={run.folder}: {ADDRESSES[WORKER]} cannot see" in run.refused()
     assert not list(run.folder.iterdir())
+
+
+def _kill_on_head(world: World, names: str) -> None:
+    own = '[[ $(readlink /proc/$p/ns/pid) == "$(readlink /proc/self/ns/pid)" ]]'
+    world.run(HEAD, f"for p in $(pidof {names}); do ! {own} || kill -9 $p; done")
+
+
+@pytest.mark.parametrize("lost", ["gcs_server", "gcs_server raylet"])
+def test_a_lost_head_ends_the_run_and_a_new_cluster_goes_on(world, overrides, lost):
+    """The last test here: it takes the cluster with it."""
+    run = Run(world, world.folder / f"lost_{lost.count(' ')}", [*overrides, "trainer.total_training_steps=1000"])
+    process = run.start()
+    _wait(lambda: "] step 3\n" in run.log.read_text() or process.poll() is not None, 400, "no step 3")
+    assert process.poll() is None, run.log.read_text()[-5000:]
+    _kill_on_head(world, lost)
+    status, output = process.wait(180), run.log.read_text()
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert status == 1 and len(errors) == 1 and "Traceback" not in output, f"{status}\n{output[-9000:]}"
+    assert f"the Ray head at {ADDRESSES[HEAD]}:6379 does not answer either: start the cluster anew" in errors[0]
+    for machine in (WORKER, HEAD):
+        world.run(machine, "ray stop --force")
+    world.run(HEAD, f"bash verl/examples/ray/run_worker_n.sh {ADDRESSES[WORKER]}")
+    last = int((run.folder / LATEST_FILE).read_text())
+    assert f"the same command goes on from {run.folder}/global_step_{last}" in errors[0]
+    run.overrides[-1] = f"trainer.total_training_steps={last + 2}"
+    assert sorted(run.finish().steps()) == [*range(1, last + 3)]

@@ -71,6 +71,18 @@ def check_shared_folder(folder: str | Path, pool: RayResourcePool) -> None:
         )
 
 
+def lost_head() -> str | None:
+    """The address of the cluster's head, if that does not answer any more: it takes workers on all nodes with it."""
+    if not ray.is_initialized():
+        return None
+    address = ray.get_runtime_context().gcs_address
+    try:
+        _check_head(address)
+    except ConnectionError:
+        return address
+    return None
+
+
 @ray.remote(num_cpus=0)
 def _sees(probe: Path, content: str) -> bool:
     try:

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from verl.protocol import DataProto, object_array
 from verl.single_controller import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from verl.trainer.critic_config import critic_config
-from verl.trainer.ppo.cluster import check_shared_folder, start_ray, worker_env
+from verl.trainer.ppo.cluster import check_shared_folder, lost_head, start_ray, worker_env
 from verl.trainer.ppo.core_algos import AdvantageInputs, compute_advantages, get_kl_controller, kl_penalty
 from verl.trainer.ppo.metrics import ValidationResult, masked_mean, train_metrics, validation_metrics
 from verl.trainer.ppo.reward import check_gradable, load_reward_manager
@@ -212,7 +212,9 @@ class RayPPOTrainer:
 
     def how_to_go_on(self) -> str:
         """What to start after a run that ended early, in words."""
-        return self._run_state.how_to_go_on()
+        head = lost_head()
+        restart = f"the Ray head at {head} does not answer either: start the cluster anew; " if head else ""
+        return restart + self._run_state.how_to_go_on()
 
     def close(self) -> None:
         """End graders, workers and this run's part in Ray; a checkpoint being written gets a little time."""
