@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from xbai.serve.run import server_config
 
 REPOSITORY = Path(__file__).parents[1]
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 240.0
 QUIET_CPU = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 

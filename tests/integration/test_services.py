@@ -8,11 +8,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -219,3 +221,44 @@ def test_a_second_sigterm_ends_at_once(start_service: Callable, tiny_model_dir: 
     assert service.stop(signal.SIGTERM) == 128 + signal.SIGTERM
     with pytest.raises(httpx.TransportError):
         answer.result(10)
+
+
+@pytest.fixture
+def shared_policy(start_service: Callable, tiny_model_dir: Path):
+    """A policy service whose model is in two worker processes, and these with whatever they started."""
+    arguments = ["--model_path", str(tiny_model_dir), "--engine", "vllm", "--tensor_parallel_size", "2"]
+    service = start_service("policy_model_queue.py", *arguments).wait_ready()
+    children = psutil.Process(service.process.pid).children(recursive=True)
+    # Python's own ends by itself when all the others have.
+    workers = [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
+    assert len(workers) >= 2
+    yield service, workers
+    for worker in workers:
+        if worker.is_running():
+            worker.kill()
+
+
+@pytest.mark.long
+def test_a_signal_to_all_processes_leaves_the_workers_to_the_service(shared_policy) -> None:
+    service, workers = shared_policy
+    answer = ask_for_a_while(service.url, 64)
+    for process in (*workers, service.process):
+        process.send_signal(signal.SIGINT)
+    assert len(answer.result(100).json()["results"]) == 64
+    assert service.process.wait(100) == 0
+    assert not psutil.wait_procs(workers, timeout=10)[1]
+
+
+@pytest.mark.long
+def test_workers_that_hang_end_with_the_service(shared_policy) -> None:
+    service, workers = shared_policy
+    answer = ask_for_a_while(service.url, 1024)
+    for worker in workers:
+        worker.suspend()
+    for _ in range(2):
+        service.process.send_signal(signal.SIGTERM)
+        time.sleep(1)
+    assert service.process.wait(10) == 128 + signal.SIGTERM
+    with pytest.raises(httpx.TransportError):
+        answer.result(10)
+    assert not psutil.wait_procs(workers, timeout=10)[1]
