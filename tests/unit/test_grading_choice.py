@@ -1,6 +1,6 @@
 import pytest
 
-from xbai.grading import GradeRequest, grade
+from xbai.grading import GradeRequest, answer_key, grade
 from xbai.grading.choice import chosen_option
 
 
@@ -43,7 +43,7 @@ from xbai.grading.choice import chosen_option
     ],
 )
 def test_chosen_option(response, letter):
-    assert chosen_option(response) == letter
+    assert chosen_option(response) == answer_key("ceval", response) == letter
 
 
 def test_grade():

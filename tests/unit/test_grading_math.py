@@ -1,11 +1,16 @@
 """A corpus of right and wrong answers, with the traps that graders are known to fall into."""
 
+import random
+from collections import defaultdict
+
 import pytest
 
 from xbai.errors import UserError
-from xbai.grading import GradeRequest, grade
+from xbai.grading import GradeRequest, answer_key, grade
 from xbai.grading.boxed import last_boxed
+from xbai.grading.latex import clean
 from xbai.grading.math import grade_math, same_answer
+from xbai.grading.quantity import parse_quantity
 
 RIGHT = [
     # integers
@@ -320,6 +325,70 @@ def test_last_boxed_skips_escaped_braces():
 def test_dispatch(source, truth):
     assert grade(GradeRequest(source, "\\boxed{016}", truth)) == 1.0
     assert grade(GradeRequest(source, "\\boxed{17}", truth)) == 0.0
+
+
+@pytest.mark.parametrize("truth", [None, "", " ", {}, {"target": None}, {"target": ""}, float("nan"), True, ["5"]])
+@pytest.mark.parametrize("source", ["math500", "ceval", "make10", "livecodebench"])
+def test_without_the_right_answer_there_is_no_grade(source, truth):
+    with pytest.raises(ValueError, match="the right answer is not known"):
+        grade(GradeRequest(source, "\\boxed{\\text{None}}", truth))
+
+
+def boxed_key(answer):
+    return answer_key("math500", f"\\boxed{{{answer}}}")
+
+
+def exact(text):
+    quantity = parse_quantity(clean(text))
+    return quantity and (quantity.value, quantity.unit)
+
+
+def test_exactly_equal_answers_vote_together():
+    pairs = [(exact(answer), exact(truth), answer, truth) for answer, truth in RIGHT]
+    same = [(answer, truth) for first, second, answer, truth in pairs if first and first == second]
+    assert len(same) > 40
+    assert [pair for pair in same if boxed_key(pair[0]) != boxed_key(pair[1])] == []
+
+
+@pytest.mark.parametrize(("answer", "truth"), WRONG)
+def test_different_answers_vote_apart(answer, truth):
+    assert boxed_key(answer) != boxed_key(truth) or boxed_key(answer) is None
+
+
+def test_answers_that_vote_together_get_the_same_grade():
+    together = defaultdict(list)
+    for answer in dict.fromkeys(text for pair in RIGHT + WRONG for text in pair):
+        together[boxed_key(answer)].append(answer)
+    together.pop(None)
+    # Ratios are read as times, too.
+    truths = [truth for _, truth in RIGHT + WRONG if ":" not in truth]
+    choice = random.Random(0)
+    for answers in together.values():
+        if len(answers) > 1:
+            for truth in [answers[0], *choice.sample(truths, 3)]:
+                grades = {grade_math(f"\\boxed{{{answer}}}", truth) for answer in (answers[0], answers[-1])}
+                assert len(grades) == 1, (answers, truth)
+
+
+@pytest.mark.parametrize(
+    ("response", "key"),
+    [
+        ("<think>\\boxed{3}</think> \\boxed{ 7 + x }", "latex 7+x"),
+        ("\\boxed{1,234}", "number 1234 "),
+        ("\\boxed{\\text{(B)}}", "words B"),
+        ("<think>\\boxed{3}</think> It is 3.", None),
+        ("ANSWER: B", None),
+        ("\\boxed{}", None),
+        ("\\boxed{" + "1" * 5000 + "}", None),
+    ],
+)
+def test_what_a_response_votes_for(response, key):
+    assert answer_key("aime24", response) == key
+
+
+def test_votes_of_other_tasks():
+    assert answer_key("make10", "<think>\\boxed{7 + 3}") == "7+3"
+    assert answer_key("livecodebench", "The answer is A[i]") is None
 
 
 def test_an_unknown_source_names_the_known_ones():

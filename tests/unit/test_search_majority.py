@@ -7,7 +7,8 @@ import pytest
 from xbai.evaluate.results import ResultLine
 from xbai.search.majority import voted_candidate
 
-RESPONSES = ["\\boxed{1}", "\\boxed{2}", "\\boxed{2}", "no answer"]
+RESPONSES = ["\\boxed{1}", "\\boxed{2}", "\\boxed{2.0}", "no answer"]
+KEYS = ["1", "2", "2", None]
 
 
 @pytest.mark.parametrize(
@@ -22,16 +23,16 @@ RESPONSES = ["\\boxed{1}", "\\boxed{2}", "\\boxed{2}", "no answer"]
 def test_the_best_of_those_that_gave_the_winning_answer(
     scores: list[float | None], weighted: bool, chosen: int
 ) -> None:
-    assert voted_candidate(RESPONSES, scores, weighted) == chosen
+    assert voted_candidate(KEYS, scores, weighted) == chosen
 
 
 def test_without_any_answer_the_score_decides() -> None:
-    assert voted_candidate(["a", "b"], [0.1, 0.2], weighted=False) == 1
+    assert voted_candidate([None, None], [0.1, 0.2], weighted=False) == 1
 
 
 @pytest.mark.parametrize(("search", "content"), [("best_of_n", 3), ("majority", 2), ("weighted_vote", 0), (None, 3)])
 def test_a_line_names_the_response_that_its_search_chooses(search: str | None, content: int) -> None:
     output = {"content": RESPONSES[3], "solution_lst": ["p" + r for r in RESPONSES], "score_lst": [0.9, 0.1, 0.2, 0.99]}
-    settings = {"search": {"name": search}} if search else {}
+    settings = {"task": "math500", "search": {"name": search}} if search else {}
     line = ResultLine.from_dict({"prompt": "p", "output": output, "settings": settings})
     assert line.to_dict()["output"]["content"] == RESPONSES[content]

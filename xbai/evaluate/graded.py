@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from xbai.benchmarks.base import Question
+from xbai.benchmarks.base import Benchmark, Question
 from xbai.benchmarks.registry import get_benchmark
 from xbai.evaluate.estimators import votes_for
 from xbai.evaluate.results import REFUSED, ResultLine
 from xbai.grading import GraderPool
 from xbai.search.best_of_n import sortable_scores
-from xbai.search.majority import vote_key
 from xbai.sprm.score import aggregate
 
 QuestionKey = tuple[int | None, str]
@@ -92,10 +91,11 @@ def grade_lines(task: str, lines: Sequence[ResultLine], workers: int | None = No
     by_question: dict[QuestionKey, list[int]] = {}
     for number, line in enumerate(lines):
         by_question.setdefault(question_key(line), []).append(number)
-    return [_graded_question(key, lines, numbers, grades) for key, numbers in by_question.items()]
+    return [_graded_question(benchmark, key, lines, numbers, grades) for key, numbers in by_question.items()]
 
 
 def _graded_question(
+    benchmark: Benchmark,
     key: QuestionKey,
     lines: Sequence[ResultLine],
     numbers: list[int],
@@ -116,7 +116,7 @@ def _graded_question(
             ]
         ),
         correct=np.array([np.nan if grade is None else grade for grade in correct], dtype=np.float64),
-        keys=[vote_key(response) for response in column(lambda line: line.responses)],
+        keys=list(map(benchmark.vote_key, column(lambda line: line.responses))),
         step_scores=step_scores,
         token_counts=column(lambda line: line.token_counts),
         finish_reasons=column(lambda line: line.finish_reasons),

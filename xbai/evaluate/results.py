@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xbai.benchmarks.registry import get_benchmark
 from xbai.errors import UserError
 from xbai.evaluate.settings import choice_of
 from xbai.search.majority import voted_candidate
@@ -93,7 +94,8 @@ class ResultLine:
         if choice == "best_of_n" or not self.solutions:
             return self.content
         responses = self.responses
-        return responses[voted_candidate(responses, self.scores, weighted=choice == "weighted_vote")]
+        keys = list(map(get_benchmark(self.settings["task"]).vote_key, responses))
+        return responses[voted_candidate(keys, self.scores, weighted=choice == "weighted_vote")]
 
     def samples(self) -> Iterator[Sample]:
         """The line as samples again."""

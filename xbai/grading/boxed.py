@@ -3,6 +3,7 @@
 import re
 
 THINK_CLOSE = "</think>"
+MAX_ANSWER_CHARACTERS = 1000
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 
@@ -10,6 +11,12 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 def after_thinking(response: str) -> str:
     """The text after the last `</think>`; all of it without one."""
     return response.rpartition(THINK_CLOSE)[-1]
+
+
+def final_answer(response: str) -> str | None:
+    """The last box after the thinking; None where there is none, or what it holds is empty or too long to be one."""
+    answer = (last_boxed(after_thinking(response)) or "").strip()
+    return answer if 0 < len(answer) <= MAX_ANSWER_CHARACTERS else None
 
 
 def last_boxed(text: str) -> str | None:

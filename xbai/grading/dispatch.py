@@ -6,6 +6,7 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from xbai.errors import UserError
@@ -27,6 +28,12 @@ ANSWER_CHECKS = {
     "code": "xbai.grading.code:grade_code",
 }
 """Prefix of a data source's name to the check of its answers."""
+ANSWER_KEYS = {
+    "xbai.grading.make10:grade_make10": "xbai.grading.make10:boxed_expression",
+    "xbai.grading.math:grade_math": "xbai.grading.math_key:math_key",
+    "xbai.grading.choice:grade_choice": "xbai.grading.choice:chosen_option",
+}
+"""Checks to what reads the answer out of a response; those of answers that are voted on."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +54,17 @@ class GradeRequest:
 
     @property
     def target(self) -> str:
-        """The right answer as text."""
-        truth = self.ground_truth["target"] if isinstance(self.ground_truth, dict) else self.ground_truth
-        if isinstance(truth, float) and truth.is_integer():
-            truth = int(truth)
-        return str(truth)
+        """The right answer as text.
+
+        Raises:
+            ValueError: it is not known: None, empty, or neither a text nor a finite number.
+        """
+        truth = self.ground_truth.get("target") if isinstance(self.ground_truth, dict) else self.ground_truth
+        if isinstance(truth, Real) and not isinstance(truth, bool) and math.isfinite(truth):
+            truth = str(int(truth) if truth == int(truth) else truth)
+        if not isinstance(truth, str) or not truth.strip():
+            raise ValueError(f"the right answer is not known: the ground truth is {truth!r}")
+        return truth
 
 
 @dataclass(frozen=True)
@@ -113,8 +126,19 @@ def answer_check(data_source: str) -> AnswerCheck:
     Raises:
         UserError: no grader goes by this name.
     """
-    module, function = _check_location(data_source)
-    return getattr(importlib.import_module(module), function)
+    return _load(_check_location(data_source))
+
+
+def answer_key(data_source: str, response: str) -> str | None:
+    """The answer that would be graded, such that responses with equal keys get equal grades; what a response votes for.
+
+    None where it gives no answer, or one of a kind that is not voted on.
+
+    Raises:
+        UserError: no grader goes by this name.
+    """
+    location = ANSWER_KEYS.get(_check_location(data_source))
+    return _load(location)(response) if location else None
 
 
 def prepare(request: GradeRequest) -> Preparation:
@@ -125,7 +149,7 @@ def prepare(request: GradeRequest) -> Preparation:
     Raises:
         UserError: no grader goes by its data source's name, or it cannot work on this machine.
     """
-    module = importlib.import_module(_check_location(request.data_source)[0])
+    module = importlib.import_module(_check_location(request.data_source).partition(":")[0])
     return module.prepare(request.target) if hasattr(module, "prepare") else Preparation()
 
 
@@ -137,11 +161,16 @@ def grade(request: GradeRequest) -> float:
     return float(answer_check(request.data_source)(request.response, request.target))
 
 
-def _check_location(data_source: str) -> list[str]:
+def _load(location: str) -> Callable[..., Any]:
+    module, _, function = location.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _check_location(data_source: str) -> str:
     name = data_source.rsplit("/", 1)[-1].lower()
     for prefix, location in ANSWER_CHECKS.items():
         if name.startswith(prefix):
-            return location.split(":")
+            return location
     known = ", ".join(f"{prefix}*" for prefix in ANSWER_CHECKS)
     raise UserError(
         f"data_source {data_source!r}: no grader for it; known are {known}; set custom_reward_function for your own"

@@ -70,6 +70,7 @@ _REWRITES = [
 ]
 
 _ENDS = " \t\n.,;:"
+_WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*")
 
 
 def clean(text: str) -> str:
@@ -86,6 +87,17 @@ def clean(text: str) -> str:
 def without_text_commands(text: str) -> str:
     """`\\text{...}` replaced by its words."""
     return re.sub(r"\s+", " ", re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)).lstrip().rstrip(_ENDS)
+
+
+def in_words(text: str) -> str | None:
+    """An answer in words, without case and spacing, or the letter of a choice; None where it is anything else."""
+    words = without_text_commands(text).strip("()'\" ")
+    if not _WORDS.fullmatch(words):
+        return None
+    if len(words) == 1:
+        return words
+    # Short words may be products of variables.
+    return re.sub(r"[\s'-]", "", words).lower() if re.search(r"[A-Za-z]{3}", words) else None
 
 
 def without_separators(text: str) -> str:

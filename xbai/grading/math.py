@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from xbai.grading.boxed import after_thinking, last_boxed
-from xbai.grading.latex import clean, compact, in_radians, without_separators, without_text_commands
+from xbai.grading.boxed import final_answer, last_boxed
+from xbai.grading.latex import clean, compact, in_radians, in_words, without_separators, without_text_commands
 from xbai.grading.quantity import parse_quantity, same_unit, split_unit
 from xbai.grading.symbolic import symbolically_equal
-
-MAX_ANSWER_CHARACTERS = 1000
 
 _NAME_PREFIX = re.compile(
     r"(?P<name>\\text ?\{[^{}]*\}|\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\([A-Za-z, ]+\))?) ?(?:=|\\in(?![A-Za-z])) ?"
@@ -20,15 +18,12 @@ _BELOW = r" ?(?:<|\\le(?![A-Za-z])) ?"
 _BOUND = re.compile(r"[A-Za-z] ?(?P<sign><|>|\\le|\\ge)(?![A-Za-z]) ?(?P<bound>[^<>=]+)")
 _RANGE = re.compile(rf"(?P<low>[^<>=]+?)(?P<left>{_BELOW})[A-Za-z](?P<right>{_BELOW})(?P<high>[^<>=]+)")
 _SEPARATOR = re.compile(r"\\cup(?![A-Za-z])|[,;]|\b(?:and|or)\b")
-_WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*")
 
 
 def grade_math(response: str, truth: str) -> bool:
     """Whether the boxed final answer of `response` means the same as `truth`. Without a box it is wrong."""
-    answer = last_boxed(after_thinking(response))
-    if answer is None or not answer.strip() or len(answer) > MAX_ANSWER_CHARACTERS:
-        return False
-    return same_answer(answer, last_boxed(truth) or truth)
+    answer = final_answer(response)
+    return answer is not None and same_answer(answer, last_boxed(truth) or truth)
 
 
 def same_answer(answer: str, truth: str) -> bool:
@@ -43,7 +38,7 @@ def _same(answer: str, truth: str) -> bool:
     number, true_number = parse_quantity(answer), parse_quantity(truth)
     if number and true_number:
         return number.equals(true_number)
-    decided = _same_words(without_text_commands(answer), without_text_commands(truth))
+    decided = _same_words(answer, truth)
     if decided is not None:
         return decided
     items, true_items = _Collection.parse(answer), _Collection.parse(truth)
@@ -67,15 +62,10 @@ def _without_names(answer: str, truth: str) -> tuple[str, str]:
 
 def _same_words(answer: str, truth: str) -> bool | None:
     """Compare answers in words, or by the letter of a choice; None unless both are."""
-    answer, truth = answer.strip("()'\" "), truth.strip("()'\" ")
-    if not (_WORDS.fullmatch(answer) and _WORDS.fullmatch(truth)):
+    words, true_words = in_words(answer), in_words(truth)
+    if words is None or true_words is None or (len(words) == 1) != (len(true_words) == 1):
         return None
-    if len(answer) == len(truth) == 1:
-        return answer == truth
-    if not (re.search(r"[A-Za-z]{3}", answer) and re.search(r"[A-Za-z]{3}", truth)):
-        # Short words may be products of variables.
-        return None
-    return re.sub(r"[\s'-]", "", answer).lower() == re.sub(r"[\s'-]", "", truth).lower()
+    return words == true_words
 
 
 def _same_expressions(answer: str, truth: str) -> bool:

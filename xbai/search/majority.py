@@ -7,21 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from xbai.grading.boxed import after_thinking, last_boxed
-from xbai.grading.choice import chosen_option
-from xbai.grading.latex import clean, compact
 from xbai.search.best_of_n import best_candidate
-
-MAX_ANSWER_CHARACTERS = 1000
-
-
-def vote_key(response: str) -> str | None:
-    """The answer a response votes for: its last box in normal form, or its chosen option; None where it has neither."""
-    answer = last_boxed(after_thinking(response))
-    if answer is None:
-        return chosen_option(response)
-    answer = answer.strip()
-    return compact(clean(answer)) if 0 < len(answer) <= MAX_ANSWER_CHARACTERS else None
 
 
 def vote_winners(ballots: np.ndarray) -> np.ndarray:
@@ -37,16 +23,15 @@ def vote_winners(ballots: np.ndarray) -> np.ndarray:
     return winning / winning.sum(axis=1, keepdims=True)
 
 
-def voted_candidate(responses: Sequence[str], scores: Sequence[float | None], weighted: bool) -> int:
+def voted_candidate(keys: Sequence[str | None], scores: Sequence[float | None], weighted: bool) -> int:
     """Index of the best-scored candidate among those that give the winning answer.
 
     Args:
-        responses: the candidates.
+        keys: what each candidate votes for (see `Benchmark.vote_key`); None where it does not.
         scores: one each; None counts nothing in a weighted vote.
         weighted: a vote weighs its score instead of 1.
     """
     ballots: dict[str, float] = defaultdict(float)
-    keys = [vote_key(response) for response in responses]
     for key, score in zip(keys, scores, strict=True):
         if key is not None:
             ballots[key] += (score or 0.0) if weighted else 1.0
