@@ -185,7 +185,7 @@ RUNS = {
 
 def launch(mode: str, ranks: int, model_folder: Path, folder: Path) -> dict:
     """Run this file on `ranks` processes and read what rank 0 wrote."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", __file__]
+    command = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(ranks), __file__]
     arguments = [mode, str(model_folder), str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)

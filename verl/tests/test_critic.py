@@ -145,7 +145,7 @@ def run_rank(model_folder: Path, output: Path) -> None:
 def launch(ranks: int, folder: Path) -> dict[str, dict]:
     """Run this file on `ranks` processes and read what rank 0 wrote."""
     output = folder / f"{ranks}.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     arguments = [__file__, str(make_folder(folder / "model")), str(output)]
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)

@@ -162,7 +162,7 @@ def test_a_chunk_of_logits_takes_what_is_estimated(dtype: torch.dtype) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_hold_what_is_estimated(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, tmp_path]
+    command = [sys.executable, str(Path(__file__).with_name("ranks.py")), "2", __file__, str(tmp_path)]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     shape = ModelShape.from_config(AutoConfig.for_model(**SMALL | VARIANTS[1]))
@@ -174,7 +174,7 @@ def test_two_ranks_hold_what_is_estimated(tmp_path: Path) -> None:
 
 
 def measure_two_ranks(folder: Path) -> None:
-    """Of `test_two_ranks_hold_what_is_estimated`, under torchrun: what each of them holds after an update."""
+    """Of `test_two_ranks_hold_what_is_estimated`: what each of them holds after an update."""
     dist.init_process_group("gloo")
     config = AutoConfig.for_model(**SMALL | VARIANTS[1])
     model = shard_model(JointModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32)), create_mesh(), {})

@@ -86,7 +86,7 @@ def run_loading(folder: Path) -> dict[str, Any]:
 
 
 def launch(mode: str, ranks: int, folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", __file__]
+    command = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(ranks), __file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, mode, folder], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -141,7 +141,7 @@ def launch(ranks: int, folder: Path) -> dict[str, dict]:
     """Run this file on `ranks` processes and read what rank 0 wrote."""
     make_folder(folder / "policy", seed=0, tied=False)
     make_folder(folder / "reference", seed=1, tied=ranks == 2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, __file__, str(folder)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

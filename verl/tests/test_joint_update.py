@@ -165,7 +165,7 @@ def run_rank(output: Path) -> None:
 def launch(ranks: int, folder: Path) -> dict:
     """Run this file on `ranks` processes and read what rank 0 wrote."""
     output = folder / f"{ranks}.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, __file__, str(output)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

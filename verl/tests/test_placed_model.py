@@ -226,7 +226,7 @@ def main(model_folder: Path, folder: Path) -> None:
 def updates(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What `main` found on four ranks."""
     folder = tmp_path_factory.mktemp("placed")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", __file__]
+    command = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(RANKS), __file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, tiny_model_dir, folder], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from verl import DataProto
-from verl.single_controller import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from verl.single_controller import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup, register
 from verl.trainer.config_check import DEFAULTS_FILE
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, group_sizes
 from xbai.sprm.head import SPRM_CONFIG_FILE
@@ -71,20 +72,23 @@ def make_batch(step_id: int) -> DataProto:
     )
 
 
-def train(config: DictConfig, batch: DataProto) -> tuple[DataProto, dict[str, float]]:
+class StartingAnew(ActorRolloutRefWorker):
+    """Processes take far longer to start than to compute what is compared here."""
+
+    @register()
+    def configure(self, config: DictConfig) -> None:
+        self.config = config
+        self.init_model()
+
+
+def train(group: RayWorkerGroup, config: DictConfig, batch: DataProto) -> tuple[DataProto, dict[str, float]]:
     """Log-probs under policy and reference, one update, and log-probs after it."""
-    pool = RayResourcePool([2], use_gpu=False, cpus_per_process=0.5)
-    init = RayClassWithInitArgs(ActorRolloutRefWorker, config, "actor_rollout_ref")
-    group = RayWorkerGroup(pool, init, name="actor", group_sizes=group_sizes(config))
-    try:
-        group.init_model()
-        for compute in (group.compute_log_prob, group.compute_ref_log_prob):
-            batch.batch.update(compute(batch).batch)
-        metrics = group.update_actor(batch).meta_info["metrics"]
-        batch.batch["log_probs_after"] = group.compute_log_prob(batch).batch["old_log_probs"]
-    finally:
-        group.shutdown()
-        pool.release()
+    group.configure(config)
+    group.group_sizes = group_sizes(config)
+    for compute in (group.compute_log_prob, group.compute_ref_log_prob):
+        batch.batch.update(compute(batch).batch)
+    metrics = group.update_actor(batch).meta_info["metrics"]
+    batch.batch["log_probs_after"] = group.compute_log_prob(batch).batch["old_log_probs"]
     return batch, metrics
 
 
@@ -101,8 +105,16 @@ def model(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def results(model: Path, tiny_tokenizer) -> Iterator[dict[str, tuple[DataProto, dict[str, float]]]]:
     step_id = tiny_tokenizer.convert_tokens_to_ids(".\n\n")
+    # Ray would have the workers import this module by a name that only pytest knows.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield {way: train(make_config(model, keys), make_batch(step_id)) for way, keys in WAYS.items()}
+    configs = {way: make_config(model, keys) for way, keys in WAYS.items()}
+    pool = RayResourcePool([2], use_gpu=False, cpus_per_process=0.5)
+    init = RayClassWithInitArgs(StartingAnew, configs["padded"], "actor_rollout_ref")
+    group = RayWorkerGroup(pool, init, name="actor")
+    yield {way: train(group, config, make_batch(step_id)) for way, config in configs.items()}
+    group.shutdown()
+    pool.release()
     ray.shutdown()
 
 
