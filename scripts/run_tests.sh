@@ -18,6 +18,6 @@ export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} RAY_USAGE_STATS_ENABLED=0
 if (($#)); then
     exec "$bin/python" -m pytest "$@"
 fi
-"$bin/python" -m pytest -x -q -m "not slow and not long"
-# Two files at a time: most of these tests wait for processes, ports and clocks.
-"$bin/python" -m pytest -x -q -m slow -n 2 --dist loadfile
+# Two files at a time.
+"$bin/python" -m pytest -x -q -m "not slow and not long" -n 2 --dist loadfile
+"$bin/python" -m pytest -x -q -m "slow and not long" -n 2 --dist loadfile

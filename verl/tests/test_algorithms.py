@@ -21,7 +21,7 @@ from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.utils.tracking import METRICS_FILE
 from verl.workers.reward_manager import Reward
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 MAX_RESPONSE = 24
 Sample = dict[str, Any]
@@ -117,7 +117,9 @@ def test_a_greedy_response_without_a_grade_masks_its_prompt() -> None:
     assert metrics == {"reward/baseline": 0.5, "reward/ungraded_baselines": 1.0}
 
 
-@pytest.mark.parametrize("over_std", [True, False])
+@pytest.mark.parametrize(
+    "over_std", [pytest.param(True, marks=pytest.mark.slow), pytest.param(False, marks=pytest.mark.long)]
+)
 def test_grpo(run: Callable[..., Metrics], tmp_path: Path, over_std: bool) -> None:
     kind = "abs" if over_std else "mse"
     overrides = f"algorithm.norm_adv_by_std_in_grpo={over_std}", f"actor_rollout_ref.actor.kl_loss_type={kind}"
@@ -133,6 +135,7 @@ def test_grpo(run: Callable[..., Metrics], tmp_path: Path, over_std: bool) -> No
     assert after["actor/loss"] == pytest.approx(total, abs=1e-5)
 
 
+@pytest.mark.long
 def test_rloo_with_importance_weights_and_entropy(run: Callable[..., Metrics], tmp_path: Path) -> None:
     metrics = run(
         "algorithm.adv_estimator=rloo",
@@ -156,6 +159,7 @@ def test_rloo_with_importance_weights_and_entropy(run: Callable[..., Metrics], t
         assert "timing_s/ref" not in found
 
 
+@pytest.mark.long
 def test_remax_with_full_kl_and_length_penalty(run: Callable[..., Metrics], tmp_path: Path) -> None:
     metrics = run(
         "algorithm.adv_estimator=remax",
@@ -180,6 +184,7 @@ def test_remax_with_full_kl_and_length_penalty(run: Callable[..., Metrics], tmp_
     assert metrics[1]["actor/kl_loss"] == pytest.approx(0, abs=1e-5) and metrics[2]["actor/kl_loss"] > 1e-3
 
 
+@pytest.mark.long
 def test_reinforce_plus_plus_with_adaptive_kl_and_overlong_penalty(run: Callable[..., Metrics], tmp_path: Path) -> None:
     metrics = run(
         "algorithm.adv_estimator=reinforce_plus_plus",
@@ -208,8 +213,10 @@ def test_reinforce_plus_plus_with_adaptive_kl_and_overlong_penalty(run: Callable
     assert metrics[2]["advantages/mean"] == pytest.approx(0, abs=1e-4)
 
 
-def test_gae_warms_up_clips_and_resumes_exactly(small_run: list[str], tmp_path: Path) -> None:
-    overrides = [
+@pytest.fixture(scope="module")
+def gae(small_run: list[str]) -> list[str]:
+    """Overrides of three steps with a critic, the first of which trains it alone; saved after the second."""
+    return [
         *small_run,
         "algorithm.adv_estimator=gae",
         "algorithm.gamma=0.99",
@@ -228,7 +235,18 @@ def test_gae_warms_up_clips_and_resumes_exactly(small_run: list[str], tmp_path: 
         "actor_rollout_ref.actor.clip_ratio_high=0.02",
         "actor_rollout_ref.actor.clip_ratio_c=1.03",
     ]
-    metrics = train(tmp_path / "whole", overrides)
+
+
+@pytest.fixture(scope="module")
+def gae_run(gae: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Metrics]:
+    """Its folder and metrics."""
+    folder = tmp_path_factory.mktemp("gae")
+    return folder, train(folder, gae)
+
+
+@pytest.mark.slow
+def test_gae_warms_up_and_clips(gae_run: tuple[Path, Metrics]) -> None:
+    folder, metrics = gae_run
     assert "actor/pg_loss" not in metrics[1] and "actor/pg_loss" in metrics[2]
     assert metrics[1]["critic/vpred_mean"] == pytest.approx(0, abs=0.05)
     rewards = [metrics[step]["reward/mean"] for step in (1, 2, 3)]
@@ -243,10 +261,15 @@ def test_gae_warms_up_clips_and_resumes_exactly(small_run: list[str], tmp_path: 
     # Ranges this narrow are left in the later epochs.
     assert metrics[2]["actor/pg_clipfrac"] > 0 and metrics[2]["actor/pg_clipfrac_lower"] > 0
 
-    folder = tmp_path / "whole" / "global_step_2"
-    assert (folder / "critic" / ".metadata").exists() and (folder / "actor" / ".metadata").exists()
-    resume = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={folder}"]
-    resumed = train(tmp_path / "resumed", [*overrides, *resume])
+    checkpoint = folder / "global_step_2"
+    assert (checkpoint / "critic" / ".metadata").exists() and (checkpoint / "actor" / ".metadata").exists()
+
+
+@pytest.mark.long
+def test_gae_resumes_exactly(gae: list[str], gae_run: tuple[Path, Metrics], tmp_path: Path) -> None:
+    folder, metrics = gae_run
+    resume = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={folder}/global_step_2"]
+    resumed = train(tmp_path, [*gae, *resume])
     assert list(resumed) == [3]
     costs = ("timing_s/", "perf/")
     lasting = {name: value for name, value in metrics[3].items() if not name.startswith(costs)}
