@@ -223,6 +223,16 @@ def test_a_second_sigterm_ends_at_once(start_service: Callable, tiny_model_dir: 
         answer.result(10)
 
 
+def test_sigterm_ends_a_service_that_is_still_loading(start_service: Callable, tiny_model_dir: Path) -> None:
+    service = start_service("policy_model_queue.py", "--model_path", str(tiny_model_dir), "--engine", "hf")
+    while "Application startup complete" not in service.log.read_text():
+        assert service.process.poll() is None
+        time.sleep(0.01)
+    assert httpx.get(f"{service.url}/ready").status_code == 503
+    assert service.stop() == 0
+    assert "loading cannot be interrupted" in service.log.read_text()
+
+
 @pytest.fixture
 def shared_policy(start_service: Callable, tiny_model_dir: Path):
     """A policy service whose model is in two worker processes, and these with whatever they started."""
