@@ -151,6 +151,12 @@ def test_closing_does_not_wait_for_a_grader(hostile, tiny_tokenizer, make_batch)
     assert time.monotonic() - start < 5
 
 
+def test_a_response_without_a_ground_truth_has_no_grade(tiny_tokenizer, make_batch):
+    reward = _reward(_config(), tiny_tokenizer, make_batch([r"\boxed{1}", "None"], truth=None))
+    assert not reward.graded.any() and not reward.reward_tensor.any()
+    assert reward.metrics["reward/ungraded_error"] == 2
+
+
 def test_a_function_of_ones_own_sees_the_messages(tmp_path, tiny_tokenizer, make_batch):
     path = tmp_path / "reward.py"
     path.write_text(
@@ -226,6 +232,7 @@ def test_unknown_names_are_refused(tmp_path, tiny_tokenizer):
         ({"style": "rule"}, r"a\.parquet: row 7: 'reward_model' has no ground_truth"),
         ({"ground_truth": {"target": None}}, r"a\.parquet: row 7: 'reward_model' has no ground_truth"),
         ({"ground_truth": " "}, r"a\.parquet: row 7: 'reward_model' has no ground_truth"),
+        ({"ground_truth": ["1", "2"]}, r"a\.parquet: row 7: 'reward_model' has no ground_truth"),
     ],
 )
 def test_a_row_without_an_answer_is_named(reward_model, message):

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from verl.workers.reward_manager import REWARD_MANAGERS
 from verl.workers.reward_manager.manager import RewardManager
 from xbai.errors import UserError
-from xbai.grading import CustomGrader
+from xbai.grading import CustomGrader, GradeRequest
 from xbai.grading.dispatch import answer_check
 
 
@@ -46,13 +46,13 @@ def check_gradable(rows: Iterable[tuple[str, str, Any]], config: DictConfig) -> 
             raise UserError(f"{place}: 'reward_model' must be {{style, ground_truth}}, found {reward_model!r:.60}")
         if custom.path is None:
             answer_check(source)
-            _check_ground_truth(reward_model, place)
+            _check_ground_truth(source, reward_model, place)
 
 
-def _check_ground_truth(reward_model: dict[str, Any], place: str) -> None:
-    truth = reward_model.get("ground_truth")
-    target = truth.get("target") if isinstance(truth, dict) else truth
-    if target is None or not str(target).strip():
+def _check_ground_truth(source: str, reward_model: dict[str, Any], place: str) -> None:
+    try:
+        GradeRequest(source, "", reward_model.get("ground_truth")).target  # noqa: B018
+    except ValueError as error:
         raise UserError(
             f"{place}: 'reward_model' has no ground_truth (text, number or {{target: ...}}), found {reward_model!r:.60}"
-        )
+        ) from error
