@@ -323,7 +323,14 @@ def is_prepared(name: str, out: Path, selection: Selection = EVERYTHING) -> bool
             raise UserError(
                 f"{out / file} has changed since it was prepared (see {SUMS_FILE}): remove it to make it anew"
             )
+        if name == "livecodebench" and not _has_tests(out / file):
+            return False
     return bool(entries)
+
+
+def _has_tests(path: Path) -> bool:
+    with path.open(encoding="utf-8") as stream:
+        return all((path.parent / json.loads(json.loads(line)["answer"])["file"]).is_file() for line in stream)
 
 
 def read_sums(out: Path) -> dict[str, dict[str, Any]]:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -54,6 +55,28 @@ def test_ceval_file():
         assert benchmark.messages(question) == [{"role": "user", "content": question.prompt}]
         assert grade(benchmark.grade_request(question, f"ANSWER: {question.answer}")) == 1.0
     assert read[0].meta == {"sub": "computer_network", "id": 0}
+
+
+def test_ceval_prompts_made_here_are_the_published_ones():
+    published = re.compile(
+        r"\n以下是中国关于(.*?)考试的.*?\n\{(?P<question>.*)\}\n"
+        r"A\. \{(?P<A>.*)\}\nB\. \{(?P<B>.*)\}\nC\. \{(?P<C>.*)\}\nD\. \{(?P<D>.*)\}\n让我们.*",
+        re.DOTALL,
+    )
+    benchmark = get_benchmark("ceval")
+    for question in benchmark.read(shared_file("ceval.json")):
+        row = {
+            "subject": question.meta["sub"],
+            "answer": question.answer,
+            **published.fullmatch(question.prompt).groupdict(),
+        }
+        (message,) = benchmark.messages(benchmark.question_from_row(0, row, "here"))
+        assert message["content"] == question.prompt
+
+
+def test_an_aime_answer_in_degrees():
+    for answer in ("336^\\circ", "336^{\\circ}", "336°", 336):
+        assert get_benchmark("aime25").question_from_row(0, {"problem": "a", "answer": answer}, "here").answer == 336
 
 
 ROW_LAYOUTS = [

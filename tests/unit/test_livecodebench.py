@@ -143,14 +143,58 @@ def test_bad_rows(write, fields, complaint):
         LiveCodeBench().read(write({"prompt": "a", "answer": "{}"}))
 
 
+PROGRAM_PROMPT = """\
+You will be given a question (problem specification) and will generate a correct Python program that matches the \
+specification and passes all tests.
+
+### Question:
+Print the sum.
+
+### Format: Read the inputs from stdin solve the problem and write the answer to stdout (do not directly test on the \
+sample inputs). Enclose your code within delimiters as follows. Ensure that when the python program runs, it reads \
+the inputs, runs the algorithm and writes output to STDOUT.
+```python
+# YOUR CODE HERE
+```
+
+### Answer: (use the provided format with backticks)
+
+"""
+
+
+def test_the_published_prompt(write):
+    (question,) = LiveCodeBench().read(write(published_row()))
+    assert LiveCodeBench().messages(question) == [{"role": "user", "content": PROGRAM_PROMPT}]
+
+
+def test_results_are_graded_where_the_tests_are(write, tmp_path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    with gzip.open(tmp_path / "tests" / "1.json.gz", "wt") as stream:
+        json.dump({"tests": [{"input": "1 2", "output": "3"}]}, stream)
+    answer = json.dumps({"file": "tests/1.json.gz"})
+    (question,) = LiveCodeBench().read(write({"prompt": "Print the sum.", "answer": answer}))
+    assert question.answer == answer
+    monkeypatch.setenv("XBAI_DATA", str(tmp_path))
+    assert grade(LiveCodeBench().grade_request(question, fenced(SUM_PROGRAM))) == 1.0
+    monkeypatch.setenv("XBAI_DATA", str(tmp_path / "tests"))
+    with pytest.raises(UserError, match=r"tests/tests/1\.json\.gz: no such file of tests.*XBAI_DATA"):
+        LiveCodeBench().grade_request(question, fenced(SUM_PROGRAM))
+
+
+def test_questions_whose_tests_are_missing(write):
+    with pytest.raises(UserError, match=r"lcb-tests/1\.json\.gz.*no such file of tests"):
+        LiveCodeBench().read(write({"prompt": "a", "answer": json.dumps({"file": "lcb-tests/1.json.gz"})}))
+
+
 def test_tests_in_a_file_beside_the_questions(write, tmp_path, monkeypatch):
     (tmp_path / "tests").mkdir()
     with gzip.open(tmp_path / "tests" / "1.json.gz", "wt") as stream:
         json.dump({"tests": [{"input": "1 2", "output": "3"}]}, stream)
     path = write({"prompt": "Print the sum.", "answer": json.dumps({"file": "tests/1.json.gz"})})
-    (question,) = LiveCodeBench().read(path)
+    benchmark = LiveCodeBench()
+    (question,) = benchmark.read(path)
     monkeypatch.chdir("/")
-    assert grade(LiveCodeBench().grade_request(question, fenced(SUM_PROGRAM))) == 1.0
+    assert grade(benchmark.grade_request(question, fenced(SUM_PROGRAM))) == 1.0
 
 
 def test_packed_tests():

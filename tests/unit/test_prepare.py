@@ -292,6 +292,15 @@ def test_tests_that_have_changed_are_not_used(prepared, tmp_path):
         grade(benchmark.grade_request(question, "```python\n```"))
 
 
+def test_a_benchmark_without_its_tests_is_not_prepared(prepare, prepared, tmp_path):
+    selection = prepare.Selection("release_v2", "2024-01-01")
+    assert prepare.is_prepared("livecodebench", prepared, selection)
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    for file in (tmp_path / "livecodebench.tests").iterdir():
+        file.unlink()
+    assert not prepare.is_prepared("livecodebench", tmp_path, selection)
+
+
 def test_training_sets_keep_only_rows_that_can_be_checked(prepared):
     (row,) = pq.read_table(prepared / "deepscaler.parquet").to_pylist()
     assert row["reward_model"] == {"style": "rule", "ground_truth": {"target": "-\\frac{2}{3}"}}
@@ -387,10 +396,9 @@ def test_one_line_errors(run, tmp_path, arguments, environment, complaint):
 
 def test_ceval_prompts_hold_subject_question_and_options(prepare):
     (row,) = prepare.benchmark_rows("ceval", CEVAL)
-    assert row["prompt"].startswith("以下是中国关于计算机网络考试的单项选择题")
-    assert (
-        "\n在802.3标准中，发送帧之前需要____\nA. 等待冲突\nB. 等待令牌\nC. 监听介质\nD. 接受一个帧\n" in row["prompt"]
-    )
+    assert row["prompt"].startswith("\n以下是中国关于计算机网络考试的单项选择题")
+    options = "A. {等待冲突}\nB. {等待令牌}\nC. {监听介质}\nD. {接受一个帧}"
+    assert f"\n{{在802.3标准中，发送帧之前需要____}}\n{options}\n让我们一步一步思考" in row["prompt"]
     assert (row["subject"], row["id"], row["answer"]) == ("computer_network", 3, "C")
 
 
@@ -398,6 +406,6 @@ def test_ceval_test_rows_are_asked_but_not_graded(prepare, tmp_path):
     prepare.write_jsonl(tmp_path / "test.jsonl", prepare.benchmark_rows("ceval", [{**CEVAL[0], "answer": ""}]))
     benchmark = get_benchmark("ceval")
     (question,) = benchmark.read(tmp_path / "test.jsonl")
-    assert benchmark.messages(question)[0]["content"].startswith("以下是中国关于计算机网络考试")
+    assert benchmark.messages(question)[0]["content"].startswith("\n以下是中国关于计算机网络考试")
     with GraderPool(1) as pool:
         assert pool.grade([benchmark.grade_request(question, "答案：C")]) == [None]

@@ -62,11 +62,23 @@ SUBJECTS = {
 """The Hub dataset's configurations, and what an exam paper calls them."""
 
 
+INSTRUCTION = (
+    "让我们一步一步思考。你的回复的最后一行应遵循以下格式：'ANSWER: $LETTER'（不带引号），"
+    "其中 LETTER 是选项 ABCD 中的一个。"
+)
+
+
 def question_text(row: Row) -> str:
-    """A row of the Hub dataset (`question`, `A`...`D`, and its `subject`) as one text."""
+    """A row of the Hub dataset (`question`, `A`...`D`, and its `subject`) as the prompt of the published results.
+
+    Its braces and line ends belong to it: results with another prompt cannot be compared.
+    """
     subject = SUBJECTS.get(row.get("subject", ""), "")
-    options = "\n".join(f"{letter}. {row[letter]}" for letter in OPTIONS)
-    return f"以下是中国关于{subject}考试的单项选择题，请选出其中的正确答案。\n{row['question']}\n{options}"
+    options = "\n".join(f"{letter}. {{{row[letter]}}}" for letter in OPTIONS)
+    return (
+        f"\n以下是中国关于{subject}考试的单项选择题，请选出其中的正确答案。\n"
+        f"{{{row['question']}}}\n{options}\n{INSTRUCTION}\n"
+    )
 
 
 class CEval(Benchmark):
@@ -77,9 +89,7 @@ class CEval(Benchmark):
 
     name = data_source = "ceval"
     lang = "zh"
-    instruction = (
-        "让我们一步一步思考。你的回复的最后一行应遵循以下格式：“答案：X”（不带引号），其中 X 是选项 ABCD 中的一个。"
-    )
+    instruction = INSTRUCTION
     instruction_marks = ("ANSWER:", "ANSWER：", "答案：", "答案:")
 
     def question_from_row(self, index: int, row: Row, place: str) -> Question:

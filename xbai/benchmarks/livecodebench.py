@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import os
 from datetime import date, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from xbai.benchmarks.base import Benchmark, Message, Question, Row
 from xbai.errors import UserError
+from xbai.grading import GradeRequest
 
+DATA_VARIABLE, DATA_FOLDER = "XBAI_DATA", "data"
+"""Environment variable that names the folder with prepared data, and the folder without it."""
 RELEASES = ("release_v1", "release_v2", "release_v3", "release_v4", "release_v5", "release_v6")
 """Each holds the one before it."""
 DEFAULT_RELEASE = "release_v5"
@@ -25,7 +29,7 @@ _FUNCTION_FORMAT = (
     "within delimiters.\n```python\n{starter_code}\n```"
 )
 _PROGRAM_FORMAT = (
-    f"{FORMAT_MARK} Read the inputs from stdin, solve the problem and write the answer to stdout (do not directly test "
+    f"{FORMAT_MARK} Read the inputs from stdin solve the problem and write the answer to stdout (do not directly test "
     "on the sample inputs). Enclose your code within delimiters as follows. Ensure that when the python program runs, "
     "it reads the inputs, runs the algorithm and writes output to STDOUT.\n```python\n# YOUR CODE HERE\n```"
 )
@@ -35,6 +39,9 @@ _TEST_FIELDS = ("public_test_cases", "private_test_cases", "metadata")
 
 class LiveCodeBench(Benchmark):
     """Reads the published layout, tests packed or not, and what `data/prepare.py` makes of it.
+
+    Tests in files of their own are named in answers, and so in results, by relative paths. They are looked for beside
+    the questions, where those were read, and in the folder that the environment variable `XBAI_DATA` names (`data`).
 
     Args:
         release: the problems of this release, where the file tells releases apart.
@@ -54,19 +61,30 @@ class LiveCodeBench(Benchmark):
         self._release = release
         self._start = date.min if start_date is None else _day(start_date, "start_date")
         self._end = date.max if end_date is None else _day(end_date, "end_date")
+        self._folders = [Path(os.environ.get(DATA_VARIABLE, DATA_FOLDER))]
 
     def read(self, path: str | Path) -> list[Question]:
         """Read the questions selected.
 
         Raises:
-            UserError: as for any benchmark; or none of the questions is selected.
+            UserError: as for any benchmark; or none of the questions is selected, or the tests of one are missing.
         """
-        folder = Path(path).absolute().parent
-        questions = [replace(question, answer=_locate(question.answer, folder)) for question in super().read(path)]
+        self._folders.insert(0, Path(path).absolute().parent)
+        questions = super().read(path)
         selected = [question for question in questions if self.selects(question, f"{path}: item {question.index + 1}")]
         if not selected:
             raise UserError(f"{path}: none of its {len(questions)} questions is in the release and dates asked for")
+        for question in selected:
+            self._located(question.answer)
         return selected
+
+    def grade_request(self, question: Question, response: str) -> GradeRequest:
+        """What to hand to `GraderPool`, where this machine has the tests.
+
+        Raises:
+            UserError: it has not.
+        """
+        return GradeRequest(self.data_source, response, self._located(question.answer))
 
     def question_from_row(self, index: int, row: Row, place: str) -> Question:
         """Takes the published layout's names for question, tests and function."""
@@ -89,6 +107,20 @@ class LiveCodeBench(Benchmark):
         form = _FUNCTION_FORMAT.format(starter_code=starter_code) if starter_code else _PROGRAM_FORMAT
         text = f"{ROLE}\n\n### Question:\n{question.prompt}\n\n{form}\n\n{_ANSWER}\n\n"
         return [{"role": "user", "content": text}]
+
+    def _located(self, answer: str) -> str:
+        """The tests, with the absolute path where they are in a file."""
+        tests = _in_file(answer)
+        if tests is None:
+            return answer
+        paths = [(folder / tests["file"]).absolute() for folder in self._folders]
+        for path in paths:
+            if path.is_file():
+                return json.dumps({**tests, "file": str(path)})
+        raise UserError(
+            f"{' and '.join(map(str, dict.fromkeys(paths)))}: no such file of tests; data/prepare.py makes it, and "
+            f"{DATA_VARIABLE} names its folder"
+        )
 
     def selects(self, question: Question, place: str) -> bool:
         """Whether a question is in the release and between the dates asked for; `place` is for errors."""
@@ -114,10 +146,11 @@ def _from_published(row: Row, place: str) -> Row:
     return {"prompt": row["question_content"], "answer": json.dumps(answer, ensure_ascii=False), **kept}
 
 
-def _locate(answer: str, folder: Path) -> str:
-    """Name the file with the tests so that it is found from anywhere."""
+@lru_cache(maxsize=1024)
+def _in_file(answer: str) -> dict[str, str] | None:
+    """Which file the tests are in; None where the answer itself holds them."""
     tests = json.loads(answer)
-    return json.dumps({**tests, "file": str(folder / tests["file"])}) if "file" in tests else answer
+    return tests if "file" in tests else None
 
 
 def _parse(text: str, kind: type, what: str) -> Any:
