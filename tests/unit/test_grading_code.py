@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from xbai.grading import GradeRequest, GraderPool, code, grade
+from xbai.grading import GradeRequest, GraderPool, code, grade, pool
 from xbai.grading.code import last_code_block, same_output, same_result
 from xbai.sandbox.job import Limits
 
@@ -166,20 +166,26 @@ def test_same_result(result, expected, same):
     assert same_result(result, expected) is same
 
 
-def test_a_pool_grades_code_beside_other_answers_and_says_how_it_is_contained(caplog):
+def test_a_pool_grades_code_beside_other_answers_and_says_once_how_it_is_contained(caplog, monkeypatch):
+    pool._warn_once.cache_clear()
+    monkeypatch.setenv("PATH", "")
     requests = [
         GradeRequest("livecodebench", fenced("input()\nprint(sum(map(int, input().split())))"), json.dumps(SUM)),
         GradeRequest("livecodebench", fenced("print(6)"), json.dumps(SUM)),
         GradeRequest("aime24", "\\boxed{016}", 16),
         GradeRequest("livecodebench", fenced("print(6)"), "{}"),
     ]
-    with GraderPool(1, timeout_s=20.0) as pool:
-        assert pool.grade(requests) == [1.0, 0.0, 1.0, None]
-        assert pool.failures == {"error": 1}
+    with GraderPool(1, timeout_s=20.0) as graders:
+        assert graders.grade(requests) == [1.0, 0.0, 1.0, None]
+        assert graders.failures == {"error": 1}
+    assert [message for message in caplog.messages if "bubblewrap is not installed" in message] == [
+        message for message in caplog.messages if "fewer walls" in message
+    ]
+    assert sum("fewer walls" in message for message in caplog.messages) == 1
 
 
 def test_the_pools_limit_leaves_time_for_every_test():
     slow = {"tests": [{"input": "", "output": ""}] * 2}
     request = GradeRequest("code", fenced("import time; time.sleep(0.5)"), json.dumps(slow))
-    with GraderPool(1, timeout_s=0.2) as pool:
-        assert pool.grade([request]) == [1.0]
+    with GraderPool(1, timeout_s=0.2) as graders:
+        assert graders.grade([request]) == [1.0]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from xbai.errors import UserError
-from xbai.grading import CustomGrader, GradeRequest, GraderPool
+from xbai.grading import CustomGrader, GradeRequest, GraderPool, pool
 
 HOSTILE = """
 import os, subprocess, sys, time
@@ -139,6 +139,28 @@ def test_close_twice_and_unused():
     pool = GraderPool(2)
     pool.close()
     pool.close()
+
+
+def test_a_process_that_does_not_start_costs_its_sample(grader, monkeypatch):
+    with GraderPool(1, grader=grader) as graders:
+        with monkeypatch.context() as patch:
+            patch.setattr(pool.sys, "executable", "/no/such/python")
+            assert graders.grade([request("right")]) == [None]
+        assert graders.grade([request("right")]) == [1.0]
+        assert graders.failures == {"crash": 1}
+
+
+def test_a_worker_is_killed_while_its_thread_stops_it(grader):
+    worker = pool._Worker(grader, 1.0, 2**30)
+
+    class Stopped(subprocess.Popen):
+        def poll(self):
+            worker._process = None
+            return super().poll()
+
+    worker._process = process = Stopped(["sleep", "60"], start_new_session=True)
+    worker.kill()
+    assert process.wait(10) == -signal.SIGKILL
 
 
 def test_a_hard_answer_times_out():

@@ -156,21 +156,23 @@ class _Worker:
     def kill(self) -> None:
         """End the process from another thread: the one that waits for it sees the end of the pipe."""
         self._killed = True
-        if self._process is not None and self._process.poll() is None:
+        # That thread forgets the process when it stops it.
+        process = self._process
+        if process is not None and process.poll() is None:
             with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)
 
     def grade(self, request: GradeRequest | list[GradeRequest]) -> Grade | list[Grade]:
-        if self._process is None:
-            self._start()
         try:
+            if self._process is None:
+                self._start()
             self._connection.send(request)
             kind, value = self._receive(START_TIMEOUT_S)
             if kind == STARTED:
                 _warn_once(value.warning)
                 kind, value = self._receive(value.time_limit_s)
         except (EOFError, OSError) as error:
-            raise _CouldNotGradeError(CRASH, f"the process ended with status {self.stop()}") from error
+            raise _CouldNotGradeError(CRASH, f"the process ended with status {self.stop()}: {error!r}") from error
         if kind == REFUSED:
             raise UserError(value)
         if kind == OUT_OF_MEMORY:
