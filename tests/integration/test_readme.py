@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from PIL import Image
 
 REPOSITORY = Path(__file__).parents[2]
 README, README_ZH = REPOSITORY / "README.md", REPOSITORY / "README_zh.md"
+DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
 QUICKSTART = "bash scripts/quickstart.sh"
 OUT = "outputs/quickstart"
 STAGES = ("setup", "data", "sft", "rl", "merge", "evaluate_base", "evaluate_rl", "metrics", "report")
@@ -38,17 +41,18 @@ def blocks(readme: Path) -> list[list[str]]:
 
 
 def commands(readme: Path) -> list[str]:
-    """Every command; one that follows a `cd` in its block runs in that folder."""
-    found = []
-    for block in blocks(readme):
-        moves = [line for line in block if line.startswith("cd ")]
-        found += [" && ".join([*moves, line]) for line in block if line not in moves]
+    """Every command; each can be pasted into one terminal after the others."""
+    found = [line for block in blocks(readme) for line in block]
+    assert not [line for line in found if line.startswith("cd ")], "a `cd` leaves the reader there"
     return found
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ends here: status 0, or 2 with one line, and what its output and its files are."""
+    """How a command ends here, and what its output and its files are.
+
+    Status 2 is an error of ours, one line; another project's tool ends with 1.
+    """
 
     status: int = 0
     says: str = ""
@@ -60,6 +64,8 @@ class Outcome:
 
 SERVICE = Outcome(needs_services=True)
 NO_MODEL = r"config\.json: no such file; give a local"
+PUBLISHED = r"models/MetaStone-S1-1\.5B"
+NO_HUB = Outcome(1, "Cannot reach .*offline mode is enabled")
 OUTCOMES = {
     # The fixture `quickstart` has run it in small; it then finds everything done.
     QUICKSTART: Outcome(says="9/9 Table and figures: finished earlier", within_s=10, variables=MINIATURE),
@@ -72,18 +78,22 @@ OUTCOMES = {
     "pip install -e verl": Outcome(says="Would install verl"),
     "pip install -r requirements.txt": Outcome(says="Would install xbai"),
     "python data/prepare.py make10": Outcome(wrote="data/make10_train.parquet"),
-    "python data/prepare.py aime24 aime25": Outcome(2, r"error: cannot download HuggingFaceH4/aime_2024: .*Hub"),
-    "python data/prepare.py deepscaler": Outcome(2, r"error: cannot download agentica-org/DeepScaleR.*Hub"),
+    "pip install -e .": Outcome(says="Would install xbai"),
+    "python data/prepare.py deepscaler aime24": Outcome(2, r"error: cannot download agentica-org/DeepScaleR.*Hub"),
+    "python data/prepare.py aime24": Outcome(2, r"error: cannot download HuggingFaceH4/aime_2024: .*Hub"),
+    "python data/prepare.py aime25": Outcome(2, r"error: cannot download math-ai/aime25: .*Hub"),
+    "hf download agentica-org/DeepScaleR-1.5B-Preview": NO_HUB,
+    "hf download MetaStoneTec/MetaStone-S1-1.5B": NO_HUB,
     # Machines with 8 GPUs lack the model.
     "bash ./scripts/run_single_node.sh": Outcome(2, rf"error: .*(needs 8 GPUs.*quickstart.sh|{NO_MODEL})"),
     "bash ./scripts/run_single_node.sh trainer.device=cpu": Outcome(
         wrote="outputs/two_steps/global_step_2/actor", says="finished 2 steps"
     ),
     "bash ./scripts/run_single_node.sh --dry-run": Outcome(says=r"(?s)n_gpus_per_node: 8.*It fits GPUs with: 24 GB"),
-    "bash ./scripts/run_multi_node.sh --dry-run": Outcome(says=r"(?s)nnodes: 8.*It fits GPUs with: 40 GB"),
-    "bash ./verl/examples/ray/run_worker_n.sh host1 host2": Outcome(2, "error: .*host1 host2.*", within_s=30),
-    "bash ./scripts/run_multi_node.sh": Outcome(2, rf"error: actor_rollout_ref.model.path: .*{NO_MODEL}"),
-    "cd ./verl/scripts && bash model_merger.sh": Outcome(wrote="outputs/merged/score_module.pt"),
+    "bash ./scripts/run_multi_node.sh --dry-run": Outcome(says=r"(?s)nnodes: 16.*It fits GPUs with: 80 GB"),
+    "bash ./verl/examples/ray/run_worker_n.sh host1 host2": Outcome(2, "error: .*host1 host2.*", within_s=45),
+    "NNODES=4 bash ./scripts/run_multi_node.sh": Outcome(2, rf"error: actor_rollout_ref.model.path: .*{NO_MODEL}"),
+    "(cd ./verl/scripts && bash model_merger.sh": Outcome(wrote="outputs/merged/score_module.pt"),
     "python test/score_model_queue.py": SERVICE,
     "python test/policy_model_queue.py": SERVICE,
     "python test/inference.py": Outcome(wrote="outputs/make10.jsonl", needs_services=True),
@@ -91,12 +101,18 @@ OUTCOMES = {
     "--output_file outputs/beam.jsonl": Outcome(wrote="outputs/beam.jsonl", needs_services=True),
     "xbai metric": Outcome(wrote="outputs/metrics.png", says="Best-of-N"),
     "python test/compute_metric.py": Outcome(says="Best-of-N", needs_services=True),
+    # Without the Hub there is no published model.
+    "python test/policy_model_queue.py --model_path models/MetaStone-S1-1.5B": Outcome(
+        2, rf"error: {PUBLISHED}.*{NO_MODEL}"
+    ),
+    "python test/inference.py --task aime24": Outcome(2, rf"error: {PUBLISHED}.*{NO_MODEL}"),
+    "python test/compute_metric.py --task aime24": Outcome(2, r"error: .*outputs/aime24\.jsonl"),
 }
 
 
 def expected(command: str) -> Outcome:
     """The entry with the longest beginning of `command`."""
-    known = [beginning for beginning in OUTCOMES if f"{command} ".startswith(f"{beginning} ") or command == beginning]
+    known = [beginning for beginning in OUTCOMES if f"{command} ".startswith(f"{beginning} ")]
     assert known, f"the README has a new command, say in OUTCOMES how it ends here: {command}"
     return OUTCOMES[max(known, key=len)]
 
@@ -106,7 +122,8 @@ def expected(command: str) -> Outcome:
 
 def test_both_languages_hold_the_same_commands():
     assert blocks(README) == blocks(README_ZH)
-    assert len(commands(README)) >= len(OUTCOMES)
+    used = {id(expected(command)) for page in (README, *DOCS) for command in commands(page)}
+    assert used == {id(outcome) for outcome in OUTCOMES.values()}, "OUTCOMES has commands that stand nowhere"
 
 
 def test_both_languages_hold_the_same_sections_and_figures():
@@ -120,7 +137,39 @@ def test_both_languages_hold_the_same_sections_and_figures():
     assert images(README) == images(README_ZH)
 
 
-@pytest.mark.parametrize("readme", [README, README_ZH], ids=lambda path: path.name)
+def test_both_languages_hold_the_numbers_of_the_committed_results():
+    table = subprocess.run(
+        [sys.executable, REPOSITORY / "bench/quickstart_table.py"], capture_output=True, text=True, check=True
+    ).stdout
+    numbers = [row.split("|", 2)[2].strip() for row in table.splitlines()[2:]]
+    assert len(numbers) == 2
+    for readme in (README, README_ZH):
+        for row in numbers:
+            assert row in readme.read_text(), f"{readme.name} lacks the row | {row}"
+
+
+def estimates(readme: Path) -> list[tuple[str, str, str, str]]:
+    """GPUs, the smallest that fits, recipe, and what is added to it: the rows of the table of estimates."""
+    row = r"^\| [\d.]+B \| (\d+) \| (\d+ GB) \| (single|multi)(?:[:：] ?`(.*)`)? \|$"
+    return re.findall(row, readme.read_text(), re.M)
+
+
+def test_both_languages_hold_the_same_estimates():
+    assert estimates(README) == estimates(README_ZH)
+    assert len(estimates(README)) == 8
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("gpus", "smallest", "recipe", "added"), estimates(README))
+def test_estimates_are_those_of_the_dry_run(checkout, gpus: str, smallest: str, recipe: str, added: str):
+    status, output = checkout.run(f"bash scripts/run_{recipe}_node.sh --dry-run {added}")
+    assert status == 0, output
+    nodes, processes = map(int, re.search(r"^Dry run: (\d+) x (\d+) GPUs", output).groups())
+    assert nodes * processes == int(gpus)
+    assert re.search(r"It fits GPUs with: (\d+ GB)", output)[1] == smallest
+
+
+@pytest.mark.parametrize("readme", [README, README_ZH, *DOCS], ids=lambda path: path.name)
 def test_links_lead_somewhere(readme: Path):
     text = readme.read_text()
     headings = {
@@ -130,7 +179,7 @@ def test_links_lead_somewhere(readme: Path):
         if target.startswith("#"):
             assert target[1:] in headings, target
         elif "://" not in target:
-            assert (REPOSITORY / target).is_file(), target
+            assert (readme.parent / target).is_file(), target
 
 
 # What the commands do
@@ -248,7 +297,9 @@ class TestCommands:
             assert min(image.size) > 300
             assert len(image.convert("L").getcolors()) > 10
 
-    @pytest.mark.parametrize("command", commands(README), ids=lambda command: command[:60])
+    @pytest.mark.parametrize(
+        "command", [each for page in (README, *DOCS) for each in commands(page)], ids=lambda command: command[:60]
+    )
     def test_command_runs_as_written(self, command: str, checkout, quickstart: Miniature, request):
         outcome = expected(command)
         if outcome.needs_services:
@@ -261,7 +312,7 @@ class TestCommands:
         assert status == outcome.status, output[-5000:]
         assert time.monotonic() - started < outcome.within_s
         assert re.search(outcome.says, output), output
-        if status:
+        if status == 2:
             assert [line for line in output.splitlines() if line.startswith("error: ")] == output.splitlines()[-1:]
             assert "Traceback" not in output
         if outcome.wrote:
