@@ -16,8 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from xbai.engine import SamplingParams, load_engine
+from xbai.engine import SamplingParams, Scorer, load_engine
 from xbai.errors import UserError
+from xbai.sprm import SPRMConfig, StepRule, save_score_head
 
 
 def needs_vllm() -> None:
@@ -45,7 +46,10 @@ def test_each_rank_has_an_engine_of_its_own(name: str, make_tiny_model: Callable
 @pytest.mark.parametrize("tied", [False, True])
 def test_two_ranks_share_an_engine(tied: bool, make_tiny_model: Callable[..., Path]) -> None:
     needs_vllm()
-    run_two_ranks("shared", str(make_tiny_model(tied=tied)))
+    folder = make_tiny_model(tied=tied)
+    every_other_token = SPRMConfig(StepRule("en", step_ids=tuple(range(0, 262, 2))))
+    save_score_head(folder, torch.load(folder / "score_module.pt", weights_only=True), every_other_token)
+    run_two_ranks("shared", str(folder))
 
 
 def use_own_engine(name: str, folder: str, actor_folder: str) -> None:
@@ -75,14 +79,20 @@ def use_own_engine(name: str, folder: str, actor_folder: str) -> None:
 
 
 def use_shared_engine(folder: str) -> None:
-    """Ranks agree on what they sample without a seed, and each notices a weight of its own part that is wrong."""
+    """Ranks agree on what they sample without a seed, score it as a whole model would, and each notices a weight of its
+    own part that is wrong."""
     rank = dist.get_rank()
     engine = load_engine("vllm", folder, dtype="float32", max_model_len=64, tensor_parallel_size=2)
     torch.manual_seed(rank)
-    sampled = [one.token_ids for one in engine.generate([[1, 2, 3]], SamplingParams(n=3, max_tokens=20))[0]]
+    [completions] = engine.generate([[1, 2, 3]], SamplingParams(n=3, max_tokens=20), return_scores=True)
+    sampled = [one.token_ids for one in completions]
     everyones: list[list[list[int]]] = [[], []]
     dist.all_gather_object(everyones, sampled)
     assert everyones[0] == everyones[1]
+    expected = Scorer.from_folder(folder, dtype="float32").score([[1, 2, 3, *ids] for ids in sampled], [3] * 3)
+    assert any(len(scored.step_scores) > 3 for scored in expected)
+    for one, scored in zip(completions, expected, strict=True):
+        assert one.step_scores == pytest.approx(scored.step_scores, abs=1e-4)
 
     weights = {name: weight.detach() for name, weight in reference_model(folder).named_parameters()}
     head = torch.load(f"{folder}/score_module.pt", weights_only=True)
@@ -95,6 +105,9 @@ def use_shared_engine(folder: str) -> None:
                 engine.update_weights(weights.items(), check=True)
         else:
             engine.update_weights(weights.items(), check=True)
+    # A scorer has all of the model, and a rank now only a part of what is new.
+    with pytest.raises(UserError, match="score once before the first update"):
+        engine.score([[1, 2, 3, 4]], [0])
     engine.close()
 
 

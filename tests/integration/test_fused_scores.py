@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from xbai.engine import Engine, SamplingParams, Scorer, load_engine
+from xbai.errors import UserError
 from xbai.sprm import ScoreHead, SPRMConfig, StepRule, aggregate, save_score_head
 
 pytest.importorskip("vllm")
@@ -33,10 +34,17 @@ CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
 @pytest.fixture(scope="module")
 def make_model(tiny_tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`make_model(config_class, tied=False, seed=0, opinion=3.0) -> folder`: random, of tokens that are about equally
-    likely, many of which end a step; the more of an opinion its head has, the further its scores are from one half."""
+    """`make_model(config_class, tied=False, seed=0, opinion=3.0, dtype=float32) -> folder`: random, of tokens that are
+    about equally likely, many of which end a step; the more of an opinion its head has, the further its scores are from
+    one half."""
 
-    def make(config_class: type[PreTrainedConfig], tied: bool = False, seed: int = 0, opinion: float = 3.0) -> Path:
+    def make(
+        config_class: type[PreTrainedConfig],
+        tied: bool = False,
+        seed: int = 0,
+        opinion: float = 3.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> Path:
         config = config_class(
             vocab_size=len(tiny_tokenizer),
             hidden_size=64,
@@ -58,7 +66,7 @@ def make_model(tiny_tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Call
             model = AutoModelForCausalLM.from_config(config)
             model.model.norm.weight.data *= 0.1
             head = {name: opinion * weight for name, weight in ScoreHead(64).state_dict().items()}
-        model.save_pretrained(folder)
+        model.to(dtype).save_pretrained(folder)
         tiny_tokenizer.save_pretrained(folder)
         save_score_head(folder, head, SPRMConfig(StepRule("en", STEP_IDS)))
         return folder
@@ -95,7 +103,7 @@ def preemptions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     return found
 
 
-def differences(engine: Engine, scorer: Scorer, requests: int = 16) -> tuple[float, float]:
+def differences(engine: Engine, scorer: Scorer, requests: int = 16, most_tokens: int = 180) -> tuple[float, float]:
     """The largest difference of a step's and of a response's score between the engine and `scorer`."""
     generator = random.Random(0)
     common = [generator.randrange(5, 200) for _ in range(BLOCK_TOKENS + 20)]
@@ -103,7 +111,9 @@ def differences(engine: Engine, scorer: Scorer, requests: int = 16) -> tuple[flo
     for number in range(requests):
         prompt = common[: generator.randrange(1, len(common))] + [5 + number] * generator.randrange(1, 90)
         # Among requests that want neither scores nor log-probs, or both.
-        params = SamplingParams(n=2, max_tokens=generator.randrange(1, 180), ignore_eos=True, log_probs=number % 3 == 0)
+        params = SamplingParams(
+            n=2, max_tokens=generator.randrange(1, most_tokens), ignore_eos=True, log_probs=number % 3 == 0
+        )
         engine.add_request(f"{number}", prompt, params, return_scores=number % 4 != 3)
         pairs.append((prompt, params))
     results = {}
@@ -122,7 +132,7 @@ def differences(engine: Engine, scorer: Scorer, requests: int = 16) -> tuple[flo
             of_steps += [abs(a - b) for a, b in zip(one.step_scores, other.step_scores)]
             of_responses.append(abs(aggregate(one.step_scores) - other.value))
             values += one.step_scores
-    assert len(values) > 100
+    assert len(values) > 60
     assert torch.tensor(values).std() > 0.04
     return max(of_steps), max(of_responses)
 
@@ -152,10 +162,47 @@ def test_scores_of_a_crowded_engine_are_those_of_a_second_pass(
     engine.close()
 
 
-def test_scores_in_half_precision(make_model: Callable[..., Path]) -> None:
-    folder = make_model(Qwen3Config, opinion=1.0)
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_scores_of_a_compiled_model(make_model: Callable[..., Path], preemptions: list[str], name: str) -> None:
+    folder = make_model(CONFIGS[name])
+    engine = crowded_engine(folder, enforce_eager=False)
+    assert engine._llm.vllm_config.compilation_config.mode, "vLLM compiles"
+    assert max(differences(engine, Scorer.from_folder(folder))) < 1e-4
+    assert preemptions
+    engine.close()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_scores_of_an_engine_in_processes_of_its_own(
+    make_model: Callable[..., Path], name: str, processes: int
+) -> None:
+    folder = make_model(CONFIGS[name])
+    engine = crowded_engine(folder, tensor_parallel_size=processes, distributed_executor_backend="mp")
+    assert len(engine._worker_processes) == processes
+    # Two processes meet many times a token, each spinning while it waits for a core: a token takes up to a second.
+    assert max(differences(engine, Scorer.from_folder(folder), most_tokens=50)) < 1e-4
+    with pytest.raises(UserError, match="only an engine of ranks that share a process group takes new ones"):
+        engine.update_weights(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+    engine.close()
+
+
+@pytest.mark.parametrize(("opinion", "tolerance"), [(1.0, 1e-2), (3.0, 3e-2)])
+def test_scores_in_half_precision(make_model: Callable[..., Path], opinion: float, tolerance: float) -> None:
+    """Of a head as training begins with it, the two ways to compute a response's score agree within 1e-2.
+
+    Neither is the right one: each rounds the features to 8 bits in an order of its own, and is as far from what float32
+    makes of the same weights as the other. Three times the head's weights are nine times the slope on those features.
+    """
+    folder = make_model(Qwen3Config, opinion=opinion, dtype=torch.bfloat16)
     engine = crowded_engine(folder, "bfloat16")
-    assert differences(engine, Scorer.from_folder(folder, dtype="bfloat16"))[1] < 1e-2
+    reference, exact = (Scorer.from_folder(folder, dtype=dtype) for dtype in ("bfloat16", "float32"))
+    assert differences(engine, reference, most_tokens=50)[1] < tolerance
+    assert differences(engine, exact, most_tokens=50)[1] < tolerance
     engine.close()
 
 
