@@ -64,7 +64,7 @@ def test_the_services_keep_to_their_schema(service: tuple[str, str, str], tmp_pa
         *(str(Path(sys.executable).with_name("schemathesis")), "--config-file", str(CONFIG)),
         *("run", f"{url}/openapi.json", "--header", f"Authorization: {KEY['Authorization']}"),
         *("--checks", "all", "--phases", "coverage,fuzzing", "--max-examples", "20", "--seed", "0"),
-        *("--max-response-time", "30", "--continue-on-failure", "--no-color"),
+        *("--max-response-time", "30", "--request-timeout", "30", "--continue-on-failure", "--no-color"),
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
