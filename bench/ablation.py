@@ -93,9 +93,9 @@ def row_of(variant: Variant, summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:
-    """The table of the README."""
+    """The table of docs/results.md."""
     lines = [
-        "| setting | pass@1 | Best-of 2 / 8 / 32 | majority of 8 | AUC | AUC within a prompt |",
+        "| setting | pass@1 | Best-of-2 / 8 / 32 | maj@8 | AUC | AUC within a prompt |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
