@@ -20,7 +20,7 @@ class FusedScores:
     """Before a causal LM in the order of inheritance: scores the rows that tokens are sampled from.
 
     The hidden state that token t is sampled from is the one at t-1: what the head reads for a step that ends at t. No
-    other row is scored, and no row needs to be mapped to a request: `take_step_logits` has the rows of the logits.
+    other row is scored, and no row needs to be mapped to a request: `step_logits` has the rows of the logits.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -30,7 +30,7 @@ class FusedScores:
         self.set_aux_hidden_state_layers((config.num_hidden_layers - 1,))
         head = FusedHead.from_additional_config(vllm_config.additional_config)
         self.score_head = head.build(config.hidden_size).to(torch.get_default_device())
-        self._step_logits: Tensor | None = None
+        self._features: Tensor | None = None
 
     def forward(
         self,
@@ -44,15 +44,13 @@ class FusedScores:
         return torch.cat([hidden, features], dim=-1)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Logits [rows, vocab] of `forward`'s rows; their step logits wait for `take_step_logits`."""
-        hidden, features = hidden_states.chunk(2, dim=-1)
-        self._step_logits = self.score_head(features)
+        """Logits [rows, vocab] of `forward`'s rows, whose features wait for `step_logits`."""
+        hidden, self._features = hidden_states.chunk(2, dim=-1)
         return super().compute_logits(hidden.contiguous())
 
-    def take_step_logits(self) -> Tensor:
-        """Step logits [rows] of the logits computed last, handed over."""
-        step_logits, self._step_logits = self._step_logits, None
-        return step_logits
+    def step_logits(self) -> Tensor:
+        """Step logits [rows] of the logits computed last."""
+        return self.score_head(self._features)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load weights under their names in the checkpoint; a head that is not among them stays as it is."""

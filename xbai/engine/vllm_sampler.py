@@ -32,12 +32,11 @@ class EngineSampler(Sampler):
     def __init__(self, model: nn.Module, use_fp64_gumbel: bool) -> None:
         super().__init__("raw_logprobs", use_fp64_gumbel)
         # Not as a submodule of this one.
-        self._take_step_logits = model.take_step_logits if isinstance(model, FusedScores) else None
+        self._compute_step_logits = model.step_logits if isinstance(model, FusedScores) else None
 
     def forward(self, logits: Tensor, sampling_metadata: SamplingMetadata, *args: Any, **kwargs: Any) -> Any:
         """Sample; see the class for what comes with the tokens."""
         self._metadata = sampling_metadata
-        self._step_logits = self._take_step_logits() if self._take_step_logits else logits.new_zeros(len(logits))
         return super().forward(logits, sampling_metadata, *args, **kwargs)
 
     def compute_logprobs(self, logits: Tensor) -> Tensor:
@@ -49,12 +48,13 @@ class EngineSampler(Sampler):
         return logits.log_softmax(-1, dtype=torch.float32)
 
     def gather_logprobs(self, logprobs: Tensor, num_logprobs: int, token_ids: Tensor) -> LogprobsTensors:
-        """The columns of the sampled tokens [rows], without their ranks, which would cost a pass over the logits."""
-        columns = [self._step_logits.float()]
+        """The columns of the sampled tokens [rows], where a request wants any."""
+        columns = [self._compute_step_logits() if self._compute_step_logits else torch.zeros_like(logprobs[:, 0])]
         if num_logprobs >= LOG_PROB:
             columns.append(logprobs.gather(1, token_ids[:, None])[:, 0])
         values = torch.stack(columns, dim=1)
-        return LogprobsTensors(token_ids[:, None].expand_as(values).int(), values, torch.zeros_like(token_ids))
+        # Nobody reads the ids of columns, nor the ranks of tokens, which would cost a pass over the logits.
+        return LogprobsTensors(token_ids[:, None], values, token_ids)
 
     def sample(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Sampled token ids [rows]; ranks must not part ways over a rounding error or a random stream of their own."""
