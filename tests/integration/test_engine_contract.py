@@ -235,6 +235,13 @@ def test_unseeded_samples_differ(loaded: Loaded) -> None:
     assert len({tuple(completion.token_ids) for completion in completions}) == 4
 
 
+@pytest.mark.parametrize("vllm", [pytest.param("vllm", marks=needs_vllm)])
+def test_a_cache_that_holds_no_whole_sequence_is_refused(vllm: str, tiny_model_dir: Path) -> None:
+    with pytest.raises(UserError, match=r"^vLLM: .*gpu_memory_utilization.*max_model_len") as refused:
+        load_engine(vllm, tiny_model_dir, kv_cache_memory_bytes=2**18)
+    assert "\n" not in str(refused.value)
+
+
 # Last in the file: a failed update leaves vLLM's model unusable.
 @pytest.mark.parametrize(
     ("change", "message"),
