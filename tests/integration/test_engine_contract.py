@@ -240,6 +240,7 @@ def test_a_cache_that_holds_no_whole_sequence_is_refused(vllm: str, tiny_model_d
     with pytest.raises(UserError, match=r"^vLLM: .*gpu_memory_utilization.*max_model_len") as refused:
         load_engine(vllm, tiny_model_dir, kv_cache_memory_bytes=2**18)
     assert "\n" not in str(refused.value)
+    assert not torch.distributed.is_initialized(), "the next engine would take it for a trainer's process group"
 
 
 # Last in the file: a failed update leaves vLLM's model unusable.

@@ -385,6 +385,7 @@ def _start(arguments: dict[str, Any]) -> Any:
 
 def _construct(arguments: dict[str, Any]) -> Any:
     import vllm
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -392,7 +393,8 @@ def _construct(arguments: dict[str, Any]) -> Any:
     unknown = sorted(arguments.keys() - {field.name for field in dataclasses.fields(EngineArgs)})
     if unknown:
         raise UserError(f"engine option {unknown[0]}: vLLM {vllm.__version__} has no such option; remove it")
-    if torch.distributed.is_initialized():
+    among_ranks = torch.distributed.is_initialized()
+    if among_ranks:
         from xbai.engine.vllm_executor import RankExecutor
 
         # Ranks that see only their own GPU cannot open each other's memory, as all ways of reducing but NCCL's do.
@@ -401,8 +403,11 @@ def _construct(arguments: dict[str, Any]) -> Any:
         arguments |= {"distributed_executor_backend": RankExecutor, "disable_custom_all_reduce": True}
     try:
         return LLMEngine.from_engine_args(EngineArgs(**{k: v for k, v in arguments.items() if v is not None}))
-    except (ValueError, torch.OutOfMemoryError) as error:
-        # What vLLM says of memory names the options to change: max_model_len, gpu_memory_utilization.
-        if "memory" not in str(error):
-            raise
-        raise UserError(f"vLLM: {one_line(error)}") from error
+    except Exception as error:
+        if not among_ranks:
+            # Else the next engine of this process would take vLLM's process group for a trainer's.
+            cleanup_dist_env_and_memory()
+        if isinstance(error, (ValueError, torch.OutOfMemoryError)) and "memory" in str(error):
+            # vLLM names the options to change: max_model_len, gpu_memory_utilization.
+            raise UserError(f"vLLM: {one_line(error)}") from error
+        raise
