@@ -311,9 +311,9 @@ def _power_on(world: World) -> None:
 
 
 def _plug_in(world: World) -> None:
-    # The machine notices by itself that nobody is there, and ends what it still runs.
-    _wait(lambda: not world.trainers(WORKER), 60, "the trainer on the node without a network still runs")
     world.run(HEAD, "ip link set port up")
+    # The machine hears that it was given up, and ends what it still runs.
+    _wait(lambda: not world.trainers(WORKER), 60, "the trainer on the node that was cut off still runs")
     _join(world)
 
 
