@@ -92,6 +92,12 @@ def test_an_incomplete_folder_is_refused(tmp_path):
         checkpoints.find("resume_path", str(tmp_path))
 
 
+def test_a_pointer_without_a_step_is_named(tmp_path):
+    (tmp_path / LATEST_FILE).write_text("global_step_4")
+    with pytest.raises(UserError, match=rf"{LATEST_FILE} must hold the step .*'global_step_4'"):
+        CheckpointFolder(tmp_path).find("auto", None)
+
+
 def test_disable_starts_anew(tmp_path):
     checkpoints = CheckpointFolder(tmp_path)
     _save(checkpoints, 4)

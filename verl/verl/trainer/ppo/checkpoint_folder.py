@@ -49,9 +49,17 @@ class CheckpointFolder:
         return None if latest is None else _checked(self.step_folder(latest), str(self.folder / LATEST_FILE))
 
     def latest(self) -> int | None:
-        """The step that the next start goes on from."""
+        """The step that the next start goes on from.
+
+        Raises:
+            UserError: the file that names it holds no number.
+        """
         pointer = self.folder / LATEST_FILE
-        return int(pointer.read_text()) if pointer.exists() else None
+        if not pointer.exists():
+            return None
+        if not (text := pointer.read_text().strip()).isdecimal():
+            raise UserError(f"{pointer} must hold the step of the latest checkpoint, not {text[:40]!r}")
+        return int(text)
 
     def prepare(self, start: Path | None) -> None:
         """Remove what killed saves left behind, and forget the checkpoints of an earlier run that went further.
