@@ -14,6 +14,9 @@ from xbai.sprm import ScoreHead, SPRMConfig, StepRule, load_score_head, step_fea
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+STEP_LOGIT, LOG_PROB = 0, 1
+"""The columns that come instead of vLLM's log-probs (see vllm_sampler.py); a request gets the first `logprobs + 1`."""
+
 _FUSED_CLASSES = {
     "LlamaForCausalLM": "FusedLlamaForCausalLM",
     "Qwen2ForCausalLM": "FusedQwen2ForCausalLM",

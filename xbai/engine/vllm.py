@@ -29,7 +29,7 @@ from xbai.engine.files import (
     resolve_dtype,
     resolve_max_model_len,
 )
-from xbai.engine.fused_scores import FusedHead, obstacle, register_models, step_scores
+from xbai.engine.fused_scores import LOG_PROB, STEP_LOGIT, FusedHead, obstacle, register_models, step_scores
 from xbai.engine.scorer import Scorer, head_shapes
 from xbai.engine.weight_check import HeldWeight
 from xbai.errors import UserError
@@ -51,9 +51,6 @@ _DEFAULT_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 logger = logging.getLogger(__name__)
-
-STEP_LOGIT, LOG_PROB = 0, 1
-"""The columns that come instead of vLLM's log-probs (see vllm_sampler.py); a request gets the first `logprobs + 1`."""
 
 _CPU_BLOCK_TOKENS = 128
 _MAX_CPU_CACHE_BYTES = 4 * 2**30

@@ -15,7 +15,7 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.worker_base import WorkerBase
 
 from xbai.engine.fused_models import FusedScores
-from xbai.engine.vllm import LOG_PROB
+from xbai.engine.fused_scores import LOG_PROB
 
 
 class EngineSampler(Sampler):
