@@ -323,8 +323,9 @@ class TestCommands:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             address = f"127.0.0.1:{listener.getsockname()[1]}"
         status, output = checkout.run(
-            "bash ./scripts/run_multi_node.sh data.max_prompt_length=32 data.max_response_length=64 "
-            "actor_rollout_ref.actor.ulysses_sequence_parallel_size=1 actor_rollout_ref.rollout.tensor_model_parallel_size=1",
+            "bash ./scripts/run_multi_node.sh data.max_prompt_length=32 data.max_response_length=64"
+            " actor_rollout_ref.actor.ulysses_sequence_parallel_size=1"
+            " actor_rollout_ref.rollout.tensor_model_parallel_size=1",
             RAY_ADDRESS=address,
             MODEL=f"{quickstart.folder}/base",
             TRAIN_FILES=f"{quickstart.folder}/data/make10_train.parquet",
