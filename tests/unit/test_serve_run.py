@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +78,18 @@ def test_gpus_that_cannot_share_the_model_are_refused(tiny_model_dir: Path, monk
     flags = FLAGS | {"tensor_parallel_size": 3}
     with pytest.raises(UserError, match=r"--tensor_parallel_size 3 .* must divide the model's 2 attention heads"):
         run.serve_policy(str(tiny_model_dir), "127.0.0.1", 0, Limits(), engine="vllm", with_scores=None, **flags)
+
+
+def test_threads_give_way_unless_told_how_to_wait() -> None:
+    script = (
+        "import os, sys, xbai.cli; assert 'torch' not in sys.modules; xbai.cli.share_cores();"
+        "print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    without = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    for environment, expected in (
+        (without, "2000"),
+        (without | {"GOMP_SPINCOUNT": "7"}, "7"),
+        (without | {"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
+    ):
+        found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        assert found.stdout.split() == [expected], found.stderr
