@@ -187,5 +187,5 @@ def test_samples_come_with_the_scores_of_the_head_that_is_trained(make_tiny_mode
     with torch.no_grad():
         features = model(samples["input_ids"], output_hidden_states=True).hidden_states[-2]
         expected = trajectory_scores(head(features), mask)
-    assert (mask.sum(-1) > 0).all()
+    assert (mask.sum(-1) > 0).any(), "a response may end before its first step, but not each"
     assert torch.allclose(samples["rollout_scores"], expected, atol=1e-4)
