@@ -67,6 +67,15 @@ def assert_greedy(engine: Engine, model: PreTrainedModel) -> None:
         assert_log_probs(model, prompt, completion, 1.0)
 
 
+# First in the file: another engine of this process would have a process group of its own.
+@pytest.mark.parametrize("vllm", [pytest.param("vllm", marks=needs_vllm)])
+def test_a_cache_that_holds_no_whole_sequence_is_refused(vllm: str, tiny_model_dir: Path) -> None:
+    with pytest.raises(UserError, match=r"^vLLM: .*gpu_memory_utilization.*max_model_len") as refused:
+        load_engine(vllm, tiny_model_dir, kv_cache_memory_bytes=2**18)
+    assert "\n" not in str(refused.value)
+    assert not torch.distributed.is_initialized(), "the next engine would take it for a trainer's process group"
+
+
 def test_greedy_equals_transformers_before_and_after_update_weights(
     loaded: Loaded, make_tiny_model: Callable[..., Path]
 ) -> None:
@@ -233,14 +242,6 @@ def test_max_tokens_is_clamped_to_the_context(loaded: Loaded) -> None:
 def test_unseeded_samples_differ(loaded: Loaded) -> None:
     [completions] = loaded.engine.generate([[1, 2, 3]], SamplingParams(n=4, max_tokens=20))
     assert len({tuple(completion.token_ids) for completion in completions}) == 4
-
-
-@pytest.mark.parametrize("vllm", [pytest.param("vllm", marks=needs_vllm)])
-def test_a_cache_that_holds_no_whole_sequence_is_refused(vllm: str, tiny_model_dir: Path) -> None:
-    with pytest.raises(UserError, match=r"^vLLM: .*gpu_memory_utilization.*max_model_len") as refused:
-        load_engine(vllm, tiny_model_dir, kv_cache_memory_bytes=2**18)
-    assert "\n" not in str(refused.value)
-    assert not torch.distributed.is_initialized(), "the next engine would take it for a trainer's process group"
 
 
 # Last in the file: a failed update leaves vLLM's model unusable.
