@@ -16,10 +16,11 @@ from fastapi import FastAPI
 
 from xbai.engine import Scorer, load_engine
 from xbai.engine.files import load_tokenizer
-from xbai.serve.engine_thread import EngineThread, ScoreModel, ScorerThread
+from xbai.serve.engine_thread import EngineThread
 from xbai.serve.limits import Limits
 from xbai.serve.policy import create_policy_app
 from xbai.serve.score import create_score_app
+from xbai.serve.scorer_thread import ScoreModel, ScorerThread
 
 pytestmark = pytest.mark.slow
 

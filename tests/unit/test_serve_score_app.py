@@ -13,9 +13,9 @@ from fastapi import FastAPI
 from xbai.benchmarks.tiny_model import write_tiny_model
 from xbai.engine import Scorer
 from xbai.engine.files import load_tokenizer
-from xbai.serve.engine_thread import ScoreModel, ScorerThread
 from xbai.serve.limits import Limits
 from xbai.serve.score import create_score_app
+from xbai.serve.scorer_thread import ScoreModel, ScorerThread
 from xbai.sprm import ScoreHead, SPRMConfig, StepRule, save_score_head
 
 PROMPT = "<|im_start|>user\nStep one.\n\nMake 10<|im_end|>\n<|im_start|>assistant\n"

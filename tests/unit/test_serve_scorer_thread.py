@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager
 import pytest
 
 from xbai.engine import Scored
-from xbai.serve.engine_thread import ScoreModel, ScorerThread
 from xbai.serve.errors import ServiceError
+from xbai.serve.scorer_thread import ScoreModel, ScorerThread
 
 
 class GatedBatch(list):

@@ -14,9 +14,9 @@ from fastapi import FastAPI, Request, Response, Security
 from fastapi.security import HTTPBearer
 
 from xbai.model_identity import model_identity
-from xbai.serve.engine_thread import ModelThread
 from xbai.serve.errors import ServiceError, install_error_handlers
 from xbai.serve.limits import Admission, Limits, answer_in_time
+from xbai.serve.model_thread import ModelThread
 from xbai.serve.monitoring import Metrics, RequestMiddleware
 from xbai.serve.schemas import ErrorResponse, StateResponse
 

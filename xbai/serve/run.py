@@ -20,11 +20,12 @@ from xbai.engine import Scorer, load_engine
 from xbai.engine.files import check_model_folder, load_tokenizer, read_config, resolve_max_model_len
 from xbai.errors import UserError
 from xbai.serve.app import Service
-from xbai.serve.engine_thread import EngineThread, ScoreModel, ScorerThread
+from xbai.serve.engine_thread import EngineThread
 from xbai.serve.limits import Limits
 from xbai.serve.policy import create_policy_app
 from xbai.serve.protocol import TimedProtocol
 from xbai.serve.score import create_score_app
+from xbai.serve.scorer_thread import ScoreModel, ScorerThread
 from xbai.sprm.head import SCORE_MODULE_FILE
 
 logger = logging.getLogger(__name__)

@@ -6,10 +6,10 @@ from fastapi import FastAPI, Request
 
 from xbai.engine import Scored
 from xbai.serve.app import Service
-from xbai.serve.engine_thread import ScoreModel, ScorerThread
 from xbai.serve.errors import ServiceError
 from xbai.serve.limits import Limits
 from xbai.serve.schemas import ScoreBatchRequest, ScoreBatchResponse, ScoreRequest, ScoreResponse
+from xbai.serve.scorer_thread import ScoreModel, ScorerThread
 from xbai.sprm import split_response
 
 
