@@ -13,6 +13,7 @@ setup(
     packages=find_packages(include=["xbai", "xbai.*"]),
     # vLLM is not among them: which one fits depends on the machine, and the transformers engine does without.
     install_requires=[
+        "datasets>=4,<6",
         "fastapi>=0.115,<0.137",
         "httpx>=0.27,<0.29",
         "math-verify>=0.8,<0.10",

@@ -19,7 +19,7 @@ setup(
         "hydra-core>=1.3,<1.4",
         "numpy>=2,<3",
         "pyarrow>=17",
-        "ray[default]>=2.50,<2.61",
+        "ray[default]>=2.60,<2.61",
         "rich>=13,<16",
         "tensorboard>=2.15,<3",
         "tensordict>=0.10,<0.16",
