@@ -93,18 +93,20 @@ def row_of(variant: Variant, summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:
-    """The table of docs/results.md."""
+    """The table of docs/results.md: percentages."""
     lines = [
         "| setting | pass@1 | Best-of-2 / 8 / 32 | maj@8 | AUC | AUC within a prompt |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        best = " / ".join(f"{row['best_of_n'][n]:.3f}" for n in ("2", "8", "32"))
-        lines.append(
-            f"| {row['title']} | {row['pass_at_1']:.3f} | {best} | {row['majority']['8']:.3f} | {row['auc']:.3f} "
-            f"| {row['within_prompt_auc']:.3f} |"
-        )
+        best = " / ".join(_percent(row["best_of_n"][n]) for n in ("2", "8", "32"))
+        others = map(_percent, (row["majority"]["8"], row["auc"], row["within_prompt_auc"]))
+        lines.append(f"| {row['title']} | {_percent(row['pass_at_1'])} | {best} | {' | '.join(others)} |")
     return "\n".join(lines)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
 
 
 @exit_on_user_error
@@ -128,7 +130,7 @@ def main(
         rows = {name: future.result() for name, future in futures.items()}
     summary = json.loads((quickstart / "summary.json").read_text())
     rows = {name: row_of(variant, summary) for name, variant in UNCHANGED.items()} | rows
-    typer.echo(to_markdown(list(rows.values())))
+    typer.echo(to_markdown([rows[name] for name in sorted(rows, key=lambda name: name.startswith("rl"))]))
     with atomic_write(ROOT / "bench/results/ablation.json", "w") as stream:
         json.dump(rows, stream, indent=1)
     typer.echo(json.dumps(rows))
