@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -44,12 +45,63 @@ def test_setup_names_an_unknown_device(checkout):
     assert (status, output) == (2, "error: DEVICE=tpu is unknown, use cpu or cuda\n")
 
 
-def test_setup_without_a_fitting_python_says_which(checkout, tmp_path):
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for tool in ("bash", "dirname", "cat", "sha256sum", "cut", "grep"):
+def write_program(path: Path, script: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def tools(tmp_path) -> Path:
+    """A folder with what the scripts need of a machine; there is no Python, and no GPU."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for tool in ("bash", "dirname", "cat", "sha256sum", "cut", "date", "mkdir", "mv", "realpath", "rm"):
         path = subprocess.run(["bash", "-c", f"type -P {tool}"], capture_output=True, text=True, check=True).stdout
-        (tools / tool).symlink_to(path.strip())
+        (folder / tool).symlink_to(path.strip())
+    return folder
+
+
+@pytest.fixture
+def gpu(tools: Path) -> Path:
+    """The tools of a machine with a GPU."""
+    write_program(tools / "nvidia-smi", "echo 'GPU 0: one that is not there'")
+    return tools
+
+
+def test_on_a_machine_with_gpus_each_build_of_vllm_has_its_environment(checkout, gpu: Path):
+    def chosen(**variables: str) -> str:
+        show = "source scripts/environment.sh; echo $device $venv ${CUDA_VISIBLE_DEVICES-all}"
+        path = f"{gpu}:{os.environ['PATH']}"
+        return checkout.run(show, **{"PATH": path, "XBAI_VENV": "", "DEVICE": "", **variables})[1].strip()
+
+    assert chosen(CUDA_VISIBLE_DEVICES="1") == "cuda .venv 1"
+    assert chosen(DEVICE="cpu", CUDA_VISIBLE_DEVICES="1") == "cpu .venv-cpu"
+    assert chosen(DEVICE="cpu", XBAI_VENV="mine") == "cpu mine"
+
+
+@pytest.mark.parametrize(("machine", "environment"), [("tools", ".venv"), ("gpu", ".venv-cpu")])
+def test_the_quickstart_runs_on_the_cpu_of_any_machine(checkout, tmp_path, request, machine: str, environment: str):
+    path = str(request.getfixturevalue(machine))
+    status, output = checkout.run("bash scripts/quickstart.sh", PATH=path, XBAI_VENV="", OUT=str(tmp_path / "out"))
+    assert status == 2
+    assert f"Set-up → {environment}\n" in output.replace("\033[0m", "")
+
+
+def test_setup_takes_the_cpu_build_of_torch_from_where_it_is(checkout, tmp_path):
+    bin_folder, calls = tmp_path / "venv/bin", tmp_path / "calls"
+    lacks_torch = "[[ $* != *torch==*+cpu* || $* == *--extra-index-url* ]]"
+    write_program(bin_folder / "pip", f'echo "$*" >>{calls}\n{lacks_torch}')
+    write_program(bin_folder / "python", "true")
+    status, output = checkout.run("bash scripts/setup.sh", DEVICE="cpu", XBAI_VENV=str(bin_folder.parent))
+    assert status == 0, output
+    first, *others = [call for call in calls.read_text().splitlines() if call.startswith("install ")]
+    assert "--extra-index-url" not in first
+    assert len(others) == 3
+    assert all("--extra-index-url https://download.pytorch.org/whl/cpu" in call for call in others)
+
+
+def test_setup_without_a_fitting_python_says_which(checkout, tools: Path, tmp_path):
     status, output = checkout.run("bash scripts/setup.sh", PATH=str(tools), XBAI_VENV=str(tmp_path / "none"))
     assert status == 2
     assert "Python 3.11, 3.12 or 3.13 is needed" in output
