@@ -140,12 +140,16 @@ def test_packed_micro_batches_are_few_and_even(lengths: list[int], budget: int) 
     assert max(tokens) - min(tokens) <= max(lengths)
 
 
-@given(st.integers(1, 30), st.integers(1, 8), st.integers(0, 5))
-def test_a_fixed_number_of_rows_is_never_exceeded(rows: int, size: int, more: int) -> None:
-    sizes, batching = RowSizes([1] * rows, [1] * rows), MicroBatching(size)
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=30), st.integers(1, 8), st.integers(0, 5))
+def test_a_fixed_number_of_rows_is_never_exceeded_and_the_longest_come_first(
+    lengths: list[int], size: int, more: int
+) -> None:
+    sizes, batching = RowSizes([1] * len(lengths), [length - 1 for length in lengths]), MicroBatching(size)
     parts = batching.fill(sizes, batching.fewest(sizes) + more)
-    assert [row for part in parts for row in part] == list(range(rows))
     assert max(map(len, parts)) <= size
+    rows = [row for part in parts for row in part]
+    assert sorted(rows) == list(range(len(lengths)))
+    assert [lengths[row] for row in rows] == sorted(lengths, reverse=True)
 
 
 def test_a_row_over_the_budget_is_a_clear_error() -> None:

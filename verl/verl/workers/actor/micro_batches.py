@@ -114,14 +114,20 @@ class MicroBatching:
         return count
 
     def fill(self, sizes: RowSizes, count: int) -> list[list[int]]:
-        """Share the rows out over `count` micro-batches, at least `fewest`, of about as many tokens each.
+        """Share the rows out over `count` micro-batches, at least `fewest`.
+
+        Every rank's largest come first: ranks wait for each other at each layer's all-gather, and so in each
+        micro-batch for the one that has the most tokens in it.
 
         Returns:
-            Row numbers of each micro-batch, together every row once. With a budget, none is over it, and the one with
-            the most tokens comes first, as it does on the other ranks. None is empty where there are as many rows.
+            Row numbers of each micro-batch, together every row once. With a budget none is over it, and all have about
+            as many tokens; with a number of rows, those of like length are together. None is empty where there are as
+            many rows.
         """
         if self.max_tokens is None:
-            return [part.tolist() for part in torch.arange(len(sizes.prompts)).tensor_split(count)]
+            totals = sizes.totals
+            longest_first = sorted(range(len(totals)), key=lambda row: -totals[row])
+            return [part.tolist() for part in torch.tensor(longest_first).tensor_split(count)]
         return sorted(self._parts(sizes, count), key=lambda rows: -self.tokens(sizes, rows))
 
     def _parts(self, sizes: RowSizes, count: int) -> list[list[int]]:
@@ -187,13 +193,17 @@ class MicroBatches:
             yield rows, part if rows else part | {n: torch.zeros_like(part[n]) for n in blank if n in part}
 
     def balance(self) -> dict[str, float]:
-        """`micro_batches` of a rank, and `tokens_per_micro_batch_max_over_mean` over all of them. A collective."""
-        device, count = local_device(), len(self._tokens)
-        most, total = (torch.tensor(tokens, device=device) for tokens in (max(self._tokens), sum(self._tokens)))
+        """`micro_batches` of a rank, and `tokens_per_micro_batch_max_over_mean`: what ranks wait for, those of the rank
+        that has the most in each micro-batch, over what they compute. A collective."""
+        most = torch.tensor(self._tokens, device=local_device())
+        computed = most.sum()
         dist.all_reduce(most, dist.ReduceOp.MAX)
-        dist.all_reduce(total)
-        mean = float(total) / (count * dist.get_world_size())
-        return {"micro_batches": float(count), "tokens_per_micro_batch_max_over_mean": float(most) / mean}
+        dist.all_reduce(computed)
+        waited_for = float(most.sum()) * dist.get_world_size()
+        return {
+            "micro_batches": float(len(self._tokens)),
+            "tokens_per_micro_batch_max_over_mean": waited_for / float(computed),
+        }
 
 
 def _largest_over_ranks(local: int) -> int:
