@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,23 +11,12 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from xbai.files import atomic_write
-
 Index = slice | list[int] | np.ndarray | Tensor
 
 
 def object_array(values: Iterable[Any]) -> np.ndarray:
     """A 1-D object array; `np.array(values, dtype=object)` would make lists of equal length two-dimensional."""
     return np.fromiter(values, dtype=object)
-
-
-@dataclass(eq=False)
-class DataProtoItem:
-    """One row of a `DataProto`."""
-
-    batch: TensorDict | None
-    non_tensor_batch: dict[str, Any]
-    meta_info: dict[str, Any]
 
 
 @dataclass(eq=False)
@@ -42,7 +28,7 @@ class DataProto:
         non_tensor_batch: NumPy arrays (mostly of objects) of shape [rows, ...].
         meta_info: anything that belongs to the batch and not to a row.
 
-    Methods named as verbs of change (`union`, `pop`, `rename`, `reorder`) work in place, the others return a new batch.
+    `union` works in place, the other methods return a new batch.
     """
 
     batch: TensorDict | None = None
@@ -95,16 +81,7 @@ class DataProto:
             return self.batch.batch_size[0]
         return len(next(iter(self.non_tensor_batch.values()), ()))
 
-    def __getitem__(self, index: int | Index) -> DataProto | DataProtoItem:
-        """One row for an int; a batch for a slice, a list or array of row numbers, or a bool mask."""
-        if isinstance(index, int | np.integer):
-            row = None if self.batch is None else self.batch[int(index)]
-            return DataProtoItem(
-                row, {key: value[index] for key, value in self.non_tensor_batch.items()}, self.meta_info
-            )
-        return self.select_idxs(index)
-
-    def select_idxs(self, index: Index) -> DataProto:
+    def __getitem__(self, index: Index) -> DataProto:
         """The rows of a slice (views), of row numbers, or of a bool mask (copies)."""
         if not isinstance(index, slice):
             index = torch.as_tensor(index)
@@ -114,55 +91,15 @@ class DataProto:
         arrays = {key: value[rows] for key, value in self.non_tensor_batch.items()}
         return DataProto(batch, arrays, dict(self.meta_info))
 
-    def slice(self, start: int | None = None, end: int | None = None, step: int | None = None) -> DataProto:
-        """Rows `start:end:step`."""
-        return self[slice(start, end, step)]
-
-    def to(self, device: str | torch.device) -> DataProto:
-        """Move the tensors to `device`, in place."""
-        if self.batch is not None:
-            self.batch = self.batch.to(device)
-        return self
-
     def select(
-        self,
-        batch_keys: Iterable[str] | None = None,
-        non_tensor_batch_keys: Iterable[str] | None = None,
-        meta_info_keys: Iterable[str] | None = None,
-        deepcopy: bool = False,
+        self, batch_keys: Iterable[str] | None = None, non_tensor_batch_keys: Iterable[str] | None = None
     ) -> DataProto:
-        """A batch of the named columns (None: all of that kind), sharing their data unless `deepcopy`."""
-        batch = self.batch
+        """A batch of the named columns (None: all of that kind), sharing their data."""
+        batch, arrays = self.batch, self.non_tensor_batch
         if batch is not None and batch_keys is not None:
             batch = batch.select(*batch_keys)
-        non_tensors = _pick(self.non_tensor_batch, non_tensor_batch_keys)
-        selected = DataProto(batch, non_tensors, _pick(self.meta_info, meta_info_keys))
-        return copy.deepcopy(selected) if deepcopy else selected
-
-    def pop(
-        self,
-        batch_keys: Iterable[str] = (),
-        non_tensor_batch_keys: Iterable[str] = (),
-        meta_info_keys: Iterable[str] = (),
-    ) -> DataProto:
-        """Take the named columns out of this batch and return them as one.
-
-        Raises:
-            KeyError: a column that is not there.
-        """
-        tensors = {key: self.batch.pop(key) for key in batch_keys}
-        arrays = {key: self.non_tensor_batch.pop(key) for key in non_tensor_batch_keys}
-        return DataProto.from_dict(tensors, arrays, {key: self.meta_info.pop(key) for key in meta_info_keys})
-
-    def rename(self, old_keys: str | Sequence[str], new_keys: str | Sequence[str]) -> DataProto:
-        """Rename tensor columns in place."""
-        old_keys = [old_keys] if isinstance(old_keys, str) else list(old_keys)
-        new_keys = [new_keys] if isinstance(new_keys, str) else list(new_keys)
-        if len(old_keys) != len(new_keys):
-            raise ValueError(f"{len(old_keys)} columns cannot take {len(new_keys)} names")
-        columns = [self.batch.pop(key) for key in old_keys]
-        self.batch.update(dict(zip(new_keys, columns)))
-        return self
+        names = arrays if non_tensor_batch_keys is None else non_tensor_batch_keys
+        return DataProto(batch, {name: arrays[name] for name in names}, dict(self.meta_info))
 
     def union(self, other: DataProto) -> DataProto:
         """Add the columns and facts of `other` in place.
@@ -181,15 +118,9 @@ class DataProto:
             getattr(self, name).update(getattr(other, name))
         return self
 
-    def reorder(self, indices: Tensor) -> None:
-        """Permute the rows in place."""
-        reordered = self.select_idxs(indices)
-        self.batch, self.non_tensor_batch = reordered.batch, reordered.non_tensor_batch
-
-    def repeat(self, repeat_times: int = 2, interleave: bool = True) -> DataProto:
-        """Each row `repeat_times` times: next to itself (interleave), or the whole batch again and again."""
-        rows = torch.arange(len(self))
-        return self.select_idxs(rows.repeat_interleave(repeat_times) if interleave else rows.repeat(repeat_times))
+    def repeat(self, repeat_times: int) -> DataProto:
+        """Each row `repeat_times` times, next to itself."""
+        return self[torch.arange(len(self)).repeat_interleave(repeat_times)]
 
     def chunk(self, chunks: int) -> list[DataProto]:
         """Cut into `chunks` equal consecutive parts.
@@ -200,11 +131,7 @@ class DataProto:
         if len(self) % chunks:
             raise ValueError(f"{len(self)} rows do not divide into {chunks} equal chunks")
         size = len(self) // chunks
-        return [self.slice(i * size, (i + 1) * size) for i in range(chunks)]
-
-    def split(self, split_size: int) -> list[DataProto]:
-        """Cut into consecutive parts of `split_size` rows, the last one perhaps shorter."""
-        return [self.slice(start, start + split_size) for start in range(0, len(self), split_size)]
+        return [self[i * size : (i + 1) * size] for i in range(chunks)]
 
     @staticmethod
     def concat(data: Sequence[DataProto]) -> DataProto:
@@ -213,32 +140,6 @@ class DataProto:
         keys = data[0].non_tensor_batch.keys()
         arrays = {key: np.concatenate([part.non_tensor_batch[key] for part in data]) for key in keys}
         return DataProto(batch, arrays, dict(data[0].meta_info))
-
-    def make_iterator(
-        self, mini_batch_size: int, epochs: int = 1, seed: int | None = None, shuffle: bool = False
-    ) -> Iterator[DataProto]:
-        """Mini-batches of all rows, `epochs` times, in a new order each time when `shuffle`.
-
-        Raises:
-            ValueError: the rows do not divide.
-        """
-        generator = torch.Generator()
-        if seed is not None:
-            generator.manual_seed(seed)
-        for _ in range(epochs):
-            rows = torch.randperm(len(self), generator=generator) if shuffle else slice(None)
-            yield from self.select_idxs(rows).chunk(_exact_quotient(len(self), mini_batch_size))
-
-    def save_to_disk(self, filepath: str | Path) -> None:
-        """Write the batch, on the CPU, to a file (never half of it)."""
-        with atomic_write(filepath) as stream:
-            pickle.dump(self, stream, protocol=5)
-
-    @staticmethod
-    def load_from_disk(filepath: str | Path) -> DataProto:
-        """The inverse of `save_to_disk`; like every pickle, only for files one trusts."""
-        with Path(filepath).open("rb") as stream:
-            return pickle.load(stream)
 
     def __getstate__(self) -> tuple:
         # NumPy arrays travel as out-of-band buffers (one copy into Ray's object store), and a view of a large tensor
@@ -259,22 +160,12 @@ def pad_dataproto_to_divisor(data: DataProto, size_divisor: int) -> tuple[DataPr
         return data, 0
     if len(data) == 0:
         raise ValueError("an empty batch cannot be padded")
-    return data.select_idxs(torch.arange(len(data) + pad_size) % len(data)), pad_size
+    return data[torch.arange(len(data) + pad_size) % len(data)], pad_size
 
 
 def unpad_dataproto(data: DataProto, pad_size: int) -> DataProto:
     """Drop the last `pad_size` rows."""
-    return data.slice(0, len(data) - pad_size) if pad_size else data
-
-
-def _pick(values: dict[str, Any], keys: Iterable[str] | None) -> dict[str, Any]:
-    return dict(values) if keys is None else {key: values[key] for key in keys}
-
-
-def _exact_quotient(rows: int, size: int) -> int:
-    if rows % size:
-        raise ValueError(f"{rows} rows do not divide into mini-batches of {size}")
-    return rows // size
+    return data[: len(data) - pad_size] if pad_size else data
 
 
 def _check_same(name: str, mine: Mapping[str, Any], other: Mapping[str, Any]) -> None:
