@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -73,11 +74,37 @@ def test_the_visible_gpus_share_the_model(
     assert given["tensor_parallel_size"] == size
 
 
-def test_gpus_that_cannot_share_the_model_are_refused(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("size", "heads", "kv_heads", "mlp", "fits"),
+    [
+        *((2, 4, 2, 64, True), (4, 4, 2, 64, True), (2, 4, None, None, True)),
+        *((3, 4, 2, 64, False), (4, 14, 2, 64, False), (6, 12, 4, 96, False), (2, 4, 2, 65, False)),
+    ],
+)
+def test_gpus_that_cannot_share_the_model_are_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    heads: int,
+    kv_heads: int | None,
+    mlp: int | None,
+    fits: bool,
+) -> None:
+    config = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": mlp}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(run, "find_spec", lambda name: True)
-    flags = FLAGS | {"tensor_parallel_size": 3}
-    with pytest.raises(UserError, match=r"--tensor_parallel_size 3 .* must divide the model's 2 attention heads"):
-        run.serve_policy(str(tiny_model_dir), "127.0.0.1", 0, Limits(), engine="vllm", with_scores=None, **flags)
+    monkeypatch.setattr(run, "_run", lambda app, listener: None)
+
+    def start() -> None:
+        flags = FLAGS | {"tensor_parallel_size": size}
+        run.serve_policy(str(tmp_path), "127.0.0.1", 0, Limits(), engine="vllm", with_scores=None, **flags)
+
+    if fits:
+        start()
+    else:
+        named = f"--tensor_parallel_size {size} .*heads={heads} and .*size={mlp}, .*heads={kv_heads} "
+        with pytest.raises(UserError, match=named):
+            start()
 
 
 def test_threads_give_way_unless_told_how_to_wait() -> None:

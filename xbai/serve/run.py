@@ -18,6 +18,7 @@ from fastapi import FastAPI
 
 from xbai.engine import Scorer, load_engine
 from xbai.engine.files import check_model_folder, load_tokenizer, read_config, resolve_max_model_len
+from xbai.engine.tensor_parallel import check_tensor_parallel_size
 from xbai.errors import UserError
 from xbai.serve.app import Service
 from xbai.serve.engine_thread import EngineThread
@@ -55,8 +56,9 @@ def serve_policy(
         raise UserError(f"--with_scores: {model_path} has no {SCORE_MODULE_FILE}; leave it out, or serve another model")
     given = {name: value for name, value in options.items() if value is not None}
     if engine != "hf" and find_spec("vllm") is not None:
-        given = {"tensor_parallel_size": _visible_gpus(), **given}
-        _check_tensor_parallel_size(given["tensor_parallel_size"], config)
+        size = given.setdefault("tensor_parallel_size", _visible_gpus())
+        option = f"--tensor_parallel_size {size} (by default the number of GPUs in CUDA_VISIBLE_DEVICES)"
+        check_tensor_parallel_size(size, config, option)
     with listen(ip, port) as listener:
         thread = EngineThread(lambda: load_engine(engine, model_path, with_scores=with_scores, **given))
         _run(create_policy_app(thread, model_path, limits), listener)
@@ -65,15 +67,6 @@ def serve_policy(
 def _visible_gpus() -> int:
     """GPUs that CUDA_VISIBLE_DEVICES gives this service; one where it is not set."""
     return max(1, torch.cuda.device_count()) if "CUDA_VISIBLE_DEVICES" in os.environ else 1
-
-
-def _check_tensor_parallel_size(size: int, config: dict[str, Any]) -> None:
-    heads = config.get("num_attention_heads", 0)
-    if heads % size:
-        raise UserError(
-            f"--tensor_parallel_size {size} (by default the number of GPUs in CUDA_VISIBLE_DEVICES) must divide the "
-            f"model's {heads} attention heads"
-        )
 
 
 def serve_score(

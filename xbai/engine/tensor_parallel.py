@@ -1,0 +1,30 @@
+"""Among how many GPUs vLLM can divide a model's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from xbai.errors import UserError
+
+
+def check_tensor_parallel_size(size: int, config: Mapping[str, Any], option: str) -> None:
+    """Refuse what vLLM's workers would end on, each in a traceback of its own.
+
+    Args:
+        size: GPUs that are to share the model.
+        config: the content of its `config.json`.
+        option: what the user wrote, to begin the refusal with.
+
+    Raises:
+        UserError: heads, key/value heads or the MLP do not divide.
+    """
+    names = ("num_attention_heads", "intermediate_size", "num_key_value_heads")
+    heads, mlp, kv_heads = (config.get(name) for name in names)
+    # Where there are fewer key/value heads than GPUs, several of these have the same.
+    larger, smaller = max(size, kv_heads or size), min(size, kv_heads or size)
+    if (heads or size) % size or (mlp or size) % size or larger % smaller:
+        raise UserError(
+            f"{option} must divide the model's num_attention_heads={heads} and intermediate_size={mlp}, and divide its "
+            f"num_key_value_heads={kv_heads} or be a multiple of it"
+        )
