@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -78,17 +77,15 @@ def test_only_whole_sixteen_bit_checkpoints_are_loaded_so(tiny_model_dir: Path) 
 
 
 @pytest.mark.parametrize(
-    ("gpu", "installed", "dtype", "chosen"),
+    ("available", "dtype", "chosen"),
     [
-        (True, True, torch.bfloat16, "flash_attention_2"),
-        (True, True, torch.float32, "sdpa"),
-        (True, False, torch.bfloat16, "sdpa"),
-        (False, True, torch.bfloat16, "sdpa"),
+        (True, torch.bfloat16, "flash_attention_2"),
+        (True, torch.float32, "sdpa"),
+        (False, torch.bfloat16, "sdpa"),
     ],
 )
 def test_flash_attention_where_it_can_run(
-    monkeypatch: pytest.MonkeyPatch, gpu: bool, installed: bool, dtype: torch.dtype, chosen: str
+    monkeypatch: pytest.MonkeyPatch, available: bool, dtype: torch.dtype, chosen: str
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr("verl.utils.model.is_flash_attn_2_available", lambda: available)
     assert attention_for(dtype) == chosen

@@ -8,7 +8,6 @@ The trainer packs its micro-batches, the scorer the texts of concurrent requests
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from functools import cache, cached_property, partial
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
 
 from xbai.errors import UserError
 
@@ -178,18 +178,13 @@ def _has_varlen_kernel(query: Tensor) -> bool:
     return halves and query.is_cuda and torch.cuda.get_device_capability(query.device) >= FLASH_CAPABILITY
 
 
-@cache
-def _has_flash_attn() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
-
-
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, window: int | None
 ) -> Tensor:
     """All sequences in one kernel: flash_attn's where it is installed, else the one in PyTorch."""
     extents = (packing.cu_seqlens, packing.cu_seqlens_k, packing.max_seqlen, packing.max_seqlen_k)
     window_size = (-1 if window is None else window - 1, 0)
-    if _has_flash_attn():
+    if is_flash_attn_2_available():
         from flash_attn import flash_attn_varlen_func
 
         return flash_attn_varlen_func(
