@@ -10,6 +10,7 @@
 # - It starts from QwQ-32B and shuffles; theirs went on from a checkpoint that is not public, within data in an order.
 # - The weights are stored in float32 and computed in bfloat16: steps of 1e-7 would round away in stored bfloat16.
 # - A mini-batch has all 128 prompts; 256, as theirs says, is more than the batch.
+# - Log-probs take as many tokens a pass as the update, theirs one response: the same numbers, the weights gathered less.
 # - Validation every 20 steps, where theirs has none; vLLM 1 has no swap_space.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -35,12 +36,10 @@ exec bash "$root/scripts/run_single_node.sh" \
     actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8 \
     actor_rollout_ref.actor.ulysses_sequence_parallel_size=8 \
     actor_rollout_ref.score.optim.lr=3e-6 \
-    actor_rollout_ref.ref.log_prob_use_dynamic_bsz=false \
-    actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=1 \
+    actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=34816 \
     actor_rollout_ref.rollout.temperature=1.0 \
     actor_rollout_ref.rollout.tensor_model_parallel_size=8 \
-    actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=false \
-    actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1 \
+    actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=34816 \
     trainer.total_epochs=1 \
     trainer.save_freq=5 \
     "${gpu_settings[@]}" \
