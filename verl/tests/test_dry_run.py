@@ -249,6 +249,7 @@ def test_what_takes_more_memory(override: str, phase: str) -> None:
         ("actor_rollout_ref.actor.fsdp_config.optimizer_offload=true", "rollout"),
         ("actor_rollout_ref.ref.fsdp_config.param_offload=true", "update"),
         ("actor_rollout_ref.model.use_remove_padding=true", "update"),
+        ("actor_rollout_ref.rollout.enforce_eager=true", "update"),
         ("actor_rollout_ref.actor.ulysses_sequence_parallel_size=2", "update"),
         ("actor_rollout_ref.rollout.tensor_model_parallel_size=2", "weight sync"),
         ("actor_rollout_ref.actor.use_kl_loss=false", "rollout"),
@@ -256,6 +257,34 @@ def test_what_takes_more_memory(override: str, phase: str) -> None:
 )
 def test_what_takes_less_memory(override: str, phase: str) -> None:
     assert _memory(80, override).peaks[phase] < _memory(80).peaks[phase]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "phase"),
+    [
+        (["actor_rollout_ref.actor.kl_loss_type=full"], "update"),
+        (
+            [
+                "actor_rollout_ref.actor.use_kl_loss=false",
+                "algorithm.use_kl_in_reward=true",
+                "algorithm.kl_penalty=full",
+            ],
+            "log-prob",
+        ),
+    ],
+)
+def test_with_the_full_kl_the_reference_works_beside_the_policy(overrides: list[str], phase: str) -> None:
+    away = "actor_rollout_ref.ref.fsdp_config.param_offload=true"
+    alone, beside = _memory(80, away), _memory(80, *overrides, away)
+    added = {name: size for name, size in beside.phases[phase].items() if alone.phases[phase].get(name) != size}
+    tokens = beside.update_tokens if phase == "update" else 8 * 9216
+    assert added == {
+        "reference weights": beside.reference.weights,
+        "reference's LM head": 2 * beside.shape.embedding_parameters,
+        "reference's states": 4 * tokens * beside.shape.hidden,
+    }
+    assert "reference" in alone.phases and "reference" not in beside.phases
+    assert "reference" not in {one.phase for one in batches(_config(*overrides))}
 
 
 def test_the_advice_makes_it_fit() -> None:

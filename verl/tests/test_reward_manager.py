@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import AdvantageInputs, compute_advantages
-from verl.trainer.ppo.reward import check_gradable, load_reward_manager
+from verl.trainer.ppo.reward import check_gradable
+from verl.workers.reward_manager import REWARD_MANAGERS, BatchRewardManager, PrimeRewardManager
 from xbai.errors import UserError
 
 
@@ -44,7 +45,7 @@ def make_batch(tiny_tokenizer):
 
 
 def _reward(config, tokenizer, batch):
-    manager = load_reward_manager(config, tokenizer)
+    manager = REWARD_MANAGERS[config.reward_model.reward_manager](tokenizer, config)
     try:
         return manager(batch)
     finally:
@@ -143,7 +144,7 @@ def test_a_batch_function_that_fails_masks_the_batch(text, reason, hostile, tiny
 def test_closing_does_not_wait_for_a_grader(hostile, tiny_tokenizer, make_batch):
     config = _batch_config(hostile)
     config.reward_model.batch_timeout_s = 600
-    manager = load_reward_manager(config, tiny_tokenizer)
+    manager = BatchRewardManager(tiny_tokenizer, config)
     manager.launch(make_batch(["hang"]))
     time.sleep(1)
     start = time.monotonic()
@@ -170,7 +171,7 @@ def test_a_function_of_ones_own_sees_the_messages(tmp_path, tiny_tokenizer, make
 
 
 def test_a_run_that_never_gets_a_grade_ends(hostile, tiny_tokenizer, make_batch):
-    manager = load_reward_manager(_config(custom=hostile), tiny_tokenizer)
+    manager = PrimeRewardManager(tiny_tokenizer, _config(custom=hostile))
     bad, good = make_batch(["raise"] * 2), make_batch(["raise", "1"])
     try:
         for batch in (bad, bad, good, bad, bad):
@@ -186,7 +187,7 @@ def test_grading_goes_on_while_nobody_waits(tmp_path, tiny_tokenizer, make_batch
     path.write_text(
         "import time\ndef compute_score(**_):\n    time.sleep(0.5)\n    return {'score': 0.0, 'acc': True}\n"
     )
-    manager = load_reward_manager(_config(custom=str(path), workers=2), tiny_tokenizer)
+    manager = PrimeRewardManager(tiny_tokenizer, _config(custom=str(path), workers=2))
     try:
         manager(make_batch(["", ""]))
         waited = manager(make_batch(["", ""]))
@@ -215,10 +216,8 @@ def test_dapo_punishes_the_last_tokens_before_the_limit(tiny_tokenizer, make_bat
 
 
 def test_unknown_names_are_refused(tmp_path, tiny_tokenizer):
-    with pytest.raises(UserError, match="reward_manager=magic"):
-        load_reward_manager(_config("magic"), tiny_tokenizer)
     with pytest.raises(UserError, match=r"reward_manager=batch needs custom_reward_function\.path"):
-        load_reward_manager(_config("batch"), tiny_tokenizer)
+        BatchRewardManager(tiny_tokenizer, _config("batch"))
     with pytest.raises(UserError, match="data_source 'poetry'"):
         check_gradable([("a: row 0", "make10", {"ground_truth": "1"}), ("a: row 1", "poetry", {})], _config())
     with pytest.raises(UserError, match=r"custom_reward_function\.path"):

@@ -127,6 +127,7 @@ def test_ranks_of_a_group_share_rows_and_the_first_answers():
     pool = RayResourcePool([4], use_gpu=False, cpus_per_process=0.25)
     group = RayWorkerGroup(pool, RayClassWithInitArgs(Doubler, 2), group_sizes={"pairs": 2, "others": 4})
     try:
+        assert (group.multiply.shares, group.multiply_in_pairs.shares) == (4, 2)
         for rows in (1, 3, 4):
             doubled = group.multiply_in_pairs(DataProto.from_dict({"x": torch.arange(rows)}), repeat=2)
             assert doubled.batch["y"].tolist() == [2 * i for i in range(rows) for _ in range(2)]

@@ -3,10 +3,17 @@
 from verl.single_controller.decorator import Dispatch, register
 from verl.single_controller.resource_pool import RayResourcePool
 from verl.single_controller.worker import Worker
-from verl.single_controller.worker_group import RayClassWithInitArgs, RayWorkerGroup, WorkerFuture, WorkerLostError
+from verl.single_controller.worker_group import (
+    GroupMethod,
+    RayClassWithInitArgs,
+    RayWorkerGroup,
+    WorkerFuture,
+    WorkerLostError,
+)
 
 __all__ = [
     "Dispatch",
+    "GroupMethod",
     "RayClassWithInitArgs",
     "RayResourcePool",
     "RayWorkerGroup",

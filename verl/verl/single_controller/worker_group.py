@@ -102,13 +102,22 @@ class GroupMethod:
     def __init__(self, group: RayWorkerGroup, name: str, registration: Registration) -> None:
         self._group, self._name, self._registration = group, name, registration
 
+    @property
+    def shares(self) -> int:
+        """Into how many parts a batch is cut: one for each rank, or for each group of ranks that share rows."""
+        return self._group.world_size // self._group_size
+
+    @property
+    def _group_size(self) -> int:
+        return self._group.group_sizes.get(self._registration.group, 1)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.remote(*args, **kwargs).get()
 
     def remote(self, *args: Any, **kwargs: Any) -> WorkerFuture:
         """Start the call on the ranks and return at once."""
-        size = self._group.group_sizes.get(self._registration.group, 1)
-        calls = dispatch(self._registration.dispatch_mode, self._group.world_size, args, kwargs, size)
+        mode, world_size = self._registration.dispatch_mode, self._group.world_size
+        calls = dispatch(mode, world_size, args, kwargs, self._group_size)
         return self._group.start(self._name, calls)
 
 

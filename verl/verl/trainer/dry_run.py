@@ -17,6 +17,7 @@ from verl.trainer.config_check import check_config
 from verl.trainer.critic_config import critic_config
 from verl.trainer.memory_estimate import GIB, LOGIT_BACKWARD, LOGIT_FORWARD, saved_activations
 from verl.trainer.memory_phases import COMMON_GPU, GPUS_GIB, PhaseMemory, changes_to_fit
+from verl.trainer.reference_use import ReferenceUse
 from verl.utils.model_shapes import MODEL_TYPES, ModelShape, config_of
 from verl.workers.actor.micro_batches import MicroBatching, RowSizes
 
@@ -72,7 +73,7 @@ def batches(config: DictConfig) -> Iterator[Batches]:
 
     sp_size = root.actor.ulysses_sequence_parallel_size
     yield counted("log-prob", MicroBatching.for_log_prob(root.rollout, packed, sp_size), prompts, sp_size)
-    if root.actor.use_kl_loss or config.algorithm.use_kl_in_reward:
+    if ReferenceUse.from_config(config).log_probs:
         sharers = root.ref.ulysses_sequence_parallel_size
         yield counted("reference", MicroBatching.for_log_prob(root.ref, packed, sharers), prompts, sharers)
     update, mini_batch = MicroBatching.for_update(root.actor, packed, sp_size, world), root.actor.ppo_mini_batch_size

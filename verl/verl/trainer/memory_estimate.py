@@ -26,6 +26,8 @@ EIGHT_BIT_STATE = 1.02
 CONTEXT_BYTES, FRAGMENTATION = 2 * GIB, 0.05
 # Of the engines: the hf engine's KV cache in tokens, and the most that vLLM's takes on CPU.
 HF_CACHE_SLOTS, CPU_CACHE_BYTES = 131072, 4 * GIB
+# vLLM's graphs of up to 512 tokens: it reports 0.1 to 1.1 GiB, more for larger models.
+CUDA_GRAPHS_BYTES = 1.5 * GIB
 
 Components = dict[str, float]
 
@@ -109,6 +111,11 @@ class Placement:
     def gathered(self) -> float:
         """Bytes of whole weights during a forward pass: the LM head and some layers."""
         return self.compute * (self._outer + self._layers_at_once * self.shape.layer_parameters)
+
+    def kept_gathered(self) -> float:
+        """Bytes of whole weights after a forward pass: the LM head, and layers that are not resharded."""
+        layers = 0 if self.config.get("reshard_after_forward", True) else self.shape.layers
+        return self.compute * (self._outer + layers * self.shape.layer_parameters)
 
     def gathered_in_backward(self) -> float:
         """The same while a layer's gradients are made and reduced in float32, the LM head's being there already."""

@@ -15,6 +15,7 @@ from verl.trainer.memory_estimate import (
     CHECKPOINT_BYTES,
     CONTEXT_BYTES,
     CPU_CACHE_BYTES,
+    CUDA_GRAPHS_BYTES,
     FRAGMENTATION,
     HF_CACHE_SLOTS,
     Components,
@@ -22,6 +23,7 @@ from verl.trainer.memory_estimate import (
     forward_peak,
     training_peak,
 )
+from verl.trainer.reference_use import ReferenceUse
 from verl.utils.model_shapes import ModelShape
 from verl.utils.torch_functional import LOGITS_PER_CHUNK
 from verl.workers.actor.micro_batches import MicroBatching
@@ -73,9 +75,13 @@ class PhaseMemory:
         return Placement.from_config(self.shape, actor.fsdp_config, actor.optim, self.world, self.on_gpu)
 
     @cached_property
+    def _reference_use(self) -> ReferenceUse:
+        return ReferenceUse.from_config(self.config)
+
+    @cached_property
     def reference(self) -> Placement | None:
         """The reference policy, where a KL divergence is asked for."""
-        if not (self.config.actor_rollout_ref.actor.use_kl_loss or self.config.algorithm.use_kl_in_reward):
+        if not any(self._reference_use):
             return None
         fsdp_config = self.config.actor_rollout_ref.ref.fsdp_config
         return Placement.from_config(self.shape, fsdp_config, None, self.world, self.on_gpu)
@@ -99,16 +105,18 @@ class PhaseMemory:
             "log-prob": self._resident("policy") | self._log_prob(self.policy, "rollout", self._sp_size),
             "update": self._resident("policy", trains=True) | self._update(),
         }
-        if self.reference is not None:
+        if self._reference_use.full_kl_in_reward:
+            found["log-prob"] |= self._full_kl(self._log_prob_tokens("rollout", self._sp_size))
+        if self._reference_use.full_kl_in_loss:
+            found["update"] |= self._full_kl(self.update_tokens)
+        if self._reference_use.log_probs:
             sharers = self.config.actor_rollout_ref.ref.ulysses_sequence_parallel_size
             found["reference"] = self._resident("reference") | self._log_prob(self.reference, "ref", sharers)
         if self.critic is not None:
             found["values"] = self._resident("critic") | self._values()
             found["critic update"] = self._resident("critic", trains=True) | self._critic_update()
-        if not self._engine_sleeps:
-            engine = self._engine(with_cache=True)
-            found = {phase: components | engine for phase, components in found.items()}
-        return found
+        kept = self._cuda_graphs() if self._engine_sleeps else self._engine(with_cache=True)
+        return {phase: components | kept for phase, components in found.items()}
 
     @property
     def peaks(self) -> dict[str, float]:
@@ -133,7 +141,8 @@ class PhaseMemory:
 
     def _from_torch(self, components: Components) -> float:
         # vLLM takes its blocks once and for all.
-        return sum(size for name, size in components.items() if name not in ("KV cache", "engine weights"))
+        of_vllm = ("KV cache", "engine weights", "CUDA graphs")
+        return sum(size for name, size in components.items() if name not in of_vllm)
 
     @property
     def _longest(self) -> int:
@@ -167,14 +176,25 @@ class PhaseMemory:
         """Of one GPU in the largest micro-batch, rows being as long as they can be."""
         return -(-batching.most_tokens(self._longest) // sp_size)
 
-    def _log_prob(self, model: Placement, section: str, sp_size: int) -> Components:
+    def _log_prob_tokens(self, section: str, sp_size: int) -> int:
         batching = MicroBatching.for_log_prob(self.config.actor_rollout_ref[section], self._packed, sp_size)
-        tokens = self._tokens(batching, sp_size)
+        return self._tokens(batching, sp_size)
+
+    def _log_prob(self, model: Placement, section: str, sp_size: int) -> Components:
+        tokens = self._log_prob_tokens(section, sp_size)
         return forward_peak(model, tokens, self._longest, self._packed, self.chunk(tokens))
 
     def _update(self) -> Components:
         tokens, checkpointing = self.update_tokens, self.config.actor_rollout_ref.model.enable_gradient_checkpointing
         return training_peak(self.policy, tokens, self._longest, checkpointing, self._packed, self.chunk(tokens))
+
+    def _full_kl(self, tokens: int) -> Components:
+        """What the reference has on the GPU while the policy computes the same tokens."""
+        return {
+            "reference weights": self.reference.resident(in_use=True)[0],
+            "reference's LM head": self.reference.kept_gathered(),
+            "reference's states": 4 * tokens * self.shape.hidden,
+        }
 
     @property
     def update_tokens(self) -> int:
@@ -237,10 +257,17 @@ class PhaseMemory:
         if rollout.name == "hf":
             cache = self._cache_per_token * min(HF_CACHE_SLOTS, rollout.max_num_seqs * self._longest)
         elif self.on_gpu:
-            cache = max(0.0, rollout.gpu_memory_utilization * self.gpu_bytes - weights - work)
+            graphs = sum(self._cuda_graphs().values())
+            cache = max(0.0, rollout.gpu_memory_utilization * self.gpu_bytes - weights - work - graphs)
         else:
             cache = min(CPU_CACHE_BYTES, rollout.max_num_seqs * self._longest * self._cache_per_token)
-        return {"engine weights": weights, "engine work space": work, "KV cache": cache}
+        return {"engine weights": weights, "engine work space": work, "KV cache": cache} | self._cuda_graphs()
+
+    def _cuda_graphs(self) -> Components:
+        # They stay when the engine sleeps.
+        rollout = self.config.actor_rollout_ref.rollout
+        has_graphs = self.on_gpu and rollout.name == "vllm" and not rollout.enforce_eager
+        return {"CUDA graphs": CUDA_GRAPHS_BYTES} if has_graphs else {}
 
     def _whole_tensor(self) -> Components:
         # The largest, gathered, beside the pieces that it is put together from.

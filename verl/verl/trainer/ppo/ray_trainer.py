@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
 from verl.protocol import DataProto, object_array
-from verl.single_controller import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from verl.single_controller import GroupMethod, RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from verl.trainer.critic_config import critic_config
 from verl.trainer.ppo.cluster import check_shared_folder, lost_head, start_ray, worker_env
 from verl.trainer.ppo.core_algos import AdvantageInputs, compute_advantages, get_kl_controller, kl_penalty
 from verl.trainer.ppo.metrics import ValidationResult, masked_mean, train_metrics, validation_metrics
-from verl.trainer.ppo.reward import check_gradable, load_reward_manager
+from verl.trainer.ppo.reward import check_gradable
 from verl.trainer.ppo.run_state import RunState
+from verl.trainer.reference_use import ReferenceUse
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, create_dataloader
 from verl.utils.model import load_tokenizer
 from verl.utils.seqlen_balancing import rows_by_rank
@@ -31,7 +34,7 @@ from verl.workers.actor.joint_loss import LossConfig
 from verl.workers.critic.dp_critic import UPDATE_KEYS
 from verl.workers.critic_worker import CriticWorker
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, group_sizes
-from verl.workers.reward_manager import PendingReward, Reward
+from verl.workers.reward_manager import REWARD_MANAGERS, PendingReward, Reward
 from xbai.engine.files import eos_token_ids, read_config
 from xbai.errors import UserError
 from xbai.files import atomic_write
@@ -66,10 +69,11 @@ class RayPPOTrainer:
         self._estimator = config.algorithm.adv_estimator
         self._critic_config = critic_config(config) if self._estimator == "gae" else None
         self._tis_imp_ratio_cap: float | None = config.actor_rollout_ref.actor.tis_imp_ratio_cap
+        self._reference_use = ReferenceUse.from_config(config)
         self._kl_controller = get_kl_controller(config.algorithm.kl_ctrl)
         self._run_state = RunState(config, self._train_data, self._loader, self._kl_controller)
         self.step = self._run_state.step
-        self._reward_manager = load_reward_manager(config, self.tokenizer)
+        self._reward_manager = REWARD_MANAGERS[config.reward_model.reward_manager](self.tokenizer, config)
         self._update_keys = LossConfig.from_config(config.actor_rollout_ref).batch_keys()
         self._workers: RayWorkerGroup | None = None
         self._critic: RayWorkerGroup | None = None
@@ -108,8 +112,7 @@ class RayPPOTrainer:
         trainer = self.config.trainer
         on_gpu = trainer.device == "cuda"
         start_ray(self.config)
-        uses_reference = self.config.actor_rollout_ref.actor.use_kl_loss or self.config.algorithm.use_kl_in_reward
-        role = "actor_rollout_ref" if uses_reference else "actor_rollout"
+        role = "actor_rollout_ref" if any(self._reference_use) else "actor_rollout"
         init = RayClassWithInitArgs(ActorRolloutRefWorker, self._worker_config(), role, trainer.seed)
         processes, groups = [trainer.n_gpus_per_node] * trainer.nnodes, 1 if self._critic_config is None else 2
         pool = RayResourcePool(processes, use_gpu=on_gpu, max_colocate_count=groups)
@@ -130,17 +133,6 @@ class RayPPOTrainer:
         """The worker groups that there are, by the name of their part of a checkpoint."""
         groups = {"actor": self._workers, "critic": self._critic}
         return {name: group for name, group in groups.items() if group is not None}
-
-    @property
-    def _uses_reference_log_probs(self) -> bool:
-        actor, algorithm = self.config.actor_rollout_ref.actor, self.config.algorithm
-        # The full KL comes of the reference's hidden states, where the policy's are computed.
-        in_loss = actor.use_kl_loss and actor.kl_loss_type != "full"
-        return in_loss or (algorithm.use_kl_in_reward and algorithm.kl_penalty != "full")
-
-    @property
-    def _uses_full_kl_in_reward(self) -> bool:
-        return self.config.algorithm.use_kl_in_reward and self.config.algorithm.kl_penalty == "full"
 
     def _worker_config(self) -> DictConfig:
         config = OmegaConf.create(OmegaConf.to_container(self.config.actor_rollout_ref, resolve=True))
@@ -177,8 +169,8 @@ class RayPPOTrainer:
         batch = self._generate(prompts, self._rollout.n, metrics, stay_awake=needs_baseline)
         pending = self._launch_grading(batch)
         baseline = self._launch_baseline(prompts, metrics) if needs_baseline else None
-        self._compute(self._workers.compute_log_prob, batch, metrics, full_kl=self._uses_full_kl_in_reward)
-        if self._uses_reference_log_probs:
+        self._compute(self._workers.compute_log_prob, batch, metrics, full_kl=self._reference_use.full_kl_in_reward)
+        if self._reference_use.log_probs:
             self._compute(self._workers.compute_ref_log_prob, batch, metrics)
         if self._critic is not None:
             self._compute(self._critic.compute_values, batch, metrics)
@@ -192,10 +184,10 @@ class RayPPOTrainer:
         self._dump(batch, reward)
         if self._critic is not None:
             rows = self._critic_config.ppo_mini_batch_size * self._rollout.n
-            self._update(self._critic, "update_critic", batch.select(UPDATE_KEYS, []), rows, metrics)
+            self._update(self._critic.update_critic, batch.select(UPDATE_KEYS, []), rows, metrics)
         if self.step > self.config.trainer.critic_warmup:
             rows = self.config.actor_rollout_ref.actor.ppo_mini_batch_size * self._rollout.n
-            self._update(self._workers, "update_actor", batch.select(self._update_keys, []), rows, metrics)
+            self._update(self._workers.update_actor, batch.select(self._update_keys, []), rows, metrics)
         tokens, seconds = float(batch.batch["attention_mask"].sum()), time.perf_counter() - start
         return metrics | {"timing_s/step": seconds, "perf/tokens_per_s": tokens / seconds}
 
@@ -261,26 +253,36 @@ class RayPPOTrainer:
             greedy = self._generate(prompts, 1, {}, do_sample=False)
         return self._launch_grading(greedy)
 
-    def _compute(
-        self, method: Callable[[DataProto], DataProto], batch: DataProto, metrics: dict[str, float], **meta_info: Any
-    ) -> None:
+    def _compute(self, method: GroupMethod, batch: DataProto, metrics: dict[str, float], **meta_info: Any) -> None:
         """Run a model of the workers over `batch`, and add the tensors and metrics that it gives."""
-        output = method(DataProto(batch.batch.select(*MODEL_INPUT_KEYS), meta_info=meta_info))
+        inputs = DataProto(batch.batch.select(*MODEL_INPUT_KEYS), meta_info=meta_info)
+        order = self._order_for(method, inputs, len(inputs), metrics)
+        output = method(inputs[order])
         metrics |= output.meta_info.pop("metrics")
-        batch.union(output)
+        batch.union(output[order.argsort()])
 
-    def _update(
-        self, group: RayWorkerGroup, method: str, batch: DataProto, mini_batch_rows: int, metrics: dict[str, float]
-    ) -> None:
-        """Train a model of the workers on `batch`, whose rows go to the ranks so that all have about as many tokens."""
-        sharers, lengths = group.world_size // group.group_sizes["train"], batch.batch["attention_mask"].sum(-1)
-        order = rows_by_rank(lengths, mini_batch_rows, sharers, self.config.trainer.balance_batch)
-        of_rank = lengths[order].view(sharers, -1).sum(-1).float()
-        metrics["perf/rank_tokens_max_over_mean"] = float(of_rank.max() / of_rank.mean())
+    def _update(self, method: GroupMethod, batch: DataProto, mini_batch_rows: int, metrics: dict[str, float]) -> None:
+        """Train a model of the workers on `batch`."""
+        order = self._order_for(method, batch, mini_batch_rows, metrics)
         try:
-            metrics |= getattr(group, method)(batch[order]).meta_info["metrics"]
+            metrics |= method(batch[order]).meta_info["metrics"]
         except UserError as error:
             raise UserError(f"step {self.step}: {error}") from error
+
+    def _order_for(self, method: GroupMethod, batch: DataProto, block: int, metrics: dict[str, float]) -> Tensor:
+        """The order of rows in which the ranks' parts of every `block` of rows have about as many tokens.
+
+        The metric is the worst of a step's phases.
+        """
+        shares, lengths = method.shares, batch.batch["attention_mask"].sum(-1)
+        if len(batch) % shares:
+            # As in validation: the parts are filled up with copies.
+            return torch.arange(len(batch))
+        order = rows_by_rank(lengths, block, shares, self.config.trainer.balance_batch)
+        of_rank = lengths[order].view(shares, -1).sum(-1).float()
+        name = "perf/rank_tokens_max_over_mean"
+        metrics[name] = max(metrics.get(name, 1.0), float(of_rank.max() / of_rank.mean()))
+        return order
 
     def _add_reward(self, batch: DataProto, reward: Reward, metrics: dict[str, float]) -> None:
         """Add scores, outcome and, with `use_kl_in_reward`, the KL penalty."""
@@ -289,7 +291,7 @@ class RayPPOTrainer:
         batch.batch["token_level_rewards"] = scores
         if self.config.algorithm.use_kl_in_reward:
             columns, mask = batch.batch, batch.batch["response_mask"]
-            if self._uses_full_kl_in_reward:
+            if self._reference_use.full_kl_in_reward:
                 kl = columns["ref_kl"]
             else:
                 kind = self.config.algorithm.kl_penalty

@@ -1,4 +1,4 @@
-"""The reward manager that a configuration asks for."""
+"""Whether a run's data can be graded."""
 
 from __future__ import annotations
 
@@ -6,25 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from omegaconf import DictConfig
-from transformers import PreTrainedTokenizerBase
 
-from verl.workers.reward_manager import REWARD_MANAGERS
-from verl.workers.reward_manager.manager import RewardManager
 from xbai.errors import UserError
 from xbai.grading import CustomGrader, GradeRequest
 from xbai.grading.dispatch import answer_check
-
-
-def load_reward_manager(config: DictConfig, tokenizer: PreTrainedTokenizerBase) -> RewardManager:
-    """Build `reward_model.reward_manager`.
-
-    Raises:
-        UserError: unknown name.
-    """
-    name = config.reward_model.reward_manager
-    if name not in REWARD_MANAGERS:
-        raise UserError(f"reward_model.reward_manager={name} is unknown, use one of {', '.join(REWARD_MANAGERS)}")
-    return REWARD_MANAGERS[name](tokenizer, config)
 
 
 def check_gradable(rows: Iterable[tuple[str, str, Any]], config: DictConfig) -> None:
