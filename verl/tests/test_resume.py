@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from verl.trainer.compose import compose_config
 from verl.trainer.ppo.checkpoint_folder import LATEST_FILE
-from verl.trainer.ppo.core_algos import get_kl_controller
+from verl.trainer.ppo.core_algos import KLController, get_kl_controller
 from verl.trainer.ppo.run_state import RunState
 from verl.utils.checkpoint import HUGGINGFACE_FOLDER
 from verl.utils.dataset.rl_dataset import RLHFDataset, create_dataloader
@@ -63,7 +63,7 @@ def config(training_files: Path, tiny_model_dir: Path, tmp_path: Path) -> DictCo
     )
 
 
-def start(config: DictConfig) -> RunState:
+def start(config: DictConfig, kl_controller: KLController | None = None) -> RunState:
     """As the trainer does."""
     data = config.data
     dataset = RLHFDataset(data.train_files, load_tokenizer(config.actor_rollout_ref.model.path), data)
@@ -74,7 +74,7 @@ def start(config: DictConfig) -> RunState:
         seed=config.trainer.seed,
         num_workers=data.dataloader_num_workers,
     )
-    return RunState(config, dataset, loader, get_kl_controller(config.algorithm.kl_ctrl))
+    return RunState(config, dataset, loader, kl_controller or get_kl_controller(config.algorithm.kl_ctrl))
 
 
 def rows(state: RunState, count: int) -> list[list[int]]:
@@ -209,6 +209,23 @@ def test_another_step_rule_or_head_is_refused(config: DictConfig, tiny_model_dir
     saved.write_text(json.dumps({**json.loads(saved.read_text()), "normalize_features": True}))
     with pytest.raises(UserError, match="normalize_features=True for the score head, and this run has False"):
         start(config)
+
+
+@pytest.mark.parametrize(("kind", "resumed"), [("fixed", 0.5), ("adaptive", 0.02)])
+def test_only_an_adapted_kl_coefficient_is_state(kind: str, resumed: float, config: DictConfig) -> None:
+    def begin(coefficient: float) -> tuple[RunState, KLController]:
+        config.algorithm.kl_ctrl.update(type=kind, kl_coef=coefficient)
+        controller = get_kl_controller(config.algorithm.kl_ctrl)
+        return start(config, controller), controller
+
+    state, controller = begin(0.001)
+    if kind == "adaptive":
+        controller.value = 0.02
+    state.save(1, {"actor": Workers(Path(config.actor_rollout_ref.model.path))})
+    state.finish()
+    state, controller = begin(0.5)
+    state.restore({})
+    assert controller.value == resumed
 
 
 def test_it_says_what_to_start_next(config: DictConfig) -> None:

@@ -54,7 +54,7 @@ class RunState:
     Args:
         config: composed and checked.
         dataset, loader: the training data and its batches.
-        kl_controller: its coefficient belongs to the state.
+        kl_controller: an adaptive one's coefficient belongs to the state.
 
     Attributes:
         checkpoint: the one to go on from; None for a new run.
@@ -69,6 +69,8 @@ class RunState:
     ) -> None:
         trainer = config.trainer
         self._config, self._loader, self._kl_controller = config, loader, kl_controller
+        # A fixed one is the configuration's, which may change between two starts.
+        self._adapts_kl_coef = config.algorithm.kl_ctrl.type == "adaptive"
         self._folder = CheckpointFolder(trainer.default_local_dir, trainer.max_actor_ckpt_to_keep)
         self._remote = self._uploads = None
         if trainer.default_hdfs_dir is not None:
@@ -105,7 +107,8 @@ class RunState:
         if self._keeps_place:
             self._loader.load_state_dict(self._state["loader"])
             self._epoch, self._batch = self._state["place"]
-        self._kl_controller.value = self._state["kl_coef"]
+        if self._adapts_kl_coef and (coefficient := self._state["kl_coef"]) is not None:
+            self._kl_controller.value = coefficient
         set_rng_state(self._state["rng"])
         logger.info("going on from %s: step %d is done%s", self.checkpoint, self.step, self._place_in_words())
         self._state = None
@@ -132,7 +135,7 @@ class RunState:
             "loader": self._loader.state_dict(),
             "place": (self._epoch, self._batch),
             "rng": rng_state(),
-            "kl_coef": self._kl_controller.value,
+            "kl_coef": self._kl_controller.value if self._adapts_kl_coef else None,
             "data": self._identity,
         }
         copied: Future[None] = Future()
