@@ -65,6 +65,15 @@ def test_wandb_logs_offline_without_a_key(tmp_path, monkeypatch):
     assert (tmp_path / "wandb_run_id.txt").read_text()
 
 
+def test_wandb_takes_the_steps_that_a_resumed_run_repeats(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with _track(tmp_path, ["wandb"]) as tracking:
+        for step in (5, 4, 6):
+            tracking.log({"reward": step + 0.125}, step)
+    content = next(tmp_path.glob("wandb/offline-run-*/*.wandb")).read_bytes()
+    assert all(reward in content for reward in (b"5.125", b"4.125", b"6.125"))
+
+
 def test_unknown_logger_is_named(tmp_path):
     with pytest.raises(UserError, match=r"trainer\.logger.*'mlflow'"):
         _track(tmp_path, ["mlflow"])

@@ -93,8 +93,15 @@ class TensorboardBackend(Backend):
         self._writer.close()
 
 
+STEP_METRIC = "trainer/step"
+"""What wandb draws the others over: its own steps only rise, and a resumed run repeats some."""
+
+
 class WandbBackend(Backend):
-    """A wandb run that a resumed training continues; offline without an API key or a connection, or by WANDB_MODE."""
+    """A wandb run that a resumed training continues; offline without an API key or a connection, or by WANDB_MODE.
+
+    Steps that a resumed run repeats are there twice: wandb keeps what the interrupted one logged of them.
+    """
 
     def __init__(
         self, project: str, experiment: str, folder: Path, config: Mapping[str, Any] | None, resume_step: int
@@ -117,11 +124,13 @@ class WandbBackend(Backend):
         except wandb.errors.CommError as error:
             logger.warning("wandb is not reachable (%s): logging offline, `wandb sync` uploads it later", error)
             self._run = wandb.init(**settings, mode="offline")
+        self._run.define_metric(STEP_METRIC)
+        self._run.define_metric("*", step_metric=STEP_METRIC)
         with atomic_write(id_file, "w") as stream:
             stream.write(run_id)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(metrics), step=step)
+        self._run.log({**metrics, STEP_METRIC: step})
 
     def close(self) -> None:
         self._run.finish()
@@ -137,7 +146,8 @@ class Tracking:
         backends: names out of `BACKENDS`.
         output_dir: holds `metrics.jsonl` and the tensorboard and wandb files.
         config: recorded where the backend can.
-        resume_step: the last step that stands; what an interrupted run logged after it is dropped. 0 starts afresh.
+        resume_step: the last step that stands; what an interrupted run logged after it is dropped from the file and
+            from tensorboard, and shown beside the new steps by wandb. 0 starts afresh.
 
     Raises:
         UserError: an unknown backend.
