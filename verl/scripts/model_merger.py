@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from verl.trainer.ppo.checkpoint_folder import LATEST_FILE
+from verl.trainer.ppo.checkpoint_folder import LATEST_FILE, CheckpointFolder
 from verl.utils.checkpoint import HUGGINGFACE_FOLDER
 from verl.utils.model import load_tokenizer, torch_dtype
 from verl.utils.stored_model import StoredModel, is_checkpoint, open_stored_model
@@ -46,11 +46,12 @@ def find_actor_folder(path: Path) -> Path:
     """The `actor` folder that `path` is, holds, or (an experiment's folder) has as its latest.
 
     Raises:
-        UserError: there is no checkpoint.
+        UserError: there is no checkpoint, or the file that names the latest is damaged.
     """
     candidates = [path, path / "actor"]
-    if (path / LATEST_FILE).is_file():
-        candidates = [path / f"global_step_{(path / LATEST_FILE).read_text().strip()}" / "actor"]
+    checkpoints = CheckpointFolder(path)
+    if (latest := checkpoints.latest()) is not None:
+        candidates = [checkpoints.step_folder(latest) / "actor"]
     for folder in candidates:
         if is_checkpoint(folder):
             return folder

@@ -13,10 +13,17 @@ import torch
 from verl.single_controller import WorkerLostError
 from verl.trainer import main_ppo
 from verl.trainer.compose import compose_config
-from verl.trainer.config_check import DEFAULTS_FILE, TOKEN_BUDGETS, check_config, leaves
+from verl.trainer.config_check import DEFAULTS_FILE, check_config, leaves
 from verl.trainer.critic_config import critic_config
 from xbai.errors import UserError
 
+TOKEN_BUDGETS = (
+    ("actor_rollout_ref.actor", "use_dynamic_bsz", "ppo_max_token_len_per_gpu"),
+    ("actor_rollout_ref.ref", "log_prob_use_dynamic_bsz", "log_prob_max_token_len_per_gpu"),
+    ("actor_rollout_ref.rollout", "log_prob_use_dynamic_bsz", "log_prob_max_token_len_per_gpu"),
+    ("critic", "use_dynamic_bsz", "ppo_max_token_len_per_gpu"),
+    ("critic", "use_dynamic_bsz", "forward_max_token_len_per_gpu"),
+)
 RUN_SINGLE_NODE = Path(__file__).parents[2] / "scripts" / "run_single_node.sh"
 
 
@@ -61,7 +68,21 @@ def test_a_valid_configuration_passes(small_run):
         ("actor_rollout_ref.rollout.n=1", "needs at least 2"),
         ("trainer.n_gpus_per_node=3", "4 * 4 = 16 must be a multiple of the 3 processes"),
         ("data.train_batch_size=many", "data.train_batch_size=many must be a whole number"),
-        ("data.shuffle=1", "data.shuffle=1 must be a true or false"),
+        ("data.shuffle=1", "data.shuffle=1 must be true or false"),
+        ("trainer.save_freq=null", "trainer.save_freq=null must be a whole number, like its default 20"),
+        ("actor_rollout_ref.actor.clip_ratio_c=null", "clip_ratio_c=null must be a number, like its default 3.0"),
+        ("trainer.logger=null", "trainer.logger=null must be a list"),
+        ("data.dataloader_num_workers=null", "dataloader_num_workers=null must be a whole number"),
+        ("trainer.experiment_name=null", "trainer.experiment_name=null must be text"),
+        ("data.train_files=null", "data.train_files must be given, not null"),
+        ("data.val_batch_size=-1", "data.val_batch_size=-1 must be a whole number above 0, or null"),
+        ("trainer.total_training_steps=0", "total_training_steps=0 must be a whole number above 0, or null"),
+        ("trainer.max_actor_ckpt_to_keep=some", "max_actor_ckpt_to_keep=some must be a whole number above 0, or null"),
+        ("actor_rollout_ref.score.channel=32", "score.channel=32 must be null, or the model's hidden_size=64"),
+        (
+            "trainer={length_penalty: true, length_penalty_coeff: 1.5}",
+            "above 1 a long right answer would be worth less than a wrong one",
+        ),
         ("data.max_response_length=0", "data.max_response_length=0 must be above 0"),
         ("data.dataloader_num_workers=-1", "data.dataloader_num_workers=-1 must not be below 0"),
         ("trainer.default_hdfs_dir=s3://bucket/run", "trainer.default_hdfs_dir=s3://bucket/run: Install s3fs"),
@@ -70,7 +91,7 @@ def test_a_valid_configuration_passes(small_run):
         ("trainer.resume_from_path=somewhere", "acts with trainer.resume_mode=resume_path only"),
         ("reward_model.batch_timeout_s=5", "cannot act with reward_model.reward_manager=prime, only with batch"),
         ("reward_model.overlong_buffer.len=5", "cannot act with reward_model.reward_manager=prime, only with dapo"),
-        ("reward_model.max_ungraded_batches=0", "must be at least 1, or null for no limit"),
+        ("reward_model.max_ungraded_batches=0", "must be a whole number above 0, or null"),
         ("reward_model.memory_gib=0", "reward_model.memory_gib=0 must be above 0"),
         ("trainer.logger=[console,mlflow]", "trainer.logger: mlflow is unknown"),
         ("algorithm.adv_estimator=magic", "algorithm.adv_estimator=magic is unknown, use one of grpo, "),
@@ -83,6 +104,10 @@ def test_a_valid_configuration_passes(small_run):
         ("actor_rollout_ref.actor.tis_imp_ratio_cap=0", "tis_imp_ratio_cap=0 must be a number above 0, or null"),
         ("actor_rollout_ref.actor.fsdp_config.offload_policy=true", "cannot act on CPU"),
         ("actor_rollout_ref.rollout.gpu_memory_utilization=0.5", "cannot act on CPU"),
+        (
+            "actor_rollout_ref.rollout.enforce_eager=never",
+            "enforce_eager=never is unknown, use one of None, True, False",
+        ),
         ("actor_rollout_ref.rollout.enforce_eager=false", "cannot act with rollout.name=hf"),
         ("actor_rollout_ref.rollout.max_num_batched_tokens=64", "cannot act with rollout.name=hf"),
         ("data.max_response_length=5000", "max_position_embeddings of "),
@@ -101,7 +126,7 @@ def test_a_mistake_is_one_line(fails, override, said):
     ("override", "said"),
     [
         ("critic.ppo_mini_batch_size=3", "must be a multiple of critic.ppo_mini_batch_size=3"),
-        ("critic.ppo_epochs=0", "critic.ppo_epochs=0 must be above 0"),
+        ("critic.ppo_epochs=0", "critic.ppo_epochs=0 must be a whole number above 0, or null"),
         ("critic.cliprange_value=0", "critic.cliprange_value=0 must be above 0"),
         ("critic.ulysses_sequence_parallel_size=2", "set critic.model.use_remove_padding=true"),
         ("critic.model.path=nowhere", "critic.model.path: nowhere"),
@@ -119,6 +144,15 @@ def test_the_critic_needs_the_policys_vocabulary(fails, tmp_path, tiny_model_dir
     assert "vocab_size 7" in fails("algorithm.adv_estimator=gae", f"critic.model.path={tmp_path}")
 
 
+def test_processes_that_share_rows_divide_the_critics_own_heads(small_run, tmp_path, tiny_model_dir):
+    shape = json.loads((tiny_model_dir / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**shape, "num_attention_heads": 3, "num_key_value_heads": 3}))
+    packed = ["algorithm.adv_estimator=gae", "actor_rollout_ref.model.use_remove_padding=true"]
+    shared = [*small_run, *packed, f"critic.model.path={tmp_path}", "critic.ulysses_sequence_parallel_size=2"]
+    with pytest.raises(UserError, match=r"critic: .*size=2 does not divide the model's 3 attention heads"):
+        _check(shared)
+
+
 def test_nulls_in_the_critic_are_the_actors_values(small_run):
     overrides = ["algorithm.adv_estimator=gae", "actor_rollout_ref.actor.ppo_epochs=3", "critic.ppo_mini_batch_size=2"]
     config = compose_config(DEFAULTS_FILE.stem, [*small_run, *overrides])
@@ -131,7 +165,7 @@ def test_nulls_in_the_critic_are_the_actors_values(small_run):
 
 @pytest.mark.parametrize(("section", "switch", "budget"), TOKEN_BUDGETS)
 def test_a_token_budget_below_one_sequence_is_refused(small_run, section, switch, budget):
-    small = [*small_run, f"{section}.{budget}=87"]
+    small = [*small_run, "algorithm.adv_estimator=gae", f"{section}.{budget}=87"]
     _check(small)
     with pytest.raises(UserError, match=rf"{section}\.{budget}=87 is less than .* = 88"):
         _check([*small, f"{section}.{switch}=true"])

@@ -19,8 +19,6 @@ def check_checkpoints(config: DictConfig, not_found: Callable[[str], None]) -> N
         not_found: what to do about folders, and packages of file systems, that are missing on this machine.
     """
     trainer = config.trainer
-    if (kept := trainer.max_actor_ckpt_to_keep) is not None and kept < 1:
-        raise UserError(f"trainer.max_actor_ckpt_to_keep={kept} must be at least 1, or null to keep all")
     if is_url(trainer.default_local_dir):
         raise UserError(
             f"trainer.default_local_dir={trainer.default_local_dir} must be a folder of this machine; checkpoints are "

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
+from verl.trainer.batch_config import check_batches
 from verl.trainer.checkpoint_config import check_checkpoints
 from verl.trainer.critic_config import check_critic
 from verl.trainer.placement_config import check_kernels, check_placement
 from verl.trainer.ppo.core_algos import ADVANTAGE_ESTIMATORS, KL_ESTIMATORS, LOSS_AGG_MODES
 from verl.trainer.reward_config import check_reward
-from verl.trainer.rollout_check import check_rollout
+from verl.trainer.rollout_config import check_rollout
 from verl.utils.dataset.rl_dataset import file_list
 from verl.utils.model_shapes import KNOWN_CONFIGS
 from verl.utils.tracking import BACKENDS
-from verl.utils.ulysses import check_head_counts
 from verl.workers.reward_manager import REWARD_MANAGERS
 from xbai.engine.files import DTYPES, check_model_folder
 from xbai.errors import UserError
 
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", ListConfig: "a list"}
 DEFAULTS_FILE = Path(__file__).parent / "config" / "ppo_trainer.yaml"
 
 EXTRA_KEYS = (
@@ -56,6 +58,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "critic.optim.warmup_style": _WARMUPS,
     "actor_rollout_ref.rollout.name": ("vllm", "hf"),
     "actor_rollout_ref.rollout.mode": ("sync", "async"),
+    "actor_rollout_ref.rollout.enforce_eager": (None, True, False),
     "actor_rollout_ref.rollout.sleep_level": (1, 2),
     "actor_rollout_ref.rollout.dtype": ("auto", *DTYPES),
     "reward_model.reward_manager": tuple(REWARD_MANAGERS),
@@ -83,6 +86,8 @@ POSITIVE = (
     "actor_rollout_ref.rollout.tensor_model_parallel_size",
     "actor_rollout_ref.rollout.temperature",
     "actor_rollout_ref.rollout.val_kwargs.n",
+    "critic.grad_clip",
+    "critic.cliprange_value",
     "reward_model.timeout_s",
     "reward_model.batch_timeout_s",
     "reward_model.memory_gib",
@@ -90,6 +95,30 @@ POSITIVE = (
     "trainer.n_gpus_per_node",
     "trainer.total_epochs",
 )
+
+POSITIVE_OR_NULL: dict[str, type] = {
+    "data.val_batch_size": int,
+    "actor_rollout_ref.score.channel": int,
+    "actor_rollout_ref.actor.ppo_micro_batch_size": int,
+    "actor_rollout_ref.actor.clip_ratio_low": float,
+    "actor_rollout_ref.actor.clip_ratio_high": float,
+    "actor_rollout_ref.actor.tis_imp_ratio_cap": float,
+    "actor_rollout_ref.rollout.max_model_len": int,
+    "critic.ppo_mini_batch_size": int,
+    "critic.ppo_micro_batch_size_per_gpu": int,
+    "critic.forward_micro_batch_size_per_gpu": int,
+    "critic.ppo_max_token_len_per_gpu": int,
+    "critic.forward_max_token_len_per_gpu": int,
+    "critic.ulysses_sequence_parallel_size": int,
+    "critic.ppo_epochs": int,
+    "critic.max_nonfinite_updates": int,
+    "reward_model.num_workers": int,
+    "reward_model.max_ungraded_batches": int,
+    "trainer.total_training_steps": int,
+    "trainer.max_actor_ckpt_to_keep": int,
+    "ray_init.num_cpus": int,
+}
+"""Numbers that null stands for something else than, whatever their defaults."""
 
 NOT_ON_CPU = (
     "actor_rollout_ref.actor.fsdp_config.param_offload",
@@ -112,13 +141,6 @@ NOT_WITH_HF = (
     "actor_rollout_ref.rollout.free_cache_engine",
     "actor_rollout_ref.rollout.enforce_eager",
 )
-
-TOKEN_BUDGETS = (
-    ("actor_rollout_ref.actor", "use_dynamic_bsz", "ppo_max_token_len_per_gpu"),
-    ("actor_rollout_ref.ref", "log_prob_use_dynamic_bsz", "log_prob_max_token_len_per_gpu"),
-    ("actor_rollout_ref.rollout", "log_prob_use_dynamic_bsz", "log_prob_max_token_len_per_gpu"),
-)
-"""Sections with a switch for token budgets and the budget, which must hold the longest sequence."""
 
 
 def _raise(message: str) -> None:
@@ -145,22 +167,21 @@ def check_config(config: DictConfig, not_found: Callable[[str], None] | None = N
     _check_acts(config, changed)
     check_placement(config)
     check_kernels(config, not_found)
-    _check_sequence_parallel(config, not_found)
-    check_rollout(config, lambda: _model_config(config.actor_rollout_ref.model.path, not_found))
-    _check_batch_sizes(config)
-    check_critic(config, changed, not_found)
-    _check_lengths(config, not_found)
-    _check_model(config.actor_rollout_ref, not_found)
+    shape = _read_model(not_found, "actor_rollout_ref.model.path", config.actor_rollout_ref.model.path)
+    check_rollout(config, shape)
+    check_batches(config, shape)
+    check_critic(config, changed, shape, partial(_read_model, not_found))
+    _check_score(config.actor_rollout_ref, shape, not_found)
     _check_files(config, not_found)
     check_reward(config, changed)
     check_checkpoints(config, not_found)
 
 
 def leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted key of `node` with its value; None for one that must be given and is not."""
+    """Every dotted key of `node` with its value; `MISSING` for one that must be given and is not."""
     for name in node:
         key = f"{prefix}{name}"
-        value = None if OmegaConf.is_missing(node, name) else node[name]
+        value = MISSING if OmegaConf.is_missing(node, name) else node[name]
         if isinstance(value, DictConfig):
             yield from leaves(value, f"{key}.")
         else:
@@ -177,12 +198,7 @@ def _check_known(config: DictConfig, defaults: DictConfig) -> None:
 def _check_values(config: DictConfig, defaults: DictConfig) -> None:
     default_of = dict(leaves(defaults))
     for key, value in leaves(config):
-        default = default_of.get(key)
-        if value is None or default is None or isinstance(default, str):
-            continue
-        expected = (int, float) if isinstance(default, float) else type(default)
-        if not isinstance(value, expected) or (isinstance(value, bool) and not isinstance(default, bool)):
-            raise UserError(f"{key}={value} must be a {_kind(default)}, like its default {default}")
+        _check_kind(key, value, default_of.get(key))
     for key, choices in CHOICES.items():
         if (value := OmegaConf.select(config, key)) not in choices:
             raise UserError(f"{key}={value} is unknown, use one of {', '.join(map(str, choices))}")
@@ -193,9 +209,22 @@ def _check_values(config: DictConfig, defaults: DictConfig) -> None:
         raise UserError(f"trainer.logger: {unknown[0]} is unknown, use some of {', '.join(BACKENDS)}")
 
 
-def _kind(default: Any) -> str:
-    kinds = {bool: "true or false", int: "whole number", float: "number"}
-    return kinds.get(type(default), "list")
+def _check_kind(key: str, value: Any, default: Any) -> None:
+    """Null is a value of its own only where it is the default, or one of `POSITIVE_OR_NULL`."""
+    if (kind := POSITIVE_OR_NULL.get(key)) is not None:
+        if value is not None and not (_is(kind, value) and value > 0):
+            raise UserError(f"{key}={value} must be {KINDS[kind]} above 0, or null")
+    elif default == MISSING:
+        if value is None:
+            raise UserError(f"{key} must be given, not null")
+    elif default is not None and not _is(type(default), value):
+        shown = "null" if value is None else value
+        raise UserError(f"{key}={shown} must be {KINDS[type(default)]}, like its default {default}")
+
+
+def _is(kind: type, value: Any) -> bool:
+    expected = {float: (int, float), str: (str, int, float)}.get(kind, kind)
+    return isinstance(value, expected) and (kind is bool or not isinstance(value, bool))
 
 
 def _check_machine(config: DictConfig) -> None:
@@ -238,86 +267,29 @@ def _check_acts(config: DictConfig, changed: Mapping[str, Any]) -> None:
             raise UserError(f"{key}={value} needs a GPU and cannot act on CPU; leave it at its default")
         if config.actor_rollout_ref.rollout.name == "hf" and key in NOT_WITH_HF:
             raise UserError(f"{key}={value} cannot act with rollout.name=hf; leave it at its default, or use vllm")
-    cap = config.actor_rollout_ref.actor.tis_imp_ratio_cap
-    if cap is not None and not (isinstance(cap, int | float) and cap > 0):
-        raise UserError(f"actor_rollout_ref.actor.tis_imp_ratio_cap={cap} must be a number above 0, or null for none")
     if config.ray_init.num_cpus is not None and (os.environ.get("RAY_ADDRESS") or config.trainer.nnodes > 1):
         raise UserError(f"ray_init.num_cpus={config.ray_init.num_cpus} cannot act on a Ray cluster that runs already")
 
 
-def _check_sequence_parallel(config: DictConfig, not_found: Callable[[str], None]) -> None:
-    world, model = config.trainer.nnodes * config.trainer.n_gpus_per_node, config.actor_rollout_ref.model
-    for section in ("actor", "ref"):
-        key = f"actor_rollout_ref.{section}.ulysses_sequence_parallel_size"
-        if (size := OmegaConf.select(config, key)) == 1:
-            continue
-        if world % size:
-            raise UserError(f"{key}={size} must divide the {world} processes (trainer.nnodes * n_gpus_per_node)")
-        if not model.use_remove_padding:
-            raise UserError(f"{key}={size} needs packed sequences: set actor_rollout_ref.model.use_remove_padding=true")
-        shape = _model_config(model.path, not_found)
-        if (heads := shape.get("num_attention_heads")) is not None:
-            check_head_counts(heads, shape.get("num_key_value_heads") or heads, size)
-
-
-def _check_batch_sizes(config: DictConfig) -> None:
-    actor_rollout_ref, world = config.actor_rollout_ref, config.trainer.nnodes * config.trainer.n_gpus_per_node
-    n, train, mini = (
-        actor_rollout_ref.rollout.n,
-        config.data.train_batch_size,
-        actor_rollout_ref.actor.ppo_mini_batch_size,
-    )
-    if train % mini:
-        raise UserError(
-            f"data.train_batch_size={train} must be a multiple of actor_rollout_ref.actor.ppo_mini_batch_size={mini}"
-        )
-    sp = actor_rollout_ref.actor.ulysses_sequence_parallel_size
-    if mini * n % (world // sp):
-        sharers = f"groups of {sp} processes" if sp > 1 else "processes"
-        raise UserError(
-            f"actor_rollout_ref.actor.ppo_mini_batch_size * rollout.n = {mini} * {n} = {mini * n} must be a multiple "
-            f"of the {world // sp} {sharers} (trainer.nnodes * trainer.n_gpus_per_node)"
-        )
-    if config.algorithm.adv_estimator in ("grpo", "rloo") and n < 2:
-        raise UserError(
-            f"actor_rollout_ref.rollout.n={n}: algorithm.adv_estimator={config.algorithm.adv_estimator} compares the "
-            "responses to one prompt and needs at least 2"
-        )
-
-
-def _check_lengths(config: DictConfig, not_found: Callable[[str], None]) -> None:
-    """Everything that bounds a sequence must have room for the longest prompt with the longest response."""
-    needed = config.data.max_prompt_length + config.data.max_response_length
-    bounds = {"actor_rollout_ref.rollout.max_model_len": config.actor_rollout_ref.rollout.max_model_len}
-    for section, switch, budget in TOKEN_BUDGETS:
-        if OmegaConf.select(config, f"{section}.{switch}"):
-            size = config.actor_rollout_ref[
-                "ref" if section.endswith(".ref") else "actor"
-            ].ulysses_sequence_parallel_size
-            times = " * ulysses_sequence_parallel_size" if size > 1 else ""
-            bounds[f"{section}.{budget}{times}"] = OmegaConf.select(config, f"{section}.{budget}") * size
-    folder = config.actor_rollout_ref.model.path
-    positions = _model_config(folder, not_found).get("max_position_embeddings")
-    bounds[f"max_position_embeddings of {folder}"] = positions
-    for key, bound in bounds.items():
-        if bound is not None and bound < needed:
-            raise UserError(f"{key}={bound} is less than data.max_prompt_length + data.max_response_length = {needed}")
-
-
-def _model_config(folder: str, not_found: Callable[[str], None]) -> dict[str, Any]:
+def _read_model(not_found: Callable[[str], None], key: str, folder: str) -> dict[str, Any]:
+    """The config.json of the folder that `key` names, in a dry run as far as it is known."""
     try:
         return check_model_folder(folder)
     except UserError as error:
-        message = f"actor_rollout_ref.model.path: {error}"
+        message = f"{key}: {error}"
     if (Path(folder) / "config.json").exists():
         raise UserError(message)
     not_found(message)
     return KNOWN_CONFIGS.get(Path(folder).name, {})
 
 
-def _check_model(config: DictConfig, not_found: Callable[[str], None]) -> None:
-    head = config.score.model_path
-    if config.use_score and head is not None and not Path(head).exists():
+def _check_score(config: DictConfig, shape: Mapping[str, Any], not_found: Callable[[str], None]) -> None:
+    if not config.use_score:
+        return
+    head, channel, hidden_size = config.score.model_path, config.score.channel, shape.get("hidden_size")
+    if None not in (channel, hidden_size) and channel != hidden_size:
+        raise UserError(f"actor_rollout_ref.score.channel={channel} must be null, or the model's {hidden_size=}")
+    if head is not None and not Path(head).exists():
         not_found(f"actor_rollout_ref.score.model_path={head} does not exist")
 
 

@@ -33,9 +33,8 @@ def check_reward(config: DictConfig, changed: Mapping[str, Any]) -> None:
                 f"{key}={value} cannot act with reward_model.reward_manager={section.reward_manager}, only with "
                 f"{', '.join(managers)}; leave it at its default"
             )
-    if section.max_ungraded_batches is not None and section.max_ungraded_batches < 1:
+    if config.trainer.length_penalty and not 0 < (coeff := config.trainer.length_penalty_coeff) <= 1:
         raise UserError(
-            f"reward_model.max_ungraded_batches={section.max_ungraded_batches} must be at least 1, or null for no limit"
+            f"trainer.length_penalty_coeff={coeff} must be above 0 and at most 1 with trainer.length_penalty=true: "
+            "above 1 a long right answer would be worth less than a wrong one"
         )
-    if config.trainer.length_penalty and config.trainer.length_penalty_coeff <= 0:
-        raise UserError("trainer.length_penalty_coeff must be above 0 with trainer.length_penalty=true")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -104,8 +104,7 @@ class CheckpointFolder:
             stream.write(str(step))
 
     def _steps(self) -> list[int]:
-        names = (re.fullmatch(r"global_step_(\d+)", path.name) for path in self.folder.iterdir())
-        return [int(name[1]) for name in names if name]
+        return steps_among(path.name for path in self.folder.iterdir())
 
 
 def step_name(step: int) -> str:
@@ -119,10 +118,16 @@ def step_of(checkpoint: Path) -> int:
     Raises:
         UserError: another name.
     """
-    name = re.fullmatch(r"global_step_(\d+)", checkpoint.name)
-    if name is None:
+    steps = steps_among([checkpoint.name])
+    if not steps:
         raise UserError(f"{checkpoint}: a checkpoint folder is called global_step_N")
-    return int(name[1])
+    return steps[0]
+
+
+def steps_among(names: Iterable[str]) -> list[int]:
+    """The steps of those names that are of checkpoints."""
+    matches = (re.fullmatch(r"global_step_(\d+)", name) for name in names)
+    return [int(match[1]) for match in matches if match]
 
 
 def surplus(steps: Collection[int], latest: int, max_to_keep: int) -> list[int]:

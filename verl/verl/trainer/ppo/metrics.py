@@ -80,7 +80,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 
 
 def mixed_prompts(uids: Sequence[str], correct: Tensor, graded: Tensor) -> float:
-    """Share of prompts with both right and wrong responses: only these have a GRPO advantage."""
+    """Share of prompts with both right and wrong responses: with rewards of 0 and 1, all that GRPO learns from."""
     outcomes: dict[str, set[float]] = {uid: set() for uid in uids}
     for uid, value in zip(np.asarray(uids)[graded.numpy()], correct[graded].tolist()):
         outcomes[uid].add(value)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import threading
 import time
 import uuid
@@ -20,7 +19,7 @@ from pathlib import Path
 import fsspec
 from fsspec.core import split_protocol, url_to_fs
 
-from verl.trainer.ppo.checkpoint_folder import LATEST_FILE, CheckpointFolder, step_name, step_of, surplus
+from verl.trainer.ppo.checkpoint_folder import LATEST_FILE, CheckpointFolder, step_name, step_of, steps_among, surplus
 from xbai.errors import UserError
 from xbai.files import atomic_write
 
@@ -160,8 +159,7 @@ class RemoteFolder:
 
     def _steps(self) -> list[int]:
         paths = self._files.ls(self._root, detail=False)
-        names = (re.fullmatch(r"global_step_(\d+)", path.rstrip("/").rpartition("/")[2]) for path in paths)
-        return [int(name[1]) for name in names if name]
+        return steps_among(path.rstrip("/").rpartition("/")[2] for path in paths)
 
     def _is_whole(self, step: int) -> bool:
         return self._files.exists(f"{self._root}/{step_name(step)}/{COMPLETE_FILE}")

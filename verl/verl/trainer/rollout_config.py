@@ -1,12 +1,14 @@
-"""Checks of the rollout section: what vLLM can divide among ranks, and keys of verl that nothing here can honour."""
+"""What a configuration asks of the rollout: how to sample, what vLLM divides among ranks, and keys of verl that nothing
+here can honour."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import DictConfig
 
+from xbai.engine import SamplingParams
 from xbai.errors import UserError
 
 SECTION = "actor_rollout_ref.rollout"
@@ -16,12 +18,12 @@ NOTHING_TO_ACT_ON = {
 }
 
 
-def check_rollout(config: DictConfig, model_config: Callable[[], Mapping[str, Any]]) -> None:
-    """Raise a `UserError` for the first key that cannot act.
+def check_rollout(config: DictConfig, shape: Mapping[str, Any]) -> None:
+    """Raise a `UserError` for the first key that is wrong or cannot act.
 
     Args:
         config: composed and resolved.
-        model_config: reads the model's config.json, as far as a dry run finds it.
+        shape: the model's config.json, as far as it is known.
     """
     rollout = config.actor_rollout_ref.rollout
     if rollout.mode == "async":
@@ -36,8 +38,17 @@ def check_rollout(config: DictConfig, model_config: Callable[[], Mapping[str, An
             f"{SECTION}.sleep_level={rollout.sleep_level} cannot act with free_cache_engine=false, with which the "
             "engine never sleeps"
         )
+    _check_sampling(SECTION, rollout)
+    _check_sampling(f"{SECTION}.val_kwargs", rollout.val_kwargs)
     if rollout.tensor_model_parallel_size > 1:
-        _check_tensor_parallel(rollout.tensor_model_parallel_size, config.trainer.n_gpus_per_node, model_config())
+        _check_tensor_parallel(rollout.tensor_model_parallel_size, config.trainer.n_gpus_per_node, shape)
+
+
+def _check_sampling(name: str, section: DictConfig) -> None:
+    try:
+        SamplingParams(temperature=section.temperature, top_p=section.top_p, top_k=section.top_k)
+    except UserError as error:
+        raise UserError(f"{name}.{str(error).removeprefix('sampling: ')}") from None
 
 
 def _check_tensor_parallel(size: int, ranks_of_node: int, shape: Mapping[str, Any]) -> None:
