@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tiny import RESPONSE, ROWS, padded_rows, tiny_lm
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from verl.utils.fsdp import init_distributed, named_full_tensors
 from verl.utils.optim import Optimizers
@@ -24,7 +25,6 @@ from verl.workers.critic.dp_critic import DataParallelPPOCritic
 from verl.workers.critic.value_model import ValueModel, build_value_model
 from verl.workers.placed_model import PlacedModel
 
-ROWS, PROMPT, RESPONSE, VOCABULARY = 8, 6, 10, 40
 VARIANTS: dict[str, dict[str, Any]] = {
     "padded": {},
     "by_three": {"ppo_micro_batch_size_per_gpu": 3, "forward_micro_batch_size_per_gpu": 2},
@@ -59,18 +59,7 @@ def make_config(**changes: object) -> dict[str, Any]:
 
 def make_folder(folder: Path) -> Path:
     """A random causal LM."""
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        initializer_range=0.15,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tiny_lm().save_pretrained(folder)
     return folder
 
 
@@ -85,20 +74,13 @@ def make_model(folder: Path, packed: bool = False) -> ValueModel:
 def make_batch() -> dict[str, Tensor]:
     """The global batch, without the values that the critic itself computes first."""
     generator = torch.Generator().manual_seed(1)
-    prompt_lengths = torch.tensor([3, 5, 4, 2, 5, 1, 3, 4])
-    response_lengths = torch.tensor([4, 9, 1, 7, 6, 8, 2, 9])
-    columns = torch.arange(PROMPT + RESPONSE)
-    attention_mask = (columns >= PROMPT - prompt_lengths[:, None]) & (columns < PROMPT + response_lengths[:, None])
-    response_mask = attention_mask[:, PROMPT:]
+    rows = padded_rows(generator)
     graded = torch.ones(ROWS, dtype=torch.bool)
     graded[[1, 4]] = False
     return {
-        "input_ids": torch.randint(1, VOCABULARY, (ROWS, PROMPT + RESPONSE), generator=generator) * attention_mask,
-        "attention_mask": attention_mask.long(),
-        "position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0),
-        "response_mask": response_mask,
+        **rows,
         "graded": graded,
-        "returns": torch.randn(ROWS, RESPONSE, generator=generator) * response_mask * graded[:, None],
+        "returns": torch.randn(ROWS, RESPONSE, generator=generator) * rows["response_mask"] * graded[:, None],
         "noise": 0.4 * torch.randn(ROWS, RESPONSE, generator=generator),
     }
 

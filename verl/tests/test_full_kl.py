@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tiny import PROMPT, RESPONSE, ROWS, padded_rows, tiny_lm
 from torch import Tensor
 from torch.nn.functional import kl_div
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
 from verl.utils.fsdp import init_distributed
 from verl.utils.model import build_joint_model
@@ -28,7 +29,7 @@ from verl.workers.actor.reference import ReferencePolicy
 from verl.workers.placed_model import PlacedModel
 from xbai.errors import UserError
 
-ROWS, PROMPT, RESPONSE, VOCABULARY, TEMPERATURE, CAP, KL_COEF = 8, 6, 10, 40, 0.8, 1.1, 0.3
+TEMPERATURE, CAP, KL_COEF = 0.8, 1.1, 0.3
 VARIANTS: dict[str, dict[str, Any]] = {
     "padded": {},
     "by_three": {"ppo_micro_batch_size_per_gpu": 3},
@@ -61,38 +62,19 @@ def make_config(packed: bool = False, sp_size: int = 1, **actor: object) -> dict
 
 
 def make_folder(folder: Path, seed: int, tied: bool) -> Path:
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        initializer_range=0.15,
-        tie_word_embeddings=tied,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tiny_lm(seed, tie_word_embeddings=tied).save_pretrained(folder)
     return folder
 
 
 def make_batch() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    prompt_lengths = torch.tensor([3, 5, 4, 2, 5, 1, 3, 4])
-    response_lengths = torch.tensor([4, 9, 1, 7, 6, 8, 2, 9])
-    columns = torch.arange(PROMPT + RESPONSE)
-    attention_mask = (columns >= PROMPT - prompt_lengths[:, None]) & (columns < PROMPT + response_lengths[:, None])
-    response_mask = attention_mask[:, PROMPT:]
+    rows = padded_rows(generator)
     graded = torch.ones(ROWS, dtype=torch.bool)
     graded[3] = False
     return {
-        "input_ids": torch.randint(1, VOCABULARY, (ROWS, PROMPT + RESPONSE), generator=generator) * attention_mask,
-        "attention_mask": attention_mask.long(),
-        "position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0),
-        "response_mask": response_mask,
+        **rows,
         "graded": graded,
-        "advantages": torch.randn(ROWS, 1, generator=generator) * response_mask,
+        "advantages": torch.randn(ROWS, 1, generator=generator) * rows["response_mask"],
         "noise": 0.1 * torch.randn(ROWS, RESPONSE, generator=generator),
         "rollout_noise": 0.3 * torch.randn(ROWS, RESPONSE, generator=generator),
     }

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
+from tiny import PROMPT, RESPONSE, ROWS, padded_rows, tiny_lm
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from torch.nn.functional import pad
 
 from verl.utils.fsdp import create_mesh, init_distributed, named_full_tensors, shard_model
 from verl.utils.model import attention_for
@@ -27,7 +28,6 @@ from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.actor.joint_model import JointModel
 from xbai.sprm import ScoreHead
 
-ROWS, PROMPT, RESPONSE, VOCABULARY = 8, 6, 10, 40
 SCENARIOS = ("mixed", "rank_1_without_steps", "only_wrong", "ungraded", "nothing_graded")
 SPLITS = {
     "whole": {"ppo_micro_batch_size_per_gpu": 8},
@@ -79,18 +79,7 @@ def make_config(packed: bool = False, **actor: object) -> DictConfig:
 
 def make_model(packed: bool = False) -> JointModel:
     """A random model without dropout: whoever holds a row computes the same for it."""
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        initializer_range=0.15,
-    )
-    lm = Qwen3ForCausalLM(config)
+    lm = tiny_lm()
     lm.set_attn_implementation(attention_for(torch.float32, packed))
     return JointModel(lm, ScoreHead(32, dropout=0.0))
 
@@ -98,13 +87,9 @@ def make_model(packed: bool = False) -> JointModel:
 def make_batch(scenario: str) -> TensorDict:
     """The global batch, without what the actor itself computes first."""
     generator = torch.Generator().manual_seed(1)
-    prompt_lengths = torch.tensor([3, 5, 4, 2, 1, 5, 3, 4])
-    response_lengths = torch.tensor([4, 9, 1, 7, 6, 8, 2, 9])
-    columns = torch.arange(PROMPT + RESPONSE)
-    attention_mask = (columns >= PROMPT - prompt_lengths[:, None]) & (columns < PROMPT + response_lengths[:, None])
-    input_ids = torch.randint(1, VOCABULARY, (ROWS, PROMPT + RESPONSE), generator=generator) * attention_mask
-    in_response = attention_mask & (columns >= PROMPT)
-    features = in_response & (torch.rand(ROWS, PROMPT + RESPONSE, generator=generator) < 0.5)
+    rows = padded_rows(generator)
+    features = torch.rand(ROWS, PROMPT + RESPONSE, generator=generator) < 0.5
+    features &= pad(rows["response_mask"], (PROMPT, 0))
     features[ROWS // 2, PROMPT : PROMPT + 2] = True
     correct, graded = torch.tensor([1.0, 0, 1, 0, 0, 1, 1, 0]), torch.ones(ROWS, dtype=torch.bool)
     if scenario == "rank_1_without_steps":
@@ -117,15 +102,12 @@ def make_batch(scenario: str) -> TensorDict:
         graded[:] = False
     return TensorDict(
         {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask.long(),
-            "position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0),
-            "responses": input_ids[:, PROMPT:],
-            "response_mask": in_response[:, PROMPT:],
+            **rows,
+            "responses": rows["input_ids"][:, PROMPT:],
             "step_feature_mask": features,
             "correct": correct,
             "graded": graded,
-            "advantages": torch.randn(ROWS, 1, generator=generator) * in_response[:, PROMPT:],
+            "advantages": torch.randn(ROWS, 1, generator=generator) * rows["response_mask"],
             "noise": 0.3 * torch.randn(ROWS, RESPONSE, generator=generator),
             "ref_noise": 0.3 * torch.randn(ROWS, RESPONSE, generator=generator),
         },

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tiny import VOCABULARY, tiny_lm
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from verl.utils.checkpoint import load_checkpoint, save_checkpoint
-from verl.utils.fsdp import init_distributed, named_full_tensors
+from verl.utils.fsdp import init_distributed, named_full_tensors, shard_model
 from verl.utils.model import load_tokenizer
 from verl.utils.optim import JointOptimizer
 from verl.workers.actor.dp_actor import DataParallelPPOActor
@@ -30,7 +30,7 @@ from verl.workers.placed_model import PlacedModel
 from xbai.errors import UserError
 from xbai.sprm import ScoreHead
 
-RANKS, ROWS, PROMPT, RESPONSE, VOCABULARY = 4, 8, 4, 12, 40
+RANKS, ROWS, PROMPT, RESPONSE = 4, 8, 4, 12
 LAYERS = 4
 OPTIM = {"name": "AdamW", "lr": 1e-3, "weight_decay": 0.01}
 CONFIG: dict[str, Any] = {
@@ -59,19 +59,7 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
 
 def make_model(gradient_checkpointing: bool = False) -> JointModel:
     """A random model without dropout."""
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        initializer_range=0.15,
-        tie_word_embeddings=False,
-    )
-    lm = Qwen3ForCausalLM(config)
+    lm = tiny_lm(num_hidden_layers=LAYERS, tie_word_embeddings=False)
     if gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return JointModel(lm, ScoreHead(32, dropout=0.0))
@@ -304,11 +292,10 @@ def test_what_is_not_finite_changes_nothing_and_stops_the_run_after_the_second_i
     assert found["said"][0].startswith("2 updates in a row were not finite (last: loss ")
 
 
-@pytest.mark.parametrize("key", ["param_offload", "optimizer_offload", "offload_policy"])
-def test_without_a_gpu_there_is_nothing_to_offload_from(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+def test_without_a_gpu_there_is_nothing_to_offload_from(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=f"{key}=true needs a GPU"):
-        PlacedModel(make_model(), {key: True})
+    with pytest.raises(UserError, match="offload_policy=true needs a GPU"):
+        shard_model(make_model(), None, {"offload_policy": True})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from torch import nn
 from verl.utils.fsdp import create_mesh, local_device, move_optimizer, reshard, shard_model
 from verl.utils.model import torch_dtype
 from verl.utils.optim import Optimizers
-from xbai.errors import UserError
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -52,7 +51,7 @@ class PlacedModel(Generic[Model]):
         optimizer: its optimiser, or None.
 
     Raises:
-        UserError: offloading without a GPU, or an `fsdp_size` that does not divide the ranks.
+        UserError: `offload_policy` without a GPU, or an `fsdp_size` that does not divide the ranks.
     """
 
     def __init__(
@@ -61,7 +60,6 @@ class PlacedModel(Generic[Model]):
         fsdp_config: Mapping[str, Any],
         build_optimizer: Callable[[Model], Optimizers] | None = None,
     ) -> None:
-        _check_offloading(fsdp_config)
         self._offloads_model = bool(fsdp_config.get("param_offload"))
         self._offloads_optimizer = bool(fsdp_config.get("optimizer_offload"))
         dtypes = Dtypes.from_config(fsdp_config)
@@ -98,14 +96,3 @@ class PlacedModel(Generic[Model]):
     def _move_optimizer(self, device: torch.device | str) -> None:
         for optimizer in {} if self.optimizer is None else self.optimizer.optimizers.values():
             move_optimizer(optimizer, device)
-
-
-def _check_offloading(fsdp_config: Mapping[str, Any]) -> None:
-    keys = ("param_offload", "optimizer_offload", "offload_policy")
-    chosen = [key for key in keys if fsdp_config.get(key)]
-    if chosen and local_device().type == "cpu":
-        raise UserError(f"fsdp_config.{chosen[0]}=true needs a GPU to offload from; set it to false on CPU")
-    if "offload_policy" in chosen and len(chosen) > 1:
-        raise UserError(
-            f"fsdp_config.offload_policy=true keeps everything in CPU memory already: set {chosen[0]} to false"
-        )

@@ -1,0 +1,42 @@
+"""A model and rows that ranks on CPU are done with at once, for test modules that are also their ranks' programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+VOCABULARY, PROMPT, RESPONSE = 40, 6, 10
+PROMPT_LENGTHS, RESPONSE_LENGTHS = (3, 5, 4, 2, 1, 5, 3, 4), (4, 9, 1, 7, 6, 8, 2, 9)
+ROWS = len(PROMPT_LENGTHS)
+
+
+def tiny_lm(seed: int = 0, **changes: Any) -> Qwen3ForCausalLM:
+    """A random Qwen3 whose tokens matter to each other; `changes` are of its configuration."""
+    torch.manual_seed(seed)
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "initializer_range": 0.15,
+    }
+    return Qwen3ForCausalLM(Qwen3Config(**shape | changes))
+
+
+def padded_rows(generator: Generator) -> dict[str, Tensor]:
+    """Model inputs [ROWS, PROMPT + RESPONSE] and `response_mask` of random rows of unequal lengths."""
+    columns = torch.arange(PROMPT + RESPONSE)
+    prompts, responses = (torch.tensor(lengths)[:, None] for lengths in (PROMPT_LENGTHS, RESPONSE_LENGTHS))
+    attention_mask = (columns >= PROMPT - prompts) & (columns < PROMPT + responses)
+    return {
+        "input_ids": torch.randint(1, VOCABULARY, attention_mask.shape, generator=generator) * attention_mask,
+        "attention_mask": attention_mask.long(),
+        "position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0),
+        "response_mask": attention_mask[:, PROMPT:],
+    }
