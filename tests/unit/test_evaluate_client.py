@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from fastapi import FastAPI, Response
@@ -20,13 +22,18 @@ from xbai.evaluate.client import (
     base_urls,
     open_client,
 )
+from xbai.evaluate.served_model import ServedModel
 
 
 class Script:
-    """A service that answers each request as told: a status, or `ok` after the script is used up."""
+    """A service that answers each request as told: a status, or `ok` after the script is used up.
 
-    def __init__(self, *statuses: int, seconds: float = 0.0) -> None:
+    Its model is the next of `identities` whenever it is asked for, at last always the same; with None it is not ready.
+    """
+
+    def __init__(self, *statuses: int, seconds: float = 0.0, identities: tuple[str | None, ...] = ("m:1a",)) -> None:
         self.statuses = list(statuses)
+        self.described = 0
         self.answered = self.running = self.most_running = 0
         self.app = FastAPI()
 
@@ -42,8 +49,11 @@ class Script:
             return Response('{"ok": true}', media_type="application/json")
 
         @self.app.get("/ready")
-        async def ready() -> dict[str, bool]:
-            return {"scores": True}
+        async def ready(response: Response) -> dict[str, object]:
+            identity = identities[min(self.described, len(identities) - 1)]
+            self.described += 1
+            response.status_code = 200 if identity else 503
+            return {"scores": True, "identity": identity}
 
 
 @pytest.fixture(autouse=True)
@@ -207,12 +217,49 @@ def test_work_goes_where_least_is_outstanding(serve_app: Callable[[FastAPI], str
     assert max(fast.most_running, slow.most_running) <= 4
 
 
-def test_describe_waits_for_one_copy(serve_app: Callable[[FastAPI], str]) -> None:
-    async def describe(urls: str) -> list:
-        async with open_client() as client:
-            return await ServicePool(urls, "/generate", client, RetryPolicy(patience_s=0.1), 1).describe()
+def test_more_requests_in_flight_than_a_process_may_open_files_at_first(serve_app: Callable[[FastAPI], str]) -> None:
+    script = Script(seconds=0.5)
+    url = serve_app(script.app)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 20, hard))
+    try:
+        assert posts(url, 60, max_in_flight=60) == [{"ok": True}] * 60
+        assert script.most_running == 60
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
-    assert asyncio.run(describe(f"{serve_app(Script().app)},{dead_url()}")) == [{"scores": True}]
-    assert asyncio.run(describe(serve_app(FastAPI()))) == [{}]
+
+def served_then_posts(urls: str, count: int) -> tuple[ServedModel, list]:
+    async def run() -> tuple[ServedModel, list]:
+        async with open_client() as client:
+            pool = ServicePool(urls, "/generate", client, RetryPolicy(patience_s=0.1), max_in_flight=2)
+            model = await pool.served_model("--response_api_url")
+            return model, await asyncio.gather(*(pool.post({"i": i}) for i in range(count)), return_exceptions=True)
+
+    return asyncio.run(run())
+
+
+def test_one_copy_that_is_ready_is_enough(serve_app: Callable[[FastAPI], str]) -> None:
+    model, _ = served_then_posts(f"{serve_app(Script().app)},{dead_url()}", 0)
+    assert model == ServedModel("m:1a", None, scores=True)
+    assert served_then_posts(serve_app(FastAPI()), 0)[0] == ServedModel(None, None, scores=False)
     with pytest.raises(ServiceUnavailableError, match="start it first"):
-        asyncio.run(describe(dead_url()))
+        served_then_posts(dead_url(), 0)
+
+
+def test_a_copy_that_comes_later_or_comes_back_is_asked_what_it_serves(serve_app: Callable[[FastAPI], str]) -> None:
+    steady, late = Script(seconds=0.1), Script(identities=(None, "other:2b"))
+    _, answers = served_then_posts(f"{serve_app(steady.app)},{serve_app(late.app)}", 20)
+    refused = {str(answer) for answer in answers if isinstance(answer, UserError)}
+    assert refused == {"--response_api_url: the copies serve different models (m:1a, other:2b)"}
+    assert late.answered == 0
+
+    restarted = Script(503, identities=("m:1a", "other:2b"))
+    _, (error,) = served_then_posts(serve_app(restarted.app), 1)
+    assert "different models" in str(error)
+    assert restarted.answered == 1
+
+    same = Script(503, identities=("m:1a", "copy:1a"))
+    _, answers = served_then_posts(serve_app(same.app), 20)
+    assert answers == [{"ok": True}] * 20
+    assert same.described <= 3, "at first, and once for each of those that failed together"

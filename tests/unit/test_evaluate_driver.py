@@ -14,6 +14,7 @@ import pytest
 from xbai.benchmarks.base import Question
 from xbai.benchmarks.registry import get_benchmark
 from xbai.errors import UserError
+from xbai.evaluate import replicas
 from xbai.evaluate.client import RetryPolicy, ServicePool
 from xbai.evaluate.driver import Driver, Services
 from xbai.evaluate.progress import Progress
@@ -36,13 +37,20 @@ def sampled(payload: dict) -> httpx.Response:
     return httpx.Response(200, json={"results": texts})
 
 
-def drive(path: Path, candidates: int, response_num: int = 4, answer: Answer = sampled) -> ResultStore:
+def drive(
+    path: Path, candidates: int, response_num: int = 4, answer: Answer = sampled, score: Answer | None = None
+) -> ResultStore:
+    routes = {"/generate": answer, "/score": score}
+
     async def run(store: ResultStore) -> None:
-        transport = httpx.MockTransport(lambda request: answer(json.loads(request.content)))
+        transport = httpx.MockTransport(lambda request: routes[request.url.path](json.loads(request.content)))
         async with httpx.AsyncClient(transport=transport) as client:
-            pool = ServicePool("http://a", "/generate", client, RetryPolicy(), max_in_flight=2)
+            policy, scorer = (
+                ServicePool("http://a", route, client, RetryPolicy(patience_s=0.1), max_in_flight=2) for route in routes
+            )
             progress = Progress(candidates, 0, Tally())
-            driver = Driver(Services(pool, None, False), store, progress, lambda key: None, {}, seed=0)
+            services = Services(policy, scorer if score else None, False)
+            driver = Driver(services, store, progress, lambda key: None, {}, seed=0)
             requests = list(missing_requests(QUESTIONS, store, candidates, response_num))
             await driver.run(Schedule(requests), {question.index: question.prompt for question in QUESTIONS})
 
@@ -94,6 +102,31 @@ def test_a_refusal_that_is_not_of_the_text_ends_the_run_and_is_not_kept(tmp_path
     assert str(error) == "http://a/generate: 422: return_scores: this model has no score head"
     assert not path.exists()
     assert REFUSED not in Path(f"{path}.journal").read_text()
+
+
+def test_a_score_service_that_is_gone_costs_only_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(replicas, "RETRY_BASE_S", 0.02)
+    scored = httpx.Response(200, json={"value": 0.5, "all_scores": [0.5]})
+    texts = []
+
+    def score_once(payload: dict) -> httpx.Response:
+        texts.append(payload["text"])
+        if len(texts) > 1:
+            raise httpx.ConnectError("gone")
+        return scored
+
+    path = tmp_path / "out.jsonl"
+    drive(path, 8, answer=sampled, score=score_once)
+    scores = [score for line in path.read_text().splitlines() for score in json.loads(line)["output"]["score_lst"]]
+    assert (len(scores), scores.count(None)) == (16, 15)
+    assert len(set(texts)) <= 3, "the others are not asked for"
+    assert caplog.text.count("no more scores are asked for: no answer from http://a for 0.1 s") == 1
+    assert "15 scores could not be had; run the same command again to retry them" in caplog.text
+    drive(path, 8, answer=lambda payload: pytest.fail("all responses are there"), score=lambda payload: scored)
+    scores = [score for line in path.read_text().splitlines() for score in json.loads(line)["output"]["score_lst"]]
+    assert scores == [0.5] * 16
 
 
 def test_grading_that_fails_is_said_and_waited_for_no_longer(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import resource
 import socket
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,10 +18,12 @@ import httpx
 from xbai.api_key import API_KEY_VARIABLE, authorization
 from xbai.errors import UserError
 from xbai.evaluate.replicas import RETRY_BASE_S, RETRY_MAX_S, Replica, Replicas, backoff_s
+from xbai.evaluate.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 10.0
+OPEN_FILES = 65536
 KEEP_ALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     *(
@@ -87,13 +91,22 @@ def base_urls(urls: str) -> list[str]:
 
 
 def open_client(api_key: str | None = None) -> httpx.AsyncClient:
-    """Connections for any number of requests in flight (the pools bound those).
+    """Connections for any number of requests in flight (the pools bound those), as far as the system allows.
 
     A transport of its own goes past proxies that the environment names: the services are near, often on the same host.
     """
+    _raise_file_limit()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     transport = httpx.AsyncHTTPTransport(limits=limits, socket_options=KEEP_ALIVE)
     return httpx.AsyncClient(transport=transport, headers=authorization(api_key))
+
+
+def _raise_file_limit() -> None:
+    """Each connection is an open file, of which a process usually may have 1024 until it asks for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class ServicePool:
@@ -107,6 +120,8 @@ class ServicePool:
         self._client = client
         self._policy = policy
         self._tickets = itertools.count()
+        self._option = ""
+        self._described: dict[str, dict[str, Any]] = {}
 
     @property
     def capacity(self) -> int:
@@ -130,7 +145,7 @@ class ServicePool:
             RequestTooLongError: for the model.
             RequestFailedError: `max_attempts` failures.
             UserError: the service refuses the request for what has nothing to do with its text: bad options, another
-                API key, not this kind of service.
+                API key, not this kind of service; or a copy that was away serves another model (see `served_model`).
             ServiceUnavailableError: every copy has been out of reach for `patience_s`.
         """
         ticket = next(self._tickets) if ticket is None else ticket
@@ -149,27 +164,38 @@ class ServicePool:
                     logger.warning("%s (attempt %d): %s", self._route, failures, problem)
                     await asyncio.sleep(backoff_s(failures))
 
-    async def describe(self) -> list[dict[str, Any]]:
-        """`GET /ready` of every copy that answers: `{}` for one that has no such route.
+    async def served_model(self, option: str) -> ServedModel:
+        """What the copies serve that are ready. From now on the others, and any that has been away, are asked as well
+        before they get a request.
+
+        Args:
+            option: names the service in errors.
 
         Raises:
-            ServiceUnavailableError: none answers within `patience_s`.
-            UserError: a service asks for another API key.
+            ServiceUnavailableError: none is ready within `patience_s`.
+            UserError: they serve different models, or a service asks for another API key.
         """
+        self._option = option
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._policy.patience_s
         for failures in itertools.count(1):
-            answers = await asyncio.gather(*(self._ready(replica.base_url) for replica in self._replicas.all))
-            found = [answer for answer in answers if answer is not None]
-            if found:
-                return found
+            await asyncio.gather(*map(self._greet, self._replicas.all))
+            if self._described:
+                return ServedModel.from_copies(option, list(self._described.values()))
             if clock() > deadline:
                 raise ServiceUnavailableError(f"no service is ready at {self._tried()}; start it first")
             logger.warning("waiting for a service at %s", self._tried())
             await asyncio.sleep(backoff_s(failures))
         raise AssertionError("unreachable")
 
+    async def _greet(self, replica: Replica) -> None:
+        with suppress(_TryAgainError):
+            await self._check_model(replica)
+            replica.succeeded()
+
     async def _attempt(self, replica: Replica, payload: dict[str, Any]) -> dict[str, Any]:
+        if self._described and not replica.is_known:
+            await self._check_model(replica)
         try:
             response = await self._client.post(
                 replica.base_url + self._route,
@@ -221,16 +247,19 @@ class ServicePool:
     def _tried(self) -> str:
         return ", ".join(replica.base_url for replica in self._replicas.all)
 
-    async def _ready(self, base_url: str) -> dict[str, Any] | None:
+    async def _check_model(self, replica: Replica) -> None:
+        """Ask a copy what it serves; one that has no such route goes with any."""
         try:
-            response = await self._client.get(f"{base_url}/ready", timeout=CONNECT_TIMEOUT_S)
+            response = await self._client.get(f"{replica.base_url}/ready", timeout=CONNECT_TIMEOUT_S)
         except httpx.TransportError as error:
-            logger.warning("%s: %s", base_url, error or type(error).__name__)
-            return None
-        if response.status_code == 503:
-            return None
+            raise self._failure(replica, f"{type(error).__name__}: {error}", answered=False) from None
+        if response.is_server_error:
+            raise self._failure(replica, f"{response.status_code}: {_detail(response)}", answered=False)
         _check_key(response)
-        return response.json() if response.is_success else {}
+        found = response.json() if response.is_success else {}
+        ServedModel.from_copies(self._option, [*self._described.values(), found])
+        self._described[replica.base_url] = found
+        replica.is_known = True
 
 
 def _check_key(response: httpx.Response) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from xbai.errors import UserError
-from xbai.evaluate.client import RequestFailedError, RequestTooLongError, ServicePool
+from xbai.evaluate.client import RequestFailedError, RequestTooLongError, ServicePool, ServiceUnavailableError
 from xbai.evaluate.progress import Progress
 from xbai.evaluate.results import REFUSED, Sample, SampleKey
 from xbai.evaluate.schedule import GenerationRequest, Schedule
@@ -63,22 +63,22 @@ class Driver:
         self._on_complete = on_complete
         self._sampling = sampling
         self._seed = seed
-        self._failed_scores = 0
+        self._scorer_is_lost = False
 
     async def run(self, schedule: Schedule, prompts: Mapping[int, str]) -> None:
         """Score what an earlier run left unscored, and do what the schedule asks for, all at once."""
         self._prompts = prompts
-        if self._services.scorer is not None:
-            self._scoring = asyncio.Semaphore(self._services.scorer.capacity)
         async with asyncio.TaskGroup() as self._tasks:
-            for key in self._store.unscored():
-                self._go_on(key)
+            if self._services.scorer is not None:
+                self._scoring = asyncio.Semaphore(self._services.scorer.capacity)
+                for key in self._store.unscored():
+                    self._go_on(key)
             while schedule:
                 await self._services.policy.room()
                 self._tasks.create_task(self._generate(schedule.take(), schedule))
                 await asyncio.sleep(0)  # It takes the room.
-        if self._failed_scores:
-            logger.warning("%d scores could not be had; run the same command again to retry them", self._failed_scores)
+        if self._services.scorer is not None and (unscored := self._store.unscored()):
+            logger.warning("%d scores could not be had; run the same command again to retry them", len(unscored))
 
     async def _generate(self, request: GenerationRequest, schedule: Schedule) -> None:
         started = time.monotonic()
@@ -120,16 +120,23 @@ class Driver:
     async def _score(self, key: SampleKey) -> None:
         # Only keys wait here: the texts of a long backlog stay on the disk.
         async with self._scoring:
-            prompt = self._prompts[key[0]]
-            text = prompt + self._store.get(key).response
-            try:
-                answer = await self._services.scorer.post({"text": text, "prompt": prompt, "return_all_scores": True})
-            except (RequestTooLongError, RequestFailedError) as error:
-                self._failed_scores += 1
-                logger.warning("question %d, sample %d has no score: %s", *key, error)
-            else:
-                self._store.add_score(key, answer["value"], answer.get("all_scores"))
+            if not self._scorer_is_lost:
+                await self._ask_score(key)
         self._complete(key)
+
+    async def _ask_score(self, key: SampleKey) -> None:
+        prompt = self._prompts[key[0]]
+        text = prompt + self._store.get(key).response
+        try:
+            answer = await self._services.scorer.post({"text": text, "prompt": prompt, "return_all_scores": True})
+        except (RequestTooLongError, RequestFailedError) as error:
+            logger.warning("question %d, sample %d has no score: %s", *key, error)
+        except ServiceUnavailableError as error:
+            if not self._scorer_is_lost:
+                logger.warning("no more scores are asked for: %s", error)
+            self._scorer_is_lost = True
+        else:
+            self._store.add_score(key, answer["value"], answer.get("all_scores"))
 
     def _complete(self, key: SampleKey) -> None:
         self._progress.advance()

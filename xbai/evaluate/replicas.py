@@ -32,6 +32,7 @@ class Replica:
         failing_since: when that row of failures began; None where the last answer was good.
         answers: whether any of these failures was an answer of the service.
         refusing_since: since when every answer has been that it is full; None where the last one was another.
+        is_known: what it serves has been asked for, and it has not been away since.
     """
 
     base_url: str
@@ -44,6 +45,7 @@ class Replica:
     failing_since: float | None = None
     answers: bool = False
     refusing_since: float | None = None
+    is_known: bool = False
     _logged_at: float = 0.0
     _grows_at: float = 0.0
     _refusals: int = 0
@@ -63,6 +65,7 @@ class Replica:
         self.refusing_since = None
         self.failing_since = now if self.failing_since is None else self.failing_since
         self.answers = self.answers or answered
+        self.is_known = self.is_known and answered
         if self.resting_until > now:
             return None
         self.failures += 1

@@ -27,7 +27,7 @@ from xbai.evaluate.progress import Progress
 from xbai.evaluate.results import StoredQuestion
 from xbai.evaluate.running_grades import RunningGrades
 from xbai.evaluate.schedule import GenerationRequest, Schedule, missing_requests
-from xbai.evaluate.served_model import ServedModel, use_fused_scores
+from xbai.evaluate.served_model import use_fused_scores
 from xbai.evaluate.settings import RunSettings, digest_texts
 from xbai.evaluate.step_search import StepSearchDriver
 from xbai.evaluate.store import ResultStore
@@ -128,7 +128,6 @@ class Inference:
         options, store = self.options, self.store
         response_num = 1 if options.search.is_step_search else options.response_num
         requests = list(missing_requests(self.stored, store, options.candidates, response_num))
-        done = len(store.complete())
         total = len(store) + sum(len(request.missing) for request in requests)
         if len(store):
             logger.info("%d of %d samples are there already", len(store), total)
@@ -138,10 +137,11 @@ class Inference:
             _synced(store),
             RunningGrades(self.benchmark, self.questions, store, tally) as grades,
         ):
-            for key in store.complete() if requests else ():
-                grades.add(key)
             services = await self._services(client, requests)
-            with Progress(total, done, tally) as progress:
+            done = store.complete() + (store.unscored() if services.scorer is None else [])
+            for key in done if requests else ():
+                grades.add(key)
+            with Progress(total, len(done), tally) as progress:
                 if options.search.is_step_search:
                     driver = StepSearchDriver(options, store, self._step_services(services), progress, grades.add)
                     await driver.run(requests)
@@ -157,12 +157,11 @@ class Inference:
         policy = ServicePool(options.response_api_url, "/generate", client, options.retry, options.max_in_flight)
         scorer = policy_model = scorer_model = None
         if requests:
-            option = f"--response_api_url {options.response_api_url}"
-            policy_model = ServedModel.from_copies(option, await policy.describe())
+            policy_model = await policy.served_model(f"--response_api_url {options.response_api_url}")
             store.record(policy=policy_model.identity)
         if options.score_api_url and self._asks_scorer(requests):
             scorer = ServicePool(options.score_api_url, "/score", client, options.retry, options.max_in_flight)
-            scorer_model = ServedModel.from_copies(f"--score_api_url {options.score_api_url}", await scorer.describe())
+            scorer_model = await scorer.served_model(f"--score_api_url {options.score_api_url}")
         fused = policy_model is not None and use_fused_scores(options, policy_model, scorer_model)
         for model in (policy_model if fused else None, scorer_model):
             if model is not None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xbai.errors import UserError
-from xbai.evaluate.options import RunOptions
 from xbai.model_identity import is_same_model
+
+if TYPE_CHECKING:
+    from xbai.evaluate.options import RunOptions
 
 
 @dataclass(frozen=True)
