@@ -338,36 +338,16 @@ def metric(
 
 @_command("plot")
 def plot(
-    kind: Annotated[str, typer.Argument(help="accuracy, steps (step scores), or training.")],
+    kind: Annotated[str, typer.Argument(help="training.")],
+    metrics_file: Annotated[Path, typer.Option("--metrics_file", help="metrics.jsonl of a training.")],
     output: Annotated[Path, typer.Option("--output", help="The figure to write: .png, .pdf or .svg.")],
-    task: Annotated[str | None, typer.Option("--task", help="Benchmark of the results.")] = None,
-    result_paths: Annotated[
-        list[str] | None, typer.Option("--result_paths", help="TITLE=GLOB, once for each panel; or a glob.")
-    ] = None,
-    metrics_file: Annotated[Path | None, typer.Option("--metrics_file", help="metrics.jsonl of a training.")] = None,
 ) -> None:
-    """Draw a figure from results or from a training's metrics."""
-    from xbai.evaluate.figure import check_format
-    from xbai.evaluate.metrics import report_files
-    from xbai.evaluate.plots import plot_accuracy, plot_step_scores
+    """Draw a training's curves; figures of results come from metric --plot and summary --plot."""
     from xbai.evaluate.training_plot import plot_training
 
-    check_format(output)
-    if kind == "training":
-        if metrics_file is None:
-            raise UserError("plot training needs --metrics_file")
-        plot_training(metrics_file, output)
-    elif kind in ("accuracy", "steps"):
-        if task is None or not result_paths:
-            raise UserError(f"plot {kind} needs --task and --result_paths")
-        named = {title or pattern: pattern for title, _, pattern in (path.rpartition("=") for path in result_paths)}
-        measured = {title: report_files(task, [pattern]) for title, pattern in named.items()}
-        if kind == "accuracy":
-            plot_accuracy({title: report for title, (report, _) in measured.items()}, output)
-        else:
-            plot_step_scores([question for _, questions in measured.values() for question in questions], output)
-    else:
-        raise UserError(f"plot {kind!r}: use accuracy, steps or training")
+    if kind != "training":
+        raise UserError(f"plot {kind!r}: use training; metric --plot and summary --plot draw results")
+    plot_training(metrics_file, output)
     typer.echo(f"wrote {output}")
 
 

@@ -23,7 +23,7 @@ from xbai.evaluate.metrics import (
     repeated_accuracy,
     report_files,
 )
-from xbai.evaluate.plots import plot_accuracy, plot_results, plot_step_scores
+from xbai.evaluate.plots import plot_accuracy, plot_results
 from xbai.evaluate.step_curve import step_curve
 from xbai.evaluate.summary import build_summary
 from xbai.evaluate.tables import STRATEGY_NAMES, accuracy_grid, comparison_grid, quality_grid, show
@@ -197,6 +197,11 @@ def test_summary_refuses_unlike_runs() -> None:
     base = measure(random_questions(3, 32), settings())
     with pytest.raises(UserError, match=r"differ in temperature \(1.0, 0.7\)"):
         build_summary(base, measure(random_questions(3, 32), settings(temperature=0.7)))
+    with pytest.raises(UserError, match=r"differ in top_p \(None, 0.9\); search \(None, {'name': 'beam'}\)"):
+        build_summary(base, measure(random_questions(3, 32), settings(top_p=0.9, search={"name": "beam"})))
+    with pytest.raises(UserError, match=r"differ in the number of questions \(3, 2\)"):
+        build_summary(base, measure(random_questions(2, 32), settings()))
+    build_summary(base, measure(random_questions(3, 32), settings(model="rl", policy="rl:1", lang="en", seed=1)))
     with pytest.raises(UserError, match="needs N=32, but a question has only 8"):
         build_summary(base, measure(random_questions(3, 8), settings()))
 
@@ -249,19 +254,16 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
     base, rl = reports()
     plot_accuracy({"Before RL": base, "After RL": rl}, tmp_path / "accuracy.png")
     plot_results({"rl": rl, "base": base}, random_questions(12, 32, seed=1), tmp_path / "results.png")
-    plot_step_scores(random_questions(5, 8), tmp_path / "steps.png")
     records = [{"step": i, "reward/pass_rate": i / 40, "score/auc": float("nan") if i == 3 else 0.9} for i in range(40)]
     metrics = write(tmp_path / "metrics.jsonl", *records)
     with metrics.open("a") as stream:
         stream.write('{"step": 40, "rew')
     plot_training(metrics, tmp_path / "training.png")
-    for name in ("accuracy", "results", "steps", "training"):
+    for name in ("accuracy", "results", "training"):
         assert 0.02 < drawn(tmp_path / f"{name}.png") < 0.6
 
 
 def test_figures_without_data_say_so(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no step scores"):
-        plot_step_scores([], tmp_path / "x.png")
     with pytest.raises(UserError, match="none of the training curves"):
         plot_training(write(tmp_path / "m.jsonl", {"step": 1, "other": 2.0}), tmp_path / "x.png")
     with pytest.raises(UserError, match="no such file"):

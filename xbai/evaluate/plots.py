@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from xbai.errors import UserError
 from xbai.evaluate.figure import (
     BLUE,
     GREEN,
@@ -45,7 +44,6 @@ LABEL_PLACES = (
 )
 """Where N stands beside a point of the first and of the second line: rising lines leave these corners free."""
 
-NO_STEP_SCORES = "the results hold no step scores; they come with fused scores or from the score service"
 PANEL_SIZE = (4.8, 4.0)
 
 Drawing = Callable[[Axes], None]
@@ -96,21 +94,6 @@ def plot_accuracy(reports: Mapping[str, Report], path: Path) -> None:
             axis.set_ylabel("accuracy" if axis is axes[0] else "")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) if len(reports) > 1 else 2)
-        save_figure(figure, path)
-
-
-def plot_step_scores(questions: Sequence[GradedQuestion], path: Path) -> None:
-    """Mean step score of right and of wrong responses from their first to their last step.
-
-    Raises:
-        UserError: the results hold no step scores.
-    """
-    curves = _step_curves(questions)
-    if not curves:
-        raise UserError(NO_STEP_SCORES)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(5.6, 3.8))
-        _draw_step_curves(figure.subplots(), curves)
         save_figure(figure, path)
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from xbai.errors import UserError
 from xbai.evaluate.metrics import Report
+from xbai.evaluate.settings import MODELS, differing_settings
 from xbai.files import atomic_write
 
+MAY_DIFFER = (*MODELS, "lang", "seed")
 SUMMARY_COUNTS = (2, 8, 32)
 SUMMARY_STRATEGIES = ("best_of_n", "majority", "oracle", "random")
 
@@ -19,19 +21,23 @@ def build_summary(base: Report, rl: Report, seconds_total: float | None = None) 
 
     Args:
         base: results of the model before RL.
-        rl: results of the model after it, on the same questions at the same temperature.
+        rl: results of the model after it, on the same questions with the same sampling.
         seconds_total: wall time of the whole run.
 
     Raises:
         UserError: the two were not sampled alike, or with too few samples.
     """
     base_settings, rl_settings = base.settings or {}, rl.settings or {}
-    for key in ("task", "questions", "temperature", "max_tokens"):
-        if base_settings.get(key) != rl_settings.get(key):
-            raise UserError(
-                f"the two result files differ in {key} ({base_settings.get(key)!r}, {rl_settings.get(key)!r}): "
-                "evaluate both models alike"
-            )
+    differing = {
+        name: (base_settings.get(name), rl_settings.get(name))
+        for name in differing_settings(base.settings, rl.settings)
+        if name not in MAY_DIFFER
+    }
+    if base.questions != rl.questions:
+        differing["the number of questions"] = base.questions, rl.questions
+    if differing:
+        differences = "; ".join(f"{name} ({one!r}, {other!r})" for name, (one, other) in differing.items())
+        raise UserError(f"the two result files differ in {differences}: evaluate both models alike")
     base_model, rl_model = base.to_dict(), rl.to_dict()
     return {
         "seconds_total": seconds_total,
