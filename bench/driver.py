@@ -53,6 +53,7 @@ from xbai.prompts import prompt_text
 SLOTS, MEAN_S = 8, 2.0
 SAMPLES = 32
 SEED = 0
+READY_TIMEOUT_S = 120.0
 SEQUENTIAL_QUESTIONS = 12
 """Enough for the ratio; all of them would take several times as long."""
 
@@ -148,7 +149,7 @@ def drive(services: int, ideal_s: float) -> dict[str, Any]:
                 score_source="none",
                 seed=SEED,
             )
-            all_ready.wait()
+            all_ready.wait(timeout=READY_TIMEOUT_S)
             death = threading.Timer(death_s, processes[0].kill)
             death.start()
             started = time.monotonic()
@@ -176,7 +177,7 @@ def drive_sequentially(services: int) -> dict[str, Any]:
         work = Workload(Path(name), SEQUENTIAL_QUESTIONS)
         ideal = work.total_s() / (SLOTS * services)
         with simulated_services(services, Path(name)) as (urls, _, _):
-            all_ready.wait()
+            all_ready.wait(timeout=READY_TIMEOUT_S)
             started = time.monotonic()
             asyncio.run(_question_by_question(work, ",".join(urls)))
             wall = time.monotonic() - started
