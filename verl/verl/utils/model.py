@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_flash_attn_2_available
 
-from verl.utils.liger import apply_liger, check_liger
+from verl.utils.liger import apply_liger
 from verl.workers.actor.joint_model import JointModel
 from xbai.engine import files
 from xbai.engine.packed_attention import PACKED_ATTENTION, why_not_packed
@@ -100,8 +100,8 @@ def build_joint_model(
         fused_kernels: see `token_log_probs`.
 
     Raises:
-        UserError: no such folder, no model in it, a head that does not fit, a model that cannot be packed, kernels that
-            cannot run.
+        UserError: no such folder, no model in it, a head that does not fit, a model that cannot be packed or that Liger
+            has no kernels for.
     """
     lm = load_transformer(
         AutoModelForCausalLM,
@@ -113,7 +113,6 @@ def build_joint_model(
         compute_dtype=compute_dtype,
     )
     if use_liger:
-        check_liger("cuda" if torch.cuda.is_available() else "cpu")
         apply_liger(lm)
     hidden_size = lm.config.hidden_size
     if channel is not None and channel != hidden_size:
@@ -173,8 +172,7 @@ def attention_for(compute_dtype: torch.dtype, packed: bool = False) -> str:
     """The `attn_implementation` for padded or for packed sequences."""
     if packed:
         return PACKED_ATTENTION
-    has_flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if has_flash and compute_dtype != torch.float32 else "sdpa"
+    return "flash_attention_2" if is_flash_attn_2_available() and compute_dtype != torch.float32 else "sdpa"
 
 
 def check_packable(lm: PreTrainedModel) -> None:
