@@ -4,9 +4,9 @@
     python data/prepare.py livecodebench --release release_v5 --start_date 2024-08-01
 
 Benchmarks become `NAME.jsonl`, and those of mathematics `NAME.parquet` too, for validation during training; training
-sets become `NAME.parquet`; `make10` is made here and needs no network. The SHA-256
-sum of every file, and where it came from, is kept in `SHA256SUMS.json` beside it: what is there already is checked
-and not made again. Files once downloaded stay in the Hub's cache, so that an interrupted run goes on with the next.
+sets become `NAME.parquet`; `make10` is made here and needs no network. The SHA-256 sum and the revision of every file
+are kept in `SHA256SUMS.json` beside it: what is there already is checked and not made again, and what is made again is
+of the same revision. Files once downloaded stay in the Hub's cache, so that an interrupted run goes on with the next.
 """
 
 from __future__ import annotations
@@ -293,7 +293,7 @@ def prepare(name: str, out: Path, selection: Selection = EVERYTHING) -> list[Pat
     if source.files:
         wanted = RELEASES.index(selection.release or DEFAULT_RELEASE) + 1
         source = replace(source, files=dict(list(source.files.items())[:wanted]))
-    revision = revision_of(source)
+    revision = read_sums(out).get(paths[0].name, {}).get("revision") or revision_of(source)
     rows = download(source, revision)
     if name == "livecodebench":
         written = write_jsonl(paths[0], livecodebench_rows(rows, selection, out))

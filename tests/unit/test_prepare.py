@@ -327,7 +327,8 @@ def test_sums_and_origins_are_recorded_for_every_file(prepared):
     )
 
 
-def test_what_is_there_is_checked_and_not_made_again(prepared, hub, run, tmp_path):
+def test_what_is_there_is_checked_and_made_again_from_the_same_revision(prepared, hub, run, tmp_path, monkeypatch):
+    old_revision = HubRequest.revision
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     hub.asked.clear()
     again = run("gsm8k", "math500", "--out", tmp_path)
@@ -340,7 +341,9 @@ def test_what_is_there_is_checked_and_not_made_again(prepared, hub, run, tmp_pat
     (tmp_path / "math500.jsonl").unlink()
     (tmp_path / "deepscaler.parquet").touch()
     assert "gsm8k.jsonl has changed since it was prepared" in run("gsm8k", "--out", tmp_path).stderr
+    monkeypatch.setattr(HubRequest, "revision", "f" * 40)
     assert "wrote" in run("math500", "--out", tmp_path).stdout
+    assert json.loads((tmp_path / "SHA256SUMS.json").read_text())["math500.jsonl"]["revision"] == old_revision
     (tmp_path / "aime24.jsonl").write_text("my own")
     assert "aime24.jsonl exists, and is not listed" in run("aime24", "--out", tmp_path).stderr
     assert (tmp_path / "aime24.jsonl").read_text() == "my own"
