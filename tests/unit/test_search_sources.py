@@ -25,9 +25,10 @@ from xbai.evaluate.tally import Tally
 from xbai.search.engine_source import EngineLoop, EngineSource
 from xbai.search.expander import Continuation, Expander, Limits
 from xbai.search.path import ROOT, Path
-from xbai.search.service_source import ServiceSource, StepServices, scores_within
+from xbai.search.service_source import ServiceSource, StepServices
 from xbai.search.strategy import SearchOptions, search_response
 from xbai.sprm import StepRule, step_feature_mask
+from xbai.sprm.steps import scores_within
 
 PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
@@ -69,12 +70,13 @@ def test_a_search_on_an_engine_scores_as_the_whole_response_is_scored(
     name: str, engine: Engine, rule: StepRule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     eager_for_steps(engine, rule, monkeypatch)
+    monkeypatch.setattr(engine, "score", None)  # Scores come with the tokens: none is computed again.
     options = SearchOptions(name, beam_width=2, expand=2, token_budget=200)
     found = searches(engine, options, [PROMPT, "two "], seed=3)
     assert any(len(path.step_scores) > 1 for path, _ in found)
     for prompt, (path, spent) in zip([PROMPT, "two "], found):
         prompt_ids = engine.tokenizer.encode(prompt)
-        (scored,) = engine.score([prompt_ids + list(path.token_ids)], [len(prompt_ids)])
+        (scored,) = engine.scorer.score([prompt_ids + list(path.token_ids)], [len(prompt_ids)])
         assert path.step_scores == pytest.approx(scored.step_scores, abs=1e-5)
         assert path.token_count == len(path.token_ids) <= 40
         assert spent <= 200
@@ -100,16 +102,13 @@ def test_an_engine_pauses_after_a_step_token(engine: Engine, rule: StepRule, mon
     assert asyncio.run(write(False, closed)).text.count(".\n\n") > 1
 
 
-@pytest.mark.parametrize("broken", ["step", "score"])
-def test_an_engine_that_fails_fails_every_search(
-    broken: str, tiny_model_dir: FilePath, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_that_fails_fails_every_search(tiny_model_dir: FilePath, monkeypatch: pytest.MonkeyPatch) -> None:
     failing = load_engine("hf", tiny_model_dir, with_scores=True)
 
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(failing, broken, fail)
+    monkeypatch.setattr(failing, "step", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         searches(failing, SearchOptions("dvts", beam_width=2, token_budget=100), [PROMPT, "two "], seed=0)
 
@@ -215,6 +214,28 @@ def test_a_context_that_is_full_ends_a_response(tiny_tokenizer: PreTrainedTokeni
     assert asyncio.run(source.write_on(begun, 10, False, 0)).path.finish_reason == "length"
     with pytest.raises(RequestTooLongError):
         asyncio.run(source.write_on(ROOT, 10, False, 0))
+
+
+def test_what_the_score_service_cannot_take_ends_a_response_and_refuses_no_question(
+    tiny_tokenizer: PreTrainedTokenizerFast, rule: StepRule
+) -> None:
+    class ShortScorer(ScriptedScorer):
+        async def post(self, payload: dict[str, Any], ticket: int) -> dict[str, Any]:
+            if payload["text"].count(".\n\n") > steps:
+                raise RequestTooLongError("413: too long for the scorer")
+            return await super().post(payload, ticket)
+
+    policy = ScriptedPolicy("one.\n\ntwo.\n\nthe end", tiny_tokenizer, PROMPT)
+    services = StepServices(policy, ShortScorer(), {}, rule, tiny_tokenizer)
+    steps = 1
+    path, spent = asyncio.run(
+        search_response(SearchOptions("beam", beam_width=1, expand=1), ServiceSource(services, PROMPT, 0), 80, 0)
+    )
+    assert (path.text, path.finish_reason, path.step_scores) == ("one.\n\n", "length", (0.5,))
+    assert spent == policy.generated
+    steps = 0
+    with pytest.raises(RequestFailedError, match="no score for what the response begins with: 413"):
+        asyncio.run(ServiceSource(services, PROMPT, 0).write_on(ROOT, 80, False, 0))
 
 
 def test_searches_end_one_after_the_other_while_the_service_stays_busy(

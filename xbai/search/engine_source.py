@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from xbai.engine import Completion, Engine, SamplingParams
 from xbai.errors import UserError
 from xbai.search.expander import Continuation
 from xbai.search.path import Path
-from xbai.sprm.steps import THINK_CLOSE
-
-
-@dataclass(frozen=True)
-class _Request:
-    prompt_ids: list[int]
-    response_start: int
-    future: asyncio.Future[Completion]
+from xbai.sprm.steps import THINK_CLOSE, scores_within
 
 
 class EngineLoop:
@@ -28,15 +21,14 @@ class EngineLoop:
             raise UserError("search: the model has no score head (score_module.pt beside it), which step search needs")
         self.engine = engine
         self._numbers = itertools.count()
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, asyncio.Future[Completion]] = {}
         self._running: asyncio.Task[None] | None = None
 
-    async def generate(self, prompt_ids: list[int], response_start: int, params: SamplingParams) -> Completion:
-        """One completion, with the scores of all steps since `response_start`, which may lie in the prompt."""
+    async def generate(self, prompt_ids: list[int], params: SamplingParams) -> Completion:
+        """One completion, with the scores of its steps."""
         request_id = f"search-{next(self._numbers)}"
-        self.engine.add_request(request_id, prompt_ids, params)
-        future = asyncio.get_running_loop().create_future()
-        self._requests[request_id] = _Request(prompt_ids, response_start, future)
+        self.engine.add_request(request_id, prompt_ids, params, return_scores=True)
+        future = self._requests[request_id] = asyncio.get_running_loop().create_future()
         if self._running is None or self._running.done():
             self._running = asyncio.create_task(self._run())
         return await future
@@ -49,21 +41,17 @@ class EngineLoop:
                 self._answer(self.engine.step())
         except Exception as error:
             # It is for the searches to hear, none of which will be answered any more.
-            requests, self._requests = self._requests, {}
-            for request in requests.values():
-                if not request.future.done():
-                    request.future.set_exception(error)
+            futures, self._requests = self._requests, {}
+            for future in futures.values():
+                if not future.done():
+                    future.set_exception(error)
 
     def _answer(self, finished: list[tuple[str, list[Completion]]]) -> None:
-        requests = [self._requests[request_id] for request_id, _ in finished]
-        completions = [completion for _, (completion,) in finished]
-        sequences = [request.prompt_ids + done.token_ids for request, done in zip(requests, completions, strict=True)]
-        scored = self.engine.score(sequences, [request.response_start for request in requests])
-        for (request_id, (completion,)), result in zip(finished, scored, strict=True):
-            future = self._requests.pop(request_id).future
+        for request_id, (completion,) in finished:
+            future = self._requests.pop(request_id)
             # A search that was cancelled no longer waits.
             if not future.done():
-                future.set_result(replace(completion, step_scores=result.step_scores))
+                future.set_result(completion)
 
 
 class EngineSource:
@@ -88,13 +76,14 @@ class EngineSource:
             return Continuation(replace(path, finish_reason="length"), 0)
         step_ids = () if to_end or THINK_CLOSE in path.text else engine.step_rule.step_ids
         params = replace(self._params, n=1, max_tokens=max_tokens, seed=seed, stop_token_ids=step_ids)
-        completion = await self._loop.generate(prompt_ids, len(self._prompt_ids), params)
+        completion = await self._loop.generate(prompt_ids, params)
+        scores = scores_within(path.token_ids, completion.token_ids, completion.step_scores, engine.step_rule)
         ended = completion.finish_reason == "stop"
         token_ids = (*path.token_ids, *completion.token_ids)
         grown = Path(
             text=path.text + completion.text if ended else self._decode(token_ids),
             token_count=len(token_ids),
-            step_scores=tuple(completion.step_scores),
+            step_scores=(*path.step_scores, *scores),
             finish_reason="stop" if ended else None,
             token_ids=token_ids,
         )

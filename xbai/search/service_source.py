@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from xbai.evaluate.client import RequestTooLongError, ServicePool
+from xbai.evaluate.client import RequestFailedError, RequestTooLongError, ServicePool
 from xbai.search.expander import Continuation
 from xbai.search.path import Path
-from xbai.sprm import StepRule, step_feature_mask
-from xbai.sprm.steps import THINK_CLOSE
+from xbai.sprm import StepRule
+from xbai.sprm.steps import THINK_CLOSE, scores_within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,10 +63,16 @@ class ServiceSource:
             if not path.text:
                 raise
             return Continuation(replace(path, finish_reason="length"), 0)
+        try:
+            step_scores = await self._step_scores(path, answer)
+        except RequestTooLongError as error:  # The score service may take less than the policy service.
+            if not path.text:
+                raise RequestFailedError(f"no score for what the response begins with: {error}") from None
+            return Continuation(replace(path, finish_reason="length"), answer.token_count)
         grown = Path(
             text=path.text + answer.text,
             token_count=path.token_count + answer.token_count,
-            step_scores=await self._step_scores(path, answer),
+            step_scores=step_scores,
             finish_reason="stop" if answer.finish_reason == "stop" else None,
         )
         return Continuation(grown, answer.token_count)
@@ -102,17 +106,3 @@ class ServiceSource:
         payload = {"text": text, "prompt": self._prompt, "return_all_scores": True}
         scored = await scorer.post(payload, ticket=self._ticket)
         return tuple(scored["all_scores"])
-
-
-def scores_within(before: list[int], added: list[int], scores: list[float], rule: StepRule) -> list[float]:
-    """Of the step scores of a continuation that was judged alone, those that count in the whole response.
-
-    A continuation alone does not know of a `<think>` before it, and so takes what follows `</think>` for steps.
-    """
-    ids = torch.tensor([[*before, *added]])
-    is_added = torch.arange(ids.shape[1])[None] >= len(before)
-    alone = step_feature_mask(ids, is_added, rule)
-    whole = step_feature_mask(ids, torch.ones_like(is_added), rule)
-    # The text may encode to other tokens than those that were generated and scored.
-    counts = whole[alone].tolist() if int(alone.sum()) == len(scores) else [True] * len(scores)
-    return [score for score, counted in zip(scores, counts, strict=True) if counted]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +142,27 @@ def step_feature_mask(input_ids: Tensor, response_mask: Tensor, rule: StepRule) 
     if rule.think_open_id is not None:
         counted &= ~_shift_right(input_ids == rule.think_open_id)
     return torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], dim=1)
+
+
+def scores_within(before: Sequence[int], added: Sequence[int], scores: Sequence[float], rule: StepRule) -> list[float]:
+    """Of the step scores of a continuation that was judged alone, those that count in the whole response.
+
+    A continuation alone does not know of a `<think>` before it, and so takes what follows `</think>` for steps. It has
+    no score of a step whose token it begins with.
+
+    Args:
+        before: the response's tokens that were there.
+        added: the continuation's.
+        scores: one for each step of `added`, were it the whole response.
+        rule: which tokens end a step.
+    """
+    ids = torch.tensor([[*before, *added]])
+    is_added = torch.arange(ids.shape[1])[None] >= len(before)
+    alone = step_feature_mask(ids, is_added, rule)
+    whole = step_feature_mask(ids, torch.ones_like(is_added), rule)
+    # Text from a service may encode to other tokens than those that were generated and scored.
+    counts = whole[alone].tolist() if int(alone.sum()) == len(scores) else [True] * len(scores)
+    return [score for score, counted in zip(scores, counts, strict=True) if counted]
 
 
 def _thinking_region(input_ids: Tensor, response: Tensor, rule: StepRule) -> Tensor:
