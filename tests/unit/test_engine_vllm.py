@@ -10,6 +10,7 @@ import torch
 
 from xbai.engine import vllm as vllm_module
 from xbai.engine.vllm import VLLMEngine
+from xbai.engine.vllm import _start as start
 from xbai.errors import UserError
 
 
@@ -19,10 +20,10 @@ class StartedError(Exception):
 
 @pytest.fixture(autouse=True)
 def no_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(arguments: dict[str, Any]) -> None:
+    def stop(arguments: dict[str, Any]) -> None:
         raise StartedError(arguments)
 
-    monkeypatch.setattr(vllm_module, "_start", start)
+    monkeypatch.setattr(vllm_module, "_start", stop)
 
 
 def start_arguments(folder: Path, **options: Any) -> dict[str, Any]:
@@ -47,6 +48,28 @@ def test_the_weights_are_shared_by_as_many_processes_as_asked(tiny_model_dir: Pa
     shared = start_arguments(tiny_model_dir, tensor_parallel_size=2)
     assert shared["tensor_parallel_size"] == 2
     assert "distributed_executor_backend" not in shared
+
+
+def test_a_gpu_gets_the_batches_that_vllm_takes_for_it(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (90, 100))
+    for on_gpu, seqs, tokens in ((False, 128, 8192), (True, None, None)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda on_gpu=on_gpu: on_gpu)
+        arguments = start_arguments(tiny_model_dir)
+        assert (arguments.get("max_num_seqs"), arguments.get("max_num_batched_tokens")) == (seqs, tokens)
+        arguments = start_arguments(tiny_model_dir, max_num_seqs=4, max_num_batched_tokens=10000)
+        assert (arguments["max_num_seqs"], arguments["max_num_batched_tokens"]) == (4, 10000)
+
+
+def test_triton_computes_a_float32_model_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    knobs = pytest.importorskip("triton.knobs")
+    for name in (*vllm_module._REQUIRED_ENVIRONMENT, *vllm_module._DEFAULT_ENVIRONMENT):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(vllm_module, "_construct", lambda arguments: None)
+    start({})
+    assert knobs.language.fp32_default == "ieee"
+    monkeypatch.setenv("TRITON_F32_DEFAULT", "tf32")
+    start({})
+    assert knobs.language.fp32_default == "tf32"
 
 
 def test_ranks_that_do_not_divide_into_engines_are_refused(

@@ -49,9 +49,13 @@ _DEFAULT_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     # Automatic binding would pin the engines of all processes of a machine to the same cores.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # A float32 model's attention on a GPU is a Triton kernel, which would round its operands to TF32: step scores would
+    # differ from the scorer's by more than 1e-4. What PyTorch multiplies, vLLM leaves in full precision by default.
+    "TRITON_F32_DEFAULT": "ieee",
 }
 logger = logging.getLogger(__name__)
 
+_CPU_MAX_NUM_SEQS = 128
 _CPU_BLOCK_TOKENS = 128
 _MAX_CPU_CACHE_BYTES = 4 * 2**30
 
@@ -76,8 +80,8 @@ class VLLMEngine(Engine):
         sprm_config: instead of `with_scores` the form of a head that is not in the folder; `update_weights` is to bring
             its weights before scores are asked for. Only where `fused_scores.obstacle` names none.
         trust_remote_code: run the Python code that comes with the folder.
-        max_num_seqs: most samples in flight.
-        max_num_batched_tokens: most tokens of one scheduler iteration.
+        max_num_seqs: most samples in flight; by default 128 on CPU, and what vLLM chooses for a GPU of this size.
+        max_num_batched_tokens: most tokens of one scheduler iteration; by default likewise.
         enforce_eager: no compilation; True by default on CPU, where compiling costs a minute.
         kv_cache_memory_bytes: on CPU by default what `max_num_seqs` full samples need, at most 4 GiB.
         **options: any other field of vLLM's `EngineArgs` (`gpu_memory_utilization`, `load_format`, ...).
@@ -93,7 +97,7 @@ class VLLMEngine(Engine):
         with_scores: bool = False,
         sprm_config: SPRMConfig | None = None,
         trust_remote_code: bool = False,
-        max_num_seqs: int = 128,
+        max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
         enforce_eager: bool | None = None,
         kv_cache_memory_bytes: int | None = None,
@@ -109,15 +113,7 @@ class VLLMEngine(Engine):
         self._load_scorer = partial(
             Scorer.from_folder, model_path, dtype=dtype, lang=lang, trust_remote_code=trust_remote_code
         )
-        self._fused_head: FusedHead | None = None
-        if with_scores and (reason := obstacle(config, options)) is not None:
-            logger.warning("step scores will take a second forward pass: %s", reason)
-            self.scorer = self._load_scorer()
-            self._head_shapes = head_shapes(self.scorer.head)
-        elif with_scores:
-            self._fused_head = FusedHead(load_sprm_config(model_path, tokenizer, lang), str(model_path))
-        elif sprm_config is not None:
-            self._fused_head = FusedHead(sprm_config, folder=None)
+        self._fused_head = self._load_head(model_path, lang, with_scores, sprm_config, options)
         if self._fused_head is not None:
             # Also made here: its mistakes are the user's, and vLLM's processes would hide them in tracebacks.
             self._head_shapes = head_shapes(self._fused_head.build(config.hidden_size))
@@ -125,33 +121,17 @@ class VLLMEngine(Engine):
             options |= self._fused_head.engine_arguments(config, options)
         self._weights_have_changed = False
         self._on_cpu = not torch.cuda.is_available()
-        arguments = {
+        self._owns_process_group = not torch.distributed.is_initialized()
+        chosen = {
             "model": str(model_path),
-            "dtype": str(torch_dtype).removeprefix("torch."),
             "max_model_len": length,
             "max_num_seqs": max_num_seqs,
             "max_num_batched_tokens": max_num_batched_tokens,
-            "enforce_eager": self._on_cpu if enforce_eager is None else enforce_eager,
+            "enforce_eager": enforce_eager,
             "kv_cache_memory_bytes": kv_cache_memory_bytes,
-            # Of requests without a seed: fresh in every process, but one stream over the ranks of a trainer.
-            "seed": 0 if torch.distributed.is_initialized() else secrets.randbits(31),
             "trust_remote_code": trust_remote_code,
-            "disable_log_stats": True,
-            "use_tqdm_on_load": False,
-            "logprobs_mode": "raw_logprobs",
-            # The samples of a prompt share its KV cache.
-            "enable_prefix_caching": True,
         }
-        if self._on_cpu:
-            arguments |= _cpu_arguments(config, torch_dtype, length, arguments)
-        else:
-            # Of the memory that is free now, which a score head's backbone or a trainer shares.
-            free, total = torch.cuda.mem_get_info()
-            arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": 0.9 * free / total}
-        self._owns_process_group = not torch.distributed.is_initialized()
-        if self._owns_process_group and options.get("tensor_parallel_size", 1) == 1:
-            arguments["distributed_executor_backend"] = "uni"
-        self._llm = _start(arguments | options)
+        self._llm = _start(_engine_arguments(config, torch_dtype, chosen | options))
         if not self._owns_process_group:
             # vLLM's own clean-up, also on garbage collection and exit, would destroy the trainer's process group.
             self._llm.engine_core._finalizer.detach()
@@ -162,7 +142,7 @@ class VLLMEngine(Engine):
             self._llm.collective_rpc(use_engine_sampler)
         self._eos_ids = eos_token_ids(model_path, config, tokenizer)
         self._samples: dict[str, Sample] = {}
-        self.max_num_seqs = max_num_seqs
+        self.max_num_seqs = self._llm.vllm_config.scheduler_config.max_num_seqs
 
     @property
     def step_rule(self) -> StepRule | None:
@@ -209,6 +189,24 @@ class VLLMEngine(Engine):
             gc.unfreeze()
         self._llm = self.scorer = None
         gc.collect()
+
+    def _load_head(
+        self,
+        model_path: str | Path,
+        lang: str | None,
+        with_scores: bool,
+        sprm_config: SPRMConfig | None,
+        options: Mapping[str, Any],
+    ) -> FusedHead | None:
+        """The head that vLLM's model is to have; where it cannot have the one that is wanted, the scorer gets it."""
+        if not with_scores:
+            return None if sprm_config is None else FusedHead(sprm_config, folder=None)
+        if (reason := obstacle(self._config, options)) is None:
+            return FusedHead(load_sprm_config(model_path, self.tokenizer, lang), str(model_path))
+        logger.warning("step scores will take a second forward pass: %s", reason)
+        self.scorer = self._load_scorer()
+        self._head_shapes = head_shapes(self.scorer.head)
+        return None
 
     def _enqueue(self, samples: list[Sample]) -> None:
         from vllm.exceptions import VLLMValidationError
@@ -350,17 +348,38 @@ def _with_lm_head(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, 
             yield LM_HEAD, tensor
 
 
-def _cpu_arguments(
-    config: PretrainedConfig, dtype: torch.dtype, max_model_len: int, arguments: dict[str, Any]
-) -> dict[str, Any]:
+def _engine_arguments(config: PretrainedConfig, dtype: torch.dtype, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of vLLM's `EngineArgs`: what was chosen (None: nothing), and else what suits process and device."""
+    given = {name: value for name, value in chosen.items() if value is not None}
+    among_ranks = torch.distributed.is_initialized()
+    arguments = {
+        "dtype": str(dtype).removeprefix("torch."),
+        # Of requests without a seed: fresh in every process, but one stream over the ranks of a trainer.
+        "seed": 0 if among_ranks else secrets.randbits(31),
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "logprobs_mode": "raw_logprobs",
+        # The samples of a prompt share its KV cache.
+        "enable_prefix_caching": True,
+    }
+    if not among_ranks and given.get("tensor_parallel_size", 1) == 1:
+        arguments["distributed_executor_backend"] = "uni"
+    if not torch.cuda.is_available():
+        return arguments | _cpu_arguments(config, dtype, given)
+    # Of the memory that is free now, which a score head's backbone or a trainer shares.
+    free, total = torch.cuda.mem_get_info()
+    return arguments | {"enable_sleep_mode": True, "gpu_memory_utilization": 0.9 * free / total} | given
+
+
+def _cpu_arguments(config: PretrainedConfig, dtype: torch.dtype, given: dict[str, Any]) -> dict[str, Any]:
+    length, max_num_seqs = given["max_model_len"], given.get("max_num_seqs", _CPU_MAX_NUM_SEQS)
+    usual = {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_seqs": max_num_seqs}
+    if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        sequence = -(-length // _CPU_BLOCK_TOKENS) * _CPU_BLOCK_TOKENS * _cache_bytes_per_token(config, dtype)
+        usual["kv_cache_memory_bytes"] = max(2, min(max_num_seqs, _MAX_CPU_CACHE_BYTES // sequence)) * sequence
     # A seeded request that is prefilled in chunks crashes vLLM 0.32 on CPU, so a prompt must fit one iteration.
-    tokens = max(arguments["max_num_batched_tokens"] or 8192, max_model_len)
-    found = {"enable_chunked_prefill": False, "max_num_batched_tokens": tokens}
-    if arguments["kv_cache_memory_bytes"] is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        sequence = -(-max_model_len // _CPU_BLOCK_TOKENS) * _CPU_BLOCK_TOKENS * _cache_bytes_per_token(config, dtype)
-        wanted = max(2, min(arguments["max_num_seqs"], _MAX_CPU_CACHE_BYTES // sequence)) * sequence
-        found["kv_cache_memory_bytes"] = wanted
-    return found
+    tokens = max(given.get("max_num_batched_tokens", 8192), length)
+    return usual | given | {"max_num_batched_tokens": tokens}
 
 
 def _cache_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
@@ -384,6 +403,7 @@ def _construct(arguments: dict[str, Any]) -> Any:
     import vllm
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
 
     register_models()
@@ -399,7 +419,12 @@ def _construct(arguments: dict[str, Any]) -> Any:
         os.environ.setdefault("VLLM_ALLREDUCE_USE_FLASHINFER", "0")
         arguments |= {"distributed_executor_backend": RankExecutor, "disable_custom_all_reduce": True}
     try:
-        return LLMEngine.from_engine_args(EngineArgs(**{k: v for k, v in arguments.items() if v is not None}))
+        engine_args = EngineArgs(**arguments)
+        if among_ranks:
+            # What the compiler would put in place of an all-reduce and the norm after it opens such memory as well.
+            engine_args.compilation_config.pass_config.fuse_allreduce_rms = False
+        # As vLLM's offline class: the default context's batches are those of the smallest devices.
+        return LLMEngine.from_engine_args(engine_args, UsageContext.LLM_CLASS)
     except Exception as error:
         if not among_ranks:
             # Else the next engine of this process would take vLLM's process group for a trainer's.
