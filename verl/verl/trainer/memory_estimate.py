@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl.utils.model_shapes import ModelShape
+from verl.workers.placed_model import Dtypes
 
 GIB = 2**30
-BYTES = {"float32": 4, "fp32": 4, "bfloat16": 2, "bf16": 2, "float16": 2, "fp16": 2}
 # Of a weight in all checkpoints that are worth an estimate.
 CHECKPOINT_BYTES = 2
 
@@ -66,9 +66,7 @@ class Placement:
     ) -> Placement:
         """As `PlacedModel` reads `fsdp_config`, and `build_optimizer` `optim` (None: not trained)."""
         size = fsdp_config.get("fsdp_size", -1)
-        stored = BYTES[fsdp_config.get("model_dtype") or "float32"]
-        chosen = fsdp_config.get("compute_dtype")
-        compute = BYTES[chosen] if chosen else (2 if on_gpu else stored)
+        stored, compute = (dtype.itemsize for dtype in Dtypes.from_config(fsdp_config, on_gpu))
         if optim is None:
             stored, states = CHECKPOINT_BYTES, 0.0
         else:

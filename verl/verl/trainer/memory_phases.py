@@ -11,7 +11,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl.trainer.critic_config import critic_config
 from verl.trainer.memory_estimate import (
-    BYTES,
     CHECKPOINT_BYTES,
     CONTEXT_BYTES,
     CPU_CACHE_BYTES,
@@ -24,6 +23,7 @@ from verl.trainer.memory_estimate import (
     training_peak,
 )
 from verl.trainer.reference_use import ReferenceUse
+from verl.utils.model import torch_dtype
 from verl.utils.model_shapes import ModelShape
 from verl.utils.torch_functional import LOGITS_PER_CHUNK
 from verl.workers.actor.micro_batches import MicroBatching
@@ -229,8 +229,8 @@ class PhaseMemory:
 
     @property
     def _engine_width(self) -> int:
-        # `auto` is the checkpoint's.
-        return BYTES.get(self.config.actor_rollout_ref.rollout.dtype, CHECKPOINT_BYTES)
+        dtype = self.config.actor_rollout_ref.rollout.dtype
+        return CHECKPOINT_BYTES if dtype == "auto" else torch_dtype(dtype).itemsize
 
     @property
     def _tensor_parallel(self) -> int:

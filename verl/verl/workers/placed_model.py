@@ -23,15 +23,20 @@ class Dtypes(NamedTuple):
     compute: torch.dtype
 
     @classmethod
-    def from_config(cls, fsdp_config: Mapping[str, Any]) -> Dtypes:
+    def from_config(cls, fsdp_config: Mapping[str, Any], on_gpu: bool | None = None) -> Dtypes:
         """From `model_dtype` and `compute_dtype`.
 
         By default float32 weights are multiplied in bfloat16 on a GPU, ten times faster, and as they are on CPU.
+
+        Args:
+            fsdp_config: a model's section of this name.
+            on_gpu: where it is multiplied; None for this rank's device.
         """
         stored = torch_dtype(fsdp_config.get("model_dtype") or "float32")
         if (name := fsdp_config.get("compute_dtype")) is not None:
             return cls(stored, torch_dtype(name))
-        return cls(stored, torch.bfloat16 if local_device().type == "cuda" else stored)
+        on_gpu = local_device().type == "cuda" if on_gpu is None else on_gpu
+        return cls(stored, torch.bfloat16 if on_gpu else stored)
 
 
 class PlacedModel(Generic[Model]):
