@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from xbai.engine import SamplingParams
+from xbai.engine.tensor_parallel import check_tensor_parallel_size
 from xbai.errors import UserError
 
 SECTION = "actor_rollout_ref.rollout"
@@ -38,6 +39,8 @@ def check_rollout(config: DictConfig, shape: Mapping[str, Any]) -> None:
             f"{SECTION}.sleep_level={rollout.sleep_level} cannot act with free_cache_engine=false, with which the "
             "engine never sleeps"
         )
+    if not 0 < rollout.gpu_memory_utilization <= 1:
+        raise UserError(f"{SECTION}.gpu_memory_utilization={rollout.gpu_memory_utilization} must be from above 0 to 1")
     _check_sampling(SECTION, rollout)
     _check_sampling(f"{SECTION}.val_kwargs", rollout.val_kwargs)
     if rollout.tensor_model_parallel_size > 1:
@@ -57,9 +60,4 @@ def _check_tensor_parallel(size: int, ranks_of_node: int, shape: Mapping[str, An
         raise UserError(
             f"{key} must divide trainer.n_gpus_per_node={ranks_of_node}: ranks that share an engine are on one machine"
         )
-    for name in ("num_attention_heads", "intermediate_size"):
-        if (shape.get(name) or size) % size:
-            raise UserError(f"{key} must divide the model's {name}={shape[name]}")
-    heads = shape.get("num_key_value_heads") or size
-    if heads % size and size % heads:
-        raise UserError(f"{key} must divide the model's num_key_value_heads={heads} or be a multiple of it")
+    check_tensor_parallel_size(size, shape, key)
