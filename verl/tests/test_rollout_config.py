@@ -28,6 +28,7 @@ def check(overrides: list[str]) -> None:
         ([f"{ROLLOUT}.temperature=2.5"], r"rollout\.temperature=2\.5: from 0 \(greedy\) to 2"),
         ([f"{ROLLOUT}.val_kwargs.top_p=0"], r"rollout\.val_kwargs\.top_p=0: above 0 and at most 1"),
         ([f"{ROLLOUT}.val_kwargs.top_k=-2"], r"rollout\.val_kwargs\.top_k=-2: a positive count, or -1"),
+        ([f"{ROLLOUT}.max_num_seqs=0"], "max_num_seqs=0 must be above 0"),
         ([f"{ROLLOUT}.sleep_level=3"], "sleep_level=3 is unknown, use one of 1, 2"),
         ([f"{ROLLOUT}.sleep_level=1"], "sleep_level=1 needs a GPU and cannot act on CPU"),
         ([f"{ROLLOUT}.free_cache_engine=false"], "free_cache_engine=False needs a GPU"),
@@ -51,12 +52,14 @@ def test_a_key_that_cannot_act_is_one_line(
         check([*small_run, VLLM, *overrides])
 
 
-def test_an_engine_that_never_sleeps_has_no_level(small_run: list[str], monkeypatch: pytest.MonkeyPatch):
+def test_what_only_a_gpu_has(small_run: list[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     on_gpu = [*small_run, VLLM, "trainer.device=cuda", f"{ROLLOUT}.sleep_level=1"]
     check(on_gpu)
     with pytest.raises(UserError, match="sleep_level=1 cannot act with free_cache_engine=false"):
         check([*on_gpu, f"{ROLLOUT}.free_cache_engine=false"])
+    with pytest.raises(UserError, match=r"gpu_memory_utilization=1\.5 must be above 0 and at most 1"):
+        check([*on_gpu, f"{ROLLOUT}.gpu_memory_utilization=1.5"])
 
 
 def test_what_divides_passes(small_run: list[str], tiny_model_dir: Path):

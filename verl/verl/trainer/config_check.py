@@ -85,6 +85,8 @@ POSITIVE = (
     "actor_rollout_ref.rollout.n",
     "actor_rollout_ref.rollout.tensor_model_parallel_size",
     "actor_rollout_ref.rollout.temperature",
+    "actor_rollout_ref.rollout.max_num_batched_tokens",
+    "actor_rollout_ref.rollout.max_num_seqs",
     "actor_rollout_ref.rollout.val_kwargs.n",
     "critic.grad_clip",
     "critic.cliprange_value",
@@ -203,7 +205,7 @@ def _check_values(config: DictConfig, defaults: DictConfig) -> None:
         if (value := OmegaConf.select(config, key)) not in choices:
             raise UserError(f"{key}={value} is unknown, use one of {', '.join(map(str, choices))}")
     for key in POSITIVE:
-        if (value := OmegaConf.select(config, key)) is None or value <= 0:
+        if (value := OmegaConf.select(config, key)) <= 0:
             raise UserError(f"{key}={value} must be above 0")
     if unknown := [name for name in config.trainer.logger if name not in BACKENDS]:
         raise UserError(f"trainer.logger: {unknown[0]} is unknown, use some of {', '.join(BACKENDS)}")

@@ -39,8 +39,8 @@ def check_rollout(config: DictConfig, shape: Mapping[str, Any]) -> None:
             f"{SECTION}.sleep_level={rollout.sleep_level} cannot act with free_cache_engine=false, with which the "
             "engine never sleeps"
         )
-    if not 0 < rollout.gpu_memory_utilization <= 1:
-        raise UserError(f"{SECTION}.gpu_memory_utilization={rollout.gpu_memory_utilization} must be from above 0 to 1")
+    if not 0 < (share := rollout.gpu_memory_utilization) <= 1:
+        raise UserError(f"{SECTION}.gpu_memory_utilization={share} must be above 0 and at most 1")
     _check_sampling(SECTION, rollout)
     _check_sampling(f"{SECTION}.val_kwargs", rollout.val_kwargs)
     if rollout.tensor_model_parallel_size > 1:
