@@ -48,16 +48,11 @@ def running_service(command: Sequence[str], log: Path) -> Iterator[ServiceProces
         RuntimeError: it does not get ready.
     """
     before = _device_bytes_in_use()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            [*command, "--port", str(port)], stdout=stream, stderr=stream, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-        )
+    port = free_port()
+    process = start_service(command, port, log)
     try:
-        url = f"http://127.0.0.1:{port}"
-        _wait_until_ready(url, process, log)
-        yield ServiceProcess(url, process.pid, before)
+        wait_until_ready(process, port, log)
+        yield ServiceProcess(f"http://127.0.0.1:{port}", process.pid, before)
     finally:
         process.terminate()
         try:
@@ -67,11 +62,29 @@ def running_service(command: Sequence[str], log: Path) -> Iterator[ServiceProces
             process.wait()
 
 
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def start_service(command: Sequence[str], port: int, log: Path, **environment: str) -> subprocess.Popen[bytes]:
+    """Start `command`, which takes `--port`; what it says is added to `log`."""
+    with log.open("ab") as stream:
+        variables = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+        return subprocess.Popen([*command, "--port", str(port)], stdout=stream, stderr=stream, env=variables)
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    """Return when its model is loaded.
+
+    Raises:
+        RuntimeError: it does not get ready.
+    """
     deadline = time.monotonic() + START_TIMEOUT_S
     while process.poll() is None and time.monotonic() < deadline:
         try:
-            if httpx.get(f"{url}/ready").is_success:
+            if httpx.get(f"http://127.0.0.1:{port}/ready").is_success:
                 return
         except httpx.TransportError:
             pass

@@ -43,6 +43,13 @@ def _cpu_model() -> str:
     return names[0] if names else platform.machine()
 
 
+def rounded(value: Any) -> Any:
+    """Four significant digits of every number that is not whole; names of text, as JSON has them."""
+    if isinstance(value, dict):
+        return {str(name): rounded(one) for name, one in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
 def report(result: dict[str, Any], out: Path) -> None:
     """Write the result as JSON, and print it as one line, the last."""
     from xbai.files import atomic_write

@@ -36,7 +36,7 @@ import torch
 import typer
 from engine_process import EngineProcess, Generated
 from http_load import Load, ServiceProcess, press, running_service
-from machine import ROOT, describe_machine, report
+from machine import ROOT, describe_machine, report, rounded
 from rich.console import Console
 from rich.table import Table
 from serving_models import MODELS, Sizes, default_sizes, random_prompt_ids, random_text, write_model
@@ -276,13 +276,6 @@ def summary(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "score_service_over_reference": {clients: figures["ratio"]["ratio"] for clients, figures in by_clients.items()},
         "models": models,
     }
-
-
-def rounded(value: Any) -> Any:
-    """Four significant digits of every number that is not whole; names of text, as JSON has them."""
-    if isinstance(value, dict):
-        return {str(name): rounded(one) for name, one in value.items()}
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _engine_name(engine: str) -> str:

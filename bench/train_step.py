@@ -31,7 +31,7 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
-from machine import ROOT, describe_machine, report
+from machine import ROOT, describe_machine, report, rounded
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -321,13 +321,6 @@ def main(
             result[name] = figures
     default = ROOT / f"bench/results/train_step_{local_device().type.replace('cuda', 'gpu')}.json"
     report(rounded(result) | {"machine": describe_machine()}, out or default)
-
-
-def rounded(value: Any) -> Any:
-    """Four significant digits of every number that is not whole."""
-    if isinstance(value, dict):
-        return {name: rounded(one) for name, one in value.items()}
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":
