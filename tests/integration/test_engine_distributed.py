@@ -82,7 +82,10 @@ def use_shared_engine(folder: str) -> None:
     """Ranks agree on what they sample without a seed, score it as a whole model would, and each notices a weight of its
     own part that is wrong."""
     rank = dist.get_rank()
-    engine = load_engine("vllm", folder, dtype="float32", max_model_len=64, tensor_parallel_size=2)
+    fused = {"pass_config": {"fuse_allreduce_rms": True}}
+    options = {"tensor_parallel_size": 2, "compilation_config": fused}
+    engine = load_engine("vllm", folder, dtype="float32", max_model_len=64, **options)
+    assert not engine._llm.vllm_config.compilation_config.pass_config.fuse_allreduce_rms
     torch.manual_seed(rank)
     [completions] = engine.generate([[1, 2, 3]], SamplingParams(n=3, max_tokens=20), return_scores=True)
     sampled = [one.token_ids for one in completions]
