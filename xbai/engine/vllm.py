@@ -66,7 +66,7 @@ class VLLMEngine(Engine):
     Where torch.distributed is initialised already (a trainer), each rank gets an engine of its own, or with
     `tensor_parallel_size` its part of one: so many consecutive ranks then make the same calls in the same order. All
     ranks must construct theirs at the same time. Elsewhere vLLM initialises it, so construct engines after your process
-    group.
+    group; of several engines in one process the first, which ends it, is to be closed last.
 
     Generated tokens are scored in the forward pass that samples them where `fused_scores.obstacle` names none, else by
     a second one. Other sequences always need `Scorer`'s copy of the backbone, loaded when the first of them comes.
