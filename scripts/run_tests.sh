@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Installs what is missing, then lints and tests; fast tests first. Extra arguments go to pytest. The tests are made for
-# the CPU, but DEVICE=cuda runs those that fit a GPU on it.
+# Installs what is missing, then lints and tests on the CPU; fast tests first. Extra arguments go to pytest.
 #
 #   bash scripts/run_tests.sh                            everything that continuous integration runs
 #   bash scripts/run_tests.sh -m "not slow and not long" the fast ones
 #   bash scripts/run_tests.sh -m long                    those that need minutes each
+#   DEVICE=cuda bash scripts/run_tests.sh verl/tests/test_packed_attention.py   what needs a GPU
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
