@@ -104,10 +104,8 @@ def test_a_valid_configuration_passes(small_run):
         ("actor_rollout_ref.actor.tis_imp_ratio_cap=0", "tis_imp_ratio_cap=0 must be a number above 0, or null"),
         ("actor_rollout_ref.actor.fsdp_config.offload_policy=true", "cannot act on CPU"),
         ("actor_rollout_ref.rollout.gpu_memory_utilization=0.5", "cannot act on CPU"),
-        (
-            "actor_rollout_ref.rollout.enforce_eager=never",
-            "enforce_eager=never is unknown, use one of None, True, False",
-        ),
+        ("actor_rollout_ref.rollout.enforce_eager=never", "enforce_eager=never must be true or false, or null"),
+        ("trainer.rollout_data_dir=[samples]", "rollout_data_dir=['samples'] must be text, or null"),
         ("actor_rollout_ref.rollout.enforce_eager=false", "cannot act with rollout.name=hf"),
         ("actor_rollout_ref.rollout.max_num_batched_tokens=64", "cannot act with rollout.name=hf"),
         ("data.max_response_length=5000", "max_position_embeddings of "),

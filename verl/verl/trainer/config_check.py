@@ -58,7 +58,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "critic.optim.warmup_style": _WARMUPS,
     "actor_rollout_ref.rollout.name": ("vllm", "hf"),
     "actor_rollout_ref.rollout.mode": ("sync", "async"),
-    "actor_rollout_ref.rollout.enforce_eager": (None, True, False),
     "actor_rollout_ref.rollout.sleep_level": (1, 2),
     "actor_rollout_ref.rollout.dtype": ("auto", *DTYPES),
     "reward_model.reward_manager": tuple(REWARD_MANAGERS),
@@ -98,29 +97,41 @@ POSITIVE = (
     "trainer.total_epochs",
 )
 
-POSITIVE_OR_NULL: dict[str, type] = {
+NULLABLE: dict[str, type] = {
     "data.val_batch_size": int,
+    "actor_rollout_ref.score.model_path": str,
     "actor_rollout_ref.score.channel": int,
     "actor_rollout_ref.actor.ppo_micro_batch_size": int,
     "actor_rollout_ref.actor.clip_ratio_low": float,
     "actor_rollout_ref.actor.clip_ratio_high": float,
     "actor_rollout_ref.actor.tis_imp_ratio_cap": float,
     "actor_rollout_ref.rollout.max_model_len": int,
+    "actor_rollout_ref.rollout.enforce_eager": bool,
+    "critic.model.path": str,
+    "critic.model.enable_gradient_checkpointing": bool,
+    "critic.model.trust_remote_code": bool,
+    "critic.model.use_remove_padding": bool,
     "critic.ppo_mini_batch_size": int,
     "critic.ppo_micro_batch_size_per_gpu": int,
     "critic.forward_micro_batch_size_per_gpu": int,
+    "critic.use_dynamic_bsz": bool,
     "critic.ppo_max_token_len_per_gpu": int,
     "critic.forward_max_token_len_per_gpu": int,
     "critic.ulysses_sequence_parallel_size": int,
     "critic.ppo_epochs": int,
+    "critic.shuffle": bool,
     "critic.max_nonfinite_updates": int,
     "reward_model.num_workers": int,
     "reward_model.max_ungraded_batches": int,
+    "custom_reward_function.path": str,
     "trainer.total_training_steps": int,
+    "trainer.resume_from_path": str,
+    "trainer.default_hdfs_dir": str,
     "trainer.max_actor_ckpt_to_keep": int,
+    "trainer.rollout_data_dir": str,
     "ray_init.num_cpus": int,
 }
-"""Numbers that null stands for something else than, whatever their defaults."""
+"""Keys for which null means something, and what else they may be; numbers are above 0."""
 
 NOT_ON_CPU = (
     "actor_rollout_ref.actor.fsdp_config.param_offload",
@@ -212,20 +223,22 @@ def _check_values(config: DictConfig, defaults: DictConfig) -> None:
 
 
 def _check_kind(key: str, value: Any, default: Any) -> None:
-    """Null is a value of its own only where it is the default, or one of `POSITIVE_OR_NULL`."""
-    if (kind := POSITIVE_OR_NULL.get(key)) is not None:
-        if value is not None and not (_is(kind, value) and value > 0):
-            raise UserError(f"{key}={value} must be {KINDS[kind]} above 0, or null")
+    if (kind := NULLABLE.get(key)) is not None:
+        is_number = kind in (int, float)
+        if value is not None and not (_is(kind, value) and (not is_number or value > 0)):
+            raise UserError(f"{key}={value} must be {KINDS[kind]}{' above 0' if is_number else ''}, or null")
     elif default == MISSING:
         if value is None:
             raise UserError(f"{key} must be given, not null")
     elif default is not None and not _is(type(default), value):
+        if _is(str, default) and _is(float, value):
+            return  # A name may look like a number.
         shown = "null" if value is None else value
         raise UserError(f"{key}={shown} must be {KINDS[type(default)]}, like its default {default}")
 
 
 def _is(kind: type, value: Any) -> bool:
-    expected = {float: (int, float), str: (str, int, float)}.get(kind, kind)
+    expected = (int, float) if kind is float else kind
     return isinstance(value, expected) and (kind is bool or not isinstance(value, bool))
 
 
