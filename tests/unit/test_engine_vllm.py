@@ -24,6 +24,8 @@ def no_start(monkeypatch: pytest.MonkeyPatch) -> None:
         raise StartedError(arguments)
 
     monkeypatch.setattr(vllm_module, "_start", stop)
+    # An engine that an earlier test left open has a process group.
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
 
 
 def start_arguments(folder: Path, **options: Any) -> dict[str, Any]:
