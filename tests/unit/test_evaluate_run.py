@@ -6,7 +6,8 @@ import pytest
 
 from xbai.errors import UserError
 from xbai.evaluate.options import RunOptions
-from xbai.evaluate.served_model import ServedModel, use_fused_scores
+from xbai.evaluate.run import use_fused_scores
+from xbai.evaluate.served_model import ServedModel
 
 READY = {"model": "/models/m", "identity": "m:1a", "lang": "en", "scores": True}
 OTHER = READY | {"identity": "other:2b"}

@@ -27,7 +27,7 @@ from xbai.evaluate.progress import Progress
 from xbai.evaluate.results import StoredQuestion
 from xbai.evaluate.running_grades import RunningGrades
 from xbai.evaluate.schedule import GenerationRequest, Schedule, missing_requests
-from xbai.evaluate.served_model import use_fused_scores
+from xbai.evaluate.served_model import ServedModel
 from xbai.evaluate.settings import RunSettings, digest_texts
 from xbai.evaluate.step_search import StepSearchDriver
 from xbai.evaluate.store import ResultStore
@@ -194,3 +194,21 @@ async def _synced(store: ResultStore) -> AsyncIterator[None]:
         yield
     finally:
         task.cancel()
+
+
+def use_fused_scores(options: RunOptions, policy: ServedModel, scorer: ServedModel | None) -> bool:
+    """Whether scores come with the responses.
+
+    Raises:
+        UserError: they are to come so, but the policy service offers none.
+    """
+    if options.score_source in ("service", "none"):
+        return False
+    if options.score_source == "auto" and scorer is not None:
+        return policy.gives_scores_of(scorer)
+    if not policy.scores:
+        raise UserError(
+            f"--response_api_url {options.response_api_url}: the service offers no scores; "
+            "give --score_api_url, or --score_source none"
+        )
+    return True

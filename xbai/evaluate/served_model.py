@@ -1,16 +1,13 @@
-"""Which model the copies of a service hold, and whether it gives the scores as well."""
+"""Which model the copies of a service hold."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from xbai.errors import UserError
 from xbai.model_identity import is_same_model
-
-if TYPE_CHECKING:
-    from xbai.evaluate.options import RunOptions
 
 
 @dataclass(frozen=True)
@@ -52,21 +49,3 @@ class ServedModel:
         if not self.scores or None in (self.identity, scorer.identity, self.lang):
             return False
         return is_same_model(self.identity, scorer.identity) and self.lang == scorer.lang
-
-
-def use_fused_scores(options: RunOptions, policy: ServedModel, scorer: ServedModel | None) -> bool:
-    """Whether scores come with the responses.
-
-    Raises:
-        UserError: they are to come so, but the policy service offers none.
-    """
-    if options.score_source in ("service", "none"):
-        return False
-    if options.score_source == "auto" and scorer is not None:
-        return policy.gives_scores_of(scorer)
-    if not policy.scores:
-        raise UserError(
-            f"--response_api_url {options.response_api_url}: the service offers no scores; "
-            "give --score_api_url, or --score_source none"
-        )
-    return True
