@@ -169,17 +169,20 @@ def test_estimates_are_those_of_the_dry_run(checkout, gpus: str, smallest: str, 
     assert re.search(r"It fits GPUs with: (\d+ GB)", output)[1] == smallest
 
 
+def anchors(document: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", document.read_text(), re.M)
+    return {re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in titles}
+
+
 @pytest.mark.parametrize("readme", [README, README_ZH, *DOCS], ids=lambda path: path.name)
 def test_links_lead_somewhere(readme: Path):
-    text = readme.read_text()
-    headings = {
-        re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in re.findall(r"^#+ (.*)$", text, re.M)
-    }
-    for target in re.findall(r"\]\((.*?)\)", text):
-        if target.startswith("#"):
-            assert target[1:] in headings, target
-        elif "://" not in target:
-            assert (readme.parent / target).is_file(), target
+    for target in re.findall(r"\]\((.*?)\)", readme.read_text()):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        linked = readme.parent / file if file else readme
+        assert linked.is_file(), target
+        assert not anchor or anchor in anchors(linked), target
 
 
 # What the commands do
