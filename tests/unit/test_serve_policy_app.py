@@ -336,8 +336,8 @@ def connect(url: str) -> socket.socket:
 
 
 def test_slow_clients_are_cut_off(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.2)
-    url, engine, _ = start(Limits(receive_timeout_s=0.2))
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.6)
+    url, engine, _ = start(Limits(receive_timeout_s=0.6))
     with connect(url) as silent, connect(url) as slow_head, connect(url) as slow_body:
         slow_head.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nX-Slow: ")
         slow_body.sendall(
@@ -350,13 +350,13 @@ def test_slow_clients_are_cut_off(start: Start, monkeypatch: pytest.MonkeyPatch)
         for _ in range(2):
             kept.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             assert kept.recv(1000).startswith(b"HTTP/1.1 200 ")
-            time.sleep(0.3)
+            time.sleep(0.7)
     engine.gate.set()
     assert generate(url).is_success
 
 
 def test_clients_that_do_not_read_are_cut_off(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "READ_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(protocol, "READ_TIMEOUT_S", 0.6)
     url, engine, _ = start()
     engine.gate.set()
     engine._text = lambda sample: "x" * (8 << 20)
