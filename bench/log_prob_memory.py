@@ -26,6 +26,7 @@ import typer
 from machine import ROOT, describe_machine, report
 from torch import Tensor, nn
 
+from verl.utils.lm_head import LMHead
 from verl.utils.torch_functional import LOGITS_PER_CHUNK, token_log_probs
 from xbai.errors import UserError, exit_on_user_error
 
@@ -62,9 +63,8 @@ class Case:
             return plain_log_probs(hidden, lm_head, labels, self.entropy)
         return token_log_probs(
             hidden,
-            lm_head,
+            LMHead.of(lm_head),
             labels,
-            self.vocabulary,
             compute_entropy=self.entropy,
             logits_per_chunk=self.logits_per_chunk,
         )[:2]

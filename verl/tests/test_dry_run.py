@@ -32,6 +32,7 @@ from verl.trainer.memory_estimate import (
 )
 from verl.trainer.memory_phases import GPUS_GIB, PhaseMemory, changes_to_fit
 from verl.utils.fsdp import create_mesh, shard_model
+from verl.utils.lm_head import LMHead
 from verl.utils.model_shapes import KNOWN_CONFIGS, ModelShape, known_config
 from verl.utils.optim import build_optimizer
 from verl.utils.torch_functional import token_log_probs
@@ -147,11 +148,11 @@ def test_activations_are_what_torch_allocates(variant: dict, dtype: torch.dtype)
 def test_a_chunk_of_logits_takes_what_is_estimated(dtype: torch.dtype) -> None:
     vocabulary, chunk, width = 8000, 800_000, 8
     hidden = torch.randn(250, width, dtype=dtype, requires_grad=True)
-    lm_head = torch.nn.Linear(width, vocabulary, bias=False, dtype=dtype)
+    lm_head = LMHead.of(torch.nn.Linear(width, vocabulary, bias=False, dtype=dtype))
     labels = torch.randint(vocabulary, (250,))
 
     def run() -> torch.Tensor:
-        parts = token_log_probs(hidden, lm_head, labels, vocabulary, compute_entropy=True, logits_per_chunk=chunk)
+        parts = token_log_probs(hidden, lm_head, labels, compute_entropy=True, logits_per_chunk=chunk)
         return parts[0].sum() + parts[1].sum()
 
     with torch.no_grad():

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from verl.utils.compiler import check_compiler
 from verl.utils.liger import apply_liger, check_liger
+from verl.utils.lm_head import LMHead
 from verl.utils.model import build_joint_model
 from verl.utils.torch_functional import token_log_probs
 from xbai.errors import UserError
@@ -38,9 +39,8 @@ def test_fused_log_probs_are_the_plain_ones(compute_entropy: bool) -> None:
         labels, weights = torch.randint(0, 50, (tokens,), generator=generator), torch.randn(tokens, generator=generator)
         pair = token_log_probs(
             hidden,
-            lm_head,
+            LMHead.of(lm_head),
             labels,
-            50,
             temperature=0.7,
             compute_entropy=compute_entropy,
             logits_per_chunk=50 * 8,
@@ -65,9 +65,8 @@ def test_use_fused_kernels_compiles(tiny_model_dir: Path) -> None:
         model = build_joint_model(tiny_model_dir, fused_kernels=fused).eval()
         token_log_probs(
             torch.randn(3, model.lm.config.hidden_size),
-            model.lm.lm_head,
+            model.gathered_lm_head(),
             torch.tensor([1, 2, 3]),
-            model.lm.config.vocab_size,
             fused=model.fused_kernels,
         )
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == expected

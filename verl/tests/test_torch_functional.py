@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from verl.utils.lm_head import LMHead
 from verl.utils.torch_functional import FinalStates, masked_sum, token_log_probs, trim_padding
 
 
@@ -19,7 +20,12 @@ def test_chunks_are_exact_in_values_and_gradients(tokens_per_chunk: int) -> None
     log_softmax = (lm_head(hidden) / 0.7).log_softmax(-1)
     plain = log_softmax.gather(-1, labels[..., None]).squeeze(-1), -(log_softmax.exp() * log_softmax).sum(-1)
     chunked = token_log_probs(
-        hidden, lm_head, labels, 11, temperature=0.7, compute_entropy=True, logits_per_chunk=11 * tokens_per_chunk
+        hidden,
+        LMHead.of(lm_head),
+        labels,
+        temperature=0.7,
+        compute_entropy=True,
+        logits_per_chunk=11 * tokens_per_chunk,
     )
     for ours, theirs in zip(chunked, plain):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -40,11 +46,10 @@ def test_kl_over_the_whole_vocabulary_is_torchs(vocabulary: int, tokens_per_chun
     labels, weights = torch.randint(0, vocabulary, (10,)), torch.randn(10, dtype=torch.float64)
     result = token_log_probs(
         hidden,
-        lm_head,
+        LMHead.of(lm_head),
         labels,
-        vocabulary,
         temperature=0.7,
-        reference=FinalStates(other, other_head),
+        reference=FinalStates(other, LMHead.of(other_head)),
         logits_per_chunk=2 * vocabulary * tokens_per_chunk,
     )
     policy = (lm_head(hidden) / 0.7).log_softmax(-1)
@@ -63,12 +68,18 @@ def test_kl_over_the_whole_vocabulary_is_torchs(vocabulary: int, tokens_per_chun
     assert other.grad is None and other_head.weight.grad is None, "the reference is frozen"
 
 
-def test_no_more_logits_than_allowed_ever_exist() -> None:
+def test_no_more_logits_than_allowed_ever_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    lm_head = nn.Linear(8, 11)
-    lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
+    logits_of = LMHead.logits
+
+    def counted(self: LMHead, hidden: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(hidden) * self.vocab_size)
+        return logits_of(self, hidden)
+
+    monkeypatch.setattr(LMHead, "logits", counted)
+    lm_head = LMHead.of(nn.Linear(8, 11))
     hidden = torch.randn(3, 7, 8, requires_grad=True)
-    log_probs, entropy, _ = token_log_probs(hidden, lm_head, torch.zeros(3, 7).long(), 11, logits_per_chunk=50)
+    log_probs, entropy, _ = token_log_probs(hidden, lm_head, torch.zeros(3, 7).long(), logits_per_chunk=50)
     log_probs.sum().backward()
     assert entropy is None
     assert len(sizes) == 2 * 6, "each chunk once forward and once more in the backward pass"
@@ -79,11 +90,44 @@ def test_no_more_logits_than_allowed_ever_exist() -> None:
         hidden,
         lm_head,
         torch.zeros(3, 7).long(),
-        11,
         reference=FinalStates(hidden.flatten(0, 1), lm_head),
         logits_per_chunk=50,
     )
     assert max(a + b for a, b in zip(sizes[::2], sizes[1::2])) <= 50, "the reference's logits count"
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_logits_of_16_bit_products_are_exact_in_float32(has_bias: bool) -> None:
+    torch.manual_seed(0)
+    linear, hidden = nn.Linear(64, 301, bias=has_bias).bfloat16(), torch.randn(9, 64).bfloat16()
+    exact = nn.functional.linear(hidden.double(), linear.weight.double(), linear.bias.double() if has_bias else None)
+    rounded, kept = (LMHead.of(linear, dtype).logits(hidden) for dtype in (None, torch.float32))
+    assert (rounded.dtype, kept.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(kept.double(), exact, rtol=1e-5, atol=1e-5)
+    assert (rounded.double() - exact).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("logits_dtype", [None, torch.float32])
+def test_a_bfloat16_heads_gradient_does_not_depend_on_the_chunks(logits_dtype: torch.dtype | None) -> None:
+    """Labels as the model samples them, advantages of both signs: sums in which much cancels."""
+    torch.manual_seed(0)
+    linear, hidden = nn.Linear(32, 97).bfloat16(), torch.randn(2000, 32).bfloat16()
+    labels = torch.distributions.Categorical(logits=linear(hidden).float()).sample()
+    advantages = torch.randn(2000)
+
+    def gradient(linear: nn.Linear, hidden: torch.Tensor, tokens_per_chunk: int) -> tuple[torch.Tensor, ...]:
+        head = LMHead.of(linear, logits_dtype and torch.promote_types(logits_dtype, linear.weight.dtype))
+        result = token_log_probs(hidden, head, labels, logits_per_chunk=97 * tokens_per_chunk)
+        return torch.autograd.grad((result.log_probs * advantages).sum(), (linear.weight, linear.bias))
+
+    exact = gradient(linear.double(), hidden.double(), 2000)
+    linear = linear.bfloat16()
+    whole, chunked = gradient(linear, hidden, 2000), gradient(linear, hidden, 7)
+    for in_one, in_many, reference in zip(whole, chunked, exact):
+        assert in_one.dtype == torch.bfloat16
+        errors = [float((value.double() - reference).norm() / reference.norm()) for value in (in_one, in_many)]
+        assert max(errors) < 0.005, "two roundings: of the logits' gradients, and of the sum"
+        assert errors[1] < 1.1 * errors[0]
 
 
 def test_masked_sum_ignores_what_is_off_the_mask() -> None:

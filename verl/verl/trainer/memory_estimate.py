@@ -19,7 +19,7 @@ GIB = 2**30
 CHECKPOINT_BYTES = 2
 
 # Bytes of one logit of a chunk: forward (with entropies), and where the backward pass computes it again.
-LOGIT_FORWARD, LOGIT_BACKWARD = 12, 20
+LOGIT_FORWARD, LOGIT_BACKWARD = 12, 24
 # A second-moment state in 8 bits, its scale and its sign map: per parameter and moment.
 EIGHT_BIT_STATE = 1.02
 # What torch, CUDA and NCCL keep for themselves, and what lies between blocks.

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from itertools import repeat
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-# Logits held at once (512 MiB in float32): about 880 tokens of a 152k vocabulary.
-LOGITS_PER_CHUNK = 2**27
+from verl.utils.lm_head import LMHead, add_weight_gradient
+
+# Logits held at once (512 MiB in float32): about 880 tokens of a 152k vocabulary. Compiled kernels keep no copies.
+LOGITS_PER_CHUNK, LOGITS_PER_FUSED_CHUNK = 2**27, 2**28
 
 
 class FinalStates:
@@ -25,7 +26,7 @@ class FinalStates:
         lm_head: maps rows of them to logits.
     """
 
-    def __init__(self, hidden: Tensor, lm_head: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, hidden: Tensor, lm_head: LMHead) -> None:
         self.hidden = hidden
         self.lm_head = lm_head
 
@@ -43,51 +44,130 @@ class TokenLogProbs(NamedTuple):
 
 def token_log_probs(
     hidden: Tensor,
-    lm_head: Callable[[Tensor], Tensor],
+    lm_head: LMHead,
     labels: Tensor,
-    vocab_size: int,
     *,
     temperature: float = 1.0,
     compute_entropy: bool = False,
     reference: FinalStates | None = None,
-    logits_per_chunk: int = LOGITS_PER_CHUNK,
+    logits_per_chunk: int | None = None,
     fused: bool = False,
 ) -> TokenLogProbs:
     """Log-probabilities of `labels`, and entropies and KL of the distributions they come from, by chunks of tokens.
 
-    Each chunk's logits are computed again in the backward pass, so the peak memory is one chunk's logits.
+    Each chunk's logits are computed again in the backward pass, so the peak memory is one chunk's logits, and of an LM
+    head in 16 bits its weight's gradient in float32, in which the chunks are added up.
 
     Args:
         hidden: [..., c] final hidden states, each at the position before its label.
-        lm_head: maps [n, c] to logits [n, vocab_size].
+        lm_head: of the model.
         labels: [...] token ids.
-        vocab_size: width of the logits, which sets the tokens a chunk holds.
         temperature: divides the logits.
         compute_entropy: also return the entropies.
         reference: of another model at the same tokens, which gets no gradient: also return the KL to it.
-        logits_per_chunk: how many logits may exist at once.
-        fused: have torch.compile make one kernel of what follows the logits, which then never exist in float32.
+        logits_per_chunk: how many logits may exist at once; None: `LOGITS_PER_CHUNK`, or `LOGITS_PER_FUSED_CHUNK`.
+        fused: have torch.compile make one kernel of what follows the logits.
     """
-    logits_per_token = vocab_size if reference is None else 2 * vocab_size
-    tokens_per_chunk = max(1, logits_per_chunk // logits_per_token)
-    from_logits = _fused_chunk_log_probs() if fused else _chunk_log_probs
-
-    def run(hidden_chunk: Tensor, label_chunk: Tensor, reference_chunk: Tensor | None) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            reference_logits = None if reference is None else reference.lm_head(reference_chunk)
-        return from_logits(lm_head(hidden_chunk), label_chunk, temperature, compute_entropy, reference_logits)
-
-    chunks = zip(
-        hidden.flatten(0, -2).split(tokens_per_chunk),
-        labels.flatten().split(tokens_per_chunk),
-        repeat(None) if reference is None else reference.hidden.split(tokens_per_chunk),
+    if logits_per_chunk is None:
+        logits_per_chunk = LOGITS_PER_FUSED_CHUNK if fused else LOGITS_PER_CHUNK
+    logits_per_token = lm_head.vocab_size * (1 if reference is None else 2)
+    chunks = _Chunks(
+        max(1, logits_per_chunk // logits_per_token), lm_head.dtype, temperature, compute_entropy, reference, fused
     )
-    if torch.is_grad_enabled():
-        parts = [checkpoint(run, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    else:
-        parts = [run(*chunk) for chunk in chunks]
-    columns = (None if column[0] is None else torch.cat(column).view(labels.shape) for column in zip(*parts))
-    return TokenLogProbs(*columns)
+    rows = hidden.flatten(0, -2)
+    columns = _ChunkedLogProbs.apply(rows, lm_head.weight, lm_head.bias, labels.flatten(), chunks)
+    return TokenLogProbs(*(None if column is None else column.view(labels.shape) for column in columns))
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """How logits are made, some tokens at a time, and what follows from them."""
+
+    tokens: int
+    logits_dtype: torch.dtype
+    temperature: float
+    compute_entropy: bool
+    reference: FinalStates | None
+    fused: bool
+
+    def slices(self, count: int) -> Iterator[slice]:
+        """Of `count` tokens; one, empty, where there are none: its gradients are zeros, not missing."""
+        return (slice(start, start + self.tokens) for start in range(0, max(1, count), self.tokens))
+
+    def log_probs(self, make_logits: Callable[[], Tensor], labels: Tensor, chunk: slice) -> tuple[Tensor | None, ...]:
+        """Of a chunk's tokens the fields of `TokenLogProbs`. Nothing here holds on to its logits."""
+        with torch.no_grad():
+            reference = self.reference
+            other_logits = None if reference is None else reference.lm_head.logits(reference.hidden[chunk])
+        from_logits = _fused_chunk_log_probs() if self.fused else _chunk_log_probs
+        return from_logits(make_logits(), labels[chunk], self.temperature, self.compute_entropy, other_logits)
+
+
+class _ChunkedLogProbs(torch.autograd.Function):
+    """A function of its own, so that the chunks' gradients of the LM head are added up in float32.
+
+    Autograd would add them in the weight's dtype: of a bfloat16 sum over dozens of chunks the last bits are lost.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunks: _Chunks
+    ) -> tuple[Tensor | None, ...]:
+        ctx.save_for_backward(hidden, weight, bias, labels)
+        ctx.chunks = chunks
+        ctx.set_materialize_grads(False)
+        lm_head = LMHead(weight, bias, chunks.logits_dtype)
+        parts = [
+            chunks.log_probs(partial(lm_head.logits, hidden[chunk]), labels, chunk)
+            for chunk in chunks.slices(len(hidden))
+        ]
+        return tuple(None if column[0] is None else torch.cat(column) for column in zip(*parts))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels = ctx.saved_tensors
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        dtypes = (hidden.dtype, wide, wide)
+        sums = [
+            torch.zeros_like(tensor, dtype=dtype) if needed else None
+            for tensor, dtype, needed in zip((hidden, weight, bias), dtypes, ctx.needs_input_grad)
+        ]
+        lm_head = LMHead(weight, bias, ctx.chunks.logits_dtype)
+        for chunk in ctx.chunks.slices(len(hidden)):
+            # Unnamed, so that they are gone before the next ones are made.
+            _add_gradients(
+                sums, _logit_gradients(ctx.chunks, lm_head, hidden, labels, chunk, gradients), hidden, weight, chunk
+            )
+        # Autograd casts to the inputs' dtypes: the one rounding of the sums.
+        return *sums, None, None
+
+
+def _add_gradients(sums: list[Tensor | None], of_logits: Tensor, hidden: Tensor, weight: Tensor, chunk: slice) -> None:
+    """From the gradients [n, V] of a chunk's logits to those of hidden states, weight and bias; None: not wanted."""
+    of_hidden, of_weight, of_bias = sums
+    if of_bias is not None:
+        of_bias += of_logits.sum(0, dtype=of_bias.dtype)
+    of_logits = of_logits.to(weight.dtype)
+    if of_hidden is not None:
+        of_hidden[chunk] = of_logits @ weight
+    if of_weight is not None:
+        add_weight_gradient(of_weight, of_logits, hidden[chunk].to(weight.dtype))
+
+
+def _logit_gradients(
+    chunks: _Chunks,
+    lm_head: LMHead,
+    hidden: Tensor,
+    labels: Tensor,
+    chunk: slice,
+    gradients: tuple[Tensor | None, ...],
+) -> Tensor:
+    """[n, V] for the tokens of a chunk, whose logits are computed once more."""
+    logits = lm_head.logits(hidden[chunk]).requires_grad_()
+    with torch.enable_grad():
+        outputs = chunks.log_probs(lambda: logits, labels, chunk)
+    wanted = [(output, gradient[chunk]) for output, gradient in zip(outputs, gradients) if gradient is not None]
+    return torch.autograd.grad([output for output, _ in wanted], logits, [gradient for _, gradient in wanted])[0]
 
 
 def _chunk_log_probs(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from verl.utils.lm_head import LMHead
 from verl.utils.packing import TokenLayout
 from verl.utils.torch_functional import FinalStates, token_log_probs
 from xbai.sprm import HiddenStateTap, ScoreHead, scale_gradient
@@ -38,15 +40,22 @@ class JointModel(nn.Module):
         lm: a transformers causal LM with `.model` (its `.layers` are decoder layers) and `.lm_head`.
         score_head: None for a plain policy or reference model.
         fused_kernels: compile what follows the logits, see `token_log_probs`.
+        logits_dtype: what the LM head's products are summed and kept in; None: what it is multiplied in.
     """
 
     def __init__(
-        self, lm: PreTrainedModel, score_head: ScoreHead | None = None, *, fused_kernels: bool = False
+        self,
+        lm: PreTrainedModel,
+        score_head: ScoreHead | None = None,
+        *,
+        fused_kernels: bool = False,
+        logits_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.lm = lm
         self.score_head = score_head
         self.fused_kernels = fused_kernels
+        self.logits_dtype = logits_dtype
 
     def forward(
         self,
@@ -70,13 +79,12 @@ class JointModel(nn.Module):
             reference: of another model on this layout: also return the KL to it.
         """
         with HiddenStateTap(self.lm) as tap:
-            hidden = self.predictor_states(layout)
+            hidden = _predictor_states(self.lm, layout)
             features = None if self.score_head is None else tap.take()
         log_probs, entropy, kl = token_log_probs(
             hidden,
-            self.lm.lm_head,
+            self.gathered_lm_head(),
             layout.labels,
-            self.lm.config.vocab_size,
             temperature=temperature,
             compute_entropy=compute_entropy,
             reference=reference,
@@ -87,7 +95,19 @@ class JointModel(nn.Module):
         selected = scale_gradient(features.flatten(0, 1)[layout.features], backbone_grad_scale)
         return JointOutput(log_probs, entropy, self.score_head(selected).float(), kl)
 
-    def predictor_states(self, layout: TokenLayout) -> Tensor:
-        """[M, c] final hidden states at the position before each response token."""
-        hidden = self.lm.model(**layout.backbone_inputs, use_cache=False).last_hidden_state
-        return hidden.flatten(0, 1)[layout.predictors]
+    def final_states(self, layout: TokenLayout) -> Tensor:
+        """[M, c] final hidden states at the position before each response token.
+
+        For callers alone, who make it a forward method of FSDP2's: it gathers weights and casts its result as `forward`
+        does, which therefore must not go through it.
+        """
+        return _predictor_states(self.lm, layout)
+
+    def gathered_lm_head(self) -> LMHead:
+        """The LM head, while its weight is whole: during a forward pass, and after it until the root is resharded."""
+        return LMHead.of(self.lm.lm_head, self.logits_dtype)
+
+
+def _predictor_states(lm: PreTrainedModel, layout: TokenLayout) -> Tensor:
+    hidden = lm.model(**layout.backbone_inputs, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1)[layout.predictors]

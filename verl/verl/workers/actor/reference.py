@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from verl.utils.fsdp import reshard
@@ -23,18 +22,13 @@ class ReferencePolicy:
 
     def __init__(self, model: JointModel) -> None:
         self._model = model.eval()
-        register_fsdp_forward_method(model, "predictor_states")
+        register_fsdp_forward_method(model, "final_states")
 
     @torch.no_grad()
     def states(self, layout: TokenLayout) -> FinalStates:
         """At the position before each response token of `layout`. Every rank must call it as often."""
-        return FinalStates(self._model.predictor_states(layout), self._logits)
+        return FinalStates(self._model.final_states(layout), self._model.gathered_lm_head())
 
     def release(self) -> None:
         """Free what `states` left gathered."""
         reshard(self._model)
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        lm_head = self._model.lm.lm_head
-        # FSDP2 gave the states in float32, while the gathered weight is in what the model computes in.
-        return lm_head(hidden.to(lm_head.weight.dtype))
