@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from tiny import VOCABULARY, tiny_lm
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from verl.utils.checkpoint import load_checkpoint, save_checkpoint
@@ -111,8 +112,8 @@ def weights_of(placed: PlacedModel[JointModel]) -> dict[str, Tensor]:
 @contextmanager
 def watched(model: JointModel, optimizer: JointOptimizer) -> Iterator[dict[str, Any]]:
     """What goes on inside an update: the dtypes in use, the layers that are whole after a forward pass, and the bytes
-    that autograd keeps for the backward pass."""
-    seen: dict[str, Any] = {"saved_bytes": 0, "gradient_dtypes": set(), "stored_dtypes": set()}
+    that autograd keeps for the backward pass, and how often gradients are added up over groups of ranks."""
+    seen: dict[str, Any] = {"saved_bytes": 0, "all_reduces": 0, "gradient_dtypes": set(), "stored_dtypes": set()}
     layers = model.lm.model.layers
 
     def after_forward(module: JointModel, args: tuple, output: Any) -> None:
@@ -133,14 +134,22 @@ def watched(model: JointModel, optimizer: JointOptimizer) -> Iterator[dict[str, 
         seen["saved_bytes"] += tensor.nbytes
         return tensor
 
+    all_reduce = dist.all_reduce
+
+    def counted_all_reduce(*args: Any, group: dist.ProcessGroup | None = None, **kwargs: Any) -> Any:
+        seen["all_reduces"] += group is not None
+        return all_reduce(*args, group=group, **kwargs)
+
     handles = [
         model.register_forward_hook(after_forward),
         layers[-1].register_forward_pre_hook(in_layer),
         model.score_head.register_forward_hook(in_head),
         *(part.register_step_pre_hook(before_step) for part in optimizer.optimizers.values()),
     ]
+    dist.all_reduce = counted_all_reduce
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield seen
+    dist.all_reduce = all_reduce
     for handle in handles:
         handle.remove()
 
@@ -150,6 +159,7 @@ def run_updates(name: str) -> tuple[dict[str, Any], PlacedModel[JointModel], Dat
     with placed.on_device(with_optimizer=True), watched(placed.model, placed.optimizer) as seen:
         metrics = [update(actor, seed=1), update(actor, seed=2)]
     rows = len(placed.model.lm.lm_head.weight.to_local())
+    seen["sharded_modules"] = sum(isinstance(module, FSDPModule) for module in placed.model.modules())
     return {"metrics": metrics, "weights": weights_of(placed), "rows_of_rank": rows, **seen}, placed, actor
 
 
@@ -242,6 +252,13 @@ def test_placement_changes_no_number(updates: dict[str, Any], name: str) -> None
 def test_fsdp_size_is_the_number_of_shards(updates: dict[str, Any]) -> None:
     assert updates["plain"]["rows_of_rank"] == VOCABULARY // RANKS
     assert updates["hybrid"]["rows_of_rank"] == VOCABULARY // 2
+
+
+@pytest.mark.slow
+def test_replicas_add_their_gradients_up_once_an_optimiser_step(updates: dict[str, Any]) -> None:
+    found = updates["hybrid"]
+    assert all(metrics["perf/micro_batches"] == 2 for metrics in found["metrics"])
+    assert found["all_reduces"] == len(found["metrics"]) * found["sharded_modules"]
 
 
 @pytest.mark.slow

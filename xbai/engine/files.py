@@ -130,6 +130,26 @@ def resolve_dtype(dtype: str, config: PretrainedConfig) -> torch.dtype:
     return DTYPES[dtype]
 
 
+def resolve_head_dtype(name: str | None, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a model's logits: `float32`, `model` (that of its weights), or None for what suits the device.
+
+    Logits in bfloat16 part the log-probs of two engines (an actor and its rollout) further than all that comes before
+    them. Float32 ones cost a GPU next to nothing, but a CPU a copy of the LM head for each product.
+
+    Args:
+        name: what was asked for.
+        dtype: of the weights.
+
+    Raises:
+        UserError: any other name.
+    """
+    if name is None:
+        return torch.float32 if torch.cuda.is_available() else dtype
+    if name not in ("float32", "model"):
+        raise UserError(f"head_dtype={name!r} is unknown, use float32 or model")
+    return torch.float32 if name == "float32" else dtype
+
+
 def resolve_max_model_len(requested: int | None, config: PretrainedConfig) -> int:
     """The context to serve: what was asked for, at most what the model was made for.
 

@@ -41,6 +41,7 @@ _DTYPES = (None, *DTYPES, "fp32", "bf16", "fp16")
 _OPTIMIZERS, _WARMUPS = ("AdamW", "AdamW8bit", "Adam8bit"), ("constant", "cosine")
 CHOICES: dict[str, tuple[Any, ...]] = {
     "data.truncation": ("error", "left", "right"),
+    "actor_rollout_ref.model.head_dtype": (None, "float32", "model"),
     "actor_rollout_ref.score.lang": (None, "en", "zh"),
     "actor_rollout_ref.score.optim.name": _OPTIMIZERS,
     "actor_rollout_ref.score.optim.warmup_style": _WARMUPS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from xbai.errors import UserError
 
 Model = TypeVar("Model", bound=nn.Module)
+Item = TypeVar("Item")
 
 # A warning about in-place changes of a module's output, which nothing here makes.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -127,6 +128,17 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def all_reduce_last(model: FSDPModule, batches: Collection[Item]) -> Iterator[Item]:
+    """`batches` of one optimiser step, for the backward passes of a sharded model.
+
+    Under HSDP each of them scatters gradients inside the groups of ranks that share a copy, and only the last one adds
+    them up over the groups; before it every rank keeps its shard of the sum, in float32.
+    """
+    for number, batch in enumerate(batches, start=1):
+        model.set_requires_all_reduce(number == len(batches))
+        yield batch
 
 
 def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -85,6 +85,7 @@ def build_joint_model(
     packed: bool = False,
     use_liger: bool = False,
     fused_kernels: bool = False,
+    logits_dtype: torch.dtype | None = None,
 ) -> JointModel:
     """Load the LM of a Hugging Face folder and, when `sprm_config` is given, a score head, on the CPU.
 
@@ -97,7 +98,7 @@ def build_joint_model(
         channel: the hidden size that the configuration expects, checked against the model's.
         trust_remote_code, gradient_checkpointing, compute_dtype, packed: see `load_transformer`.
         use_liger: see `apply_liger`.
-        fused_kernels: see `token_log_probs`.
+        fused_kernels, logits_dtype: see `JointModel`.
 
     Raises:
         UserError: no such folder, no model in it, a head that does not fit, a model that cannot be packed or that Liger
@@ -123,7 +124,7 @@ def build_joint_model(
         head = _fresh_head(hidden_size, sprm_config)
     else:
         head = load_score_head(score_model_path or path, hidden_size, sprm_config)
-    return JointModel(lm, head, fused_kernels=fused_kernels)
+    return JointModel(lm, head, fused_kernels=fused_kernels, logits_dtype=logits_dtype)
 
 
 def load_transformer(

@@ -24,6 +24,7 @@ from verl.workers.critic_worker import CriticWorker
 from verl.workers.phase_metrics import measure_phase, tokens_of_rank
 from verl.workers.placed_model import Dtypes, PlacedModel
 from verl.workers.rollout import EngineRollout
+from xbai.engine.files import resolve_head_dtype
 from xbai.sprm import SPRMConfig, load_sprm_config, step_feature_mask
 
 __all__ = ["ActorRolloutRefWorker", "CriticWorker", "group_sizes"]
@@ -188,6 +189,7 @@ class ActorRolloutRefWorker(CheckpointedWorker):
             compute_dtype=dtypes.compute,
             use_liger=config.model.get("use_liger", False),
             fused_kernels=config.model.get("use_fused_kernels", False),
+            logits_dtype=resolve_head_dtype(config.model.get("head_dtype"), dtypes.compute),
             packed=config.model.get("use_remove_padding", False),
         )
 

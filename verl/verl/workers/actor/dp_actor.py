@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from verl.utils.fsdp import local_device, reshard
+from verl.utils.fsdp import all_reduce_last, local_device, reshard
 from verl.utils.optim import JointOptimizer
 from verl.utils.packing import Batch, TokenLayout, layout_maker
 from verl.workers.actor.joint_loss import LossConfig, Totals, joint_loss, local_totals
@@ -143,7 +143,7 @@ class DataParallelPPOActor:
         # All ranks of a sequence-parallel group have counted the same rows.
         totals = Totals.from_tensor(totals / self._sp_size)
         micro_batches = MicroBatches(mini_batch, self._update_batching)
-        shares = (self._forward_backward(batch, totals) for _, batch in micro_batches)
+        shares = (self._forward_backward(batch, totals) for _, batch in all_reduce_last(self.model, micro_batches))
         metrics = summed_over_ranks(shares) | micro_batches.balance()
         if self._loss_config.uses_full_kl:
             self._reference.release()

@@ -181,6 +181,9 @@ class MicroBatches:
         self._parts = batching.fill(sizes, _largest_over_ranks(batching.fewest(sizes)))
         self._tokens = [batching.tokens(sizes, rows) for rows in self._parts]
 
+    def __len__(self) -> int:
+        return len(self._parts)
+
     def __iter__(self) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Row numbers and columns of each micro-batch.
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from verl.trainer.ppo.core_algos import Denominators, compute_value_loss, token_weights
-from verl.utils.fsdp import local_device, reshard
+from verl.utils.fsdp import all_reduce_last, local_device, reshard
 from verl.utils.optim import Optimizers
 from verl.utils.packing import Batch, layout_maker
 from verl.workers.actor.joint_loss import loss_mask
@@ -97,7 +97,7 @@ class DataParallelPPOCritic:
         # All ranks of a sequence-parallel group have counted the same rows.
         totals = Denominators(float(tokens) / self._sp_size, 0.0)
         micro_batches = MicroBatches(mini_batch, self._update_batching)
-        shares = (self._forward_backward(batch, totals) for _, batch in micro_batches)
+        shares = (self._forward_backward(batch, totals) for _, batch in all_reduce_last(self.model, micro_batches))
         metrics = summed_over_ranks(shares) | micro_batches.balance()
         return metrics | self.optimizer.step(self._grad_clip, metrics["vf_loss"])
 

@@ -30,7 +30,7 @@ class EngineRollout:
 
     Args:
         config: the `rollout` section: `name`, `prompt_length`, `response_length`, the sampling keys and the engine's.
-        model: the `model` section: `path`, the folder to start from, and `trust_remote_code`.
+        model: the `model` section: `path`, the folder to start from, `trust_remote_code` and `head_dtype`.
         pad_token_id: fills prompts and responses up to their width.
         sprm_config: of the score head that is trained. Where the engine scores tokens in the forward pass that samples
             them, it takes this head with the policy's weights, and responses come with their scores.
@@ -61,6 +61,7 @@ class EngineRollout:
             dtype=config.dtype,
             max_model_len=config.get("max_model_len") or config.prompt_length + config.response_length,
             with_scores=False,
+            head_dtype=model.get("head_dtype"),
             trust_remote_code=trust_remote_code,
             **options,
         )
