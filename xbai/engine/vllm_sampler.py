@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,8 @@ class EngineSampler(Sampler):
 
     def __init__(self, model: nn.Module, use_fp64_gumbel: bool) -> None:
         super().__init__("raw_logprobs", use_fp64_gumbel)
-        # Not as a submodule of this one.
-        self._compute_step_logits = model.step_logits if isinstance(model, FusedScores) else None
+        # Not as a submodule of this one, and not kept alive: vLLM drops the model on shutdown, but not its sampler.
+        self._step_logits = WeakMethod(model.step_logits) if isinstance(model, FusedScores) else None
 
     def forward(self, logits: Tensor, sampling_metadata: SamplingMetadata, *args: Any, **kwargs: Any) -> Any:
         """Sample; see the class for what comes with the tokens."""
@@ -49,7 +50,7 @@ class EngineSampler(Sampler):
 
     def gather_logprobs(self, logprobs: Tensor, num_logprobs: int, token_ids: Tensor) -> LogprobsTensors:
         """The columns of the sampled tokens [rows], where a request wants any."""
-        columns = [self._compute_step_logits() if self._compute_step_logits else torch.zeros_like(logprobs[:, 0])]
+        columns = [self._step_logits()() if self._step_logits else torch.zeros_like(logprobs[:, 0])]
         if num_logprobs >= LOG_PROB:
             columns.append(logprobs.gather(1, token_ids[:, None])[:, 0])
         values = torch.stack(columns, dim=1)
