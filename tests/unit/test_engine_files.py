@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from xbai.engine.files import check_model_folder, load_tokenizer
+from xbai.engine.files import check_model_folder, load_tokenizer, resolve_head_dtype
 from xbai.errors import UserError
 
 
@@ -30,3 +31,14 @@ def test_config_is_read_or_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config.json: not valid JSON"):
         check_model_folder(write(tmp_path, config="{"))
     assert check_model_folder(write(tmp_path, config={"hidden_size": 8})) == {"hidden_size": 8}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_logits_are_float32_on_a_gpu_or_where_asked_for(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for on_gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda on_gpu=on_gpu: on_gpu)
+        assert resolve_head_dtype(None, dtype) == (torch.float32 if on_gpu else dtype)
+        assert resolve_head_dtype("model", dtype) == dtype
+        assert resolve_head_dtype("float32", dtype) == torch.float32
+    with pytest.raises(UserError, match="head_dtype='bf16' is unknown, use float32 or model"):
+        resolve_head_dtype("bf16", dtype)

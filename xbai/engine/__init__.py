@@ -29,6 +29,7 @@ def load_engine(
     model_path: str | Path,
     *,
     dtype: str = "auto",
+    head_dtype: str | None = None,
     max_model_len: int | None = None,
     lang: str | None = None,
     with_scores: bool | None = None,
@@ -41,6 +42,7 @@ def load_engine(
         name: `vllm`, `hf`, or `auto` (vLLM where it is installed).
         model_path: a Hugging Face model folder.
         dtype: `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
+        head_dtype: of the logits: `float32`, `model` (as `dtype`), or None for float32 on a GPU and else as `dtype`.
         max_model_len: most tokens of prompt plus response; the model's context by default.
         lang: step rule; None takes the one that travels with the head (`en` where none does).
         with_scores: load the score head; None loads it where the folder has one.
@@ -67,6 +69,7 @@ def load_engine(
         return engine(
             model_path,
             dtype=dtype,
+            head_dtype=head_dtype,
             max_model_len=max_model_len,
             lang=lang,
             with_scores=with_scores,

@@ -20,8 +20,10 @@ from xbai.engine.files import (
     quiet_transformers,
     read_config,
     resolve_dtype,
+    resolve_head_dtype,
     resolve_max_model_len,
 )
+from xbai.engine.float32_head import use_float32_output
 from xbai.engine.sampling import BatchSampler
 from xbai.engine.scorer import Scorer, truncate_backbone
 from xbai.engine.weight_check import HeldWeight
@@ -37,6 +39,7 @@ class HFEngine(Engine):
     Args:
         model_path: a Hugging Face model folder.
         dtype: `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
+        head_dtype: of the logits, see `files.resolve_head_dtype`.
         max_model_len: most tokens of prompt plus response; the model's context by default.
         lang: step rule of a head without `sprm_config.json`.
         with_scores: load the score head.
@@ -51,6 +54,7 @@ class HFEngine(Engine):
         model_path: str | Path,
         *,
         dtype: str = "auto",
+        head_dtype: str | None = None,
         max_model_len: int | None = None,
         lang: str | None = None,
         with_scores: bool = False,
@@ -61,14 +65,18 @@ class HFEngine(Engine):
     ) -> None:
         config = read_config(model_path, trust_remote_code)
         tokenizer = load_tokenizer(model_path, trust_remote_code)
+        torch_dtype = resolve_dtype(dtype, config)
+        float32_head = resolve_head_dtype(head_dtype, torch_dtype) != torch_dtype
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(
                 str(model_path),
-                dtype=resolve_dtype(dtype, config),
+                dtype=torch_dtype,
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
             )
+        if float32_head:
+            use_float32_output(model.get_output_embeddings())
         self._model = model.to(self.device).eval()
         scorer = None
         if with_scores:

@@ -27,6 +27,7 @@ from xbai.engine.files import (
     one_line,
     read_config,
     resolve_dtype,
+    resolve_head_dtype,
     resolve_max_model_len,
 )
 from xbai.engine.fused_scores import LOG_PROB, STEP_LOGIT, FusedHead, obstacle, register_models, step_scores
@@ -74,6 +75,7 @@ class VLLMEngine(Engine):
     Args:
         model_path: a Hugging Face model folder.
         dtype: `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
+        head_dtype: of the logits, see `files.resolve_head_dtype`; an LM head that is itself quantised needs `model`.
         max_model_len: most tokens of prompt plus response; the model's context by default.
         lang: step rule of a head without `sprm_config.json`.
         with_scores: load the folder's score head.
@@ -92,6 +94,7 @@ class VLLMEngine(Engine):
         model_path: str | Path,
         *,
         dtype: str = "auto",
+        head_dtype: str | None = None,
         max_model_len: int | None = None,
         lang: str | None = None,
         with_scores: bool = False,
@@ -109,6 +112,7 @@ class VLLMEngine(Engine):
         tokenizer = load_tokenizer(model_path, trust_remote_code)
         length = resolve_max_model_len(max_model_len, config)
         torch_dtype = resolve_dtype(dtype, config)
+        logits_dtype = resolve_head_dtype(head_dtype, torch_dtype)
         super().__init__(config, tokenizer, length, None, seed, trust_remote_code)
         self._load_scorer = partial(
             Scorer.from_folder, model_path, dtype=dtype, lang=lang, trust_remote_code=trust_remote_code
@@ -119,6 +123,8 @@ class VLLMEngine(Engine):
             self._head_shapes = head_shapes(self._fused_head.build(config.hidden_size))
             self._head_is_fused = True
             options |= self._fused_head.engine_arguments(config, options)
+        # All of vLLM's models hand their LM head to the layer that reads this.
+        options["hf_overrides"] = {"head_dtype": _name(logits_dtype), **options.get("hf_overrides", {})}
         self._weights_have_changed = False
         self._on_cpu = not torch.cuda.is_available()
         self._owns_process_group = not torch.distributed.is_initialized()
@@ -339,6 +345,10 @@ def _check_devices(options: dict[str, Any]) -> None:
         raise UserError(f"tensor_parallel_size={tensor_parallel_size}: only {devices} GPUs here")
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _with_lm_head(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Send a tied LM head too: on CPU vLLM keeps a packed copy of it, which the embedding alone leaves stale."""
     for name, tensor in weights:
@@ -353,7 +363,7 @@ def _engine_arguments(config: PretrainedConfig, dtype: torch.dtype, chosen: Mapp
     given = {name: value for name, value in chosen.items() if value is not None}
     among_ranks = torch.distributed.is_initialized()
     arguments = {
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": _name(dtype),
         # Of requests without a seed: fresh in every process, but one stream over the ranks of a trainer.
         "seed": 0 if among_ranks else secrets.randbits(31),
         "disable_log_stats": True,
