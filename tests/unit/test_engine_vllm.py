@@ -28,6 +28,15 @@ def no_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
 
 
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU, as far as a start asks."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (90, 100))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setenv("CC", "cc")
+
+
 def start_arguments(folder: Path, **options: Any) -> dict[str, Any]:
     with pytest.raises(StartedError) as started:
         VLLMEngine(folder, **options)
@@ -52,14 +61,66 @@ def test_the_weights_are_shared_by_as_many_processes_as_asked(tiny_model_dir: Pa
     assert "distributed_executor_backend" not in shared
 
 
-def test_a_gpu_gets_the_batches_that_vllm_takes_for_it(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (90, 100))
+def test_a_gpu_gets_the_batches_that_vllm_takes_for_it(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, hopper: None
+) -> None:
     for on_gpu, seqs, tokens in ((False, 128, 8192), (True, None, None)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda on_gpu=on_gpu: on_gpu)
         arguments = start_arguments(tiny_model_dir)
         assert (arguments.get("max_num_seqs"), arguments.get("max_num_batched_tokens")) == (seqs, tokens)
         arguments = start_arguments(tiny_model_dir, max_num_seqs=4, max_num_batched_tokens=10000)
         assert (arguments["max_num_seqs"], arguments["max_num_batched_tokens"]) == (4, 10000)
+
+
+def test_only_a_trainers_engine_sleeps_unless_told_to(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, hopper: None
+) -> None:
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    for among_ranks in (False, True):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda among_ranks=among_ranks: among_ranks)
+        assert start_arguments(tiny_model_dir)["enable_sleep_mode"] == among_ranks
+        for wanted in (False, True):
+            assert start_arguments(tiny_model_dir, enable_sleep_mode=wanted)["enable_sleep_mode"] == wanted
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "enable_sleep_mode" not in start_arguments(tiny_model_dir, enable_sleep_mode=True), "vLLM refuses it on CPU"
+
+
+@pytest.mark.parametrize(("on_gpu", "usual"), [(False, "bfloat16"), (True, "float32")])
+def test_vllm_is_told_the_dtype_of_the_logits(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, hopper: None, on_gpu: bool, usual: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+
+    def overrides(**options: Any) -> dict[str, Any]:
+        return start_arguments(tiny_model_dir, dtype="bfloat16", **options)["hf_overrides"]
+
+    for with_scores in (False, True):
+        for head_dtype, expected in ((None, usual), ("model", "bfloat16"), ("float32", "float32")):
+            assert overrides(with_scores=with_scores, head_dtype=head_dtype)["head_dtype"] == expected
+    assert overrides(with_scores=True, hf_overrides={"rope_theta": 1.0}).keys() == {
+        *("head_dtype", "rope_theta", "architectures")
+    }
+
+
+def test_a_gpu_without_a_compiler_is_refused_before_the_model_loads(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, hopper: None
+) -> None:
+    assert "attention_backend" not in start_arguments(tiny_model_dir)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC")
+    with pytest.raises(UserError, match=r"^vLLM: a C compiler .* missing"):
+        VLLMEngine(tiny_model_dir)
+
+
+def test_nothing_is_compiled_for_a_sampler_that_seeds_bypass(monkeypatch: pytest.MonkeyPatch) -> None:
+    envs = pytest.importorskip("vllm.envs")
+    monkeypatch.setattr(vllm_module, "_construct", lambda arguments: None)
+    for given, used in ((None, False), ("1", True)):
+        monkeypatch.delenv("VLLM_USE_FLASHINFER_SAMPLER", raising=False)
+        if given is not None:
+            monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", given)
+        start({})
+        assert envs.environment_variables["VLLM_USE_FLASHINFER_SAMPLER"]() == used
 
 
 def test_triton_computes_a_float32_model_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:

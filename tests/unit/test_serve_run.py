@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from xbai.engine import Engine
+from xbai.engine.tensor_parallel import check_tensor_parallel_size, largest_tensor_parallel_size
 from xbai.errors import UserError
 from xbai.serve import run
 from xbai.serve.limits import Limits
@@ -50,11 +51,14 @@ def test_flags_that_cannot_act_are_refused(serve, make_tiny_model) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variable", "gpus", "flag", "size"), [(None, 8, None, 1), ("0,1", 2, None, 2), ("", 0, None, 1), ("0,1", 2, 1, 1)]
+    ("variable", "gpus", "flag", "size"),
+    # The tiny model has 2 heads.
+    [(None, 8, None, 1), ("0,1", 2, None, 2), ("", 0, None, 1), ("0,1", 2, 1, 1), ("0,1,2", 3, None, 2)],
 )
 def test_the_visible_gpus_share_the_model(
     tiny_model_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
     variable: str | None,
     gpus: int,
     flag: int | None,
@@ -72,6 +76,30 @@ def test_the_visible_gpus_share_the_model(
     flags = FLAGS | {"tensor_parallel_size": flag}
     run.serve_policy(str(tiny_model_dir), "127.0.0.1", 0, Limits(), engine="auto", with_scores=None, **flags)
     assert given["tensor_parallel_size"] == size
+    said = [record.getMessage() for record in caplog.records if "GPUs in CUDA_VISIBLE_DEVICES" in record.getMessage()]
+    assert [message[:11] for message in said] == (["2 of the 3 "] if gpus == 3 else [])
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "mlp", "sizes"),
+    [
+        # Qwen2.5 of 0.5B, 1.5B, 7B and 32B.
+        (14, 2, 4864, [1, 2, 2, 2, 2, 2, 2, 2]),
+        (12, 2, 8960, [1, 2, 2, 4, 4, 4, 4, 4]),
+        (28, 4, 18944, [1, 2, 2, 4, 4, 4, 4, 4]),
+        (40, 8, 27648, [1, 2, 2, 4, 4, 4, 4, 8]),
+        (12, 3, 96, [1, 1, 3, 3, 3, 6, 6, 6]),
+        (None, None, None, [1, 2, 3, 4, 5, 6, 7, 8]),
+    ],
+)
+def test_as_many_gpus_as_heads_divide_among(
+    heads: int | None, kv_heads: int | None, mlp: int | None, sizes: list[int]
+) -> None:
+    config = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": mlp}
+    found = [largest_tensor_parallel_size(most, config) for most in range(1, 9)]
+    assert found == sizes
+    for size in {*found}:
+        check_tensor_parallel_size(size, config, "")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ from typing import Any
 
 from xbai.errors import UserError
 
+_DIVIDED = ("num_attention_heads", "intermediate_size", "num_key_value_heads")
+
 
 def check_tensor_parallel_size(size: int, config: Mapping[str, Any], option: str) -> None:
     """Refuse what vLLM's workers would end on, each in a traceback of its own.
@@ -19,12 +21,26 @@ def check_tensor_parallel_size(size: int, config: Mapping[str, Any], option: str
     Raises:
         UserError: heads, key/value heads or the MLP do not divide.
     """
-    names = ("num_attention_heads", "intermediate_size", "num_key_value_heads")
-    heads, mlp, kv_heads = (config.get(name) for name in names)
-    # Where there are fewer key/value heads than GPUs, several of these have the same.
-    larger, smaller = max(size, kv_heads or size), min(size, kv_heads or size)
-    if (heads or size) % size or (mlp or size) % size or larger % smaller:
+    if not _divides(size, config):
+        heads, mlp, kv_heads = (config.get(name) for name in _DIVIDED)
         raise UserError(
             f"{option} must divide the model's num_attention_heads={heads} and intermediate_size={mlp}, and divide its "
             f"num_key_value_heads={kv_heads} or be a multiple of it"
         )
+
+
+def largest_tensor_parallel_size(most: int, config: Mapping[str, Any]) -> int:
+    """Of at most so many GPUs, how many can share the model.
+
+    Args:
+        most: at least 1.
+        config: the content of its `config.json`.
+    """
+    return next(size for size in range(most, 0, -1) if _divides(size, config))
+
+
+def _divides(size: int, config: Mapping[str, Any]) -> bool:
+    heads, mlp, kv_heads = (config.get(name) for name in _DIVIDED)
+    # Where there are fewer key/value heads than GPUs, several of these have the same.
+    larger, smaller = max(size, kv_heads or size), min(size, kv_heads or size)
+    return not ((heads or size) % size or (mlp or size) % size or larger % smaller)

@@ -32,6 +32,7 @@ from xbai.engine.files import (
 )
 from xbai.engine.fused_scores import LOG_PROB, STEP_LOGIT, FusedHead, obstacle, register_models, step_scores
 from xbai.engine.scorer import Scorer, head_shapes
+from xbai.engine.toolchain import Toolchain, search_path
 from xbai.engine.weight_check import HeldWeight
 from xbai.errors import UserError
 from xbai.sprm import SPRMConfig, StepRule, load_sprm_config
@@ -53,6 +54,8 @@ _DEFAULT_ENVIRONMENT = {
     # A float32 model's attention on a GPU is a Triton kernel, which would round its operands to TF32: step scores would
     # differ from the scorer's by more than 1e-4. What PyTorch multiplies, vLLM leaves in full precision by default.
     "TRITON_F32_DEFAULT": "ieee",
+    # It is compiled at start-up, by nvcc, and left aside for every batch of which a request has a seed.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
 logger = logging.getLogger(__name__)
 
@@ -86,6 +89,8 @@ class VLLMEngine(Engine):
         max_num_batched_tokens: most tokens of one scheduler iteration; by default likewise.
         enforce_eager: no compilation; True by default on CPU, where compiling costs a minute.
         kv_cache_memory_bytes: on CPU by default what `max_num_seqs` full samples need, at most 4 GiB.
+        enable_sleep_mode: have `sleep` free memory, at most one engine of a process at a time; by default among the
+            ranks of a trainer. A CPU engine never sleeps.
         **options: any other field of vLLM's `EngineArgs` (`gpu_memory_utilization`, `load_format`, ...).
     """
 
@@ -104,6 +109,7 @@ class VLLMEngine(Engine):
         max_num_batched_tokens: int | None = None,
         enforce_eager: bool | None = None,
         kv_cache_memory_bytes: int | None = None,
+        enable_sleep_mode: bool | None = None,
         seed: int | None = None,
         **options: Any,
     ) -> None:
@@ -135,6 +141,7 @@ class VLLMEngine(Engine):
             "max_num_batched_tokens": max_num_batched_tokens,
             "enforce_eager": enforce_eager,
             "kv_cache_memory_bytes": kv_cache_memory_bytes,
+            "enable_sleep_mode": None if self._on_cpu else enable_sleep_mode,
             "trust_remote_code": trust_remote_code,
         }
         self._llm = _start(_engine_arguments(config, torch_dtype, chosen | options))
@@ -156,9 +163,16 @@ class VLLMEngine(Engine):
         return self._fused_head.sprm_config.step_rule if self._fused_head else super().step_rule
 
     def sleep(self, level: int = 2) -> None:
-        """Free KV cache and weights on the accelerator; after `wake_up` from level 2, update the weights."""
-        if not self._on_cpu:
-            self._llm.sleep(level=level)
+        """Free KV cache and weights on the accelerator; after `wake_up` from level 2, update the weights.
+
+        Raises:
+            UserError: an engine on a GPU that was not loaded to sleep.
+        """
+        if self._on_cpu:
+            return
+        if not self._llm.vllm_config.model_config.enable_sleep_mode:
+            raise UserError("sleep: this engine's memory cannot be freed; load it with enable_sleep_mode=True")
+        self._llm.sleep(level=level)
 
     def wake_up(self, parts: Sequence[str] | None = None) -> None:
         """Allocate again what `sleep` freed, or of `weights` and `kv_cache` only the named parts."""
@@ -378,7 +392,8 @@ def _engine_arguments(config: PretrainedConfig, dtype: torch.dtype, chosen: Mapp
         return arguments | _cpu_arguments(config, dtype, given)
     # Of the memory that is free now, which a score head's backbone or a trainer shares.
     free, total = torch.cuda.mem_get_info()
-    return arguments | {"enable_sleep_mode": True, "gpu_memory_utilization": 0.9 * free / total} | given
+    arguments |= {"enable_sleep_mode": among_ranks, "gpu_memory_utilization": 0.9 * free / total}
+    return arguments | Toolchain.of(os.environ).attention(torch.cuda.get_device_capability(), given) | given
 
 
 def _cpu_arguments(config: PretrainedConfig, dtype: torch.dtype, given: dict[str, Any]) -> dict[str, Any]:
@@ -401,6 +416,7 @@ def _cache_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
 def _start(arguments: dict[str, Any]) -> Any:
     # Said while vLLM is imported, before it has read its logging level.
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
+    os.environ["PATH"] = search_path(os.environ.get("PATH", ""))
     os.environ.update(_REQUIRED_ENVIRONMENT)
     for name, value in _DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -18,7 +19,7 @@ from fastapi import FastAPI
 
 from xbai.engine import Scorer, load_engine
 from xbai.engine.files import check_model_folder, load_tokenizer, read_config, resolve_max_model_len
-from xbai.engine.tensor_parallel import check_tensor_parallel_size
+from xbai.engine.tensor_parallel import check_tensor_parallel_size, largest_tensor_parallel_size
 from xbai.errors import UserError
 from xbai.serve.app import Service
 from xbai.serve.engine_thread import EngineThread
@@ -56,17 +57,25 @@ def serve_policy(
         raise UserError(f"--with_scores: {model_path} has no {SCORE_MODULE_FILE}; leave it out, or serve another model")
     given = {name: value for name, value in options.items() if value is not None}
     if engine != "hf" and find_spec("vllm") is not None:
-        size = given.setdefault("tensor_parallel_size", _visible_gpus())
-        option = f"--tensor_parallel_size {size} (by default the number of GPUs in CUDA_VISIBLE_DEVICES)"
-        check_tensor_parallel_size(size, config, option)
+        if (size := given.get("tensor_parallel_size")) is not None:
+            check_tensor_parallel_size(size, config, f"--tensor_parallel_size {size}")
+        given["tensor_parallel_size"] = size or _gpus_that_share(config)
     with listen(ip, port) as listener:
         thread = EngineThread(lambda: load_engine(engine, model_path, with_scores=with_scores, **given))
         _run(create_policy_app(thread, model_path, limits), listener)
 
 
-def _visible_gpus() -> int:
-    """GPUs that CUDA_VISIBLE_DEVICES gives this service; one where it is not set."""
-    return max(1, torch.cuda.device_count()) if "CUDA_VISIBLE_DEVICES" in os.environ else 1
+def _gpus_that_share(config: Mapping[str, Any]) -> int:
+    """How many of the GPUs that CUDA_VISIBLE_DEVICES gives this service; one where it is not set."""
+    visible = max(1, torch.cuda.device_count()) if "CUDA_VISIBLE_DEVICES" in os.environ else 1
+    size = largest_tensor_parallel_size(visible, config)
+    if size < visible:
+        logger.warning(
+            "%d of the %d GPUs in CUDA_VISIBLE_DEVICES share the model: its heads and MLP do not divide among more",
+            size,
+            visible,
+        )
+    return size
 
 
 def serve_score(
