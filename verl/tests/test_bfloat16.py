@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,46 @@ def test_log_probs_are_as_close_as_bfloat16_lets_them_be(results: dict, name: st
     ours, theirs = ((values - exact)[batch["response_mask"]].square().mean().sqrt() for values in (found, log_probs))
     # Of the first of four ranks these are 13 tokens.
     assert 0 < ours < 1.5 * theirs
+
+
+BFLOAT16_RUN = [
+    *(f"actor_rollout_ref.{model}.fsdp_config.compute_dtype=bfloat16" for model in ("actor", "ref")),
+    "actor_rollout_ref.model.head_dtype=float32",
+    "actor_rollout_ref.rollout.dtype=bfloat16",
+    "trainer.val_before_train=false",
+    "trainer.test_freq=-1",
+    "trainer.save_freq=1",
+]
+RUNS = {
+    "vllm": ["actor_rollout_ref.rollout.name=vllm", "actor_rollout_ref.rollout.check_weight_sync=true"],
+    "shared": [
+        "actor_rollout_ref.model.use_remove_padding=true",
+        "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2",
+    ],
+    "hybrid, full KL": [
+        "actor_rollout_ref.actor.fsdp_config.fsdp_size=1",
+        "actor_rollout_ref.ref.fsdp_config.fsdp_size=1",
+        "actor_rollout_ref.actor.kl_loss_type=full",
+    ],
+    "critic": ["algorithm.adv_estimator=gae", "critic.model.fsdp_config.compute_dtype=bfloat16"],
+}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "vllm" else pytest.mark.long) for name in RUNS]
+)
+def test_a_run_trains_and_goes_on(
+    name: str, small_run: list[str], tmp_path: Path, start_run: Callable[..., Any]
+) -> None:
+    overrides, steps = [*small_run, *BFLOAT16_RUN, *RUNS[name]], [2] if name == "vllm" else [2, 3]
+    for last in steps:
+        rows = start_run(tmp_path, [*overrides, f"trainer.total_training_steps={last}"]).finish().metrics()
+    assert sorted(rows) == list(range(1, last + 1))
+    # Engine and actor round alike but add up in another order; an engine with stale weights is off by far more.
+    assert all(0 < row["rollout/log_prob_diff_mean"] < 0.02 for row in rows.values())
+    assert rows[1]["actor/kl_loss"] == pytest.approx(0, abs=1e-3) and rows[last]["actor/kl_loss"] > 0.01
+    assert all(row["actor/skipped_updates"] == 0 < row["actor/grad_norm"] for row in rows.values())
 
 
 if __name__ == "__main__":
