@@ -136,6 +136,16 @@ def test_grpo(run: Callable[..., Metrics], tmp_path: Path, over_std: bool) -> No
 
 
 @pytest.mark.long
+def test_grpo_of_one_update_a_batch_without_a_head_computes_no_old_log_probs(run: Callable[..., Metrics]) -> None:
+    metrics = run("actor_rollout_ref.use_score=false")
+    for row in metrics.values():
+        assert "timing_s/old_log_prob" not in row and "score/loss" not in row
+        assert row["rollout/log_prob_diff_mean"] < 1e-4
+        assert row["actor/ppo_kl"] == row["actor/pg_clipfrac"] == 0 < row["actor/grad_norm"]
+    assert metrics[1]["actor/kl_loss"] == pytest.approx(0, abs=1e-5) and metrics[2]["actor/kl_loss"] > 1e-3
+
+
+@pytest.mark.long
 def test_rloo_with_importance_weights_and_entropy(run: Callable[..., Metrics], tmp_path: Path) -> None:
     metrics = run(
         "algorithm.adv_estimator=rloo",

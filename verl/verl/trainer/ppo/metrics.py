@@ -21,8 +21,8 @@ def masked_mean(values: Tensor, mask: Tensor) -> float:
 def train_metrics(
     batch: DataProto, eos_token_ids: Sequence[int], tis_imp_ratio_cap: float | None = None
 ) -> dict[str, float]:
-    """Rewards, advantages, lengths, entropy, agreement of rollout and actor, and the score head's metrics, before the
-    update; with `tis_imp_ratio_cap` also the importance weights."""
+    """Rewards, advantages, lengths, and what was computed of entropy, agreement of rollout and actor and the score head
+    before the update; with `tis_imp_ratio_cap` also the importance weights."""
     columns = batch.batch
     mask, graded, correct = columns["response_mask"].bool(), columns["graded"], columns["correct"]
     rewards, lengths = columns["token_level_scores"].sum(-1), mask.sum(-1)
@@ -31,13 +31,14 @@ def train_metrics(
         "reward/pass_rate": masked_mean(correct, graded),
         "reward/ungraded": float((~graded).sum()),
         "reward/mixed_prompts": mixed_prompts(batch.non_tensor_batch["uid"], correct, graded),
-        "actor/entropy": masked_mean(columns["entropys"], mask),
         "response_length/mean": float(lengths.float().mean()),
         "response_length/max": float(lengths.max()),
         "response_length/truncated": float(is_truncated(columns["responses"], mask, eos_token_ids).float().mean()),
         "prompt_length/mean": float(columns["attention_mask"].sum(-1).float().mean() - lengths.float().mean()),
-        **log_prob_difference(columns["rollout_log_probs"], columns["old_log_probs"], mask),
     }
+    if "old_log_probs" in columns:
+        metrics["actor/entropy"] = masked_mean(columns["entropys"], mask)
+        metrics |= log_prob_difference(columns["rollout_log_probs"], columns["old_log_probs"], mask)
     for name in ("advantages", "returns"):
         kept = columns[name][mask & graded[:, None]]
         metrics |= {f"{name}/{what}": float(value) for what, value in _spread(kept).items()}
@@ -50,7 +51,7 @@ def train_metrics(
         metrics |= importance_metrics(*log_probs, mask, tis_imp_ratio_cap)
     if "ref_kl" in columns:
         metrics["actor/ref_kl"] = masked_mean(columns["ref_kl"], mask)
-    elif "ref_log_prob" in columns:
+    elif "ref_log_prob" in columns and "old_log_probs" in columns:
         metrics["actor/ref_kl"] = masked_mean(columns["old_log_probs"] - columns["ref_log_prob"], mask)
     if "old_step_logits" in columns:
         measured = sprm_metrics(columns["old_step_logits"], columns["step_feature_mask"], correct, graded)

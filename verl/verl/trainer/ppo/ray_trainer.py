@@ -20,6 +20,7 @@ from torch import Tensor
 from verl.protocol import DataProto, object_array
 from verl.single_controller import GroupMethod, RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from verl.trainer.critic_config import critic_config
+from verl.trainer.old_log_prob_use import needs_old_log_probs
 from verl.trainer.ppo.cluster import check_shared_folder, lost_head, start_ray, worker_env
 from verl.trainer.ppo.core_algos import AdvantageInputs, compute_advantages, get_kl_controller, kl_penalty
 from verl.trainer.ppo.metrics import ValidationResult, masked_mean, train_metrics, validation_metrics
@@ -74,7 +75,8 @@ class RayPPOTrainer:
         self._run_state = RunState(config, self._train_data, self._loader, self._kl_controller)
         self.step = self._run_state.step
         self._reward_manager = REWARD_MANAGERS[config.reward_model.reward_manager](self.tokenizer, config)
-        self._update_keys = LossConfig.from_config(config.actor_rollout_ref).batch_keys()
+        self._needs_old_log_probs = needs_old_log_probs(config)
+        self._update_keys = LossConfig.from_config(config.actor_rollout_ref).batch_keys(self._needs_old_log_probs)
         self._workers: RayWorkerGroup | None = None
         self._critic: RayWorkerGroup | None = None
 
@@ -169,7 +171,8 @@ class RayPPOTrainer:
         batch = self._generate(prompts, self._rollout.n, metrics, stay_awake=needs_baseline)
         pending = self._launch_grading(batch)
         baseline = self._launch_baseline(prompts, metrics) if needs_baseline else None
-        self._compute(self._workers.compute_log_prob, batch, metrics, full_kl=self._reference_use.full_kl_in_reward)
+        if self._needs_old_log_probs:
+            self._compute(self._workers.compute_log_prob, batch, metrics, full_kl=self._reference_use.full_kl_in_reward)
         if self._reference_use.log_probs:
             self._compute(self._workers.compute_ref_log_prob, batch, metrics)
         if self._critic is not None:

@@ -119,22 +119,26 @@ class DataParallelPPOActor:
 
         Args:
             data: the keys of `LossConfig.batch_keys`, as many rows on every rank; the same rows on all ranks of a
-                sequence-parallel group.
+                sequence-parallel group. `old_log_probs` may be missing where all rows are one optimiser step.
 
         Returns:
-            Means over the optimiser steps, the same on every rank: `actor/*`, with a score head `score/*`, and how even
-            the micro-batches were, `perf/*`. `actor/skipped_updates` counts those whose gradient was not finite.
+            Means over the optimiser steps, the same on every rank: `actor/*`, with a score head `score/*`, without
+            `old_log_probs` also `rollout/*`, and how even the micro-batches were, `perf/*`. `actor/skipped_updates`
+            counts those whose gradient was not finite.
 
         Raises:
             UserError: `actor.tis_imp_ratio_cap` without the engine's log-probs, or a batch that is not whole
                 mini-batches.
         """
         self.model.train()
-        keys = self._loss_config.batch_keys()
+        has_old_log_probs = "old_log_probs" in data.keys()  # noqa: SIM118 (a TensorDict, too)
+        keys = self._loss_config.batch_keys(has_old_log_probs)
         if "rollout_log_probs" in keys and "rollout_log_probs" not in data.keys():  # noqa: SIM118 (a TensorDict, too)
             raise UserError("actor.tis_imp_ratio_cap needs the rollout engine's log-probs; this batch has none")
-        data = {key: data[key] for key in keys}
-        metrics = means_over_steps(map(self._update, self._mini_batching.split(data)))
+        mini_batches = list(self._mini_batching.split({key: data[key] for key in keys}))
+        if len(mini_batches) > 1 and not has_old_log_probs:
+            raise ValueError(f"{len(mini_batches)} optimiser steps on one batch need its old_log_probs")
+        metrics = means_over_steps(map(self._update, mini_batches))
         return _prefixed(metrics | self.optimizer.advance_schedules())
 
     def _update(self, mini_batch: Batch) -> dict[str, float]:
@@ -177,6 +181,8 @@ METRIC_NAMES = {
     "grad_norm/score": "score/grad_norm",
     "lr/policy": "actor/lr",
     "lr/score": "score/lr",
+    "log_prob_diff_mean": "rollout/log_prob_diff_mean",
+    "mismatch_kl": "rollout/mismatch_kl",
     "micro_batches": "perf/micro_batches",
     "tokens_per_micro_batch_max_over_mean": "perf/tokens_per_micro_batch_max_over_mean",
 }

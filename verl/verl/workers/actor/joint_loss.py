@@ -73,12 +73,14 @@ class LossConfig:
         """The KL is summed over the vocabulary, from the reference's hidden states rather than its log-probs."""
         return self.use_kl_loss and self.kl_loss_type == "full"
 
-    def batch_keys(self) -> list[str]:
-        """The tensors that the update needs."""
-        keys = ["input_ids", "attention_mask", "position_ids", "response_mask", "old_log_probs", "advantages", "graded"]
+    def batch_keys(self, has_old_log_probs: bool = True) -> list[str]:
+        """The tensors that the update needs; without `old_log_probs` it compares with its own and the engine's."""
+        keys = ["input_ids", "attention_mask", "position_ids", "response_mask", "advantages", "graded"]
+        if has_old_log_probs:
+            keys.append("old_log_probs")
         if self.use_kl_loss and not self.uses_full_kl:
             keys.append("ref_log_prob")
-        if self.tis_imp_ratio_cap is not None:
+        if self.tis_imp_ratio_cap is not None or not has_old_log_probs:
             keys.append("rollout_log_probs")
         if self.use_score:
             keys += ["correct", "step_feature_mask", "old_step_logits"]
@@ -130,7 +132,8 @@ def joint_loss(
     Args:
         output: of the joint model on `layout`.
         layout: of `batch`.
-        batch: a micro-batch with the keys of `LossConfig.batch_keys`.
+        batch: a micro-batch with the keys of `LossConfig.batch_keys`. Without `old_log_probs` the policy has not moved
+            since it sampled, and `output` has them.
         totals: of the global mini-batch.
         config: coefficients and switches.
 
@@ -140,7 +143,8 @@ def joint_loss(
     mask, denominators = loss_mask(batch), totals.denominators
     weights = layout.tokens(token_weights(mask, config.agg_mode, denominators))
     mean_weights = layout.tokens(token_weights(mask, "token-mean", denominators))
-    old_log_probs, advantages = layout.tokens(batch["old_log_probs"]), layout.tokens(batch["advantages"])
+    is_on_policy, advantages = "old_log_probs" not in batch, layout.tokens(batch["advantages"])
+    old_log_probs = output.log_probs.detach() if is_on_policy else layout.tokens(batch["old_log_probs"])
     policy = compute_policy_loss(
         old_log_probs, output.log_probs, advantages, config.clip_low, config.clip_high, config.clip_c
     )
@@ -155,6 +159,10 @@ def joint_loss(
         "pg_clipfrac_lower": (mean_weights * policy.dual_clipped).sum(),
         "ppo_kl": (mean_weights * policy.approx_kl).sum(),
     }
+    if is_on_policy:
+        log_ratio = old_log_probs - layout.tokens(batch["rollout_log_probs"])
+        metrics["log_prob_diff_mean"] = (mean_weights * log_ratio.abs()).sum()
+        metrics["mismatch_kl"] = (mean_weights * (log_ratio.expm1() - log_ratio)).sum()
     if config.entropy_coeff != 0:
         metrics["entropy_loss"] = (weights * output.entropy).sum()
         loss = loss - config.entropy_coeff * metrics["entropy_loss"]
