@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +76,21 @@ def test_a_cache_that_holds_no_whole_sequence_is_refused(vllm: str, tiny_model_d
         load_engine(vllm, tiny_model_dir, kv_cache_memory_bytes=2**18)
     assert "\n" not in str(refused.value)
     assert not torch.distributed.is_initialized(), "the next engine would take it for a trainer's process group"
+
+
+@pytest.mark.parametrize("vllm", [pytest.param("vllm", marks=needs_vllm)])
+def test_the_model_goes_when_vllm_drops_it_and_another_can_be_loaded(vllm: str, tiny_model_dir: Path) -> None:
+    for _ in range(2):
+        engine = load_engine(vllm, tiny_model_dir, dtype="float32", with_scores=True)
+        # As held by vLLM while it releases the pools that a sleeping engine's memory comes from.
+        runner = engine._llm.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        model = weakref.ref(runner.get_model())
+        [[completion]] = engine.generate(PROMPTS[:1], SamplingParams(max_tokens=4, ignore_eos=True))
+        assert len(completion.token_ids) == 4
+        assert model() is not None
+        engine.close()
+        assert model() is None, gc.get_referrers(model())
+    assert not torch.distributed.is_initialized()
 
 
 def test_greedy_equals_transformers_before_and_after_update_weights(

@@ -112,6 +112,24 @@ def use_shared_engine(folder: str) -> None:
     with pytest.raises(UserError, match="score once before the first update"):
         engine.score([[1, 2, 3, 4]], [0])
     engine.close()
+    check_float32_logits(folder)
+
+
+def check_float32_logits(folder: str) -> None:
+    """Of another engine of these ranks, in bfloat16, of whose LM head each holds a part."""
+    engine = load_engine(
+        "vllm", folder, dtype="bfloat16", head_dtype="float32", max_model_len=64, tensor_parallel_size=2
+    )
+    model = engine._llm.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.get_model()
+    states: list[torch.Tensor] = []
+    model.logits_processor.register_forward_pre_hook(lambda _, arguments: states.append(arguments[1][-1:].clone()))
+    params = SamplingParams(max_tokens=20, temperature=0, log_probs=True, ignore_eos=True)
+    [[completion]] = engine.generate([[1, 2, 3]], params)
+    head = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).lm_head.weight.detach()
+    exact, tokens = (torch.cat(states).float() @ head.float().T).log_softmax(-1).max(-1)
+    assert tokens.tolist() == completion.token_ids
+    assert completion.log_probs == pytest.approx(exact.tolist(), abs=1e-5)
+    engine.close()
 
 
 def first_value_changed(

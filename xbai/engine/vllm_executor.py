@@ -42,4 +42,5 @@ def _unlink_shared_memory(group: GroupCoordinator) -> None:
         queue.buffer.is_creator = False
     name = getattr(getattr(group.device_communicator, "dist_module", None), "group_name", None)
     if name is not None:
-        Path("/dev/shm", f"{name}_{group.rank_in_group}").unlink()
+        # Gone already where an earlier engine of these ranks had the group.
+        Path("/dev/shm", f"{name}_{group.rank_in_group}").unlink(missing_ok=True)
