@@ -209,6 +209,8 @@ class VLLMEngine(Engine):
             gc.unfreeze()
         self._llm = self.scorer = None
         gc.collect()
+        if not self._on_cpu:
+            torch.cuda.empty_cache()
 
     def _load_head(
         self,
