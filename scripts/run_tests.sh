@@ -22,5 +22,6 @@ if (($#)); then
     exec "$bin/python" -m pytest "$@"
 fi
 # Two files at a time.
-"$bin/python" -m pytest -x -q -m "not slow and not long" -n 2 --dist loadfile
-"$bin/python" -m pytest -x -q -m "slow and not long" -n 2 --dist loadfile
+tests=("$bin/python" -m pytest -x -q -n 2 --dist loadfile --durations=10)
+"${tests[@]}" -m "not slow and not long"
+"${tests[@]}" -m "slow and not long"

@@ -323,17 +323,19 @@ class TestCommands:
         checkout.wait_until(lambda: set(checkout.processes()) <= before, 20, "nothing is left running")
 
     def test_no_cluster_is_one_line(self, checkout, quickstart: Miniature):
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            address = f"127.0.0.1:{listener.getsockname()[1]}"
-        status, output = checkout.run(
-            "bash ./scripts/run_multi_node.sh data.max_prompt_length=32 data.max_response_length=64"
-            " actor_rollout_ref.actor.ulysses_sequence_parallel_size=1"
-            " actor_rollout_ref.rollout.tensor_model_parallel_size=1",
-            RAY_ADDRESS=address,
-            MODEL=f"{quickstart.folder}/base",
-            TRAIN_FILES=f"{quickstart.folder}/data/make10_train.parquet",
-            VAL_FILES=f"{quickstart.folder}/data/make10_val.parquet",
-        )
+        # While it is bound, nothing that a test beside this one starts can listen there.
+        with socket.socket() as reserved:
+            reserved.bind(("", 0))
+            address = f"127.0.0.1:{reserved.getsockname()[1]}"
+            status, output = checkout.run(
+                "bash ./scripts/run_multi_node.sh data.max_prompt_length=32 data.max_response_length=64"
+                " actor_rollout_ref.actor.ulysses_sequence_parallel_size=1"
+                " actor_rollout_ref.rollout.tensor_model_parallel_size=1",
+                RAY_ADDRESS=address,
+                MODEL=f"{quickstart.folder}/base",
+                TRAIN_FILES=f"{quickstart.folder}/data/make10_train.parquet",
+                VAL_FILES=f"{quickstart.folder}/data/make10_val.parquet",
+            )
         assert status == 2, output
         assert output.splitlines()[-1].startswith(f"error: RAY_ADDRESS={address}: no Ray cluster answers")
         assert "Traceback" not in output

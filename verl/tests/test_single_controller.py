@@ -162,5 +162,21 @@ def test_a_killed_worker_is_named_at_once(group: RayWorkerGroup, when: str):
 
 
 def test_no_room_in_the_cluster_is_one_clear_line():
-    with pytest.raises(UserError, match=r"no room for \[2\] processes"):
-        RayResourcePool([2], use_gpu=False, cpus_per_process=8, timeout_s=1).nodes()
+    with pytest.raises(UserError, match=r"no room for \[2\] processes .*; it has 1 node: [\d.]+ \(2 CPU\)"):
+        RayResourcePool([2], use_gpu=False, cpus_per_process=8).nodes()
+
+
+def test_room_that_others_use_is_waited_for(caplog: pytest.LogCaptureFixture):
+    first, second = (RayResourcePool([2], use_gpu=False, cpus_per_process=1, timeout_s=4) for _ in range(2))
+    first.nodes()
+    started = time.monotonic()
+    with pytest.raises(
+        UserError, match=r"no room for .*; after ray_init.timeout_s=4 others .* \(2 CPU\); free are 0 CPU"
+    ):
+        second.nodes()
+    assert 4 <= time.monotonic() - started < 20
+    (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("verl")]
+    assert said.startswith("waiting for at most 4 s: Ray has no room for [2] processes")
+    first.release()
+    assert len(second.nodes()) == 1
+    second.release()

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from verl.single_controller.nodes import Node, alive_nodes, look_up_nodes, nodes_of_bundles
 from xbai.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+PROMPT_S = 2.0
+"""Room that is free is reserved sooner than this."""
 
 NODE_ID_LABEL = "ray.io/node-id"
 """Ray gives every node this label."""
@@ -23,7 +30,7 @@ class RayResourcePool:
         use_gpu: give each process one GPU.
         cpus_per_process: CPUs (or a fraction of one) reserved for each process.
         max_colocate_count: how many worker groups may share the pool's processes.
-        timeout_s: how long to wait for room that others hold.
+        timeout_s: how long to wait for room that others hold; what is waited for is logged at once.
     """
 
     process_on_nodes: Sequence[int]
@@ -79,9 +86,12 @@ class RayResourcePool:
         self, bundles: list[dict[str, float]], strategy: str, labels: list[dict[str, str]] | None = None
     ) -> PlacementGroup:
         group = placement_group(bundles, strategy, bundle_label_selector=labels)
-        if not group.wait(self.timeout_s):
+        if group.wait(min(PROMPT_S, self.timeout_s)):
+            return group
+        logger.warning("waiting for at most %g s: %s", self.timeout_s, self._no_room("others use some of"))
+        if not group.wait(max(0.0, self.timeout_s - PROMPT_S)):
             remove_placement_group(group)
-            raise UserError(self._no_room(f"after {self.timeout_s:g} s others still use some of"))
+            raise UserError(self._no_room(f"after ray_init.timeout_s={self.timeout_s:g} others still use some of"))
         return group
 
     def _bundle(self, processes: int) -> dict[str, float]:
@@ -99,12 +109,12 @@ class RayResourcePool:
         )
 
     def _no_room(self, verb: str) -> str:
-        process, found = self._bundle(1), []
+        process, found, free = self._bundle(1), [], ray.available_resources()
         for node in alive_nodes():
             has = ", ".join(f"{node['Resources'].get(kind, 0):g} {kind}" for kind in process)
             found.append(f"{node['NodeManagerAddress']} ({has})")
         return (
             f"Ray has no room for {list(self.process_on_nodes)} processes on as many nodes (trainer.nnodes, "
             f"trainer.n_gpus_per_node), of {process} each; {verb} {len(found)} node{'s' if len(found) > 1 else ''}: "
-            f"{', '.join(found)}"
+            f"{', '.join(found)}; free are {', '.join(f'{free.get(kind, 0):g} {kind}' for kind in process)}"
         )

@@ -96,6 +96,7 @@ POSITIVE = (
     "trainer.nnodes",
     "trainer.n_gpus_per_node",
     "trainer.total_epochs",
+    "ray_init.timeout_s",
 )
 
 NULLABLE: dict[str, type] = {

@@ -7,17 +7,16 @@ import os
 import secrets
 from pathlib import Path
 
-import grpc
 import ray
 from omegaconf import DictConfig
+from ray.exceptions import RayError
 
 from verl.single_controller import RayResourcePool
 from verl.single_controller.nodes import answers_by_node
+from verl.trainer.ppo.ray_head import check_head, find_head
 from xbai.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-HEAD_TIMEOUT_S = 10.0
 
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "TQDM_DISABLE": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 """Environment of the workers, unless set: their chatter would bury the progress."""
@@ -77,7 +76,7 @@ def lost_head() -> str | None:
         return None
     address = ray.get_runtime_context().gcs_address
     try:
-        _check_head(address)
+        check_head(address)
     except ConnectionError:
         return address
     return None
@@ -92,38 +91,17 @@ def _sees(probe: Path, content: str) -> bool:
 
 
 def _join_cluster(address: str) -> None:
-    """`ray.init`, but a `UserError` at once where Ray waits minutes for a head node that does not answer."""
+    """`ray.init`, but a `UserError` within seconds where Ray waits minutes for a head that does not answer."""
     if "://" in address:
         raise UserError(f"RAY_ADDRESS={address}: Ray Client cannot drive a run; start it on a node, with HOST:PORT")
+    # How often `ray.init` tries: once, for the head has just answered. Where it went away since, each time takes 41 s.
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
     try:
-        head = _last_started() if address == "auto" else address
-        if head is not None:
-            _check_head(head)
+        check_head(find_head(address))
         ray.init(address=address, logging_level=logging.WARNING)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, RayError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
         raise UserError(
             f"RAY_ADDRESS={address}: no Ray cluster answers; run this on the head node of one "
             f"(verl/examples/ray/run_worker_n.sh starts it): {reason}"
         ) from error
-
-
-def _last_started() -> str | None:
-    """The address that `ray start` left on this machine, and which `auto` means even when that head is long dead."""
-    try:
-        return (Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster").read_text().strip() or None
-    except FileNotFoundError:
-        return None
-
-
-def _check_head(address: str) -> None:
-    """Raise a `ConnectionError` unless something that speaks Ray's protocol answers."""
-    if os.environ.get("RAY_USE_TLS", "0") != "0":
-        return
-    with grpc.insecure_channel(address) as channel:
-        try:
-            grpc.channel_ready_future(channel).result(HEAD_TIMEOUT_S)
-        except grpc.FutureTimeoutError:
-            raise ConnectionError(
-                f"nothing that is a Ray head answers at {address} within {HEAD_TIMEOUT_S:g} s"
-            ) from None

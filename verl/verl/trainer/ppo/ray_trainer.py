@@ -117,7 +117,9 @@ class RayPPOTrainer:
         role = "actor_rollout_ref" if any(self._reference_use) else "actor_rollout"
         init = RayClassWithInitArgs(ActorRolloutRefWorker, self._worker_config(), role, trainer.seed)
         processes, groups = [trainer.n_gpus_per_node] * trainer.nnodes, 1 if self._critic_config is None else 2
-        pool = RayResourcePool(processes, use_gpu=on_gpu, max_colocate_count=groups)
+        pool = RayResourcePool(
+            processes, use_gpu=on_gpu, max_colocate_count=groups, timeout_s=self.config.ray_init.timeout_s
+        )
         if trainer.nnodes > 1:
             check_shared_folder(trainer.default_local_dir, pool)
         logger.info("starting %d worker processes on %s", self._world_size, trainer.device)

@@ -1,0 +1,152 @@
+"""Joining a Ray cluster: what answers may be no head, another's head, or too small; each is one line within seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+import ray
+from omegaconf import OmegaConf
+
+from verl.trainer.ppo import ray_head
+from verl.trainer.ppo.cluster import start_ray
+from xbai.errors import UserError
+
+CLUSTER = """
+import json, sys
+import ray
+
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+(node,) = ray.nodes()
+ports = {
+    "head": int(ray.get_runtime_context().gcs_address.rpartition(":")[2]),
+    "node manager": node["NodeManagerPort"],
+    "object manager": node["ObjectManagerPort"],
+    "metrics": node["MetricsExportPort"],
+}
+sys.stdout.write(json.dumps(ports) + "\\n")
+sys.stdout.flush()
+sys.stdin.read()
+"""
+
+
+@dataclass(frozen=True)
+class OtherCluster:
+    """A cluster of another user's on this machine: one CPU, and a token of its own."""
+
+    address_of: dict[str, str]
+    environment: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def other_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OtherCluster]:
+    variables = {"HOME": str(tmp_path_factory.mktemp("home")), "RAY_AUTH_MODE": "token"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER],
+        env={**os.environ, **variables},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    ports = json.loads(process.stdout.readline())
+    yield OtherCluster({name: f"127.0.0.1:{port}" for name, port in ports.items()}, variables)
+    process.communicate("")
+
+
+@pytest.fixture
+def refusal(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """`refusal(address) -> the error of a run that is to join the cluster there`, known within seconds."""
+
+    def join(address: str) -> str:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        started = time.monotonic()
+        with pytest.raises(UserError) as error:
+            start_ray(OmegaConf.create({"trainer": {"nnodes": 1}}))
+        assert time.monotonic() - started < 10
+        assert not ray.is_initialized()
+        assert str(error.value).startswith(f"RAY_ADDRESS={address}: no Ray cluster answers; run this on the head node")
+        return str(error.value)
+
+    return join
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    """Nobody else can listen at its port, and nobody does."""
+    with socket.socket() as reserved:
+        reserved.bind(("", 0))
+        yield reserved
+
+
+def address_of(listener: socket.socket) -> str:
+    return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_where_nothing_listens(refusal, listener: socket.socket):
+    assert "nothing that is a Ray head answers there" in refusal(address_of(listener))
+
+
+def test_what_listens_on_the_loopback_alone_is_not_where_ray_looks(refusal):
+    if ray.util.get_node_ip_address() == "127.0.0.1":
+        pytest.skip("this machine has no other address")
+    # With a server at 127.0.0.1 as proof of a head, `ray.init` would try the machine's other address for 13 minutes.
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert "nothing that is a Ray head answers there" in refusal(address_of(server))
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_grpc_server_that_is_no_head(refusal, monkeypatch: pytest.MonkeyPatch, answers: bool):
+    class Hanging(grpc.GenericRpcHandler):
+        def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+            return grpc.unary_unary_rpc_method_handler(lambda request, context: time.sleep(3))
+
+    monkeypatch.setattr(ray_head, "ANSWER_TIMEOUT_S", 1.0)
+    server = grpc.server(futures.ThreadPoolExecutor(1), handlers=[] if answers else [Hanging()])
+    port = server.add_insecure_port("0.0.0.0:0")
+    server.start()
+    try:
+        said = refusal(f"127.0.0.1:{port}")
+        assert ("but no head" if answers else "no answer from there within") in said
+    finally:
+        server.stop(None).wait()
+
+
+def test_an_address_that_is_none(refusal):
+    assert "Invalid address format: nowhere" in refusal("nowhere")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("node manager", "what answers there is a process of Ray or another gRPC service, but no head"),
+        ("object manager", "what answers there is a process of Ray or another gRPC service, but no head"),
+        ("metrics", "nothing that is a Ray head answers there"),
+        ("head", "the head there wants another token than this process has"),
+    ],
+)
+def test_a_port_of_another_cluster(refusal, other_cluster: OtherCluster, name: str, said: str):
+    assert said in refusal(other_cluster.address_of[name])
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_too_small_is_named(other_cluster: OtherCluster, small_run: list[str], tmp_path: Path):
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", *small_run, f"trainer.default_local_dir={tmp_path}"]
+    environment = {**os.environ, **other_cluster.environment, "RAY_ADDRESS": other_cluster.address_of["head"]}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 2, ended.stderr
+    last = ended.stderr.splitlines()[-1]
+    assert re.match(r"error: Ray has no room for \[2\] processes .*; it has 1 node: [\d.]+ \(1 CPU\); free are", last)
+    assert "Traceback" not in ended.stderr
