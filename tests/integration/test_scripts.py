@@ -101,6 +101,59 @@ def test_setup_takes_the_cpu_build_of_torch_from_where_it_is(checkout, tmp_path)
     assert all("--extra-index-url https://download.pytorch.org/whl/cpu" in call for call in others)
 
 
+def nvidia_smi(tools: Path, driver: str, cuda: str) -> None:
+    """A driver as `nvidia-smi -q` shows it."""
+    shown = "\\n".join(f"{name} Version{' ' * 30}: {value}" for name, value in (("Driver", driver), ("CUDA", cuda)))
+    write_program(tools / "nvidia-smi", f"[[ $1 == -L ]] && echo 'GPU 0: not there' || printf '{shown}\\n'")
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "has_cuda12", "installed"),
+    [
+        ("580.95.05", "13.0", False, ["torch==2.13.0", "vllm>=0.32,<0.33"]),
+        # Newer libraries beside an older driver, as NVIDIA's containers have them: what runs decides.
+        ("550.90.07", "13.0", False, ["torch==2.13.0", "vllm>=0.32,<0.33"]),
+        ("550.90.07", "12.4", True, ["torch==2.13.0+cu129", "vllm==0.32.0+cu129"]),
+        ("550.90.07", "12.4", False, None),
+        ("470.82.01", "11.4", True, None),
+    ],
+)
+def test_setup_installs_what_the_driver_runs(
+    checkout, gpu: Path, tmp_path, driver: str, cuda: str, has_cuda12: bool, installed: list[str] | None
+):
+    nvidia_smi(gpu, driver, cuda)
+    bin_folder, calls = tmp_path / "venv/bin", tmp_path / "calls"
+    write_program(bin_folder / "pip", f'echo "$*" >>{calls}\n{"true" if has_cuda12 else "[[ $* != *cu129* ]]"}')
+    write_program(bin_folder / "python", "true")
+    variables = {"PATH": f"{gpu}:{os.environ['PATH']}", "DEVICE": "", "XBAI_VENV": str(bin_folder.parent)}
+    status, output = checkout.run("bash scripts/setup.sh", **variables)
+    if installed is None:
+        assert status == 2, output
+        (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert f"the NVIDIA driver here is {driver}, and torch for CUDA 13 needs 580 or newer: install that" in error
+        assert not (bin_folder.parent / ".xbai-installed").exists()
+        return
+    assert status == 0, output
+    made = [call.split() for call in calls.read_text().splitlines()]
+    assert all(name in installed for call in made for name in call if name.startswith(("torch==", "vllm")))
+    assert [installed[1] in call for call in made].count(True) == 1 + has_cuda12
+
+
+def test_setup_tries_the_gpu(checkout, gpu: Path, tmp_path):
+    nvidia_smi(gpu, "580.95.05", "13.0")
+    bin_folder = tmp_path / "venv/bin"
+    write_program(bin_folder / "pip", "true")
+    write_program(bin_folder / "python", "[[ $* != *cuda* ]] || { echo 'Error: no kernel image'; exit 1; }")
+    variables = {"PATH": f"{gpu}:{os.environ['PATH']}", "DEVICE": "", "XBAI_VENV": str(bin_folder.parent)}
+    status, output = checkout.run("bash scripts/setup.sh", **variables)
+    assert status == 2
+    assert output.splitlines()[-1] == (
+        "error: torch cannot use the GPU: Error: no kernel image; it needs an NVIDIA driver of 580 or newer, "
+        "and the one here is 580.95.05"
+    )
+    assert not (bin_folder.parent / ".xbai-installed").exists()
+
+
 def test_setup_without_a_fitting_python_says_which(checkout, tools: Path, tmp_path):
     status, output = checkout.run("bash scripts/setup.sh", PATH=str(tools), XBAI_VENV=str(tmp_path / "none"))
     assert status == 2
