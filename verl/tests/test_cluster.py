@@ -20,7 +20,7 @@ import ray
 from omegaconf import OmegaConf
 
 from verl.trainer.ppo import ray_head
-from verl.trainer.ppo.cluster import start_ray
+from verl.trainer.ppo.cluster import start_ray, worker_env
 from xbai.errors import UserError
 
 CLUSTER = """
@@ -39,6 +39,38 @@ sys.stdout.write(json.dumps(ports) + "\\n")
 sys.stdout.flush()
 sys.stdin.read()
 """
+
+
+INHERITED = {
+    "CUDA_LAUNCH_BLOCKING": "1",
+    "CUDA_HOME": "/opt/cuda",
+    "PYTORCH_NO_CUDA_MEMORY_CACHING": "0",
+    "TRITON_CACHE_DIR": "/scratch/triton",
+    "NCCL_DEBUG": "WARN",
+    "LD_LIBRARY_PATH": "/opt/cuda/lib64",
+}
+
+
+def test_workers_on_every_node_get_what_the_driver_sets(monkeypatch: pytest.MonkeyPatch):
+    for name, value in {**INHERITED, "CUDA_VISIBLE_DEVICES": "3", "WANDB_API_KEY": "secret", "OTHER": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for on_gpu in (True, False):
+        environment = worker_env(on_gpu)
+        assert INHERITED.items() <= environment.items()
+        assert not {"WANDB_API_KEY", "OTHER"} & environment.keys()
+    assert "CUDA_VISIBLE_DEVICES" not in worker_env(on_gpu=True), "Ray gives each worker its own"
+    assert worker_env(on_gpu=False)["CUDA_VISIBLE_DEVICES"] == ""
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_segments_of_gpu_memory_grow_unless_the_user_says_how(monkeypatch: pytest.MonkeyPatch, name: str):
+    for each in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        monkeypatch.delenv(each, raising=False)
+    assert worker_env(on_gpu=True)["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert "PYTORCH_ALLOC_CONF" not in worker_env(on_gpu=False)
+    monkeypatch.setenv(name, "max_split_size_mb:512")
+    settings = {key: value for key, value in worker_env(on_gpu=True).items() if "ALLOC_CONF" in key}
+    assert settings == {name: "max_split_size_mb:512"}
 
 
 @dataclass(frozen=True)

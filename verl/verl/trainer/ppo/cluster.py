@@ -21,18 +21,37 @@ logger = logging.getLogger(__name__)
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "TQDM_DISABLE": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 """Environment of the workers, unless set: their chatter would bury the progress."""
 
-INHERITED = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_DISTRIBUTED_", "VLLM_", "HF_HUB_", "TOKENIZERS_", "WANDB_", *QUIET)
+ON_GPU = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+"""Of workers with a GPU, unless set: packed micro-batches differ in length, which leaves fixed segments full of holes.
+
+vLLM's sleep pool switches them off for what it allocates (`CuMemAllocator.use_memory_pool`), and its custom all-reduce,
+which cannot share such memory, is off wherever an engine runs on several ranks.
+"""
+
+INHERITED = (
+    *("CUDA_", "CUBLAS_", "NCCL_", "GLOO_", "LD_LIBRARY_PATH"),
+    *("PYTORCH_", "TORCH_NCCL_", "TORCH_DISTRIBUTED_", "TORCHINDUCTOR_", "TRITON_"),
+    *("VLLM_", "HF_HUB_", "TOKENIZERS_", "WANDB_", *QUIET),
+)
 """Workers get the driver's variables that begin so, on every node."""
+OF_EACH_WORKER = ("CUDA_VISIBLE_DEVICES",)
+"""Not these, which Ray sets."""
 SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 """Not those that end so: Ray shows and logs the variables that it sets, and no worker logs in anywhere."""
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""torch reads the first of them that is set."""
 
 
 def worker_env(on_gpu: bool) -> dict[str, str]:
     """Environment variables of the worker processes on every node."""
     inherited = {
-        name: value for name, value in os.environ.items() if name.startswith(INHERITED) and not name.endswith(SECRETS)
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(INHERITED) and not name.endswith(SECRETS) and name not in OF_EACH_WORKER
     }
-    return QUIET | inherited | ({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""})
+    if not on_gpu:
+        return QUIET | inherited | {"CUDA_VISIBLE_DEVICES": ""}
+    return QUIET | ({} if inherited.keys() & ALLOCATOR else ON_GPU) | inherited
 
 
 def start_ray(config: DictConfig) -> None:
