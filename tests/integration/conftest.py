@@ -1,7 +1,8 @@
-"""A copy of the working tree in which commands run as a newcomer would type them."""
+"""A copy of the working tree in which commands run as a newcomer would type them; what vLLM does under the hood."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -11,8 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).parents[2]
 SETTINGS_OF_SCRIPTS = (
@@ -117,3 +120,60 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
     yield copy
     for pid in copy.processes():
         os.kill(pid, signal.SIGKILL)
+
+
+class InstantStream:
+    """Stands in for CUDA's streams and events: on a CPU, what a call began is done when it returns."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, *args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+
+@pytest.fixture(scope="session")
+def async_scheduling() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """`with async_scheduling(): ...`: vLLM's engines schedule a step before they know the tokens of the one before.
+
+    That is how they run on a GPU; on a CPU vLLM does not. Lists on the host then hold -1 for a token until the next
+    step is on its way.
+    """
+
+    @contextlib.contextmanager
+    def schedule_asynchronously() -> Iterator[None]:
+        from vllm.platforms.cpu import CpuPlatform
+
+        configure = CpuPlatform.check_and_update_config.__func__
+
+        def configure_asynchronous(platform: type[CpuPlatform], vllm_config: Any) -> None:
+            configure(platform, vllm_config)
+            vllm_config.scheduler_config.async_scheduling = True
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(CpuPlatform, "check_and_update_config", classmethod(configure_asynchronous))
+            for name in ("Event", "Stream", "current_stream"):
+                patch.setattr(torch.cuda, name, InstantStream)
+            patch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+            yield
+
+    return schedule_asynchronously
+
+
+@pytest.fixture
+def preemptions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Ids of the requests that vLLM takes out of the batch for want of memory."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempt, found = Scheduler._preempt_request, []
+
+    def recording(self: Scheduler, request: Any, *args: Any, **kwargs: Any) -> None:
+        found.append(request.request_id)
+        preempt(self, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", recording)
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,20 +87,6 @@ def crowded_engine(folder: Path, dtype: str = "float32", **options: Any) -> Engi
         enable_chunked_prefill=True,
         **options,
     )
-
-
-@pytest.fixture
-def preemptions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    preempt, found = Scheduler._preempt_request, []
-
-    def recording(self: Scheduler, request: Any, *args: Any, **kwargs: Any) -> None:
-        found.append(request.request_id)
-        preempt(self, request, *args, **kwargs)
-
-    monkeypatch.setattr(Scheduler, "_preempt_request", recording)
-    return found
 
 
 def differences(engine: Engine, scorer: Scorer, requests: int = 16, most_tokens: int = 180) -> tuple[float, float]:

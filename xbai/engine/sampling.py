@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from xbai.engine.base import Sample
+from xbai.engine.seeded_draw import draw_tokens, uniforms
 
 # As in vLLM: colder ones would overflow.
 MIN_TEMPERATURE = 0.01
@@ -29,7 +33,9 @@ class BatchSampler:
         self._seen = torch.zeros(len(samples), vocab_size, dtype=torch.bool, device=device)
         for row, sample in enumerate(samples):
             self._seen[row, torch.tensor(sample.prompt_ids, device=device)] = True
-        self._uniforms = _uniforms(samples).to(device)
+        seeds = [secrets.randbits(63) if sample.seed is None else sample.seed for sample in samples]
+        self._seeds = np.array(seeds, np.uint64)
+        # Rows start together.
         self._position = 0
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +45,8 @@ class BatchSampler:
         temperature = torch.where(greedy, 1.0, self._temperature.clamp(min=MIN_TEMPERATURE))
         log_probs = (logits / temperature).log_softmax(-1)
         logits = self._penalize(logits)
-        sampled = self._draw_tokens(self._filter(logits / temperature))
+        numbers = uniforms(self._seeds, np.full_like(self._seeds, self._position)).to(logits.device)
+        sampled = draw_tokens(self._filter(logits / temperature), numbers)[:, None]
         tokens = torch.where(greedy, logits.argmax(-1, keepdim=True), sampled)
         self._seen.scatter_(1, tokens, True)
         self._position += 1
@@ -47,8 +54,9 @@ class BatchSampler:
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""
-        for name in ("_temperature", "_top_p", "_top_k", "_penalty", "_seen", "_uniforms"):
+        for name in ("_temperature", "_top_p", "_top_k", "_penalty", "_seen"):
             setattr(self, name, getattr(self, name)[rows])
+        self._seeds = self._seeds[rows.cpu().numpy()]
 
     def _penalize(self, logits: Tensor) -> Tensor:
         penalized = torch.where(logits > 0, logits / self._penalty, logits * self._penalty)
@@ -66,21 +74,3 @@ class BatchSampler:
         beyond[:, 0] = False
         ordered = ordered.masked_fill(beyond, float("-inf"))
         return torch.full_like(logits, float("-inf")).scatter_(1, order, ordered)
-
-    def _draw_tokens(self, logits: Tensor) -> Tensor:
-        cdf = logits.softmax(-1).double().cumsum(-1)
-        threshold = self._uniforms[:, self._position, None] * cdf[:, -1:]
-        return torch.searchsorted(cdf, threshold, right=True).clamp(max=logits.shape[-1] - 1)
-
-
-def _uniforms(samples: list[Sample]) -> Tensor:
-    # One uniform a token suffices for sampling by the inverse CDF; rows start together, so a column is a step.
-    uniforms = torch.zeros(len(samples), max(sample.params.max_tokens for sample in samples), dtype=torch.float64)
-    for row, sample in zip(uniforms, samples):
-        stream = torch.Generator()
-        if sample.seed is None:
-            stream.seed()
-        else:
-            stream.manual_seed(sample.seed)
-        row[: sample.params.max_tokens] = torch.rand(sample.params.max_tokens, generator=stream, dtype=row.dtype)
-    return uniforms

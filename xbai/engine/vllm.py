@@ -329,18 +329,19 @@ class VLLMEngine(Engine):
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         params = sample.params
+        # To be honoured by this engine's sampler, save where it is vLLM's own.
+        options = {"repetition_penalty": params.repetition_penalty, "seed": sample.seed}
         return SamplingParams(
             max_tokens=params.max_tokens,
             temperature=params.temperature,
             top_p=params.top_p,
             top_k=params.top_k,
-            repetition_penalty=params.repetition_penalty,
             stop=list(params.stop),
             stop_token_ids=[*params.stop_token_ids, *(() if params.ignore_eos else self._eos_ids)],
             ignore_eos=params.ignore_eos,
-            seed=sample.seed,
             logprobs=columns - 1 if (columns := self._columns(sample)) else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            **(options if self._speculates else {"extra_args": options}),
         )
 
 

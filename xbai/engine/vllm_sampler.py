@@ -12,11 +12,14 @@ from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler, apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.worker_base import WorkerBase
 
 from xbai.engine.fused_models import FusedScores
 from xbai.engine.fused_scores import LOG_PROB
+from xbai.engine.seeded_draw import draw_tokens
+from xbai.engine.vllm_rows import BatchRows
 
 
 class EngineSampler(Sampler):
@@ -28,10 +31,13 @@ class EngineSampler(Sampler):
     Args:
         model: of the logits to come; its step logits are 0 if it is none of `FusedScores`.
         use_fp64_gumbel: vLLM's.
+        rows: of the batches to come.
     """
 
-    def __init__(self, model: nn.Module, use_fp64_gumbel: bool) -> None:
+    def __init__(self, model: nn.Module, use_fp64_gumbel: bool, rows: BatchRows) -> None:
         super().__init__("raw_logprobs", use_fp64_gumbel)
+        self._rows = rows
+        self.topk_topp_sampler = SeededSampler(self.topk_topp_sampler, rows)
         # Not as a submodule of this one, and not kept alive: vLLM drops the model on shutdown, but not its sampler.
         self._step_logits = WeakMethod(model.step_logits) if isinstance(model, FusedScores) else None
 
@@ -60,7 +66,31 @@ class EngineSampler(Sampler):
     def sample(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Sampled token ids [rows]; ranks must not part ways over a rounding error or a random stream of their own."""
         sampled, log_probs = super().sample(*args, **kwargs)
-        return get_tp_group().broadcast(sampled), log_probs
+        sampled = get_tp_group().broadcast(sampled)
+        self._rows.append(sampled)
+        return sampled, log_probs
+
+
+class SeededSampler(nn.Module):
+    """vLLM's choice among the tokens that top-k and top-p leave, but of batches with seeds, which draw by these.
+
+    Args:
+        unseeded: vLLM's own.
+        rows: of the batches to come.
+    """
+
+    def __init__(self, unseeded: TopKTopPSampler, rows: BatchRows) -> None:
+        super().__init__()
+        self._unseeded = unseeded
+        self._rows = rows
+
+    def forward(
+        self, logits: Tensor, generators: dict[int, torch.Generator], k: Tensor | None, p: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Token ids [rows] from logits [rows, vocab], and no log-probs."""
+        if (uniforms := self._rows.uniforms()) is None:
+            return self._unseeded(logits, generators, k, p)
+        return draw_tokens(apply_top_k_top_p(logits, k, p), uniforms), None
 
 
 class ColumnReader(LogprobsProcessor):
@@ -93,4 +123,7 @@ class ColumnReader(LogprobsProcessor):
 def use_engine_sampler(worker: WorkerBase) -> None:
     """Give a worker this sampler."""
     runner = worker.model_runner
-    runner.sampler = EngineSampler(runner.get_model(), runner.sampler.use_fp64_gumbel)
+    rows = BatchRows(runner)
+    # Not by vLLM's option, which would make it bring all output tokens to the host before each step.
+    runner.input_batch.logitsprocs.non_argmax_invariant.append(rows)
+    runner.sampler = EngineSampler(runner.get_model(), runner.sampler.use_fp64_gumbel, rows)

@@ -1,0 +1,152 @@
+"""Penalties and seeds of requests that come, move, go, wait and return, under both ways to schedule them."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from xbai.engine import Engine, SamplingParams, load_engine
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.slow
+
+CACHE_BLOCKS, BLOCK_TOKENS, BYTES_PER_TOKEN = 10, 128, 2 * 4 * 32 * 4
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model_dir: Path) -> Engine:
+    return load_engine("hf", tiny_model_dir, dtype="float32")
+
+
+@pytest.fixture(scope="module", params=["sync", "async"])
+def engine(
+    request: pytest.FixtureRequest,
+    tiny_model_dir: Path,
+    async_scheduling: Callable[[], contextlib.AbstractContextManager[None]],
+) -> Iterator[Engine]:
+    """Its cache holds a few sequences, and an iteration some prompts and a piece of another."""
+    with async_scheduling() if request.param == "async" else contextlib.nullcontext():
+        crowded = load_engine(
+            "vllm",
+            tiny_model_dir,
+            dtype="float32",
+            kv_cache_memory_bytes=CACHE_BLOCKS * BLOCK_TOKENS * BYTES_PER_TOKEN,
+            enable_chunked_prefill=True,
+            max_num_batched_tokens=512,
+        )
+        core = crowded._llm.engine_core.engine_core
+        assert (core.batch_queue is not None) == (request.param == "async")
+        yield crowded
+        crowded.close()
+
+
+@pytest.fixture
+def unfinished_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows of each step ended a piece of a prompt only, so that their token was dropped."""
+    from xbai.engine.vllm_rows import BatchRows
+
+    append, found = BatchRows.append, []
+
+    def recording(self: BatchRows, tokens: torch.Tensor) -> None:
+        found.append(int(self._discarded.gpu[: len(tokens)].sum()))
+        append(self, tokens)
+
+    monkeypatch.setattr(BatchRows, "append", recording)
+    return found
+
+
+Asked = list[tuple[list[int], SamplingParams]]
+
+
+def crowd(number: int, **params: object) -> Asked:
+    """Requests of mixed lengths and penalties, some without one; prompts share beginnings."""
+    generator = random.Random(number)
+    common = [generator.randrange(5, 200) for _ in range(BLOCK_TOKENS + 20)]
+    asked = []
+    for index in range(number):
+        prompt = common[: generator.randrange(1, len(common))] + [5 + index] * generator.randrange(1, 60)
+        penalty = (1.0, 1.05, 1.3, 0.9)[index % 4]
+        length = generator.choice([3, 40, 120, 300])
+        asked.append((prompt, SamplingParams(max_tokens=length, repetition_penalty=penalty, **params)))
+    return asked
+
+
+def run_in_waves(engine: Engine, asked: Asked) -> list[list]:
+    """Some requests after others have begun, and among requests that are aborted."""
+    results = {}
+    for index, (prompt, params) in enumerate(asked):
+        engine.add_request(str(index), prompt, params)
+        if index % 5 == 4:
+            engine.add_request(f"{index} dropped", prompt[::-1], replace(params, max_tokens=200))
+            for _ in range(7):
+                results.update(engine.step())
+            engine.abort(f"{index} dropped")
+    while engine.has_unfinished():
+        results.update(engine.step())
+    return [results[str(index)] for index in range(len(asked))]
+
+
+def test_penalties_are_those_of_the_reference(
+    engine: Engine, reference: Engine, preemptions: list[str], unfinished_prompts: list[int]
+) -> None:
+    asked = crowd(24, temperature=0.0, ignore_eos=True, log_probs=True)
+    expected = reference.generate([prompt for prompt, _ in asked], [params for _, params in asked])
+    for [ours], [theirs] in zip(run_in_waves(engine, asked), expected, strict=True):
+        assert ours.token_ids == theirs.token_ids
+        assert ours.log_probs == pytest.approx(theirs.log_probs, abs=1e-4)
+    assert len(unfinished_prompts) > 300
+    assert any(unfinished_prompts)
+    assert preemptions
+
+
+def test_a_seed_gives_the_samples_of_the_reference_whatever_the_batch(
+    engine: Engine, reference: Engine, preemptions: list[str]
+) -> None:
+    asked = crowd(20, n=2, ignore_eos=True)
+    filters = ({}, {"top_p": 0.9}, {"top_k": 30}, {"top_p": 0.8, "top_k": 50}, {"temperature": 0.6})
+    for index, (prompt, params) in enumerate(asked):
+        changes = {"n": 1, "temperature": 0.0} if index % 7 == 6 else filters[index % len(filters)]
+        asked[index] = prompt, replace(params, seed=None if index % 6 == 5 else index, **changes)
+    crowded = run_in_waves(engine, asked)
+    assert preemptions
+    del preemptions[:]
+    seeded = [index for index, (_, params) in enumerate(asked) if params.seed is not None]
+    for index in seeded[:4]:
+        assert engine.generate([asked[index][0]], asked[index][1]) == [crowded[index]]
+    assert not preemptions
+    expected = reference.generate([asked[index][0] for index in seeded], [asked[index][1] for index in seeded])
+    for index, theirs in zip(seeded, expected, strict=True):
+        assert [one.token_ids for one in crowded[index]] == [one.token_ids for one in theirs], asked[index]
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.7}, {"top_k": 12}, {"top_p": 0.9, "top_k": 20}])
+def test_seeded_samples_follow_the_distribution(engine: Engine, tiny_model_dir: Path, filters: dict) -> None:
+    prompt, count = [1, 2, 3], 3000
+    params = SamplingParams(n=count, max_tokens=1, temperature=0.8, seed=1, repetition_penalty=1.5, **filters)
+    [completions] = engine.generate([prompt], params)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt])).logits[0, -1]
+    logits[prompt] = torch.where(logits[prompt] > 0, logits[prompt] / 1.5, logits[prompt] * 1.5)
+    probs, order = (logits / 0.8).softmax(-1).sort(descending=True)
+    kept = torch.arange(len(probs)) < filters.get("top_k", len(probs))
+    probs = torch.where(kept, probs, 0) / probs[kept].sum()
+    probs[probs.cumsum(-1) - probs >= filters.get("top_p", 1.0)] = 0
+    expected = count * probs / probs.sum()
+    found = torch.tensor([one.token_ids[0] for one in completions]).bincount(minlength=len(probs))[order]
+    assert not found[expected == 0].any()
+    # The rare ones together, so that each class is expected a few times.
+    rare = expected < 8
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    found = torch.cat([found[~rare], found[rare].sum()[None]])
+    chi_square = ((found - expected) ** 2 / expected.clamp(min=1e-9)).sum()
+    # Its mean is the number of classes less one, its variance twice that.
+    classes = len(expected) - 1
+    assert chi_square < classes + 4 * (2 * classes) ** 0.5
