@@ -7,12 +7,15 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from xbai.engine import Engine, SamplingParams, load_engine
+from xbai.engine.seeded_draw import uniforms
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
@@ -45,6 +48,105 @@ def engine(
         assert (core.batch_queue is not None) == (request.param == "async")
         yield crowded
         crowded.close()
+
+
+class Traffic:
+    """Requests that enter a batch of vLLM's, move, leave, return and end, at random; `outputs` are their true tokens."""
+
+    most, vocab_size = 12, 500
+
+    def __init__(self) -> None:
+        from vllm.v1.worker.gpu_input_batch import InputBatch
+
+        device = torch.device("cpu")
+        self.batch = InputBatch(
+            self.most, 4096, 4096, device, self.vocab_size, block_sizes=[4096], max_num_blocks_per_req=[1]
+        )
+        self.chance = random.Random(0)
+        self.outputs: dict[str, list[int]] = {}
+        self._waiting: list = []
+        self._states: dict = {}
+        self.swaps = self.resumed = 0
+
+    def change(self) -> list:
+        """The states of the rows of the next step."""
+        for name in list(self.batch.req_id_to_index):
+            if self.chance.random() < 0.05:
+                self.batch.remove_request(name)
+                state = self._states.pop(name)
+                self._waiting += [state] if self.chance.random() < 0.6 else []
+        if len(self._waiting) < 8:
+            self._waiting.append(self._new())
+        while self._waiting and len(self._states) < self.most and self.chance.random() < 0.6:
+            state = self._waiting.pop(self.chance.randrange(len(self._waiting)))
+            state.output_token_ids = list(self.outputs[state.req_id])
+            self.resumed += bool(state.output_token_ids)
+            self._states[state.req_id] = state
+            self.batch.add_request(state)
+        self.batch.condense()
+        if self.batch.num_reqs > 1 and self.chance.random() < 0.3:
+            self.batch.swap_states(*self.chance.sample(range(self.batch.num_reqs), 2))
+            self.swaps += 1
+        self.batch.refresh_metadata()
+        return [self._states[name] for name in self.batch.req_ids]
+
+    def _new(self) -> object:
+        from vllm import SamplingParams as VLLMParams
+        from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+        number = len(self.outputs)
+        self.outputs[f"{number}"] = []
+        penalty, seed = self.chance.choice([1.0, 1.0, 1.2, 0.7]), self.chance.choice([None, number])
+        params = VLLMParams(extra_args={"repetition_penalty": penalty, "seed": seed})
+        prompt = self.chance.choices(range(self.vocab_size), k=self.chance.randrange(1, 30))
+        return CachedRequestState(f"{number}", prompt, [], params, None, ([0],), 0, [])
+
+
+def plainly_penalized(logits: torch.Tensor, states: list, outputs: list[list[int]]) -> torch.Tensor:
+    from vllm.v1.sample.ops.penalties import apply_all_penalties
+
+    prompts = [torch.tensor(state.prompt_token_ids) for state in states]
+    prompts = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=logits.shape[1])
+    penalties = torch.tensor([state.sampling_params.extra_args["repetition_penalty"] for state in states])
+    none = torch.zeros_like(penalties)
+    return apply_all_penalties(logits.clone(), prompts, none, none, penalties, outputs)
+
+
+@pytest.mark.parametrize("placeholder", [None, -1], ids=["sync", "async"])
+def test_rows_follow_their_requests(placeholder: int | None) -> None:
+    from xbai.engine.vllm_rows import BatchRows
+
+    traffic = Traffic()
+    discarded = torch.zeros(traffic.most, dtype=torch.bool)
+    runner = SimpleNamespace(
+        device=discarded.device,
+        max_num_reqs=traffic.most,
+        input_batch=traffic.batch,
+        discard_request_mask=SimpleNamespace(gpu=discarded),
+    )
+    rows = BatchRows(runner)
+    traffic.batch.logitsprocs.non_argmax_invariant.append(rows)
+    for _ in range(400):
+        if not (states := traffic.change()):
+            continue
+        outputs = [traffic.outputs[state.req_id] for state in states]
+        logits = torch.randn(len(states), traffic.vocab_size) * 3
+        expected = plainly_penalized(logits, states, outputs)
+        assert rows.apply(logits).equal(expected)
+        numbers = rows.uniforms()
+        for row, state in enumerate(states):
+            if (seed := state.sampling_params.extra_args["seed"]) is not None:
+                position = np.array([len(outputs[row])], np.uint64)
+                assert numbers[row] == uniforms(np.array([seed], np.uint64), position)
+        tokens = torch.randint(traffic.vocab_size, (len(states),), dtype=torch.int32)
+        for row, (state, token) in enumerate(zip(states, tokens.tolist(), strict=True)):
+            # At first more often: a prompt of several pieces.
+            discarded[row] = traffic.chance.random() < (0.02 if outputs[row] else 0.5)
+            if not discarded[row]:
+                outputs[row].append(token)
+                state.output_token_ids.append(token if placeholder is None else placeholder)
+        rows.append(tokens)
+    assert min(traffic.swaps, traffic.resumed) > 20
 
 
 @pytest.fixture
