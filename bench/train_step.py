@@ -11,7 +11,7 @@ object.
 On a GPU the policy computes in bfloat16, and there is also, for log-probs and update, the peak memory and the MFU:
 floating-point operations that the model asks for, 2 a matrix element and token (LM head: response tokens only) and
 4 x query width x context in attention, three times that in an update (recomputation does not count), over the seconds
-and `PEAK_FLOPS` of the GPU.
+and the GPU's peak (`verl.utils.device_peaks`).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from machine import ROOT, describe_machine, report, rounded
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from verl.utils.device_peaks import peak_tflops
 from verl.utils.fsdp import init_distributed, local_device, named_full_tensors
 from verl.utils.model import build_joint_model
 from verl.utils.model_shapes import ModelShape, config_of, known_config
@@ -53,21 +54,6 @@ ENGINES = ("hf", "vllm")
 LAYOUTS = {"padded": False, "packed": True}
 CUT_LAYERS = 2
 TOKENS_PER_STEP = 16
-
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H20": 148e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "A10": 125e12,
-}
-"""Dense bfloat16 operations per second by what a GPU's name contains, the first that fits; from the data sheets."""
 
 
 @dataclass(frozen=True)
@@ -234,10 +220,8 @@ def measure_training(folder: Path, sizes: Sizes, packed: bool, shape: ModelShape
     actor = DataParallelPPOActor(config, policy.model, policy.optimizer)
     batch |= actor.compute_log_prob(batch)
     batch["ref_log_prob"] = batch["old_log_probs"]
-    lengths = batch["attention_mask"].sum(1).double()
-    tokens = int(lengths.sum())
-    context = float((lengths * (lengths + 1) / 2).sum() / tokens)
-    flops = shape.forward_flops(tokens, context, int(batch["response_mask"].sum()))
+    lengths = batch["attention_mask"].sum(1).tolist()
+    tokens, flops = sum(lengths), shape.sequence_flops(lengths, int(batch["response_mask"].sum()))
     phases = {
         "log_prob": (lambda: actor.compute_log_prob(batch), flops),
         "update": (lambda: actor.update_policy(batch), 3 * flops),
@@ -254,9 +238,8 @@ def mfu(flops: float, seconds: float) -> dict[str, float]:
     per_second = {"tflops_per_s": flops / seconds / 1e12}
     if not torch.cuda.is_available():
         return per_second
-    name = torch.cuda.get_device_name()
-    peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-    return per_second if peak is None else per_second | {"mfu": flops / seconds / peak}
+    peak = peak_tflops(torch.cuda.get_device_name(), torch.bfloat16)
+    return per_second if peak is None else per_second | {"mfu": per_second["tflops_per_s"] / peak}
 
 
 @contextmanager

@@ -38,6 +38,10 @@ EXPECTED = [
     "perf/old_log_prob_tokens_per_s",
     "perf/ref_tokens_per_s",
     "perf/update_actor_tokens_per_s",
+    "perf/generation_share",
+    "perf/tflops/generate",
+    "perf/tflops/update_actor",
+    "perf/tflops/step",
 ]
 
 

@@ -126,6 +126,7 @@ NULLABLE: dict[str, type] = {
     "reward_model.num_workers": int,
     "reward_model.max_ungraded_batches": int,
     "custom_reward_function.path": str,
+    "trainer.device_tflops": float,
     "trainer.total_training_steps": int,
     "trainer.resume_from_path": str,
     "trainer.default_hdfs_dir": str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,3 +189,9 @@ class ModelShape:
         """
         attention = 4 * self.query_size * context
         return tokens * self.layers * (2 * self.layer_matrices + attention) + 2 * predicted * self.embedding_parameters
+
+    def sequence_flops(self, lengths: Sequence[int], predicted: int) -> float:
+        """Those of causal sequences of these lengths, of which so many tokens go through the LM head."""
+        tokens = sum(lengths)
+        pairs = sum(length * (length + 1) // 2 for length in lengths)
+        return self.forward_flops(tokens, pairs / max(1, tokens), predicted)

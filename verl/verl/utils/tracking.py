@@ -34,13 +34,13 @@ class Backend(ABC):
 
 
 class ConsoleBackend(Backend):
-    """One log record a step: a line for each part of the names before the slash, of `perf/` the tokens per second."""
+    """One log record a step: a line for each part of the names before the slash, of `perf/` the speeds and shares."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         groups: dict[str, list[str]] = {}
         for name, value in metrics.items():
             group, _, short = name.rpartition("/")
-            if group == "perf" and not short.endswith("tokens_per_s"):
+            if group == "perf" and not short.endswith(("tokens_per_s", "_share")):
                 continue
             groups.setdefault(group, []).append(f"{short} {value:.4g}")
         lines = [f"  {group or 'other'}: {', '.join(values)}" for group, values in groups.items()]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from verl import DataProto
 from verl.single_controller import Dispatch, register
-from verl.utils.fsdp import init_distributed, named_full_tensors
+from verl.utils.fsdp import init_distributed, local_device, named_full_tensors
 from verl.utils.model import build_joint_model, load_tokenizer, loading_dtype
 from verl.utils.optim import JointOptimizer
 from verl.utils.ulysses import sequence_parallel_group
@@ -103,6 +103,11 @@ class ActorRolloutRefWorker(CheckpointedWorker):
             seed=self._seed,
         )
         self._rollout = EngineRollout(config.rollout, config.model, self.tokenizer.pad_token_id, self._sprm_config)
+
+    @register(Dispatch.ONE_TO_ALL)
+    def device_name(self) -> str | None:
+        """Of this rank's GPU, as torch names it."""
+        return torch.cuda.get_device_name() if local_device().type == "cuda" else None
 
     @register(Dispatch.DP_COMPUTE_PROTO, group="rollout")
     def generate_sequences(self, prompts: DataProto) -> DataProto:

@@ -26,6 +26,7 @@ from verl.trainer.ppo.core_algos import AdvantageInputs, compute_advantages, get
 from verl.trainer.ppo.metrics import ValidationResult, masked_mean, train_metrics, validation_metrics
 from verl.trainer.ppo.reward import check_gradable
 from verl.trainer.ppo.run_state import RunState
+from verl.trainer.ppo.utilisation import Utilisation
 from verl.trainer.reference_use import ReferenceUse
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, create_dataloader
 from verl.utils.model import load_tokenizer
@@ -79,6 +80,7 @@ class RayPPOTrainer:
         self._update_keys = LossConfig.from_config(config.actor_rollout_ref).batch_keys(self._needs_old_log_probs)
         self._workers: RayWorkerGroup | None = None
         self._critic: RayWorkerGroup | None = None
+        self._utilisation: Utilisation | None = None
 
     def _load_data(self) -> None:
         data, trainer = self.config.data, self.config.trainer
@@ -125,6 +127,7 @@ class RayPPOTrainer:
         logger.info("starting %d worker processes on %s", self._world_size, trainer.device)
         self._workers = RayWorkerGroup(pool, init, role, worker_env(on_gpu), group_sizes(self.config.actor_rollout_ref))
         self._workers.init_model()
+        self._utilisation = Utilisation.from_config(self.config, self._workers.device_name()[0])
         if self._critic_config is not None:
             self._critic_config.optim.total_training_steps = self.total_steps
             init = RayClassWithInitArgs(CriticWorker, self._critic_config, trainer.seed)
@@ -170,7 +173,8 @@ class RayPPOTrainer:
         """One step of the algorithm on a batch of prompts; returns its metrics."""
         start, metrics = time.perf_counter(), {}
         needs_baseline = self._estimator == "remax"
-        batch = self._generate(prompts, self._rollout.n, metrics, stay_awake=needs_baseline)
+        with _timed("rollout", metrics):
+            batch = self._generate(prompts, self._rollout.n, metrics, stay_awake=needs_baseline)
         pending = self._launch_grading(batch)
         baseline = self._launch_baseline(prompts, metrics) if needs_baseline else None
         if self._needs_old_log_probs:
@@ -194,7 +198,8 @@ class RayPPOTrainer:
             rows = self.config.actor_rollout_ref.actor.ppo_mini_batch_size * self._rollout.n
             self._update(self._workers.update_actor, batch.select(self._update_keys, []), rows, metrics)
         tokens, seconds = float(batch.batch["attention_mask"].sum()), time.perf_counter() - start
-        return metrics | {"timing_s/step": seconds, "perf/tokens_per_s": tokens / seconds}
+        metrics |= {"timing_s/step": seconds, "perf/tokens_per_s": tokens / seconds}
+        return metrics | self._utilisation.metrics(batch, metrics)
 
     def validate(self) -> dict[str, float]:
         """Sample the validation set as `rollout.val_kwargs` say, with the same seeds every time."""

@@ -1,0 +1,116 @@
+"""How much of what the GPUs could compute a training step uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from omegaconf import DictConfig
+
+from verl.protocol import DataProto
+from verl.trainer.critic_config import critic_config
+from verl.trainer.reference_use import ReferenceUse
+from verl.utils.device_peaks import peak_tflops
+from verl.utils.model import torch_dtype
+from verl.utils.model_shapes import MODEL_TYPES, ModelShape, config_of
+from verl.workers.placed_model import Dtypes
+
+# The backward pass makes two products where the forward pass makes one: a matrix's gradient and its input's.
+TRAINING = 3
+
+
+@dataclass(frozen=True)
+class Utilisation:
+    """Model FLOPs of each phase: what real tokens ask of the decoder's matrices and of causal attention.
+
+    Neither padding nor what checkpointing computes again counts, nor do the small heads for scores and values, nor
+    ReMax's greedy responses. The LM head counts for response tokens alone, and a prompt once for all its responses in
+    the rollout, where the engine keeps it.
+
+    Attributes:
+        config: the trainer's whole configuration.
+        shape: of policy and reference; None for a model whose FLOPs are not counted.
+        critic_shape: of the critic; None as for `shape`, or without one.
+        device_name: of the GPUs, None on CPU.
+    """
+
+    config: DictConfig
+    shape: ModelShape | None
+    critic_shape: ModelShape | None
+    device_name: str | None
+
+    @classmethod
+    def from_config(cls, config: DictConfig, device_name: str | None) -> Utilisation:
+        """Of the models that a configuration names."""
+        critic = critic_config(config).model.path if config.algorithm.adv_estimator == "gae" else None
+        return cls(config, _shape(config.actor_rollout_ref.model.path), critic and _shape(critic), device_name)
+
+    def metrics(self, batch: DataProto, metrics: Mapping[str, float]) -> dict[str, float]:
+        """`perf/generation_share` of the step's time and, for each phase that ran and `step`, `perf/mfu/{phase}`: the
+        share of the peak that model FLOPs reach, or `perf/tflops/{phase}`, 10^12 of them per second and GPU, where the
+        peak is not known.
+
+        Args:
+            batch: of the whole step: `attention_mask`, `response_mask`.
+            metrics: of the step, with `timing_s/*`.
+        """
+        seconds = _seconds(metrics)
+        share = (seconds["generate"] + metrics.get("timing_s/generate_baseline", 0.0)) / seconds["step"]
+        flops = {phase: count for phase, count in self._flops(batch).items() if phase in seconds}
+        if flops:
+            flops["step"] = sum(flops.values())
+        found = {"perf/generation_share": share}
+        for phase, count in flops.items():
+            tflops = count / 1e12 / seconds[phase] / self._gpus
+            peak = self._peak(phase)
+            found |= {f"perf/tflops/{phase}": tflops} if peak is None else {f"perf/mfu/{phase}": tflops / peak}
+        return found
+
+    @property
+    def _gpus(self) -> int:
+        return self.config.trainer.nnodes * self.config.trainer.n_gpus_per_node
+
+    def _flops(self, batch: DataProto) -> dict[str, float]:
+        """Of the whole job, by the name of the phase."""
+        if self.shape is None:
+            return {}
+        lengths, responses = batch.batch["attention_mask"].sum(-1), batch.batch["response_mask"].sum(-1)
+        predicted, root = int(responses.sum()), self.config.actor_rollout_ref
+        forward, use = self.shape.sequence_flops(lengths.tolist(), predicted), ReferenceUse.from_config(self.config)
+        shared = self.shape.sequence_flops((lengths - responses).tolist(), 0) * (1 - 1 / root.rollout.n)
+        found = {
+            "generate": forward - shared,
+            "old_log_prob": forward * (1 + use.full_kl_in_reward),
+            "ref": forward,
+            "update_actor": forward * (TRAINING + use.full_kl_in_loss) * root.actor.ppo_epochs,
+        }
+        if self.critic_shape is not None:
+            values = self.critic_shape.sequence_flops(lengths.tolist(), 0)
+            found |= {"values": values, "update_critic": values * TRAINING * critic_config(self.config).ppo_epochs}
+        return found
+
+    def _peak(self, phase: str) -> float | None:
+        if self.config.trainer.device_tflops is not None:
+            return self.config.trainer.device_tflops
+        return peak_tflops(self.device_name, self._dtype(phase))
+
+    def _dtype(self, phase: str) -> torch.dtype:
+        root = self.config.actor_rollout_ref
+        if phase == "generate":
+            # Checkpoints whose own dtype is taken are in 16 bits.
+            return torch.bfloat16 if root.rollout.dtype == "auto" else torch_dtype(root.rollout.dtype)
+        critic = self.config.critic.model.fsdp_config
+        sections = {"ref": root.ref.fsdp_config, "values": critic, "update_critic": critic}
+        return Dtypes.from_config(sections.get(phase, root.actor.fsdp_config), self.device_name is not None).compute
+
+
+def _shape(folder: str) -> ModelShape | None:
+    config = config_of(folder)
+    return ModelShape.from_config(config) if config is not None and config.model_type in MODEL_TYPES else None
+
+
+def _seconds(metrics: Mapping[str, float]) -> dict[str, float]:
+    """By phase; of sampling what the slowest engine takes, without the weights' way to the engines."""
+    found = {name.removeprefix("timing_s/"): value for name, value in metrics.items() if name.startswith("timing_s/")}
+    return found | {"generate": found["rollout"] - found["weight_sync"]}
