@@ -65,7 +65,8 @@ def _config(*overrides: str):
 
 def _memory(gib: float, *overrides: str, model: str = "DeepSeek-R1-Distill-Qwen-1.5B") -> PhaseMemory:
     shape = ModelShape.from_config(known_config(model))
-    return PhaseMemory(_config("trainer.device=cuda", *overrides), shape, shape, gib * GIB)
+    base = ["trainer.device=cuda", "actor_rollout_ref.model.enable_gradient_checkpointing=true"]
+    return PhaseMemory(_config(*base, *overrides), shape, shape, gib * GIB)
 
 
 def _meta_model(config):

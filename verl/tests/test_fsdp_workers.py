@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from verl import DataProto
 from verl.single_controller import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from verl.trainer.auto_config import resolve_auto
 from verl.trainer.config_check import DEFAULTS_FILE
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
 from xbai.engine import SamplingParams, load_engine
@@ -31,6 +32,8 @@ ENGINES = {"vllm": True, "hf": False}
 def make_config(model: Path, engine: str) -> DictConfig:
     """The trainer's own defaults, made small."""
     config = OmegaConf.load(DEFAULTS_FILE)
+    config.trainer.device = "cpu"
+    resolve_auto(config, gpu_bytes=None)
     config.data.max_prompt_length, config.data.max_response_length = PROMPT_LENGTH, RESPONSE_LENGTH
     config = config.actor_rollout_ref
     config.model.path = str(model)

@@ -13,6 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from verl import DataProto
 from verl.single_controller import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from verl.trainer.auto_config import resolve_auto
 from verl.trainer.config_check import DEFAULTS_FILE
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, group_sizes
 
@@ -57,6 +58,8 @@ def make_model(tiny_tokenizer, tmp_path: Path) -> Callable[..., Path]:
 
 def make_config(model: Path, ranks: int) -> DictConfig:
     config = OmegaConf.load(DEFAULTS_FILE)
+    config.trainer.device = "cpu"
+    resolve_auto(config, gpu_bytes=None)
     config.data.max_prompt_length, config.data.max_response_length = PROMPT_LENGTH, RESPONSE_LENGTH
     config = config.actor_rollout_ref
     config.model.path, config.use_score = str(model), False

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl import DataProto
 from verl.single_controller import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup, register
+from verl.trainer.auto_config import resolve_auto
 from verl.trainer.config_check import DEFAULTS_FILE
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, group_sizes
 from xbai.sprm.head import SPRM_CONFIG_FILE
@@ -37,6 +38,8 @@ WAYS = {
 def make_config(model: Path, overrides: dict[str, object]) -> DictConfig:
     """The trainer's own defaults, made small."""
     config = OmegaConf.load(DEFAULTS_FILE)
+    config.trainer.device = "cpu"
+    resolve_auto(config, gpu_bytes=None)
     config.data.max_prompt_length, config.data.max_response_length = PROMPT, RESPONSE
     part = config.actor_rollout_ref
     part.model.path = str(model)

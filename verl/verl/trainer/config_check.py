@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
+from verl.trainer.auto_config import AUTO_KEYS
 from verl.trainer.batch_config import check_batches
 from verl.trainer.checkpoint_config import check_checkpoints
 from verl.trainer.critic_config import check_critic
@@ -226,7 +227,10 @@ def _check_values(config: DictConfig, defaults: DictConfig) -> None:
 
 
 def _check_kind(key: str, value: Any, default: Any) -> None:
-    if (kind := NULLABLE.get(key)) is not None:
+    if key in AUTO_KEYS:
+        if value != "auto" and not _is(bool, value):
+            raise UserError(f"{key}={value} must be true, false or auto")
+    elif (kind := NULLABLE.get(key)) is not None:
         is_number = kind in (int, float)
         if value is not None and not (_is(kind, value) and (not is_number or value > 0)):
             raise UserError(f"{key}={value} must be {KINDS[kind]}{' above 0' if is_number else ''}, or null")

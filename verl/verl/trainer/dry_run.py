@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
+from verl.trainer.auto_config import resolve_auto, resolve_kernels
 from verl.trainer.config_check import check_config
 from verl.trainer.critic_config import critic_config
 from verl.trainer.memory_estimate import GIB, LOGIT_BACKWARD, LOGIT_FORWARD, saved_activations
 from verl.trainer.memory_phases import COMMON_GPU, GPUS_GIB, PhaseMemory, changes_to_fit
 from verl.trainer.reference_use import ReferenceUse
-from verl.utils.model_shapes import MODEL_TYPES, ModelShape, config_of
+from verl.utils.model_shapes import config_of
 from verl.workers.actor.micro_batches import MicroBatching, RowSizes
 
 
@@ -48,12 +50,16 @@ def dry_run(config: DictConfig) -> str:
     """
     missing: list[str] = []
     check_config(config, missing.append)
+    on_cpu = config.trainer.device == "cpu"
+    # Whether checkpointing is left out depends on the GPU, and the estimate is for several.
+    choices = resolve_auto(config, None) if on_cpu else resolve_kernels(config)
     world = config.trainer.nnodes * config.trainer.n_gpus_per_node
-    what = "processes on CPU" if config.trainer.device == "cpu" else "GPUs"
+    what = "processes on CPU" if on_cpu else "GPUs"
     sections = [
         f"Dry run: {config.trainer.nnodes} x {config.trainer.n_gpus_per_node} {what}; nothing is started.",
         "The resolved configuration:\n\n" + OmegaConf.to_yaml(config, resolve=True).rstrip(),
         "\n".join(f"not found here: {line}" for line in dict.fromkeys(missing)),
+        "\n".join(choices),
         _steps(config, world),
         _memory(config),
     ]
@@ -116,27 +122,31 @@ def _steps(config: DictConfig, world: int) -> str:
 
 
 def _memory(config: DictConfig) -> str:
-    folder = config.actor_rollout_ref.model.path
-    found = config_of(folder)
-    if found is None or found.model_type not in MODEL_TYPES:
+    model, memory = config.actor_rollout_ref.model, PhaseMemory.from_config(config, math.inf)
+    if memory is None:
+        found = config_of(model.path, model.trust_remote_code)
         reason = "its config.json is not here" if found is None else f"model_type={found.model_type} is not counted"
-        return f"No memory estimate for {folder}: {reason}."
-    shape = ModelShape.from_config(found)
-    critic_shape = shape
-    if config.algorithm.adv_estimator == "gae" and (critic := config_of(critic_config(config).model.path)) is not None:
-        critic_shape = ModelShape.from_config(critic)
+        return f"No memory estimate for {model.path}: {reason}."
+    shape = memory.shape
     head = f" and the score head {shape.score_head_parameters:,}" if config.actor_rollout_ref.use_score else ""
     size = f"The model has {shape.parameters:,} parameters{head}."
     if config.trainer.device == "cpu":
-        memory = PhaseMemory(config, shape, critic_shape, math.inf)
         caption, verdict = "Memory of one process", _highest(memory)
     else:
-        sizes = {name: PhaseMemory(config, shape, critic_shape, gib * GIB) for name, gib in GPUS_GIB.items()}
+        sizes = {name: replace(memory, gpu_bytes=gib * GIB) for name, gib in GPUS_GIB.items()}
         shown = next((name for name, memory in sizes.items() if memory.excess <= 0), COMMON_GPU)
         memory = sizes[shown]
         caption, verdict = f"Memory of one GPU with {shown}", f"{_highest(memory)}\n{_verdict(sizes)}"
     caption += ", in GiB; each phase at its highest:"
     return "\n\n".join([size, caption, _phase_table(memory), _micro_batch(memory), verdict])
+
+
+def _checkpointing(sizes: Mapping[str, PhaseMemory]) -> Iterator[str]:
+    """What `auto` would mean on each GPU."""
+    key = "actor_rollout_ref.model.enable_gradient_checkpointing"
+    if OmegaConf.select(next(iter(sizes.values())).config, key) == "auto":
+        without = [name for name, memory in sizes.items() if not memory.checkpointing]
+        yield f"{key}=auto: " + (f"false on {', '.join(without)}, else true" if without else "true on all of them")
 
 
 def _phase_table(memory: PhaseMemory) -> str:
@@ -154,7 +164,7 @@ def _micro_batch(memory: PhaseMemory) -> str:
     shape, width, tokens = memory.shape, memory.policy.compute, memory.update_tokens
     kept, whole = (saved_activations(shape, tokens, width, checkpointing) / GIB for checkpointing in (True, False))
     chunk = memory.chunk(tokens)
-    chosen = "with" if memory.config.actor_rollout_ref.model.enable_gradient_checkpointing else "without"
+    chosen = "with" if memory.checkpointing else "without"
     return (
         f"A micro-batch of the update has up to {tokens:,} tokens on a GPU. Its activations take {kept:.1f} GiB with "
         f"checkpointing and {whole:.1f} without (here: {chosen}); a chunk of logits takes "
@@ -186,7 +196,7 @@ def _verdict(sizes: Mapping[str, PhaseMemory]) -> str:
             lines.append(f"It does not fit {name}, whatever is changed but the number of GPUs.")
         else:
             lines.append(f"To fit {name}: " + " ".join(f"{key}={_value(value)}" for key, value in changes.items()))
-    return "\n".join(lines)
+    return "\n".join([*lines, *_checkpointing(sizes)])
 
 
 def _value(value: Any) -> str:

@@ -15,6 +15,7 @@ import datasets
 from omegaconf import DictConfig, OmegaConf
 from rich.logging import RichHandler
 
+from verl.trainer.auto_config import resolve_auto, smallest_gpu
 from verl.trainer.compose import compose_config
 from verl.trainer.config_check import DEFAULTS_FILE, check_config
 from verl.trainer.dry_run import dry_run
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 def run(config: DictConfig) -> None:
     """Check, load the data, start the workers and train; a worker that died is one line and exit status 1."""
     check_config(config)
+    for line in resolve_auto(config, smallest_gpu()):
+        logger.info(line)
     _make_paths_absolute(config)
 
     # Ray and transformers take seconds to import, which a mistake in the configuration should not cost.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +24,7 @@ from verl.trainer.memory_estimate import (
 )
 from verl.trainer.reference_use import ReferenceUse
 from verl.utils.model import torch_dtype
-from verl.utils.model_shapes import ModelShape
+from verl.utils.model_shapes import MODEL_TYPES, ModelShape, config_of
 from verl.utils.torch_functional import LOGITS_PER_CHUNK
 from verl.workers.actor.micro_batches import MicroBatching
 
@@ -40,6 +40,9 @@ GPUS_GIB = {
 """What torch reports as the whole memory of common GPUs."""
 
 COMMON_GPU = "80 GB (A100, H100)"
+
+# How much more than estimated an update may take that `enable_gradient_checkpointing=auto` lets keep its activations.
+MARGIN = 0.15
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,45 @@ class PhaseMemory:
     shape: ModelShape
     critic_shape: ModelShape
     gpu_bytes: float
+
+    @classmethod
+    def from_config(cls, config: DictConfig, gpu_bytes: float) -> PhaseMemory | None:
+        """Of the models that a configuration names; None where a policy of its kind is not counted, or is not known."""
+        model = config.actor_rollout_ref.model
+        found = config_of(model.path, model.trust_remote_code)
+        if found is None or found.model_type not in MODEL_TYPES:
+            return None
+        shape = critic_shape = ModelShape.from_config(found)
+        if config.algorithm.adv_estimator == "gae":
+            model = critic_config(config).model
+            if (critic := config_of(model.path, model.trust_remote_code)) is not None:
+                critic_shape = ModelShape.from_config(critic)
+        return cls(config, shape, critic_shape, gpu_bytes)
+
+    @cached_property
+    def checkpointing(self) -> bool:
+        """`enable_gradient_checkpointing` of the policy; `auto` leaves it out where an update fits without, and only
+        with room to spare."""
+        chosen = self.config.actor_rollout_ref.model.enable_gradient_checkpointing
+        if chosen != "auto":
+            return chosen
+        if not self.on_gpu:
+            return True
+        return self._plain.excess > 0 or self.without_checkpointing[1] * (1 + MARGIN) > self.gpu_bytes
+
+    @property
+    def without_checkpointing(self) -> tuple[str, float]:
+        """The update that takes most without checkpointing, and its bytes."""
+        peaks = self._plain.peaks
+        return max(
+            ((phase, peaks[phase]) for phase in ("update", "critic update") if phase in peaks), key=lambda one: one[1]
+        )
+
+    @cached_property
+    def _plain(self) -> PhaseMemory:
+        config = OmegaConf.create(OmegaConf.to_container(self.config))
+        config.actor_rollout_ref.model.enable_gradient_checkpointing = False
+        return replace(self, config=config)
 
     @property
     def world(self) -> int:
@@ -185,8 +227,8 @@ class PhaseMemory:
         return forward_peak(model, tokens, self._longest, self._packed, self.chunk(tokens))
 
     def _update(self) -> Components:
-        tokens, checkpointing = self.update_tokens, self.config.actor_rollout_ref.model.enable_gradient_checkpointing
-        return training_peak(self.policy, tokens, self._longest, checkpointing, self._packed, self.chunk(tokens))
+        tokens = self.update_tokens
+        return training_peak(self.policy, tokens, self._longest, self.checkpointing, self._packed, self.chunk(tokens))
 
     def _full_kl(self, tokens: int) -> Components:
         """What the reference has on the GPU while the policy computes the same tokens."""
@@ -212,7 +254,8 @@ class PhaseMemory:
         critic = critic_config(self.config)
         packed, sp_size = critic.model.use_remove_padding, critic.ulysses_sequence_parallel_size
         tokens = self._tokens(MicroBatching.for_update(critic, packed, sp_size, self.world), sp_size)
-        checkpointing = critic.model.enable_gradient_checkpointing
+        own = self.config.critic.model.enable_gradient_checkpointing
+        checkpointing = self.checkpointing if own is None else own
         return training_peak(self.critic, tokens, self._longest, checkpointing, packed, logits=0)
 
     @property

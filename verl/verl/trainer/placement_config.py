@@ -56,9 +56,9 @@ def check_kernels(config: DictConfig, not_found: Callable[[str], None]) -> None:
         for name in OPTIMS:
             if (optimizer := OmegaConf.select(config, name).name) in EIGHT_BIT_OPTIMIZERS:
                 check_eight_bit(optimizer, device, f"{name}.name")
-        if config.actor_rollout_ref.model.use_liger:
+        if config.actor_rollout_ref.model.use_liger is True:
             check_liger(device, "actor_rollout_ref.model.use_liger")
-        if config.actor_rollout_ref.model.use_fused_kernels:
+        if config.actor_rollout_ref.model.use_fused_kernels is True:
             check_compiler("actor_rollout_ref.model.use_fused_kernels=true", device)
     except UserError as error:
         not_found(str(error))

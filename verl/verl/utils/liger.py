@@ -6,12 +6,13 @@ import importlib.util
 from types import MethodType
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from xbai.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 KEY = "model.use_liger"
 
@@ -24,6 +25,19 @@ def check_liger(device: str, key: str = KEY) -> None:
         raise UserError(f"{key}=true needs liger-kernel (pip install 'liger-kernel>=0.8,<0.9'), or leave it at false")
 
 
+def has_liger_kernels(config: PretrainedConfig) -> bool:
+    """Whether `apply_liger` would find what it needs in a causal LM of this configuration."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError:
+        # A kind that transformers has no causal LM for.
+        return False
+    return all(_modules_of(model))
+
+
 def apply_liger(model: PreTrainedModel) -> None:
     """Let RMS norms and gated MLPs of `model` run Liger's kernels. Other models in the process keep their own.
 
@@ -32,14 +46,19 @@ def apply_liger(model: PreTrainedModel) -> None:
     Raises:
         UserError: the model has no such modules.
     """
-    norms = [module for module in model.modules() if _is_rms_norm(module)]
-    mlps = [module for module in model.modules() if _is_swiglu(module, model)]
+    norms, mlps = _modules_of(model)
     if not norms or not mlps:
         raise UserError(f"{KEY}=true knows no kernels for {type(model).__name__}; set it to false")
     for norm in norms:
         norm.forward = MethodType(_rms_norm, norm)
     for mlp in mlps:
         mlp.forward = MethodType(_swiglu, mlp)
+
+
+def _modules_of(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The RMS norms and the gated MLPs."""
+    modules = list(model.modules())
+    return [one for one in modules if _is_rms_norm(one)], [one for one in modules if _is_swiglu(one, model)]
 
 
 def _is_rms_norm(module: nn.Module) -> bool:

@@ -74,7 +74,7 @@ def known_config(name: str, **changes: Any) -> PretrainedConfig:
     return AutoConfig.for_model(**KNOWN_CONFIGS[name] | changes)
 
 
-def config_of(folder: str | Path) -> PretrainedConfig | None:
+def config_of(folder: str | Path, trust_remote_code: bool = False) -> PretrainedConfig | None:
     """A model folder's configuration; without the folder the published one of its name, or None.
 
     Raises:
@@ -83,7 +83,7 @@ def config_of(folder: str | Path) -> PretrainedConfig | None:
     from xbai.engine.files import read_config
 
     if (Path(folder) / "config.json").is_file():
-        return read_config(folder)
+        return read_config(folder, trust_remote_code)
     name = Path(folder).name
     return known_config(name) if name in KNOWN_CONFIGS else None
 

@@ -43,8 +43,8 @@ class Utilisation:
     @classmethod
     def from_config(cls, config: DictConfig, device_name: str | None) -> Utilisation:
         """Of the models that a configuration names."""
-        critic = critic_config(config).model.path if config.algorithm.adv_estimator == "gae" else None
-        return cls(config, _shape(config.actor_rollout_ref.model.path), critic and _shape(critic), device_name)
+        critic = critic_config(config).model if config.algorithm.adv_estimator == "gae" else None
+        return cls(config, _shape(config.actor_rollout_ref.model), critic and _shape(critic), device_name)
 
     def metrics(self, batch: DataProto, metrics: Mapping[str, float]) -> dict[str, float]:
         """`perf/generation_share` of the step's time and, for each phase that ran and `step`, `perf/mfu/{phase}`: the
@@ -105,8 +105,8 @@ class Utilisation:
         return Dtypes.from_config(sections.get(phase, root.actor.fsdp_config), self.device_name is not None).compute
 
 
-def _shape(folder: str) -> ModelShape | None:
-    config = config_of(folder)
+def _shape(model: DictConfig) -> ModelShape | None:
+    config = config_of(model.path, model.trust_remote_code)
     return ModelShape.from_config(config) if config is not None and config.model_type in MODEL_TYPES else None
 
 
