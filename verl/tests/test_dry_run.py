@@ -13,13 +13,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from verl.trainer import main_ppo
 from verl.trainer.compose import compose_config
 from verl.trainer.config_check import DEFAULTS_FILE
 from verl.trainer.dry_run import batches, dry_run
+from verl.trainer.host_memory import host_memory, saves_anew
 from verl.trainer.memory_estimate import (
     EIGHT_BIT_STATE,
     GIB,
@@ -29,8 +33,10 @@ from verl.trainer.memory_estimate import (
     backward_work,
     forward_work,
     saved_activations,
+    training_peak,
 )
 from verl.trainer.memory_phases import GPUS_GIB, PhaseMemory, changes_to_fit
+from verl.utils import optim
 from verl.utils.fsdp import create_mesh, shard_model
 from verl.utils.lm_head import LMHead
 from verl.utils.model_shapes import KNOWN_CONFIGS, ModelShape, known_config
@@ -173,6 +179,7 @@ def test_two_ranks_hold_what_is_estimated(tmp_path: Path) -> None:
         held = json.loads((tmp_path / f"{rank}.json").read_text())
         assert held["weights"] == held["gradients"] == placed.weights
         assert held["states"] == placed.optimizer
+        assert held["copies"] == placed.weights + placed.optimizer
 
 
 def measure_two_ranks(folder: Path) -> None:
@@ -190,8 +197,77 @@ def measure_two_ranks(folder: Path) -> None:
         "states": [value for state in optimizer.state.values() for value in state.values() if value.dim() > 0],
     }
     sizes = {name: sum(tensor.to_local().nbytes for tensor in tensors) for name, tensors in held.items()}
+    state = [get_model_state_dict(model), get_optimizer_state_dict(model, optimizer)["state"]]
+    stager = DefaultStager(StagingOptions(False, False, False, False))
+    copies = [value for value in tree_leaves(stager.stage(state)) if value.dim() > 0]
+    sizes["copies"] = sum(copy.to_local().nbytes for copy in copies)
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(sizes))
     dist.destroy_process_group()
+
+
+def test_the_optimiser_of_a_gpu_makes_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both forms also run on CPU: `foreach`, which torch takes by itself on a GPU, and ours."""
+    shapes = [(256, 256), (256, 64), (64,)]
+
+    def weights() -> list[torch.nn.Parameter]:
+        torch.manual_seed(0)
+        made = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+        for weight in made:
+            weight.grad = torch.randn_like(weight)
+        return made
+
+    monkeypatch.setattr(optim, "local_device", lambda: torch.device("cuda"))
+    ours, theirs = weights(), weights()
+    named = [(str(number), weight) for number, weight in enumerate(ours)]
+    steps = (
+        build_optimizer(named, {"name": "AdamW", "lr": 1e-2}).step,
+        torch.optim.AdamW(theirs, lr=1e-2, foreach=True).step,
+    )
+    for step in steps:
+        step()
+    size = sum(weight.nbytes for weight in ours)
+    in_place, copied = map(_peak_bytes, steps)
+    assert copied == pytest.approx(size, rel=0.05)
+    assert in_place < 0.01 * size
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "counted"), [("bfloat16", 4), ("float32", 0)])
+def test_the_lm_heads_gradient_is_summed_in_float32(dtype: str, counted: int) -> None:
+    shape = ModelShape.from_config(known_config("Qwen2.5-7B"))
+    placed = Placement.from_config(shape, {"compute_dtype": dtype}, {"name": "AdamW"}, world=8, on_gpu=True)
+    moment = training_peak(placed, 64, 64, checkpointing=True, packed=True, logits=2**30)
+    assert moment["logits chunk"] == LOGIT_BACKWARD * 2**30
+    assert moment.get("LM head's gradient", 0) == counted * shape.embedding_parameters
+
+
+def test_host_memory_holds_what_waits_and_what_is_written() -> None:
+    def together(*overrides: str) -> dict[str, float]:
+        memory = _memory(80, *overrides, model="QwQ-32B")
+        return {moment: sum(sizes.values()) for moment, sizes in host_memory(memory).items()}
+
+    root, parameters = "actor_rollout_ref", ModelShape.from_config(known_config("QwQ-32B")).parameters
+    actor = f"{root}.actor.fsdp_config"
+    offloads = [f"{actor}.param_offload=true", f"{actor}.optimizer_offload=true"]
+    files = 2 * parameters
+    # Weights and two moments in float32; the copies stay where nothing is offloaded.
+    assert together() == pytest.approx({"loading": files, "training": 12 * parameters, "saving": 12 * parameters})
+    assert together("trainer.async_save=false")["saving"] == together("trainer.save_freq=-1")["saving"] == 0
+    offloaded = {"loading": files + 4 * parameters, "training": 12 * parameters, "saving": 24 * parameters}
+    assert together(*offloads) == pytest.approx(offloaded)
+    # Half on each of two machines, and a whole copy on each where they shard on their own.
+    halved = {name: size / 2 for name, size in offloaded.items()} | {"loading": files + 2 * parameters}
+    assert together(*offloads, "trainer.nnodes=2") == pytest.approx(halved)
+    assert together(*offloads, "trainer.nnodes=2", f"{actor}.fsdp_size=8") == pytest.approx(offloaded)
+    gradients = 4 * parameters
+    assert together(f"{actor}.offload_policy=true")["training"] == pytest.approx(24 * parameters + gradients)
+    # Eight engines of a whole model each, or one of eight parts.
+    asleep = ["trainer.async_save=false", f"{root}.rollout.sleep_level=1"]
+    assert together(*asleep)["training"] == pytest.approx(8 * 2 * parameters)
+    assert together(*asleep, f"{root}.rollout.tensor_model_parallel_size=8")["training"] == pytest.approx(
+        2 * parameters
+    )
+    assert saves_anew(_memory(80, *offloads)) and not saves_anew(_memory(80))
 
 
 def test_eight_bit_states_take_what_is_estimated() -> None:

@@ -17,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from verl.trainer.auto_config import resolve_auto, resolve_kernels
 from verl.trainer.config_check import check_config
 from verl.trainer.critic_config import critic_config
-from verl.trainer.memory_estimate import GIB, LOGIT_BACKWARD, LOGIT_FORWARD, saved_activations
+from verl.trainer.host_memory import host_memory, saves_anew
+from verl.trainer.memory_estimate import GIB, LOGIT_BACKWARD, LOGIT_FORWARD, Components, saved_activations
 from verl.trainer.memory_phases import COMMON_GPU, GPUS_GIB, PhaseMemory, changes_to_fit
 from verl.trainer.reference_use import ReferenceUse
 from verl.utils.model_shapes import config_of
@@ -138,7 +139,21 @@ def _memory(config: DictConfig) -> str:
         memory = sizes[shown]
         caption, verdict = f"Memory of one GPU with {shown}", f"{_highest(memory)}\n{_verdict(sizes)}"
     caption += ", in GiB; each phase at its highest:"
-    return "\n\n".join([size, caption, _phase_table(memory), _micro_batch(memory), verdict])
+    tables = [caption, _table_of(memory.phases, {"with CUDA, NCCL, fragments": memory.peaks}), _micro_batch(memory)]
+    return "\n\n".join([size, *tables, _host_memory(memory), verdict])
+
+
+def _host_memory(memory: PhaseMemory) -> str:
+    moments = host_memory(memory)
+    sums = {moment: sum(components.values()) for moment, components in moments.items()}
+    text = "Host memory of one machine, in GiB, without what its processes take for themselves:\n\n"
+    text += _table_of(moments, {"together": sums})
+    if saves_anew(memory):
+        text += (
+            "\n\nWhat is offloaded lies elsewhere in each save: its copies are pinned anew, and freed when they are "
+            "written; trainer.async_save=false makes none."
+        )
+    return text
 
 
 def _checkpointing(sizes: Mapping[str, PhaseMemory]) -> Iterator[str]:
@@ -149,15 +164,12 @@ def _checkpointing(sizes: Mapping[str, PhaseMemory]) -> Iterator[str]:
         yield f"{key}=auto: " + (f"false on {', '.join(without)}, else true" if without else "true on all of them")
 
 
-def _phase_table(memory: PhaseMemory) -> str:
-    names = list(dict.fromkeys(name for components in memory.phases.values() for name in components))
-    rows = [
-        [name, *(_gib(components.get(name, 0.0)) for components in memory.phases.values())]
-        for name in names
-        if any(components.get(name) for components in memory.phases.values())
-    ]
-    rows.append(["with CUDA, NCCL, fragments", *(_gib(peak) for peak in memory.peaks.values())])
-    return table(["", *memory.phases], rows)
+def _table_of(columns: Mapping[str, Components], last: Mapping[str, Mapping[str, float]]) -> str:
+    """Components by phase, and rows that come last, by phase."""
+    names = dict.fromkeys(name for components in columns.values() for name, size in components.items() if size)
+    rows = [[name, *(_gib(components.get(name, 0.0)) for components in columns.values())] for name in names]
+    rows += [[name, *(_gib(sizes[column]) for column in columns)] for name, sizes in last.items()]
+    return table(["", *columns], rows)
 
 
 def _micro_batch(memory: PhaseMemory) -> str:

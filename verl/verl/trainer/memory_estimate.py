@@ -160,13 +160,18 @@ def attention_mask(tokens: int, length: int, width: int) -> float:
 def training_peak(
     model: Placement, tokens: int, length: int, checkpointing: bool, packed: bool, logits: int
 ) -> Components:
-    """Transient memory of an update at its highest: in a chunk of logits, a layer's backward pass, or at the end."""
+    """Transient memory of an update at its highest: in a chunk of logits, a layer's backward pass, or at the end.
+
+    The optimiser's step takes nothing on top: on GPUs it is one kernel that works in place (`build_optimizer`).
+    """
     shape, width = model.shape, model.compute
     saved = {"activations": saved_activations(shape, tokens, width, checkpointing)}
     if not packed:
         saved["attention mask"] = attention_mask(tokens, length, width)
+    # The LM head's gradient is summed over chunks in float32, beside the one in 16 bits that is counted as gathered.
+    summed = {"LM head's gradient": 4.0 * shape.embedding_parameters} if logits and width == 2 else {}
     moments: list[Components] = [
-        {"gathered weights": model.gathered(), "logits chunk": LOGIT_BACKWARD * logits, **saved},
+        {"gathered weights": model.gathered(), "logits chunk": LOGIT_BACKWARD * logits, **summed, **saved},
         {
             "gathered weights": model.gathered_in_backward(),
             "backward of a layer": backward_work(shape, tokens, width, checkpointing),

@@ -138,6 +138,12 @@ class PhaseMemory:
             self.critic_shape, critic.model.fsdp_config, critic.optim, self.world, self.on_gpu, has_lm_head=False
         )
 
+    @property
+    def models(self) -> dict[str, Placement]:
+        """Those that there are, by name."""
+        found = {"policy": self.policy, "reference": self.reference, "critic": self.critic}
+        return {name: model for name, model in found.items() if model is not None}
+
     @cached_property
     def phases(self) -> dict[str, Components]:
         """Bytes by phase and component, each phase at its highest moment."""
@@ -193,10 +199,7 @@ class PhaseMemory:
     def _resident(self, used: str = "", trains: bool = False) -> Components:
         """What of the models is on the GPU while the phase of the model `used` runs."""
         found: Components = {}
-        for name in ("policy", "reference", "critic"):
-            model: Placement | None = getattr(self, name)
-            if model is None:
-                continue
+        for name, model in self.models.items():
             weights, states = model.resident(name == used, name == used and trains)
             found |= {f"{name} weights": weights}
             if model.states:
@@ -283,6 +286,12 @@ class PhaseMemory:
     def _engine_sleeps(self) -> bool:
         rollout = self.config.actor_rollout_ref.rollout
         return self.on_gpu and rollout.name == "vllm" and rollout.free_cache_engine
+
+    @property
+    def sleeping_weights(self) -> float:
+        """Bytes of CPU memory in which this GPU's engine keeps its weights while it sleeps."""
+        kept = self._engine_sleeps and self.config.actor_rollout_ref.rollout.sleep_level == 1
+        return self._engine(with_cache=False)["engine weights"] if kept else 0.0
 
     @property
     def _cache_per_token(self) -> float:

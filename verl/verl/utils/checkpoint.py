@@ -78,7 +78,8 @@ def save_checkpoint(
 class BackgroundSaves:
     """`save_checkpoint` that returns once the state is copied to CPU memory, and writes the copy during training.
 
-    Costs CPU memory for this rank's weights and optimiser states (pinned on a GPU machine, and kept for the next save).
+    Costs CPU memory for this rank's weights and optimiser states, pinned on a GPU machine and kept for the next save.
+    Of what is offloaded in between, and so lies elsewhere, it is freed when it is written, and pinned anew.
     One save at a time: `is_done` must have said so before the next.
     """
 

@@ -39,7 +39,9 @@ def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config
         return Muon(named_parameters, adamw_lr=config["adamw_lr"], **options)
     parameters = [parameter for _, parameter in named_parameters]
     if name == "AdamW":
-        return torch.optim.AdamW(parameters, **options)
+        # In place: torch's default on a GPU makes a copy of all second moments in every step.
+        fused = True if local_device().type == "cuda" else None
+        return torch.optim.AdamW(parameters, **options, fused=fused)
     if name in EIGHT_BIT_OPTIMIZERS:
         check_eight_bit(name, local_device().type)
         return EightBitAdam(name, parameters, **options)
