@@ -1,0 +1,249 @@
+"""The bring-up: its runner survives its steps, its report is always whole, and its rehearsal passes on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_bench import NOT_NEEDED, WITHOUT
+
+import verl.bringup.__main__ as command
+from verl.bringup.report import Report
+from verl.bringup.runner import Outcome, run_step
+from verl.bringup.step import SUBJECTS, CheckFailed, Context, Step, all_steps, choose, require, step
+from xbai.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = "scripts/check_gpu.sh"
+
+
+@step(means="-")
+def passes(context: Context) -> str:
+    return f"on {context.device}"
+
+
+@step(means="the figure is wrong")
+def fails(context: Context) -> str:
+    require(context.on_gpu, "0.5 is too much")
+    return "0.1"
+
+
+@step(means="a bug")
+def raises(context: Context) -> str:
+    return str({}["missing key"])
+
+
+@step(means="a segmentation fault, say")
+def kills_its_process(context: Context) -> str:
+    os.write(2, b"last words\n")
+    os.kill(os.getpid(), signal.SIGSEGV)
+    return "never"
+
+
+@step(means="it exits")
+def exits(context: Context) -> str:
+    os._exit(3)
+
+
+@step(means="it hangs", limit_s=1.0)
+def hangs(context: Context) -> str:
+    child = subprocess.Popen(["sleep", "600"])
+    (context.work / "child").write_text(str(child.pid))
+    time.sleep(600)
+    return "never"
+
+
+@step(means="it leaves a process")
+def leaves_a_process(context: Context) -> str:
+    (context.work / "child").write_text(str(subprocess.Popen(["sleep", "600"]).pid))
+    return "left one"
+
+
+@step(means="-", needs=["no_such_module"])
+def lacks_a_module(context: Context) -> str:
+    return "never"
+
+
+@step(means="-", needs=["gpu"])
+def lacks_a_gpu(context: Context) -> str:
+    return "never"
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    return Context("cpu", 2, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("one", "status", "figure", "details"),
+    [
+        (passes, "pass", "on cpu", None),
+        (fails, "fail", "0.5 is too much", "require(context.on_gpu"),
+        (raises, "fail", "KeyError: 'missing key'", "Traceback"),
+        (kills_its_process, "fail", "the process died of SIGSEGV", "in kills_its_process"),
+        (exits, "fail", "the process ended with status 3 and no figure", ""),
+        (hangs, "fail", "took longer than 1 s", ""),
+        (lacks_a_module, "skipped", "needs no_such_module", None),
+        (lacks_a_gpu, "skipped", "needs gpu", None),
+    ],
+    ids=lambda value: value.name if isinstance(value, Step) else "",
+)
+def test_however_a_step_ends_it_has_an_outcome(
+    one: Step, status: str, figure: str, details: str | None, context: Context, tmp_path: Path
+):
+    outcome = run_step(one, context, tmp_path / "logs/step.log")
+    assert (outcome.status, outcome.figure) == (status, figure)
+    assert (outcome.details is None) if details is None else (details in outcome.details)
+    assert outcome.seconds < 10
+
+
+@pytest.mark.parametrize("one", [hangs, leaves_a_process], ids=lambda one: one.name)
+def test_no_process_outlives_its_step(one: Step, context: Context, tmp_path: Path):
+    run_step(one, context, tmp_path / "log")
+    status = Path(f"/proc/{(tmp_path / 'child').read_text()}/status")
+    deadline = time.monotonic() + 10
+    while status.exists() and "Z (zombie)" not in status.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not status.exists() or "Z (zombie)" in status.read_text()
+
+
+def test_a_spawned_process_runs_the_same_step(context: Context, tmp_path: Path):
+    [compilers] = [one for one in all_steps() if one.name == "compilers"]
+    assert run_step(compilers, context, tmp_path / "log", "spawn").status == "pass"
+
+
+def test_the_report_is_whole_after_every_step(tmp_path: Path):
+    path = tmp_path / "outputs/check.json"
+    report = Report(path, {"device": "a GPU"})
+    for number, outcome in enumerate([Outcome("pass", "1", 0.1234, 2.5), Outcome("fail", "2", details="why")], 1):
+        report.add(fails, outcome)
+        found = json.loads(path.read_text())
+        assert found["device"] == "a GPU"
+        assert not found["finished"]
+        assert len(found["steps"]) == number
+    assert found["steps"] == [
+        {"name": "fails", "status": "pass", "figure": "1", "seconds": 0.12, "peak_gib": 2.5},
+        {
+            "name": "fails",
+            "status": "fail",
+            "figure": "2",
+            "seconds": 0.0,
+            "what_it_means": "the figure is wrong",
+            "details": "why",
+        },
+    ]
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_check_goes_on_after_any_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    steps = [kills_its_process, raises, hangs, lacks_a_gpu, passes]
+    out = tmp_path / "check.json"
+    report = command.check(steps, "cpu", out)
+    statuses = [entry["status"] for entry in json.loads(out.read_text())["steps"]]
+    assert statuses == ["fail", "fail", "fail", "skipped", "pass"]
+    assert report.finished
+    said = capsys.readouterr().out
+    assert "REHEARSAL ON THE CPU" in said
+    assert "[1/5] FAIL kills_its_process" in said
+    assert "what it means: a segmentation fault, say" in said
+    assert "died of SIGSEGV" in (tmp_path / "check.json").read_text()
+
+
+def test_steps_are_chosen_by_name_or_by_quickness():
+    steps = [passes, Step(run=fails.run, means="-", quick=True)]
+    assert [one.name for one in choose(steps, quick=True, only=None)] == ["fails"]
+    assert choose(steps, quick=False, only=None) == steps
+    assert choose(steps, quick=True, only=["passes"]) == [passes]
+    with pytest.raises(UserError, match="--only nothing: no such step, use some of passes,fails"):
+        choose(steps, quick=False, only=["passes", "nothing"])
+
+
+def test_every_step_has_a_name_of_its_own_and_says_what_its_failure_means():
+    steps = all_steps()
+    assert len({one.name for one in steps}) == len(steps) > len(SUBJECTS)
+    assert all(len(one.means) > 40 and one.run.__doc__ for one in steps)
+    assert {one.name for one in steps if one.quick}.isdisjoint(one.name for one in steps if "vllm" in one.needs)
+
+
+def test_a_check_that_fails_is_no_bug_of_the_step():
+    with pytest.raises(CheckFailed, match="too far"):
+        require(False, "too far")
+
+
+# The rehearsals
+
+
+def _rehearse(tmp_path: Path, *options: str, limit_s: float) -> dict:
+    out = tmp_path / "check_gpu.json"
+    started = time.monotonic()
+    done = subprocess.run(
+        ["bash", SCRIPT, "--device", "cpu", *options, "--out", str(out)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "XBAI_VENV": sys.prefix},
+    )
+    report = json.loads(out.read_text())
+    failed = [entry for entry in report["steps"] if entry["status"] == "fail"]
+    assert not failed, "\n".join(f"{entry['name']}: {entry['figure']}\n{entry['details']}" for entry in failed)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started < limit_s
+    assert "REHEARSAL ON THE CPU" in done.stdout
+    assert report["finished"]
+    assert report["rehearsal"]
+    assert report["device"].startswith("CPU: ")
+    for entry in report["steps"]:
+        assert entry["status"] in ("pass", "skipped")
+        assert entry["seconds"] >= 0
+        assert isinstance(entry["figure"], str)
+        assert "\n" not in entry["figure"]
+    return report
+
+
+@pytest.mark.slow
+def test_the_quick_part_rehearses_on_the_cpu(tmp_path: Path):
+    report = _rehearse(tmp_path, "--quick", limit_s=90)
+    assert [entry["name"] for entry in report["steps"]] == [one.name for one in all_steps() if one.quick]
+    skipped = {entry["name"] for entry in report["steps"] if entry["status"] == "skipped"}
+    assert skipped <= {one.name for one in all_steps() if "gpu" in one.needs or "compiler" in one.needs}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_all_of_it_rehearses_on_the_cpu(tmp_path: Path):
+    report = _rehearse(tmp_path, limit_s=480)
+    assert [entry["name"] for entry in report["steps"]] == [one.name for one in all_steps()]
+
+
+@pytest.mark.slow
+def test_the_quick_part_needs_torch_and_transformers_only(tmp_path: Path):
+    out = tmp_path / "check.json"
+    some = "scores,placement_plain,training_full_kl,training_critic,hf_weight_sync,throughput_packed"
+    arguments = ["--device", "cpu", "--only", some, "--out", str(out)]
+    program = ROOT / "verl/verl/bringup/__main__.py"
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, str(program), NOT_NEEDED, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'verl'}"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {entry["status"] for entry in json.loads(out.read_text())["steps"]} == {"pass"}
+
+
+def test_an_unknown_step_is_one_line(tmp_path: Path):
+    done = subprocess.run(
+        ["bash", SCRIPT, "--device", "cpu", "--only", "nonsense"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "XBAI_VENV": sys.prefix},
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --only nonsense: no such step, use some of torch_runs_kernels,")

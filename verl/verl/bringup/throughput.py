@@ -1,0 +1,126 @@
+"""How much of what a GPU can compute log-probs and update use, at the shape of 1.5B, and the memory they take."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from verl.bringup.driver import now
+from verl.bringup.step import CheckFailed, Context, require, step
+from verl.bringup.workload import Sizes, actor_config, build_policy, make_batch, model_folder, process_group
+from verl.trainer.memory_estimate import Placement, training_peak
+from verl.utils.device_peaks import peak_tflops
+from verl.utils.model_shapes import ModelShape, config_of
+from verl.utils.torch_functional import LOGITS_PER_CHUNK
+from verl.workers.actor.dp_actor import DataParallelPPOActor
+
+GIB = 2**30
+REPEATS = 3
+LEAST_MFU = 0.30
+LEAST_MFU_FROM = 700.0
+"""GPUs with a peak of as many TFLOP/s must reach `LEAST_MFU`; of others it is only reported."""
+MEMORY_ERROR = 0.15
+MEANS = (
+    "Training is slower than this GPU allows. Other processes on it (`nvidia-smi`), its clocks or power limit, then "
+    "`torch.profiler` around `update_policy`: with bench/train_step.py the same phases can be measured alone. "
+)
+
+
+def _sizes(context: Context) -> Sizes:
+    if context.on_gpu:
+        return Sizes(prompts=16, samples=4, prompt_tokens=256, response_tokens=2048, tokens_per_micro_batch=16384)
+    return Sizes(prompts=2, samples=2, prompt_tokens=16, response_tokens=64, tokens_per_micro_batch=256)
+
+
+@step(means=MEANS, limit_s=240, quick=True)
+def throughput_packed(context: Context) -> str:
+    """Padding-free rows, checkpointing, no compiled kernels."""
+    return _measure(context, packed=True, gradient_checkpointing=True)
+
+
+@step(means=MEANS + "With compiled kernels after the LM head.", needs=["compiler"], limit_s=240, quick=True)
+def throughput_fused_kernels(context: Context) -> str:
+    """The same with `use_fused_kernels`."""
+    return _measure(context, packed=True, gradient_checkpointing=True, fused_kernels=True)
+
+
+@step(
+    means="An update takes another amount of GPU memory than the dry run says (trainer/memory_estimate.py): its "
+    "advice, and README's table of GPUs, are wrong on this torch.",
+    needs=["gpu"],
+    quick=True,
+)
+def memory_of_an_update(context: Context) -> str:
+    """The peak of an update within 15 % of the dry run's estimate."""
+    sizes = _sizes(context)
+    with process_group():
+        actor, batch, shape = _training(context, sizes, layers=8, packed=True, gradient_checkpointing=True)
+        actor.update_policy(batch)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        actor.update_policy(batch)
+        found = torch.cuda.max_memory_allocated()
+    expected = _expected_memory(shape, sizes)
+    figure = f"{found / GIB:.2f} GiB at the peak, {expected / GIB:.2f} by the dry run's formulas"
+    require(abs(found / expected - 1) < MEMORY_ERROR, figure)
+    return figure
+
+
+def _expected_memory(shape: ModelShape, sizes: Sizes) -> float:
+    """Weights, gradients, moments, the score head's, and what an update has on top at its highest."""
+    placement = Placement.from_config(shape, {}, {"name": "AdamW"}, world=1, on_gpu=True)
+    tokens = sizes.tokens_per_micro_batch
+    logits = min(LOGITS_PER_CHUNK, tokens * shape.vocabulary)
+    peak = training_peak(placement, tokens, 0, checkpointing=True, packed=True, logits=logits)
+    return 2 * placement.weights + placement.optimizer + 4 * 7 * shape.score_head_parameters + sum(peak.values())
+
+
+def _training(
+    context: Context, sizes: Sizes, layers: int | None, **modes: bool
+) -> tuple[DataParallelPPOActor, dict[str, torch.Tensor], ModelShape]:
+    folder = model_folder(context, layers)
+    shape = ModelShape.from_config(config_of(folder))
+    policy = build_policy(folder, {"compute_dtype": "bfloat16"}, **modes)
+    actor = DataParallelPPOActor(actor_config(sizes, packed=True), policy.model, policy.optimizer)
+    batch = make_batch(sizes, shape.vocabulary)
+    batch |= actor.compute_log_prob(batch)
+    batch["ref_log_prob"] = batch["old_log_probs"]
+    return actor, batch, shape
+
+
+def _measure(context: Context, **modes: bool) -> str:
+    sizes = _sizes(context)
+    with process_group():
+        actor, batch, shape = _training(context, sizes, layers=None, **modes)
+        lengths = batch["attention_mask"].sum(1).tolist()
+        pairs = sum(length * (length + 1) / 2 for length in lengths)
+        forward = shape.forward_flops(sum(lengths), pairs / sum(lengths), int(batch["response_mask"].sum()))
+        found = {
+            "log-prob": forward / _seconds(lambda: actor.compute_log_prob(batch)) / 1e12,
+            "update": 3 * forward / _seconds(lambda: actor.update_policy(batch)) / 1e12,
+        }
+    return _judged(found, context)
+
+
+def _judged(found: dict[str, float], context: Context) -> str:
+    """The figures; raises where they are too low for this GPU."""
+    peak = peak_tflops(torch.cuda.get_device_name(), torch.bfloat16) if context.on_gpu else None
+    if peak is None:
+        return ", ".join(f"{phase} {tflops:.3g} TFLOP/s" for phase, tflops in found.items())
+    figure = ", ".join(f"{phase} {tflops / peak:.1%} MFU ({tflops:.0f} TFLOP/s)" for phase, tflops in found.items())
+    if peak >= LEAST_MFU_FROM and min(found.values()) < LEAST_MFU * peak:
+        raise CheckFailed(f"{figure}; at least {LEAST_MFU:.0%} is expected of this GPU")
+    return figure
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    run()
+    seconds = []
+    for _ in range(REPEATS):
+        started = now()
+        run()
+        seconds.append(now() - started)
+    return statistics.median(seconds)

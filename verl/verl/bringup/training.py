@@ -1,0 +1,193 @@
+"""One update in every mode that a recipe can ask for, computed in bfloat16, against float32 without any of them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from verl.bringup.step import Context, require, step
+from verl.bringup.workload import Sizes, actor_config, build_policy, make_batch, model_folder, process_group
+from verl.utils.model import build_joint_model
+from verl.utils.optim import Optimizers
+from verl.workers.actor.dp_actor import DataParallelPPOActor
+from verl.workers.actor.reference import ReferencePolicy
+from verl.workers.critic.dp_critic import DataParallelPPOCritic
+from verl.workers.critic.value_model import build_value_model
+from verl.workers.placed_model import Dtypes, PlacedModel
+from xbai.engine.files import read_config
+
+SIZES = Sizes(prompts=4, samples=4, prompt_tokens=32, response_tokens=128, tokens_per_micro_batch=640)
+LOSS_ERROR, NORM_ERROR, LOG_PROB_ERROR = 0.01, 0.05, 0.03
+LOSSES = ("actor/pg_loss", "actor/entropy_loss", "actor/kl_loss", "score/loss", "actor/loss")
+REFERENCE_SCALE, EARLIER = 0.875, 0.3
+"""What the policy's weights are multiplied by to get a reference's (a number that bfloat16 has), and how far log-probs
+of a few updates ago are from its own."""
+EXACT = "float32"
+MEANS = "An update in bfloat16 has another loss or gradient than the same one in float32, by more than rounding. "
+
+Figures = dict[str, Any]
+
+
+@step(means="Training in float32, padded and without any kernels, fails: look at torch and FSDP2 first.", quick=True)
+def training_float32(context: Context) -> str:
+    """What all others are compared with."""
+    figures = _exact(context)
+    return ", ".join(f"{name.split('/')[-1]} {figures[name]:.4g}" for name in LOSSES)
+
+
+@step(means=MEANS + "The plain mode: transformers' SDPA attention on padded rows.", quick=True)
+def training_padded(context: Context) -> str:
+    """Rows with their padding, with checkpointing."""
+    return _compare(context, gradient_checkpointing=True)
+
+
+@step(means=MEANS + "Look at the attention steps; use_remove_padding=false avoids it.", quick=True)
+def training_packed(context: Context) -> str:
+    """Padding-free rows, with checkpointing."""
+    return _compare(context, packed=True, gradient_checkpointing=True)
+
+
+@step(means=MEANS + "Only checkpointing is off here, in which case activations of all layers are kept.", quick=True)
+def training_without_checkpointing(context: Context) -> str:
+    """Padding-free rows, no layer computed again."""
+    return _compare(context, packed=True)
+
+
+@step(
+    means=MEANS + "torch.compile's kernel after the LM head (verl/verl/utils/torch_functional.py); "
+    "use_fused_kernels=false avoids it.",
+    needs=["compiler"],
+    quick=True,
+)
+def training_fused_kernels(context: Context) -> str:
+    """Log-probs and entropies by a compiled kernel."""
+    return _compare(context, packed=True, fused_kernels=True)
+
+
+@step(
+    means=MEANS + "Liger's kernels for norms and MLPs (verl/verl/utils/liger.py); use_liger=false avoids it.",
+    needs=["gpu", "liger_kernel"],
+    quick=True,
+)
+def training_liger(context: Context) -> str:
+    """Norms and MLPs by Liger."""
+    return _compare(context, packed=True, use_liger=True, gradient_checkpointing=True)
+
+
+@step(
+    means=MEANS + "The KL over the whole vocabulary, with a reference policy beside the policy "
+    "(verl/verl/workers/actor/reference.py); kl_loss_type=low_var_kl avoids it.",
+    quick=True,
+)
+def training_full_kl(context: Context) -> str:
+    """The loss has the KL to a reference, summed over the vocabulary."""
+    return _compare(context, full_kl=True, packed=True, gradient_checkpointing=True)
+
+
+@step(means=MEANS + "The critic of PPO with GAE (verl/verl/workers/critic).", quick=True)
+def training_critic(context: Context) -> str:
+    """Values and the critic's update."""
+    folder = model_folder(context)
+    with process_group():
+        exact, found = (_critic(folder, dtype) for dtype in (EXACT, "bfloat16"))
+    worst = abs(found / exact - 1)
+    require(worst < LOSS_ERROR, f"loss {found:.5g}, in float32 {exact:.5g}")
+    return f"loss within {worst:.2%} of float32"
+
+
+def _exact(context: Context, full_kl: bool = False) -> Figures:
+    """The update in float32, computed by the first step that asks for it."""
+    file = context.work / f"exact_{'full_kl' if full_kl else 'sampled_kl'}.pt"
+    if not file.exists():
+        torch.save(_update(context, EXACT, full_kl), file.with_suffix(".part"))
+        file.with_suffix(".part").rename(file)
+    return torch.load(file)
+
+
+def _compare(context: Context, full_kl: bool = False, **modes: bool) -> str:
+    exact, found = _exact(context, full_kl), _update(context, "bfloat16", full_kl, **modes)
+    losses = {name: abs(found[name] / exact[name] - 1) for name in LOSSES}
+    name = max(losses, key=losses.get)
+    require(losses[name] < LOSS_ERROR, f"{name} {found[name]:.5g}, in float32 {exact[name]:.5g}")
+    norms = {name: abs(found[name] / exact[name] - 1) for name in ("actor/grad_norm", "score/grad_norm")}
+    norm = max(norms, key=norms.get)
+    require(norms[norm] < NORM_ERROR, f"{norm} {found[norm]:.5g}, in float32 {exact[norm]:.5g}")
+    mask = exact["mask"]
+    log_probs = float((found["log_probs"] - exact["log_probs"]).abs()[mask].mean())
+    require(log_probs < LOG_PROB_ERROR, f"log-probs are {log_probs:.3g} off on average; at most {LOG_PROB_ERROR}")
+    return f"losses within {losses[name]:.2%}, gradient norms within {norms[norm]:.2%}, log-probs {log_probs:.2g} off"
+
+
+def _update(context: Context, dtype: str, full_kl: bool, **modes: bool) -> Figures:
+    """Log-probs, then the metrics of one update, whose losses depend on how good the log-probs are."""
+    folder = model_folder(context)
+    fsdp_config = {"compute_dtype": dtype}
+    with process_group():
+        policy = build_policy(folder, fsdp_config, **modes)
+        kl = {"kl_loss_type": "full" if full_kl else "low_var_kl", "entropy_coeff": 0.01, "kl_loss_coef": 0.1}
+        config = actor_config(SIZES, modes.get("packed", False), **kl)
+        reference = _reference(folder, dtype, modes) if full_kl else None
+        actor = DataParallelPPOActor(config, policy.model, policy.optimizer, reference=reference)
+        batch = make_batch(SIZES, read_config(folder).vocab_size)
+        columns = actor.compute_log_prob(batch)
+        batch |= {"old_step_logits": columns["old_step_logits"], **_earlier_log_probs(context, columns, dtype)}
+        # Not 0 on average, so that an error of one in a hundred is one of the loss.
+        batch["advantages"] = batch["advantages"] + 1
+        metrics = actor.update_policy(batch)
+    require(metrics["actor/skipped_updates"] == 0, "a gradient is not finite")
+    require(all(map(math.isfinite, metrics.values())), "a metric is not finite")
+    return metrics | {"log_probs": columns["old_log_probs"], "mask": batch["response_mask"]}
+
+
+def _earlier_log_probs(context: Context, columns: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """Those of a policy and a reference some updates ago: the same in every mode, and not what the policy has."""
+    file = context.work / "earlier_log_probs.pt"
+    if dtype == EXACT and not file.exists():
+        generator = torch.Generator().manual_seed(1)
+        log_probs = columns["old_log_probs"]
+        names = ("old_log_probs", "ref_log_prob")
+        moved = {name: log_probs + EARLIER * torch.randn(log_probs.shape, generator=generator) for name in names}
+        torch.save(moved, file)
+    return torch.load(file)
+
+
+def _reference(folder: Path, dtype: str, modes: dict[str, bool]) -> ReferencePolicy:
+    compute = Dtypes.from_config({"compute_dtype": dtype}).compute
+    model = build_joint_model(
+        folder, compute if dtype != EXACT else torch.float32, compute_dtype=compute, packed=modes.get("packed", False)
+    ).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.mul_(REFERENCE_SCALE)
+    return ReferencePolicy(PlacedModel(model, {"compute_dtype": dtype}).model)
+
+
+def _critic(folder: Path, dtype: str) -> float:
+    """The loss of one update of a critic."""
+    fsdp_config = {"compute_dtype": dtype}
+    dtypes = Dtypes.from_config(fsdp_config)
+    packed = dtype != EXACT
+    model = build_value_model(folder, dtypes.stored, packed=packed, compute_dtype=dtypes.compute)
+    placed = PlacedModel(model, fsdp_config, lambda sharded: Optimizers({"critic": (sharded, {"lr": 1e-5})}))
+    config = {
+        "model": {"use_remove_padding": packed},
+        "rollout_n": SIZES.samples,
+        "cliprange_value": 0.5,
+        "grad_clip": 1.0,
+        "ppo_mini_batch_size": SIZES.prompts,
+        "ppo_epochs": 1,
+        "shuffle": False,
+        "use_dynamic_bsz": True,
+        "ppo_max_token_len_per_gpu": SIZES.tokens_per_micro_batch,
+        "forward_max_token_len_per_gpu": SIZES.tokens_per_micro_batch,
+    }
+    critic = DataParallelPPOCritic(config, placed.model, placed.optimizer)
+    batch = make_batch(SIZES, read_config(folder).vocab_size)
+    batch["values"] = critic.compute_values(batch)
+    batch["returns"] = batch["advantages"]
+    metrics = critic.update_critic(batch)
+    require(metrics["critic/skipped_updates"] == 0, "a gradient of the critic is not finite")
+    return metrics["critic/vf_loss"]

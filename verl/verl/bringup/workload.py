@@ -1,0 +1,172 @@
+"""What a training step works on, made on the spot: models of random weights, rows, configuration and policy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from verl.bringup.step import Context
+from verl.utils.fsdp import init_distributed
+from verl.utils.model import build_joint_model, load_tokenizer, loading_dtype
+from verl.utils.model_shapes import known_config
+from verl.utils.optim import JointOptimizer
+from verl.workers.placed_model import Dtypes, PlacedModel
+from xbai.benchmarks.tiny_model import make_tokenizer, write_tiny_model
+from xbai.engine.files import read_config
+from xbai.files import atomic_directory
+from xbai.sprm import ScoreHead, SPRMConfig, StepRule, load_sprm_config, save_score_head
+
+SHAPE = "DeepSeek-R1-Distill-Qwen-1.5B"
+CUT_LAYERS = 4
+INITIALIZER_RANGE = 0.03
+"""Wide enough for distributions over the vocabulary with a few likely tokens, as trained models have them."""
+TOKENS_PER_STEP = 16
+STEP_IDS = tuple(range(40, 48))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Rows of a batch, their lengths, and how many tokens go through the model at once."""
+
+    prompts: int
+    samples: int
+    prompt_tokens: int
+    response_tokens: int
+    tokens_per_micro_batch: int
+
+    @property
+    def rows(self) -> int:
+        """Responses of the batch."""
+        return self.prompts * self.samples
+
+
+def model_folder(context: Context, layers: int | None = CUT_LAYERS) -> Path:
+    """A reflective model with tokenizer and score head, made when it is first asked for.
+
+    Args:
+        context: on a GPU the shape is that of `SHAPE`, in bfloat16; in a rehearsal the tiny model of the quickstart.
+        layers: how many of its decoder layers the shape is cut to; None for all of them.
+    """
+    folder = context.work / (f"layers_{layers or 'all'}" if context.on_gpu else "tiny")
+    if not folder.exists():
+        with atomic_directory(folder) as temporary:
+            write_model(temporary / "model", layers) if context.on_gpu else write_tiny_model(temporary / "model")
+            _add_head(temporary / "model")
+    return folder / "model"
+
+
+def write_model(folder: Path, layers: int | None) -> None:
+    """The shape of `SHAPE` cut to some layers, with a tokenizer whose ids are all within the vocabulary."""
+    tokenizer = make_tokenizer()
+    changes = {} if layers is None else {"num_hidden_layers": layers}
+    config = known_config(
+        SHAPE, eos_token_id=tokenizer.eos_token_id, initializer_range=INITIALIZER_RANGE, dtype="bfloat16", **changes
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _add_head(folder: Path) -> None:
+    torch.manual_seed(1)
+    # Without dropout an update is the same in every mode.
+    config = SPRMConfig(StepRule("en", step_ids=STEP_IDS), dropout=0.0)
+    save_score_head(folder, ScoreHead(read_config(folder).hidden_size).state_dict(), config)
+
+
+def make_batch(sizes: Sizes, vocabulary: int) -> dict[str, Tensor]:
+    """Rows as a rollout leaves them, of random tokens; half of the answers are right."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (sizes.rows, sizes.prompt_tokens + sizes.response_tokens)
+    lengths = torch.randint(sizes.response_tokens // 4, sizes.response_tokens + 1, (sizes.rows,), generator=generator)
+    lengths[0] = sizes.response_tokens
+    response_mask = torch.arange(sizes.response_tokens) < lengths[:, None]
+    attended = torch.cat([torch.ones(sizes.rows, sizes.prompt_tokens, dtype=torch.bool), response_mask], dim=1)
+    is_step = torch.arange(shape[1]) % TOKENS_PER_STEP == TOKENS_PER_STEP - 1
+    in_response = torch.arange(shape[1]) >= sizes.prompt_tokens
+    advantages = torch.randn(sizes.rows, 1, generator=generator)
+    return {
+        "input_ids": torch.randint(vocabulary, shape, generator=generator),
+        "attention_mask": attended.long(),
+        "position_ids": (attended.long().cumsum(1) - 1).clamp(min=0),
+        "response_mask": response_mask,
+        "step_feature_mask": attended & in_response & is_step,
+        "advantages": advantages.expand(-1, sizes.response_tokens).contiguous(),
+        "graded": torch.ones(sizes.rows, dtype=torch.bool),
+        "correct": (advantages[:, 0] > 0).float(),
+    }
+
+
+def actor_config(sizes: Sizes, packed: bool, **actor: Any) -> dict[str, Any]:
+    """The `actor_rollout_ref` section, as the trainer's defaults have it but for what `actor` names."""
+    budget = sizes.tokens_per_micro_batch
+    return {
+        "model": {"use_remove_padding": packed},
+        "rollout": {
+            "n": sizes.samples,
+            "temperature": 1.0,
+            "log_prob_use_dynamic_bsz": True,
+            "log_prob_max_token_len_per_gpu": 2 * budget,
+        },
+        "actor": {
+            "ppo_mini_batch_size": sizes.prompts,
+            "use_dynamic_bsz": True,
+            "ppo_max_token_len_per_gpu": budget,
+            "ppo_epochs": 1,
+            "shuffle": False,
+            "grad_clip": 1.0,
+            "clip_ratio": 0.2,
+            "use_kl_loss": True,
+            "kl_loss_coef": 0.001,
+            "fsdp_config": {},
+        }
+        | actor,
+        "use_score": True,
+        "score": {"agreement_weighting": False},
+    }
+
+
+def build_policy(
+    folder: Path, fsdp_config: Mapping[str, Any], lr: float = 1e-6, with_head: bool = True, **model: bool
+) -> PlacedModel:
+    """A policy with optimisers, sharded as in training.
+
+    Args:
+        folder: of the model.
+        fsdp_config: the section of this name.
+        lr: of both optimisers.
+        with_head: with the score head.
+        **model: `packed`, `gradient_checkpointing`, `fused_kernels`, `use_liger` of `build_joint_model`.
+    """
+    dtypes = Dtypes.from_config(fsdp_config)
+    joint = build_joint_model(
+        folder,
+        loading_dtype(folder, dtypes.stored),
+        sprm_config=load_sprm_config(folder, load_tokenizer(folder)) if with_head else None,
+        compute_dtype=dtypes.compute,
+        **model,
+    )
+    return PlacedModel(joint, fsdp_config, lambda sharded: JointOptimizer(sharded, {"lr": lr}, {"lr": lr}))
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """A group of this process alone."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ.update(alone)
+    init_distributed()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
