@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -83,6 +84,19 @@ def test_only_a_trainers_engine_sleeps_unless_told_to(
             assert start_arguments(tiny_model_dir, enable_sleep_mode=wanted)["enable_sleep_mode"] == wanted
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "enable_sleep_mode" not in start_arguments(tiny_model_dir, enable_sleep_mode=True), "vLLM refuses it on CPU"
+
+
+def test_an_engine_that_was_not_loaded_to_sleep_says_so() -> None:
+    engine = VLLMEngine.__new__(VLLMEngine)
+    engine._on_cpu = False
+    engine._llm = Mock()
+    engine._llm.vllm_config.model_config.enable_sleep_mode = False
+    with pytest.raises(UserError, match=r"^sleep: .* load it with enable_sleep_mode=True"):
+        engine.sleep(1)
+    engine._llm.sleep.assert_not_called()
+    engine._llm.vllm_config.model_config.enable_sleep_mode = True
+    engine.sleep(1)
+    engine._llm.sleep.assert_called_once_with(level=1)
 
 
 @pytest.mark.parametrize(("on_gpu", "usual"), [(False, "bfloat16"), (True, "float32")])
