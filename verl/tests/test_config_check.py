@@ -93,6 +93,8 @@ def test_a_valid_configuration_passes(small_run):
         ("reward_model.overlong_buffer.len=5", "cannot act with reward_model.reward_manager=prime, only with dapo"),
         ("reward_model.max_ungraded_batches=0", "must be a whole number above 0, or null"),
         ("reward_model.memory_gib=0", "reward_model.memory_gib=0 must be above 0"),
+        ("actor_rollout_ref.nccl_timeout=0", "actor_rollout_ref.nccl_timeout=0 must be above 0"),
+        ("critic.nccl_timeout=0", "critic.nccl_timeout=0 must be a whole number above 0, or null"),
         ("ray_init.timeout_s=0", "ray_init.timeout_s=0 must be above 0"),
         ("trainer.logger=[console,mlflow]", "trainer.logger: mlflow is unknown"),
         ("algorithm.adv_estimator=magic", "algorithm.adv_estimator=magic is unknown, use one of grpo, "),

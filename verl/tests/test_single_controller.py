@@ -24,6 +24,8 @@ from verl.single_controller import (
 )
 from verl.single_controller.nodes import Node
 from verl.single_controller.worker_group import _thread_env
+from verl.utils.fsdp import create_mesh, init_distributed
+from verl.utils.ulysses import sequence_parallel_group
 from xbai.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -72,6 +74,18 @@ class Doubler(Worker):
         value = torch.ones(1)
         torch.distributed.all_reduce(value)
         return float(value)
+
+    @register()
+    def meet(self, sleeper: int) -> None:
+        if self.rank == sleeper:
+            time.sleep(600)
+        torch.distributed.all_reduce(torch.ones(1))
+
+    @register()
+    def timeouts(self, timeout_s: float) -> list[float]:
+        init_distributed(timeout_s)
+        groups = [*create_mesh(1).get_all_groups(), sequence_parallel_group(2)]
+        return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
 
     @register()
     def sleep_on_other_ranks(self, rank: int) -> None:
@@ -159,6 +173,32 @@ def test_a_killed_worker_is_named_at_once(group: RayWorkerGroup, when: str):
     with pytest.raises(WorkerLostError, match=rf"rank 1 of doubler \(pid {victim.pid} on node .*\) was lost in"):
         future.get()
     assert time.monotonic() - start < 15
+
+
+def test_a_rank_that_hangs_in_a_collective_is_named(group: RayWorkerGroup):
+    sleeper, start = group.worker_infos[1], time.monotonic()
+    assert group.timeouts(3) == [[3.0] * 3] * 2, "of groups of groups, too"
+    group.nccl_timeout_s = 3
+    named = (
+        rf"^worker rank 1 of doubler \(pid {sleeper.pid} on node \S+, [\d.]+\) did not come to a collective of meet, "
+    )
+    with pytest.raises(WorkerLostError, match=named + r"where others waited nccl_timeout=3 s$"):
+        group.meet(sleeper=1)
+    assert time.monotonic() - start < 60
+    with pytest.raises(WorkerLostError, match=named):
+        group.environment("RANK")
+
+
+def test_a_death_after_the_time_out_of_collectives_names_who_still_runs(group: RayWorkerGroup):
+    # As NCCL ends the processes that waited; gloo lets them fail.
+    first, second = group.worker_infos
+    group.nccl_timeout_s = 0.1
+    future = group.sleep_on_other_ranks.remote(rank=2)
+    time.sleep(0.2)
+    os.kill(first.pid, signal.SIGKILL)
+    suspect = rf"rank 0 of .* if it had waited nccl_timeout=0.1 s .*still runs: worker rank 1 .*\(pid {second.pid} "
+    with pytest.raises(WorkerLostError, match=suspect):
+        future.get()
 
 
 def test_no_room_in_the_cluster_is_one_clear_line():

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from verl.protocol import DataProto
 from verl.single_controller.decorator import RankCalls, Registration, dispatch, registered_methods
 from verl.single_controller.nodes import Node, answers
 from verl.single_controller.resource_pool import RayResourcePool
 from verl.single_controller.worker import Worker, WorkerInfo
-from xbai.errors import UserError
-
-logger = logging.getLogger(__name__)
-
-LOST = (RayActorError, ObjectLostError)
-LOST_PEER_GRACE_S = 5.0
+from verl.single_controller.worker_future import WorkerFuture
 
 
 class WorkerLostError(RuntimeError):
-    """A worker process died, or its node went away."""
+    """A worker process died or hangs, or its node went away."""
 
 
 class RayClassWithInitArgs:
@@ -35,65 +28,6 @@ class RayClassWithInitArgs:
 
     def __init__(self, cls: type[Worker], *args: Any, **kwargs: Any) -> None:
         self.cls, self.args, self.kwargs = cls, args, kwargs
-
-
-class WorkerFuture:
-    """The result of a call that may still run on the workers."""
-
-    def __init__(
-        self,
-        group: RayWorkerGroup,
-        method: str,
-        refs: list[ray.ObjectRef],
-        collect: Callable[[list[Any]], Any],
-        group_size: int = 1,
-    ) -> None:
-        self._group, self._method, self._refs = group, method, refs
-        self._collect, self._group_size = collect, group_size
-
-    def get(self) -> Any:
-        """Wait for all ranks and return the collected result.
-
-        Raises:
-            WorkerLostError: a worker died or its node is gone; raised as soon as that is known, and the others ended.
-            Exception: whatever the method raised on a rank.
-        """
-        waiting = {ref: rank for rank, ref in enumerate(self._refs)}
-        results: list[Any] = [None] * len(self._refs)
-        while waiting:
-            for ref in ray.wait(list(waiting), num_returns=1)[0]:
-                rank = waiting.pop(ref)
-                results[rank] = self._result(ref, rank, waiting)
-        return self._collect(results[:: self._group_size])
-
-    def _result(self, ref: ray.ObjectRef, rank: int, waiting: Mapping[ray.ObjectRef, int]) -> Any:
-        try:
-            return ray.get(ref)
-        except LOST as error:
-            raise self._group.lost(rank, self._method, f"Ray says: {error}") from None
-        except RayTaskError as error:
-            self._raise_if_lost(waiting)
-            if isinstance(error.cause, UserError):
-                raise error.cause from None
-            logger.error("%s failed in %s", self._group.describe(rank), self._method)
-            raise
-
-    def _raise_if_lost(self, waiting: Mapping[ray.ObjectRef, int]) -> None:
-        """When a process dies, its peers' collectives may fail before Ray notices: give the death time to show.
-
-        Ray takes longer for a whole node, but a node that is gone does not answer either.
-        """
-        if not waiting:
-            return
-        ended, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=LOST_PEER_GRACE_S, fetch_local=False)
-        for ref in ended:
-            try:
-                ray.get(ref)
-            except LOST as error:
-                raise self._group.lost(waiting[ref], self._method, f"Ray says: {error}") from None
-            except RayTaskError:
-                continue
-        self._group.raise_if_silent(waiting.values(), self._method)
 
 
 class GroupMethod:
@@ -131,6 +65,7 @@ class RayWorkerGroup:
         name: str = "",
         worker_env: Mapping[str, str] | None = None,
         group_sizes: Mapping[str, int] | None = None,
+        nccl_timeout_s: float = 1800.0,
     ) -> None:
         """Start the workers and wait until they are constructed.
 
@@ -142,6 +77,7 @@ class RayWorkerGroup:
                 is derived from each node: the number of OpenMP threads and the network interface of gloo.
             group_sizes: for each kind of group that methods are registered with, how many consecutive ranks share the
                 rows; 1 for kinds that are not named.
+            nccl_timeout_s: what the workers give their process groups: how long a rank waits for others.
 
         Raises:
             ValueError: a group size that does not divide the number of ranks.
@@ -150,6 +86,7 @@ class RayWorkerGroup:
         """
         self.name = name or ray_cls_with_init.cls.__name__
         self.world_size = resource_pool.world_size
+        self.nccl_timeout_s = nccl_timeout_s
         self.group_sizes = dict(group_sizes or {})
         for kind, size in self.group_sizes.items():
             if self.world_size % size:
@@ -201,9 +138,19 @@ class RayWorkerGroup:
         The other workers end at once: they wait for the lost one in a collective, perhaps for half an hour. What other
         calls then find is no loss of its own.
         """
+        return self._end(f"{self.describe(rank)} was lost in {method}: {' '.join(reason.split())}")
+
+    def hung(self, ranks: list[int], method: str) -> WorkerLostError:
+        """The error that names the ranks for which others waited in a collective of `method` until its time-out."""
+        return self._end(
+            f"{', '.join(map(self.describe, ranks))} did not come to a collective of {method}, where others waited "
+            f"nccl_timeout={self.nccl_timeout_s:g} s"
+        )
+
+    def _end(self, reason: str) -> WorkerLostError:
         with self._lock:
             if self._loss is None:
-                self._loss = WorkerLostError(f"{self.describe(rank)} was lost in {method}: {' '.join(reason.split())}")
+                self._loss = WorkerLostError(reason)
                 self.shutdown()
             return self._loss
 

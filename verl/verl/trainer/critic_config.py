@@ -32,6 +32,7 @@ def critic_config(config: DictConfig) -> DictConfig:
     critic = OmegaConf.create(OmegaConf.to_container(config.critic, resolve=True))
     policy = config.actor_rollout_ref
     for section, keys, model in (
+        (critic, ("nccl_timeout",), policy),
         (critic, SHARED_WITH_ACTOR, policy.actor),
         (critic.model, SHARED_WITH_POLICY, policy.model),
     ):

@@ -307,7 +307,7 @@ def main() -> None:
     level = logging.INFO if os.environ["RANK"] == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(show_path=False)])
     config = compose_config(arguments.config_name, arguments.overrides)
-    device = init_distributed()
+    device = init_distributed(config.trainer.nccl_timeout)
     try:
         SFTTrainer(config, device).fit()
     finally:

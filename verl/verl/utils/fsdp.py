@@ -38,10 +38,14 @@ def local_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
-def init_distributed(timeout_minutes: float = 30) -> torch.device:
+def init_distributed(timeout_s: float = 1800.0) -> torch.device:
     """Join the process group that the usual variables (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`) describe.
 
     CPU tensors travel by gloo and GPU tensors by NCCL.
+
+    Args:
+        timeout_s: how long a rank waits for the others in one collective, before it fails; for groups that are made
+            later, see `adopt_timeout`.
 
     Returns:
         This rank's device, made the current one.
@@ -51,8 +55,14 @@ def init_distributed(timeout_minutes: float = 30) -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return device
+
+
+def adopt_timeout(group: dist.ProcessGroup) -> None:
+    """Give a group the time-out of `init_distributed`; torch gives each new one its default."""
+    world = dist.group.WORLD._get_backend(local_device())
+    dist.distributed_c10d._set_pg_timeout(world.options._timeout, group)
 
 
 def create_mesh(fsdp_size: int = -1) -> DeviceMesh:
@@ -70,7 +80,10 @@ def create_mesh(fsdp_size: int = -1) -> DeviceMesh:
         return init_device_mesh(device_type, (world,), mesh_dim_names=("fsdp",))
     if world % fsdp_size:
         raise UserError(f"fsdp_config.fsdp_size={fsdp_size} must divide the number of ranks, {world}")
-    return init_device_mesh(device_type, (world // fsdp_size, fsdp_size), mesh_dim_names=("ddp", "fsdp"))
+    mesh = init_device_mesh(device_type, (world // fsdp_size, fsdp_size), mesh_dim_names=("ddp", "fsdp"))
+    for group in mesh.get_all_groups():
+        adopt_timeout(group)
+    return mesh
 
 
 def shard_model(

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from verl.utils.fsdp import adopt_timeout
 from xbai.engine.packed_attention import Packing
 from xbai.errors import UserError
 
@@ -56,6 +57,7 @@ def sequence_parallel_group(size: int) -> dist.ProcessGroup | None:
             "choose a divisor of trainer.nnodes x trainer.n_gpus_per_node"
         )
     group, _ = dist.new_subgroups(size)
+    adopt_timeout(group)
     return group
 
 

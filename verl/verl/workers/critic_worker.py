@@ -36,7 +36,7 @@ class CriticWorker(CheckpointedWorker):
         Raises:
             UserError: a model folder or configuration that does not fit.
         """
-        init_distributed()
+        init_distributed(self.config.get("nccl_timeout", 1800))
         torch.manual_seed(self._seed + self.rank)
         config, sp_size = self.config, self.config.ulysses_sequence_parallel_size
         self.tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)

@@ -69,7 +69,7 @@ class ActorRolloutRefWorker(CheckpointedWorker):
         Raises:
             UserError: a model folder, score head or configuration that does not fit.
         """
-        init_distributed()
+        init_distributed(self.config.get("nccl_timeout", 1800))
         torch.manual_seed(self._seed + self.rank)
         config = self.config
         self.tokenizer = load_tokenizer(config.model.path, config.model.get("trust_remote_code", False))

@@ -125,14 +125,18 @@ class RayPPOTrainer:
         if trainer.nnodes > 1:
             check_shared_folder(trainer.default_local_dir, pool)
         logger.info("starting %d worker processes on %s", self._world_size, trainer.device)
-        self._workers = RayWorkerGroup(pool, init, role, worker_env(on_gpu), group_sizes(self.config.actor_rollout_ref))
+        policy = self.config.actor_rollout_ref
+        self._workers = RayWorkerGroup(
+            pool, init, role, worker_env(on_gpu), group_sizes(policy), nccl_timeout_s=policy.nccl_timeout
+        )
         self._workers.init_model()
         self._utilisation = Utilisation.from_config(self.config, self._workers.device_name()[0])
         if self._critic_config is not None:
             self._critic_config.optim.total_training_steps = self.total_steps
             init = RayClassWithInitArgs(CriticWorker, self._critic_config, trainer.seed)
             sizes = {"train": self._critic_config.ulysses_sequence_parallel_size}
-            self._critic = RayWorkerGroup(pool, init, "critic", worker_env(on_gpu), sizes)
+            timeout_s = self._critic_config.nccl_timeout
+            self._critic = RayWorkerGroup(pool, init, "critic", worker_env(on_gpu), sizes, nccl_timeout_s=timeout_s)
             self._critic.init_model()
 
     @property
