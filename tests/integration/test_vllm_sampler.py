@@ -51,7 +51,7 @@ def engine(
 
 
 class Traffic:
-    """Requests that enter a batch of vLLM's, move, leave, return and end, at random; `outputs` are their true tokens."""
+    """Requests that enter a batch of vLLM's, move, leave and return, at random; `outputs` are their true tokens."""
 
     most, vocab_size = 12, 500
 
