@@ -206,6 +206,8 @@ def test_penalties_are_those_of_the_reference(
     assert len(unfinished_prompts) > 300
     assert any(unfinished_prompts)
     assert preemptions
+    [metadata] = engine._llm.collective_rpc(lambda worker: worker.model_runner.input_batch.sampling_metadata)
+    assert not metadata.output_token_ids, "vLLM would wait for the tokens of the step before"
 
 
 def test_a_seed_gives_the_samples_of_the_reference_whatever_the_batch(
