@@ -247,6 +247,15 @@ class PhaseMemory:
         actor = self.config.actor_rollout_ref.actor
         return self._tokens(MicroBatching.for_update(actor, self._packed, self._sp_size, self.world), self._sp_size)
 
+    @property
+    def log_prob_tokens(self) -> dict[str, int]:
+        """Tokens of one GPU in the largest micro-batch of the log-probs of `policy` and `reference`."""
+        sharers = self.config.actor_rollout_ref.ref.ulysses_sequence_parallel_size
+        return {
+            "policy": self._log_prob_tokens("rollout", self._sp_size),
+            "reference": self._log_prob_tokens("ref", sharers),
+        }
+
     def _values(self) -> Components:
         critic = critic_config(self.config)
         packed, sp_size = critic.model.use_remove_padding, critic.ulysses_sequence_parallel_size
