@@ -63,8 +63,16 @@ def test_what_kernels_need_is_said_first(small_run: list[str], monkeypatch: pyte
         check_config(compose(small_run, f"{MODEL}.use_liger=true"))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(UserError, match=rf"^{MODEL}\.use_fused_kernels=true needs a compiler"):
-        check_config(compose(small_run, f"{MODEL}.use_fused_kernels=true"))
+    for key in ("use_fused_kernels", "use_torch_compile"):
+        with pytest.raises(UserError, match=rf"^{MODEL}\.{key}=true needs a compiler"):
+            check_config(compose(small_run, f"{MODEL}.{key}=true"))
+
+
+def test_two_ways_to_make_kernels_exclude_each_other(small_run: list[str]) -> None:
+    compiled = f"{MODEL}.use_torch_compile=true"
+    check_placement(compose(small_run, compiled))
+    with pytest.raises(UserError, match=f"^{MODEL}: use_liger and use_torch_compile exclude each other"):
+        check_placement(compose(small_run, compiled, f"{MODEL}.use_liger=true"))
 
 
 def test_nonfinite_updates_are_allowed_at_least_once(small_run: list[str]) -> None:

@@ -89,6 +89,8 @@ def _checkpointing(config: DictConfig, gpu_bytes: float | None) -> Choice:
 def _liger(config: DictConfig) -> Choice:
     if config.trainer.device == "cpu":
         return Choice(False, "its kernels need a GPU")
+    if config.actor_rollout_ref.model.use_torch_compile:
+        return Choice(False, "use_torch_compile makes kernels of the same operations")
     try:
         check_liger(config.trainer.device)
     except UserError:

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 def run(config: DictConfig) -> None:
     """Check, load the data, start the workers and train; a worker that died is one line and exit status 1."""
     check_config(config)
-    for line in resolve_auto(config, smallest_gpu()):
+    for line in resolve_auto(config, smallest_gpu() if config.trainer.device == "cuda" else None):
         logger.info(line)
     _make_paths_absolute(config)
 

@@ -21,12 +21,18 @@ OPTIMS = ("actor_rollout_ref.actor.optim", "actor_rollout_ref.score.optim", "cri
 
 
 def check_placement(config: DictConfig) -> None:
-    """Raise a `UserError` for the first `fsdp_config` that contradicts itself or the number of processes, or in which
-    nothing can be trained."""
+    """Raise a `UserError` for kernels that exclude each other, or for the first `fsdp_config` that contradicts itself
+    or the number of processes, or in which nothing can be trained."""
     for name in TRAINED:
         for key in ("model_dtype", "compute_dtype"):
             if (dtype := OmegaConf.select(config, f"{name}.{key}")) is not None:
                 trained_dtype(dtype, f"{name}.{key}")
+    model = config.actor_rollout_ref.model
+    if model.use_torch_compile and model.use_liger is True:
+        raise UserError(
+            "actor_rollout_ref.model: use_liger and use_torch_compile exclude each other (both are kernels of the same "
+            "operations); set one of them to false"
+        )
     processes = config.trainer.nnodes * config.trainer.n_gpus_per_node
     for name in FSDP_CONFIGS:
         section = OmegaConf.select(config, name)
@@ -58,7 +64,8 @@ def check_kernels(config: DictConfig, not_found: Callable[[str], None]) -> None:
                 check_eight_bit(optimizer, device, f"{name}.name")
         if config.actor_rollout_ref.model.use_liger is True:
             check_liger(device, "actor_rollout_ref.model.use_liger")
-        if config.actor_rollout_ref.model.use_fused_kernels is True:
-            check_compiler("actor_rollout_ref.model.use_fused_kernels=true", device)
+        for key in ("use_fused_kernels", "use_torch_compile"):
+            if config.actor_rollout_ref.model[key] is True:
+                check_compiler(f"actor_rollout_ref.model.{key}=true", device)
     except UserError as error:
         not_found(str(error))

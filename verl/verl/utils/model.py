@@ -86,6 +86,7 @@ def build_joint_model(
     use_liger: bool = False,
     fused_kernels: bool = False,
     logits_dtype: torch.dtype | None = None,
+    compile_layers: bool = False,
 ) -> JointModel:
     """Load the LM of a Hugging Face folder and, when `sprm_config` is given, a score head, on the CPU.
 
@@ -99,6 +100,7 @@ def build_joint_model(
         trust_remote_code, gradient_checkpointing, compute_dtype, packed: see `load_transformer`.
         use_liger: see `apply_liger`.
         fused_kernels, logits_dtype: see `JointModel`.
+        compile_layers: see `load_transformer`.
 
     Raises:
         UserError: no such folder, no model in it, a head that does not fit, a model that cannot be packed or that Liger
@@ -112,6 +114,7 @@ def build_joint_model(
         trust_remote_code=trust_remote_code,
         gradient_checkpointing=gradient_checkpointing,
         compute_dtype=compute_dtype,
+        compile_layers=compile_layers,
     )
     if use_liger:
         apply_liger(lm)
@@ -136,6 +139,7 @@ def load_transformer(
     trust_remote_code: bool,
     gradient_checkpointing: bool,
     compute_dtype: torch.dtype | None,
+    compile_layers: bool = False,
 ) -> PreTrainedModel:
     """Load a Hugging Face folder for training, on the CPU.
 
@@ -147,6 +151,7 @@ def load_transformer(
         trust_remote_code: passed on to transformers.
         gradient_checkpointing: recompute each decoder layer in the backward pass.
         compute_dtype: what FSDP2 will cast the weights to (None: `dtype`); flash attention works in 16 bits only.
+        compile_layers: have torch.compile make kernels of each decoder layer, when it first runs; all share them.
 
     Raises:
         UserError: no such folder, no model in it, or one that cannot compute packed sequences.
@@ -166,6 +171,9 @@ def load_transformer(
         check_packable(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in model.base_model.layers if compile_layers else ():
+        # Before FSDP2 wraps the layer, whose hooks stay outside.
+        layer.compile(dynamic=True)
     return model
 
 

@@ -195,6 +195,7 @@ class ActorRolloutRefWorker(CheckpointedWorker):
             use_liger=config.model.get("use_liger", False),
             fused_kernels=config.model.get("use_fused_kernels", False),
             logits_dtype=resolve_head_dtype(config.model.get("head_dtype"), dtypes.compute),
+            compile_layers=config.model.get("use_torch_compile", False),
             packed=config.model.get("use_remove_padding", False),
         )
 
