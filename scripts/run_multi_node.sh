@@ -14,7 +14,7 @@
 # - Validation every 20 steps, where theirs has none; vLLM 1 has no swap_space.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-export RAY_ADDRESS=${RAY_ADDRESS:-auto}
+export RAY_ADDRESS=${RAY_ADDRESS-auto}
 
 gpu_settings=(
     actor_rollout_ref.actor.fsdp_config.param_offload=true

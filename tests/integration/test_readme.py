@@ -74,6 +74,12 @@ OUTCOMES = {
         says=r"(?s)All checks passed.*pytest\.mark\.slow: needs", variables={"PYTEST_ADDOPTS": "--markers"}
     ),
     "bash scripts/setup.sh": Outcome(says="is up to date", within_s=5),
+    # Also where there is a GPU it rehearses here.
+    "bash scripts/check_gpu.sh --quick": Outcome(
+        says=r"(?s)REHEARSAL ON THE CPU.* 0 failed.*rehearsed",
+        wrote="outputs/check_gpu.json",
+        variables={"DEVICE": "cpu"},
+    ),
     # In dry runs (see conftest.py): continuous integration starts with a real installation by setup.sh.
     "pip install -e verl": Outcome(says="Would install verl"),
     "pip install -r requirements.txt": Outcome(says="Would install xbai"),

@@ -32,13 +32,12 @@ def check(steps: list[Step], device: str, out: Path) -> Report:
     report = Report(out, describe(device))
     report.write()
     display.machine(report.machine)
-    how = start_method(device)
     with tempfile.TemporaryDirectory(prefix="bringup_") as folder:
         devices = max(1, len(gpus)) if device == "cuda" else STAND_INS
-        context = Context(device, devices, Path(folder), tuple(map(int, gpus)))
+        context = Context(device, devices, Path(folder), tuple(map(int, gpus)), start_method(device))
         for number, step in enumerate(steps, 1):
             display.started(step, number, len(steps))
-            outcome = run_step(step, context, out.with_suffix("") / f"{step.name}.log", how)
+            outcome = run_step(step, context, out.with_suffix("") / f"{step.name}.log")
             report.add(step, outcome)
             display.ended(step, outcome, number, len(steps))
     report.finished = True

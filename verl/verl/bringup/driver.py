@@ -11,6 +11,7 @@ from verl.bringup.step import Context, require, step
 
 SIZE = {True: 8192, False: 256}
 REPEATS = 10
+GIB = 2**30
 PRODUCT_ERROR = 0.01
 
 

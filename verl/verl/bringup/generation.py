@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from verl.bringup.driver import now
 from verl.bringup.step import Context, require, step
@@ -35,7 +35,7 @@ def hf_engine(context: Context) -> str:
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(context.device).eval()
     worst = max(
-        float((_log_probs(model, prompt, one.token_ids) - torch.tensor(one.log_probs)).abs().max())
+        float((token_log_probs(model, prompt, one.token_ids) - torch.tensor(one.log_probs)).abs().max())
         for prompt, one in zip(PROMPTS, together, strict=True)
     )
     require(worst < LOG_PROB_ERROR, f"log-probs are up to {worst:.3g} off; at most {LOG_PROB_ERROR}")
@@ -76,7 +76,8 @@ def _greedy(engine: Engine) -> list[list[int]]:
 
 
 @torch.no_grad()
-def _log_probs(model: torch.nn.Module, prompt: list[int], response: list[int]) -> Tensor:
+def token_log_probs(model: PreTrainedModel, prompt: list[int], response: list[int], temperature: float = 1.0) -> Tensor:
+    """[len(response)] on the CPU, of the response's tokens under softmax(logits / temperature)."""
     ids = torch.tensor([prompt + response], device=model.device)
-    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float() / temperature
     return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].cpu()

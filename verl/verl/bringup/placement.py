@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from verl.bringup.driver import GIB
 from verl.bringup.step import Context, require, step
 from verl.bringup.workload import Sizes, actor_config, build_policy, make_batch, model_folder, process_group
 from verl.utils.fsdp import local_device, named_full_tensors
@@ -11,7 +12,6 @@ from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.placed_model import PlacedModel
 from xbai.engine.files import read_config
 
-GIB = 2**30
 LEFT_BEHIND = 0.05
 MEANS = (
     "FSDP2 on this torch does not do what verl/verl/workers/placed_model.py expects of it: weights gathered for the "

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -32,7 +32,7 @@ class Outcome:
         figure: what it measured, what is wrong, or what it lacks; one line.
         seconds: that it took.
         peak_gib: most GPU memory that torch had in the step's own process.
-        details: of a failure: the traceback, or the last lines that the process wrote.
+        details: of a failure: the traceback where there is one, and the last lines that the process wrote.
     """
 
     status: str
@@ -42,19 +42,18 @@ class Outcome:
     details: str | None = None
 
 
-def run_step(step: Step, context: Context, log: Path, start_method: str = "fork") -> Outcome:
+def run_step(step: Step, context: Context, log: Path) -> Outcome:
     """Run a step; it fails when it raises, when its process dies, and when it takes longer than it may.
 
     Args:
         step: a global of its module.
         context: where.
         log: file for what the process writes to its standard streams.
-        start_method: `fork` costs nothing; `spawn` imports everything anew.
     """
     if (missing := step.missing(context)) is not None:
         return Outcome("skipped", f"needs {missing}")
     log.parent.mkdir(parents=True, exist_ok=True)
-    processes = multiprocessing.get_context(start_method)
+    processes = multiprocessing.get_context(context.start_method)
     receiver, sender = processes.Pipe(duplex=False)
     arguments = (step.run.__module__, step.name, context, log, sender)
     process = processes.Process(target=_be_the_process, args=arguments, name=step.name)
@@ -65,9 +64,8 @@ def run_step(step: Step, context: Context, log: Path, start_method: str = "fork"
         outcome = _outcome(process, receiver, step.limit_s)
     finally:
         _end(process)
-    if outcome.status == "fail" and outcome.details is None:
-        outcome = Outcome("fail", outcome.figure, details=_tail(log))
-    return Outcome(outcome.status, outcome.figure, time.monotonic() - started, outcome.peak_gib, outcome.details)
+    details = None if outcome.status == "pass" else f"{outcome.details or ''}\n{_tail(log)}".strip()
+    return replace(outcome, seconds=time.monotonic() - started, details=details)
 
 
 def _outcome(process: BaseProcess, receiver: Connection, limit_s: float) -> Outcome:

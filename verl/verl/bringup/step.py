@@ -19,10 +19,10 @@ SUBJECTS = (
     "training",
     "generation",
     "throughput",
-    # "ranks",
-    # "engines",
-    # "service",
-    # "runs",
+    "ranks",
+    "engines",
+    "service",
+    "runs",
     "leftovers",
 )
 """The modules that hold the steps, in their order: what most of the rest stands on comes first."""
@@ -47,12 +47,14 @@ class Context:
         devices: visible GPUs; on CPU processes that stand for them.
         work: a folder that all steps share; it goes with the last of them.
         used_mib: what others held of each GPU's memory before the first step.
+        start_method: of processes that use CUDA: `fork` where that works here, else `spawn`.
     """
 
     device: str
     devices: int
     work: Path
     used_mib: tuple[int, ...] = ()
+    start_method: str = "fork"
 
     @property
     def on_gpu(self) -> bool:

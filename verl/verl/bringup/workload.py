@@ -26,9 +26,12 @@ from xbai.files import atomic_directory
 from xbai.sprm import ScoreHead, SPRMConfig, StepRule, load_sprm_config, save_score_head
 
 SHAPE = "DeepSeek-R1-Distill-Qwen-1.5B"
+MOST_PROCESSES = 8
 CUT_LAYERS = 4
 INITIALIZER_RANGE = 0.03
 """Wide enough for distributions over the vocabulary with a few likely tokens, as trained models have them."""
+SCORE_SCALE = 4.0
+"""So that scores of random texts are further apart than any rounding moves them."""
 TOKENS_PER_STEP = 16
 STEP_IDS = tuple(range(40, 48))
 
@@ -49,27 +52,33 @@ class Sizes:
         return self.prompts * self.samples
 
 
-def model_folder(context: Context, layers: int | None = CUT_LAYERS) -> Path:
+def process_count(context: Context) -> int:
+    """How many GPUs work together: a power of two, so that rows and heads divide."""
+    return 1 << (min(context.devices, MOST_PROCESSES).bit_length() - 1)
+
+
+def model_folder(context: Context, layers: int | None = CUT_LAYERS, shape: str = SHAPE) -> Path:
     """A reflective model with tokenizer and score head, made when it is first asked for.
 
     Args:
-        context: on a GPU the shape is that of `SHAPE`, in bfloat16; in a rehearsal the tiny model of the quickstart.
+        context: in a rehearsal it is the tiny model of the quickstart, whatever else is asked for.
         layers: how many of its decoder layers the shape is cut to; None for all of them.
+        shape: on a GPU, one of `KNOWN_CONFIGS`, in bfloat16.
     """
-    folder = context.work / (f"layers_{layers or 'all'}" if context.on_gpu else "tiny")
+    folder = context.work / (f"{shape}_{layers or 'all'}" if context.on_gpu else "tiny")
     if not folder.exists():
         with atomic_directory(folder) as temporary:
-            write_model(temporary / "model", layers) if context.on_gpu else write_tiny_model(temporary / "model")
+            write_model(temporary / "model", shape, layers) if context.on_gpu else write_tiny_model(temporary / "model")
             _add_head(temporary / "model")
     return folder / "model"
 
 
-def write_model(folder: Path, layers: int | None) -> None:
-    """The shape of `SHAPE` cut to some layers, with a tokenizer whose ids are all within the vocabulary."""
+def write_model(folder: Path, shape: str, layers: int | None) -> None:
+    """A known shape cut to some layers, with a tokenizer whose ids are all within the vocabulary."""
     tokenizer = make_tokenizer()
     changes = {} if layers is None else {"num_hidden_layers": layers}
     config = known_config(
-        SHAPE, eos_token_id=tokenizer.eos_token_id, initializer_range=INITIALIZER_RANGE, dtype="bfloat16", **changes
+        shape, eos_token_id=tokenizer.eos_token_id, initializer_range=INITIALIZER_RANGE, dtype="bfloat16", **changes
     )
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -82,7 +91,10 @@ def _add_head(folder: Path) -> None:
     torch.manual_seed(1)
     # Without dropout an update is the same in every mode.
     config = SPRMConfig(StepRule("en", step_ids=STEP_IDS), dropout=0.0)
-    save_score_head(folder, ScoreHead(read_config(folder).hidden_size).state_dict(), config)
+    head = ScoreHead(read_config(folder).hidden_size)
+    with torch.no_grad():
+        head[3].weight *= SCORE_SCALE
+    save_score_head(folder, head.state_dict(), config)
 
 
 def make_batch(sizes: Sizes, vocabulary: int) -> dict[str, Tensor]:

@@ -1,0 +1,206 @@
+"""vLLM on one GPU: what it samples, scores and says of its tokens, its sleep, its speed and its end."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from contextlib import closing
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from verl.bringup.driver import GIB, now
+from verl.bringup.generation import token_log_probs
+from verl.bringup.machine import gpu_column
+from verl.bringup.step import Context, require, step
+from verl.bringup.workload import build_policy, model_folder, process_group
+from verl.utils.fsdp import named_full_tensors
+from xbai.engine import Completion, Engine, SamplingParams, Scorer, load_engine
+from xbai.engine.files import quiet_transformers
+from xbai.sprm import aggregate
+
+TEMPERATURE = 0.8
+EXACT_ERROR = 1e-4
+SCORE_ERROR, LOG_PROB_ERROR = 0.01, 0.03
+SLOWER = 1.3
+MEASURED_STEPS = 40
+MEANS = "vLLM's tokens come with scores or log-probs that are not the model's. "
+
+
+@step(means=MEANS + "In float32 and without graphs, where nothing rounds: xbai/engine/fused_models.py.", needs=["vllm"])
+def vllm_exact(context: Context) -> str:
+    """Float32, eager: scores and log-probs those of the plain model."""
+    with closing(_engine(context, dtype="float32", enforce_eager=True)) as engine:
+        return _compare(context, engine, EXACT_ERROR, EXACT_ERROR)
+
+
+@step(
+    means=MEANS
+    + "In bfloat16, on a GPU with graphs and asynchronous scheduling: enforce_eager=true avoids the graphs.",
+    needs=["vllm"],
+    limit_s=400,
+)
+def vllm_graphs(context: Context) -> str:
+    """Bfloat16 as it serves: scores within 0.01, log-probs within 0.03 on average of float32."""
+    with closing(_engine(context)) as engine:
+        return _compare(context, engine, SCORE_ERROR, LOG_PROB_ERROR)
+
+
+@step(
+    means="A sleeping engine keeps the GPU's memory, or generates something else afterwards: rollout.sleep_level=1 "
+    "keeps the weights in CPU memory, rollout.free_cache_engine=false lets it not sleep at all.",
+    needs=["vllm"],
+    limit_s=400,
+)
+def vllm_sleep(context: Context) -> str:
+    """Levels 1 and 2, with the trainer's weights sent again and their checksums: the same greedy tokens."""
+    folder, freed = model_folder(context), []
+    greedy = SamplingParams(n=2, max_tokens=_tokens(context), temperature=0.0, ignore_eos=True)
+    with process_group():
+        policy = build_policy(folder, {"param_offload": True, "compute_dtype": "bfloat16"})
+        with closing(_engine(context)) as engine:
+            before = _token_ids(engine, greedy)
+            for level in (1, 2):
+                held = torch.cuda.mem_get_info()[0] if context.on_gpu else 0
+                engine.sleep(level)
+                freed.append((torch.cuda.mem_get_info()[0] - held) / GIB if context.on_gpu else 0.0)
+                engine.wake_up(["weights"])
+                if level == 2:
+                    with policy.on_device():
+                        engine.update_weights(named_full_tensors(policy.model, torch.bfloat16), check=True)
+                engine.wake_up(["kv_cache"])
+                require(_token_ids(engine, greedy) == before, f"greedy tokens changed after sleep level {level}")
+    if not context.on_gpu:
+        return "the same greedy tokens; checksums agree (a CPU engine does not sleep)"
+    require(min(freed) > 1.0, f"sleep freed {freed[0]:.1f} GiB at level 1, {freed[1]:.1f} at level 2")
+    return f"the same greedy tokens; checksums agree; {freed[0]:.1f} and {freed[1]:.1f} GiB freed"
+
+
+@step(
+    means="Requests with a seed or a repetition penalty, as evaluation sends them, make every step of vLLM slower than "
+    "plain ones by more than 1.3 times: xbai/engine/vllm_sampler.py. Long answers will end in time-outs.",
+    needs=["vllm"],
+    limit_s=900,
+)
+def vllm_penalties_and_seeds(context: Context) -> str:
+    """Milliseconds a step of 256 rows of 4,000 tokens: plain, seeded, penalised."""
+    rows, length = (256, 4000) if context.on_gpu else (8, 40)
+    with closing(_engine(context, layers=None)) as engine:
+        kinds = {"plain": {}, "seeded": {"seed": 1}, "penalised": {"repetition_penalty": 1.05}}
+        _milliseconds(engine, rows, 1)
+        found = {name: _milliseconds(engine, rows, length, **sampling) for name, sampling in kinds.items()}
+    figure = f"{rows} x {length}: " + ", ".join(f"{name} {each:.2f} ms" for name, each in found.items())
+    if context.on_gpu:
+        require(max(found.values()) <= SLOWER * found["plain"], f"{figure}; at most {SLOWER} x plain is wanted")
+    return figure
+
+
+@step(
+    means="A closed engine keeps memory or process groups: no second engine can start in its process (bench and tests "
+    "do that; the services start processes of their own).",
+    needs=["vllm"],
+    limit_s=400,
+)
+def vllm_closed(context: Context) -> str:
+    """A second engine in the process, which then has the memory back."""
+    greedy = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+    found = []
+    for _ in range(2):
+        with closing(_engine(context)) as engine:
+            found.append(_token_ids(engine, greedy))
+        gc.collect()
+    require(found[0] == found[1], "the second engine generates something else")
+    if not context.on_gpu:
+        return "two engines, one after the other"
+    torch.cuda.empty_cache()
+    held = int(gpu_column("memory.used")[0]) - context.used_mib[0]
+    require(held < 4096, f"{held} MiB are in use after two engines were closed")
+    return f"two engines, one after the other; {held} MiB in use afterwards"
+
+
+def _engine(context: Context, layers: int | None = 4, dtype: str = "bfloat16", **options: Any) -> Engine:
+    size = (
+        {"max_model_len": 8192, "max_num_seqs": 256} if context.on_gpu else {"max_model_len": 256, "max_num_seqs": 16}
+    )
+    if context.on_gpu:
+        options["gpu_memory_utilization"] = 0.6
+    return load_engine("vllm", model_folder(context, layers), dtype=dtype, with_scores=True, **size, **options)
+
+
+def _tokens(context: Context) -> int:
+    return 400 if context.on_gpu else 40
+
+
+def _prompts(count: int) -> list[list[int]]:
+    return [[50 + i % 40] * (3 + i % 40) for i in range(count)]
+
+
+def _token_ids(engine: Engine, params: SamplingParams) -> list[list[list[int]]]:
+    return [[one.token_ids for one in group] for group in engine.generate(_prompts(8), params)]
+
+
+def _compare(context: Context, engine: Engine, score_error: float, log_prob_error: float) -> str:
+    """Sample requests that want scores, log-probs or both at once, and ask the plain model in float32 the same."""
+    prompts = _prompts(48 if context.on_gpu else 12)
+    done = _mixed(engine, prompts, _tokens(context))
+    folder = model_folder(context)
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(context.device).eval()
+    score = _score_error(Scorer.from_folder(folder, dtype="float32"), prompts, done)
+    mean = _log_prob_error(model, prompts, done)
+    require(score < score_error, f"scores are up to {score:.2g} off; at most {score_error}")
+    require(mean < log_prob_error, f"log-probs are {mean:.2g} off on average; at most {log_prob_error}")
+    return f"scores within {score:.2g} of float32, log-probs {mean:.2g} off on average"
+
+
+def _wants(index: int) -> tuple[bool, bool]:
+    """Whether a request wants log-probs, and scores."""
+    return index % 2 == 0, index % 3 != 2
+
+
+def _mixed(engine: Engine, prompts: Sequence[list[int]], tokens: int) -> list[Completion]:
+    for i, prompt in enumerate(prompts):
+        log_probs, scores = _wants(i)
+        params = SamplingParams(max_tokens=tokens, temperature=TEMPERATURE, ignore_eos=True, log_probs=log_probs)
+        engine.add_request(str(i), prompt, params, return_scores=scores)
+    done: dict[str, list[Completion]] = {}
+    while engine.has_unfinished():
+        done.update(engine.step())
+    return [done[str(i)][0] for i in range(len(prompts))]
+
+
+def _score_error(scorer: Scorer, prompts: Sequence[list[int]], done: Sequence[Completion]) -> float:
+    asked = [i for i in range(len(prompts)) if _wants(i)[1]]
+    wanted = scorer.score([prompts[i] + done[i].token_ids for i in asked], [len(prompts[i]) for i in asked])
+    for i, scored in zip(asked, wanted, strict=True):
+        require(len(done[i].step_scores) == len(scored.step_scores), "vLLM counts other steps than the scorer")
+    require(any(scored.step_scores for scored in wanted), "no response has a step")
+    return max(abs(aggregate(done[i].step_scores) - scored.value) for i, scored in zip(asked, wanted, strict=True))
+
+
+def _log_prob_error(model: PreTrainedModel, prompts: Sequence[list[int]], done: Sequence[Completion]) -> float:
+    off = [
+        (token_log_probs(model, prompt, one.token_ids, TEMPERATURE) - torch.tensor(one.log_probs)).abs()
+        for i, (prompt, one) in enumerate(zip(prompts, done, strict=True))
+        if _wants(i)[0]
+    ]
+    return float(torch.cat(off).mean())
+
+
+def _milliseconds(engine: Engine, rows: int, length: int, **sampling: Any) -> float:
+    """Of a step once every response has `length` tokens."""
+    params = SamplingParams(
+        max_tokens=length + MEASURED_STEPS + 20, ignore_eos=True, temperature=TEMPERATURE, **sampling
+    )
+    for i, prompt in enumerate(_prompts(rows)):
+        engine.add_request(f"speed {i}", prompt, params)
+    for _ in range(length):
+        engine.step()
+    started = now()
+    for _ in range(MEASURED_STEPS):
+        engine.step()
+    each = (now() - started) / MEASURED_STEPS * 1e3
+    for i in range(rows):
+        engine.abort(f"speed {i}")
+    return each
