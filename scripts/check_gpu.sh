@@ -16,7 +16,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 bin=$(realpath -m "$venv")/bin
 [[ -x $bin/python ]] && export PATH=$bin:$PATH
-python=$(type -P python || type -P python3) || { echo "error: no python here; run: bash scripts/setup.sh" >&2; exit 2; }
+python=$(type -P python3 || type -P python) || { echo "error: no python here; run: bash scripts/setup.sh" >&2; exit 2; }
+found='import importlib.util as i, sys; sys.exit(not (i.find_spec("torch") and i.find_spec("transformers")))'
+"$python" -c "$found" || { echo "error: $python lacks torch or transformers; run: bash scripts/setup.sh" >&2; exit 2; }
 export PYTHONPATH=$PWD:$PWD/verl${PYTHONPATH:+:$PYTHONPATH}
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} RAY_USAGE_STATS_ENABLED=0
 # More than one thread a process slows tiny models down.

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
 
 import verl.bringup.__main__ as command
+from verl.bringup import attention, scorer, throughput
 from verl.bringup.report import Report
 from verl.bringup.runner import Outcome, run_step
+from verl.bringup.runs import judged_memory
 from verl.bringup.step import SUBJECTS, CheckFailed, Context, Step, all_steps, choose, require, step
+from xbai.engine.packed_attention import Packing, packed_attention
 from xbai.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -188,6 +199,60 @@ def test_a_check_that_fails_is_no_bug_of_the_step():
         require(False, "too far")
 
 
+# What the steps notice
+
+
+def test_a_window_of_one_token_more_is_noticed(context: Context, monkeypatch: pytest.MonkeyPatch):
+    def wider(*args: Any, sliding_window: int, **kwargs: Any) -> Any:
+        return packed_attention(*args, sliding_window=sliding_window + 1, **kwargs)
+
+    monkeypatch.setattr(attention, "packed_attention", wider)
+    with pytest.raises(CheckFailed, match="outputs are up to"):
+        attention.attention_window.run(context)
+
+
+def test_a_causal_mask_aligned_to_the_first_key_is_noticed(context: Context, monkeypatch: pytest.MonkeyPatch):
+    def aligned_to_first_key(module: Any, *states: Tensor, packing: Packing, **_: Any) -> tuple[Tensor, None]:
+        query, key, value = packing.gather(*(x[0].transpose(0, 1) for x in states[:3]))
+        parts = zip(query.split(packing.lengths), *(x.split(packing.key_lengths) for x in (key, value)), strict=True)
+        attend = partial(functional.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+        outputs = [attend(*(x.transpose(0, 1)[None] for x in part)) for part in parts]
+        return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+    monkeypatch.setattr(attention, "packed_attention", aligned_to_first_key)
+    attention.attention_grouped_heads.run(context)
+    with pytest.raises(CheckFailed, match="outputs are up to"):
+        attention.attention_shared_prefixes.run(context)
+
+
+def test_a_score_of_another_position_is_noticed(context: Context, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(scorer, "STEP_IDS", (40, 41))
+    plain = scorer._plain_score
+    monkeypatch.setattr(
+        scorer,
+        "_plain_score",
+        lambda model, head, one: plain(model, head, replace(one, positions=[at + 1 for at in one.positions])),
+    )
+    with pytest.raises(CheckFailed, match="scores are up to"):
+        scorer.scores.run(context)
+
+
+def test_memory_must_be_near_the_estimate():
+    assert judged_memory({"update": (9.0, 10.0)}) == "update 9.0 GiB, estimated 10.0"
+    with pytest.raises(CheckFailed, match=r"log-prob 12\.0 GiB, estimated 10\.0; at most 15%"):
+        judged_memory({"update": (9.0, 10.0), "log-prob": (12.0, 10.0)})
+
+
+@pytest.mark.parametrize(("peak", "fails"), [(989.0, True), (312.0, False), (None, False)])
+def test_only_large_gpus_must_reach_a_utilisation(
+    peak: float | None, fails: bool, context: Context, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(throughput, "_measure", lambda *_, **__: {"log-prob": 400.0, "update": 200.0})
+    monkeypatch.setattr(throughput, "_peak", lambda _: peak)
+    with pytest.raises(CheckFailed, match=r"update 20\.2% MFU") if fails else nullcontext():
+        assert "update" in throughput.throughput_fastest.run(context)
+
+
 # The rehearsals
 
 
@@ -239,3 +304,15 @@ def test_an_unknown_step_is_one_line():
     assert done.returncode == 2
     assert done.stderr.startswith("error: --only nonsense: no such step, use some of torch_runs_kernels,")
     assert done.stderr.count("\n") == 1
+
+
+def test_without_a_python_that_has_torch_it_is_one_line(tmp_path: Path):
+    for tool in ("bash", "dirname", "realpath"):
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    done = _check(PATH=str(tmp_path), XBAI_VENV=str(tmp_path / "none"))
+    assert (done.returncode, done.stderr) == (2, "error: no python here; run: bash scripts/setup.sh\n")
+    (tmp_path / "python3").write_text("#!/bin/bash\nexit 1\n")
+    (tmp_path / "python3").chmod(0o755)
+    done = _check(PATH=str(tmp_path), XBAI_VENV=str(tmp_path / "none"))
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path}/python3 lacks torch or transformers; run: bash scripts/setup.sh\n"

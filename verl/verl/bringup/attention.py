@@ -81,7 +81,7 @@ def _compare(
         float((one.float() - other).abs().max() / other.abs().max())
         for one, other in zip(gradients, wanted_gradients, strict=True)
     )
-    return float((output.float() - wanted).abs().max()), off
+    return float((output.float() - wanted).detach().abs().max()), off
 
 
 def _paths(lengths: list[int], shared: int) -> list[list[int]]:

@@ -30,7 +30,7 @@ MOST_PROCESSES = 8
 CUT_LAYERS = 4
 INITIALIZER_RANGE = 0.03
 """Wide enough for distributions over the vocabulary with a few likely tokens, as trained models have them."""
-SCORE_SCALE = 4.0
+SCORE_SCALE = 2.0
 """So that scores of random texts are further apart than any rounding moves them."""
 TOKENS_PER_STEP = 16
 STEP_IDS = tuple(range(40, 48))
