@@ -13,7 +13,15 @@ import torch.distributed as dist
 from torch.multiprocessing import start_processes
 
 from verl.bringup.step import Context, require, step
-from verl.bringup.workload import Sizes, actor_config, build_policy, make_batch, model_folder, process_count
+from verl.bringup.workload import (
+    Sizes,
+    actor_config,
+    build_policy,
+    make_batch,
+    model_folder,
+    model_folder_made_apart,
+    process_count,
+)
 from verl.utils.fsdp import init_distributed, named_full_tensors
 from verl.utils.model import load_tokenizer
 from verl.utils.ulysses import sequence_parallel_group
@@ -90,7 +98,7 @@ def _be_rank(number: int, rank: Callable[..., None], context: Context, arguments
 
 
 def _compare(context: Context, fsdp_size: int = -1, sp_size: int = 1) -> str:
-    model_folder(context)
+    model_folder_made_apart(context)
     file, ranks = context.work / "metrics.pt", process_count(context)
     run_ranks(context, 1, _update, file, -1, 1)
     alone = torch.load(file)
@@ -124,7 +132,7 @@ def _update(context: Context, file: Path, fsdp_size: int, sp_size: int) -> None:
 
 
 def _rollout(context: Context, tensor_parallel: int) -> str:
-    model_folder(context)
+    model_folder_made_apart(context)
     ranks = process_count(context)
     run_ranks(context, ranks, _generate, tensor_parallel)
     return (

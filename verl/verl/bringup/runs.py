@@ -10,7 +10,7 @@ from pathlib import Path
 from verl.bringup.driver import GIB
 from verl.bringup.machine import ROOT, gpu_column
 from verl.bringup.step import Context, require, step
-from verl.bringup.workload import model_folder, process_count
+from verl.bringup.workload import model_folder_made_apart, process_count
 
 STEPS = 2
 MISMATCH, LOG_PROB_DIFF = 1e-3, 0.02
@@ -34,7 +34,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
 def run_of_the_1_5b_recipe(context: Context) -> str:
     """scripts/run_single_node.sh on all GPUs of this machine, responses cut short."""
     recipe = [f"actor_rollout_ref.actor.ulysses_sequence_parallel_size={min(2, process_count(context))}"]
-    return _run(context, "run_single_node.sh", model_folder(context, None), recipe)
+    return _run(context, "run_single_node.sh", model_folder_made_apart(context, None), recipe)
 
 
 @step(means=MEANS + "Here one engine spans GPUs, as does a sequence.", needs=[*NEEDS, "2 devices"], limit_s=900)
@@ -46,14 +46,14 @@ def run_of_the_32b_recipe(context: Context) -> str:
         f"actor_rollout_ref.actor.ulysses_sequence_parallel_size={shared}",
         f"actor_rollout_ref.rollout.tensor_model_parallel_size={shared}",
     ]
-    return _run(context, "run_multi_node.sh", model_folder(context, shape="QwQ-32B"), recipe)
+    return _run(context, "run_multi_node.sh", model_folder_made_apart(context, shape="QwQ-32B"), recipe)
 
 
 @step(means=MEANS + "Here with a critic (PPO with GAE).", needs=NEEDS, limit_s=900)
 def run_with_a_critic(context: Context) -> str:
     """The recipe of 1.5B with `algorithm.adv_estimator=gae`."""
     recipe = ["actor_rollout_ref.actor.ulysses_sequence_parallel_size=1", "algorithm.adv_estimator=gae"]
-    return _run(context, "run_single_node.sh", model_folder(context, None), recipe)
+    return _run(context, "run_single_node.sh", model_folder_made_apart(context, None), recipe)
 
 
 def _run(context: Context, script: str, model: Path, recipe: list[str]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from verl.bringup.machine import ROOT
 from verl.bringup.step import Context, require, step
-from verl.bringup.workload import model_folder
+from verl.bringup.workload import model_folder_made_apart
 
 START_S, STOP_S, ANSWER_S = 300.0, 60.0, 600.0
 CLIENTS, REQUESTS = 32, 64
@@ -33,7 +33,7 @@ def service_under_load(context: Context) -> str:
     clients, requests, tokens = (CLIENTS, REQUESTS, 1024) if context.on_gpu else (4, 8, 32)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    process = _start(model_folder(context, None), port)
+    process = _start(model_folder_made_apart(context, None), port)
     try:
         _wait_until_ready(process, port)
         body = {"prefix_prompt": "Make 10 from 7 8 1 1 5", "response_num": 8, "max_tokens": tokens, "stop": []}

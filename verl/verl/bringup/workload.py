@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from verl.bringup.step import Context
+from verl.bringup.step import Context, require
 from verl.utils.fsdp import init_distributed
 from verl.utils.model import build_joint_model, load_tokenizer, loading_dtype
 from verl.utils.model_shapes import known_config
@@ -73,6 +74,16 @@ def model_folder(context: Context, layers: int | None = CUT_LAYERS, shape: str =
     return folder / "model"
 
 
+def model_folder_made_apart(context: Context, layers: int | None = CUT_LAYERS, shape: str = SHAPE) -> Path:
+    """`model_folder`, made by another process, so that this one has not used CUDA and holds nothing on the GPU."""
+    processes = multiprocessing.get_context(context.start_method)
+    process = processes.Process(target=model_folder, args=(context, layers, shape))
+    process.start()
+    process.join()
+    require(process.exitcode == 0, f"the model could not be written (exit status {process.exitcode})")
+    return model_folder(context, layers, shape)
+
+
 def write_model(folder: Path, shape: str, layers: int | None) -> None:
     """A known shape cut to some layers, with a tokenizer whose ids are all within the vocabulary."""
     tokenizer = make_tokenizer()
@@ -85,6 +96,8 @@ def write_model(folder: Path, shape: str, layers: int | None) -> None:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()
 
 
 def _add_head(folder: Path) -> None:
