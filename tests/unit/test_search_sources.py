@@ -72,7 +72,7 @@ def test_a_search_on_an_engine_scores_as_the_whole_response_is_scored(
     eager_for_steps(engine, rule, monkeypatch)
     monkeypatch.setattr(engine, "score", None)  # Scores come with the tokens: none is computed again.
     options = SearchOptions(name, beam_width=2, expand=2, token_budget=200)
-    found = searches(engine, options, [PROMPT, "two "], seed=3)
+    found = searches(engine, options, [PROMPT, "two "], seed=0)
     assert any(len(path.step_scores) > 1 for path, _ in found)
     for prompt, (path, spent) in zip([PROMPT, "two "], found):
         prompt_ids = engine.tokenizer.encode(prompt)
@@ -81,7 +81,7 @@ def test_a_search_on_an_engine_scores_as_the_whole_response_is_scored(
         assert path.token_count == len(path.token_ids) <= 40
         assert spent <= 200
         assert path.text == engine.tokenizer.decode(path.token_ids, skip_special_tokens=True)
-    again = searches(engine, options, [PROMPT], seed=3)
+    again = searches(engine, options, [PROMPT], seed=0)
     assert again[0][0].token_ids == found[0][0].token_ids
 
 
