@@ -5,8 +5,16 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def matrix_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """`left @ right` of two matrices, summed and kept in `dtype`; their own may be narrower. Has no gradient."""
+    if left.dtype == dtype:
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=dtype)
+    return left.to(dtype) @ right.to(dtype)
 
 
 def use_float32_output(head: nn.Linear) -> None:
@@ -18,9 +26,5 @@ def use_float32_output(head: nn.Linear) -> None:
 
 
 def _float32_linear(head: nn.Linear, features: Tensor) -> Tensor:
-    bias = None if head.bias is None else head.bias.float()
-    if not features.is_cuda:
-        return F.linear(features.float(), head.weight.float(), bias)
-    output = torch.mm(features.flatten(0, -2), head.weight.T, out_dtype=torch.float32)
-    output = output.unflatten(0, features.shape[:-1])
-    return output if bias is None else output + bias
+    output = matrix_product(features.flatten(0, -2), head.weight.T, torch.float32).unflatten(0, features.shape[:-1])
+    return output if head.bias is None else output + head.bias

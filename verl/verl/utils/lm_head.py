@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from xbai.engine.float32_head import matrix_product
+
 # Of the weight's gradient at once: what a float32 product takes beside the sum that it is added to.
 _GRADIENT_ROWS = 32768
 
@@ -39,15 +41,6 @@ class LMHead(NamedTuple):
         """[n, V] of final hidden states [n, c]."""
         product = matrix_product(hidden.to(self.weight.dtype), self.weight.T, self.dtype)
         return product if self.bias is None else product + self.bias
-
-
-def matrix_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """`left @ right` in `dtype`, of operands of one dtype, which may be narrower."""
-    if left.dtype == dtype:
-        return left @ right
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=dtype)
-    return left.to(dtype) @ right.to(dtype)
 
 
 def add_weight_gradient(total: Tensor, logit_gradients: Tensor, hidden: Tensor) -> None:
