@@ -35,7 +35,7 @@ def serve_app() -> Iterator[Callable[[FastAPI], str]]:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         running.append((server, thread))
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not server.started and time.monotonic() < deadline:
             time.sleep(0.01)
         return f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -155,7 +155,7 @@ def test_ctrl_c_ends_cleanly_and_a_second_one_at_once(command: Callable, tmp_pat
             time.sleep(0.01)
         for _ in range(signals):
             process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=20)[1]
+        said = process.communicate(timeout=120)[1]
         assert process.returncode == 130, said
         assert "Traceback" not in said
         if signals == 1:

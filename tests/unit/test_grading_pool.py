@@ -160,11 +160,11 @@ def test_a_worker_is_killed_while_its_thread_stops_it(grader):
 
     worker._process = process = Stopped(["sleep", "60"], start_new_session=True)
     worker.kill()
-    assert process.wait(10) == -signal.SIGKILL
+    assert process.wait(60) == -signal.SIGKILL
 
 
 def test_a_hard_answer_times_out():
-    with GraderPool(1, timeout_s=1.0) as pool:
+    with GraderPool(1, timeout_s=4.0) as pool:
         tower = GradeRequest("math500", "\\boxed{9^{9^{9^{9}}}+x}", "x")
         assert pool.grade([tower, GradeRequest("math500", "\\boxed{2x}", "x+x")]) == [None, 1.0]
         assert pool.failures == {"timeout": 1}
@@ -187,4 +187,4 @@ def test_an_orphans_alarm_leaves_time_for_imports(tmp_path, response, answers, s
         with pytest.raises(EOFError):
             ours.recv()
     ours.close()
-    assert process.wait(10) == status
+    assert process.wait(60) == status

@@ -172,7 +172,7 @@ def test_a_killed_worker_is_named_at_once(group: RayWorkerGroup, when: str):
         future = group.environment.remote("RANK") if when == "idle" else group.all_reduce.remote()
     with pytest.raises(WorkerLostError, match=rf"rank 1 of doubler \(pid {victim.pid} on node .*\) was lost in"):
         future.get()
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 60
 
 
 def test_a_rank_that_hangs_in_a_collective_is_named(group: RayWorkerGroup):
