@@ -12,9 +12,9 @@ def matrix_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """`left @ right` of two matrices, summed and kept in `dtype`; their own may be narrower. Has no gradient."""
     if left.dtype == dtype:
         return left @ right
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=dtype)
-    return left.to(dtype) @ right.to(dtype)
+    if left.device.type == "cpu":
+        return left.to(dtype) @ right.to(dtype)
+    return torch.mm(left, right, out_dtype=dtype)
 
 
 def use_float32_output(head: nn.Linear) -> None:
