@@ -18,60 +18,41 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.distributed as dist
 import typer
 from machine import ROOT, describe_machine, report, rounded
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
+from verl.bringup import workload
 from verl.utils.device_peaks import peak_tflops
-from verl.utils.fsdp import init_distributed, local_device, named_full_tensors
-from verl.utils.model import build_joint_model
-from verl.utils.model_shapes import ModelShape, config_of, known_config
-from verl.utils.optim import JointOptimizer
+from verl.utils.fsdp import local_device, named_full_tensors
+from verl.utils.model_shapes import ModelShape, config_of
 from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.placed_model import Dtypes, PlacedModel
-from xbai.benchmarks.tiny_model import make_tokenizer, write_tiny_model
+from xbai.benchmarks.tiny_model import write_tiny_model
 from xbai.engine import SamplingParams, load_engine
 from xbai.engine.files import quiet_transformers
 from xbai.errors import UserError, exit_on_user_error
-from xbai.sprm import SPRMConfig, StepRule
 
 GIB = 2**30
 MODELS = ("tiny", "1.5b")
 ENGINES = ("hf", "vllm")
 LAYOUTS = {"padded": False, "packed": True}
 CUT_LAYERS = 2
-TOKENS_PER_STEP = 16
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(workload.Sizes):
     """Rows of the batch and their lengths, and how often everything runs."""
 
-    prompts: int
-    samples: int
-    prompt_tokens: int
-    response_tokens: int
-    tokens_per_micro_batch: int
     warm_ups: int
     repeats: int
-
-    @property
-    def rows(self) -> int:
-        """Responses of the batch."""
-        return self.prompts * self.samples
 
 
 def default_sizes(model: str, on_gpu: bool) -> dict[str, int]:
@@ -88,81 +69,8 @@ def write_model(name: str, folder: Path) -> None:
     """A model of random weights with a tokenizer, whose ids are all within the vocabulary."""
     if name == "tiny":
         write_tiny_model(folder)
-        return
-    tokenizer = make_tokenizer()
-    config = known_config(
-        "DeepSeek-R1-Distill-Qwen-1.5B", num_hidden_layers=CUT_LAYERS, eos_token_id=tokenizer.eos_token_id
-    )
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def make_batch(sizes: Sizes, vocabulary: int) -> dict[str, Tensor]:
-    """Rows as a rollout leaves them, of random tokens; half of the answers are right."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (sizes.rows, sizes.prompt_tokens + sizes.response_tokens)
-    lengths = torch.randint(sizes.response_tokens // 4, sizes.response_tokens + 1, (sizes.rows,), generator=generator)
-    lengths[0] = sizes.response_tokens
-    response_mask = torch.arange(sizes.response_tokens) < lengths[:, None]
-    attended = torch.cat([torch.ones(sizes.rows, sizes.prompt_tokens, dtype=torch.bool), response_mask], dim=1)
-    is_step = torch.arange(shape[1]) % TOKENS_PER_STEP == TOKENS_PER_STEP - 1
-    in_response = torch.arange(shape[1]) >= sizes.prompt_tokens
-    advantages = torch.randn(sizes.rows, 1, generator=generator)
-    return {
-        "input_ids": torch.randint(vocabulary, shape, generator=generator),
-        "attention_mask": attended.long(),
-        "position_ids": (attended.long().cumsum(1) - 1).clamp(min=0),
-        "response_mask": response_mask,
-        "step_feature_mask": attended & in_response & is_step,
-        "advantages": advantages.expand(-1, sizes.response_tokens).contiguous(),
-        "graded": torch.ones(sizes.rows, dtype=torch.bool),
-        "correct": (advantages[:, 0] > 0).float(),
-    }
-
-
-def actor_config(sizes: Sizes, packed: bool) -> dict[str, Any]:
-    """The `actor_rollout_ref` section, as the trainer's defaults have it."""
-    budget = sizes.tokens_per_micro_batch
-    return {
-        "model": {"use_remove_padding": packed},
-        "rollout": {
-            "n": sizes.samples,
-            "temperature": 1.0,
-            "log_prob_use_dynamic_bsz": True,
-            "log_prob_max_token_len_per_gpu": 2 * budget,
-        },
-        "actor": {
-            "ppo_mini_batch_size": sizes.prompts,
-            "use_dynamic_bsz": True,
-            "ppo_max_token_len_per_gpu": budget,
-            "ppo_epochs": 1,
-            "shuffle": False,
-            "grad_clip": 1.0,
-            "clip_ratio": 0.2,
-            "use_kl_loss": True,
-            "kl_loss_coef": 0.001,
-            "fsdp_config": {},
-        },
-        "use_score": True,
-        "score": {"agreement_weighting": False},
-    }
-
-
-def build_policy(folder: Path, packed: bool) -> PlacedModel:
-    """The policy with its score head and optimisers, sharded as in training."""
-    dtypes = Dtypes.from_config({})
-    tokenizer_rule = StepRule.from_tokenizer(make_tokenizer())
-    model = build_joint_model(
-        folder,
-        dtypes.stored,
-        sprm_config=SPRMConfig(tokenizer_rule),
-        gradient_checkpointing=True,
-        compute_dtype=dtypes.compute or dtypes.stored,
-        packed=packed,
-    )
-    return PlacedModel(model, {}, lambda sharded: JointOptimizer(sharded, {"lr": 1e-6}, {"lr": 1e-6}))
+    else:
+        workload.write_model(folder, workload.SHAPE, CUT_LAYERS)
 
 
 def measure(run: Callable[[], Any], sizes: Sizes) -> dict[str, float]:
@@ -191,7 +99,7 @@ def _now() -> float:
 def measure_engine(name: str, folder: Path, sizes: Sizes, parameters: int) -> dict[str, Any]:
     """Rollout, in which every response has all its tokens, and sync of the policy's weights, of one engine."""
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    policy = build_policy(folder, packed=False)
+    policy = workload.build_policy(folder, {})
     engine = load_engine(
         name,
         folder,
@@ -215,8 +123,8 @@ def measure_engine(name: str, folder: Path, sizes: Sizes, parameters: int) -> di
 
 def measure_training(folder: Path, sizes: Sizes, packed: bool, shape: ModelShape) -> dict[str, Any]:
     """Log-probs and the update of one layout."""
-    policy = build_policy(folder, packed)
-    config, batch = actor_config(sizes, packed), make_batch(sizes, shape.vocabulary)
+    policy = workload.build_policy(folder, {}, packed=packed, gradient_checkpointing=True)
+    config, batch = workload.actor_config(sizes, packed), workload.make_batch(sizes, shape.vocabulary)
     actor = DataParallelPPOActor(config, policy.model, policy.optimizer)
     batch |= actor.compute_log_prob(batch)
     batch["ref_log_prob"] = batch["old_log_probs"]
@@ -240,18 +148,6 @@ def mfu(flops: float, seconds: float) -> dict[str, float]:
         return per_second
     peak = peak_tflops(torch.cuda.get_device_name(), torch.bfloat16)
     return per_second if peak is None else per_second | {"mfu": per_second["tflops_per_s"] / peak}
-
-
-@contextmanager
-def process_group() -> Iterator[None]:
-    """A group of this process alone."""
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    os.environ.update(alone)
-    init_distributed()
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def _chosen(names: str, known: tuple[str, ...], option: str) -> list[str]:
@@ -287,7 +183,7 @@ def main(
     }
     given = {name: value for name, value in given.items() if value is not None}
     result: dict[str, Any] = {"benchmark": "train_step", "compute_dtype": "bfloat16" if on_gpu else "float32"}
-    with process_group(), quiet_transformers(), tempfile.TemporaryDirectory() as temporary:
+    with workload.process_group(), quiet_transformers(), tempfile.TemporaryDirectory() as temporary:
         for name in _chosen(models, MODELS, "--models"):
             sizes = Sizes(**default_sizes(name, on_gpu) | given, warm_ups=warm_ups, repeats=repeats)
             folder = Path(temporary) / name
