@@ -208,9 +208,10 @@ class Recorder(TorchDispatchMode):
             return Op("attention", 2.0 * products * query.shape[1] * query.shape[2] * self._pairs, size, backward)
         if packet in LOOKUPS:
             return Op("elementwise", 0.0, 2.0 * min(map(_held, tensors[-2:])))
-        of_head = _is_in_backward_of_log_probs() or any(self._vocabulary in tensor.shape for tensor in tensors)
+        of_head = any(self._vocabulary in tensor.shape for tensor in tensors)
         if packet in flop_registry:
-            flops = float(flop_registry[packet](*args, **kwargs, out_val=out))
+            # The factors alone: the formulas know no `out_dtype`.
+            flops = float(flop_registry[packet](*(one for one in args if isinstance(one, Tensor)), out_val=out))
             return Op("head GEMM" if of_head else "GEMM", flops, size, fused_size=self._fused_size(given, made[0]))
         on_logits = any(tensor.ndim > 1 and tensor.shape[-1] == self._vocabulary for tensor in tensors)
         return Op("head elementwise" if of_head else "elementwise", 0.0, size, on_logits=on_logits)
@@ -222,12 +223,6 @@ class Recorder(TorchDispatchMode):
         if right.shape == (self._hidden, self._vocabulary):
             return float(self._reads * product.nbytes)
         return 2.0 * left.nbytes if left.shape[-1] == self._vocabulary else 0.0
-
-
-def _is_in_backward_of_log_probs() -> bool:
-    """There the weight's gradient is made in slices of the vocabulary."""
-    node = torch._C._current_autograd_node()
-    return node is not None and "LogProbs" in node.name()
 
 
 def _is_free(func: Any, given: list[Tensor], made: list[Tensor]) -> bool:

@@ -9,9 +9,6 @@ from torch import Tensor, nn
 
 from xbai.engine.float32_head import matrix_product
 
-# Of the weight's gradient at once: what a float32 product takes beside the sum that it is added to.
-_GRADIENT_ROWS = 32768
-
 
 class LMHead(NamedTuple):
     """Hidden states to logits.
@@ -45,5 +42,8 @@ class LMHead(NamedTuple):
 
 def add_weight_gradient(total: Tensor, logit_gradients: Tensor, hidden: Tensor) -> None:
     """Add a chunk's share to `total` [V, c], in its dtype, from the gradients [n, V] and [n, c] hidden states."""
-    for rows, part in zip(logit_gradients.T.split(_GRADIENT_ROWS), total.split(_GRADIENT_ROWS)):
-        part += matrix_product(rows, hidden, total.dtype)
+    if total.dtype == hidden.dtype or total.device.type == "cpu":
+        total += matrix_product(logit_gradients.T, hidden, total.dtype)
+    else:
+        # In the product's own kernel: a temporary one of 152k x 5,120 would take 3 GB, and three more passes over it.
+        torch.addmm(total, logit_gradients.T, hidden, out_dtype=total.dtype, out=total)
