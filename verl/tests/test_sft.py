@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: its rows, its batches, its command line, and one rank against two."""
+"""Supervised fine-tuning: its rows, its batches, its command line, and one rank against four."""
 
 import json
 import random
@@ -169,6 +169,41 @@ def test_the_seed_is_each_ranks_own_and_float16_is_refused(tmp_path):
         dist.destroy_process_group()
 
 
+def test_gradients_are_added_up_over_replicas_in_the_last_micro_batch_alone(tmp_path, monkeypatch):
+    write_tiny_model(tmp_path / "base")
+    overrides = [
+        f"data.train_files={write_rows(tmp_path / 'sft.parquet', [{'prompt': CHAT, 'response': '7+3'}] * 5)}",
+        f"model.path={tmp_path / 'base'}",
+        f"trainer.output_dir={tmp_path / 'out'}",
+        "data.train_batch_size=5",
+        "data.micro_batch_size_per_gpu=2",
+        "model.compute_dtype=float32",
+    ]
+    all_reduces, passes = [], []
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        trainer = main_sft.SFTTrainer(compose_config("sft_trainer", overrides), torch.device("cpu"))
+        monkeypatch.setattr(
+            type(trainer.model), "set_requires_all_reduce", lambda _, wanted: all_reduces.append(wanted)
+        )
+        trainer.model.register_forward_hook(lambda *_: passes.append(len(all_reduces)))
+        trainer.update(list(trainer.dataset.examples), main_sft.MetricsWindow(torch.device("cpu")))
+    finally:
+        dist.destroy_process_group()
+    assert all_reduces == [False, False, True]
+    assert passes == [1, 2, 3]
+
+
+def test_a_time_out_that_is_none_is_one_line(tmp_path, monkeypatch, capsys):
+    overrides = [f"{key}=x" for key in ("data.train_files", "model.path", "trainer.output_dir")]
+    monkeypatch.setattr("sys.argv", ["main_sft", *overrides, "trainer.nccl_timeout=0"])
+    for variable in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        monkeypatch.setenv(variable, "0")
+    with pytest.raises(SystemExit, match="2"):
+        main_sft.main()
+    assert "trainer.nccl_timeout=0 must be a number of seconds above 0" in capsys.readouterr().err
+
+
 def run_sft(ranks, *overrides):
     launcher = [
         "-m",
@@ -182,7 +217,7 @@ def run_sft(ranks, *overrides):
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one_and_the_result_loads(tmp_path):
+def test_replicas_of_two_shards_train_as_one_rank_and_the_result_loads(tmp_path):
     write_tiny_model(tmp_path / "base")
     rng = random.Random(0)
     rows = [sft_row(numbers, Teacher(), rng, i) for i, numbers in enumerate(sample_problems(48, rng))]
@@ -191,16 +226,16 @@ def test_two_ranks_train_as_one_and_the_result_loads(tmp_path):
         f"model.path={tmp_path / 'base'}",
         "model.compute_dtype=float32",
         "data.train_batch_size=16",
-        "data.micro_batch_size_per_gpu=5",
+        "data.micro_batch_size_per_gpu=3",
         "score.agreement_weighting=true",
         "score.class_balance=true",
         "trainer.log_freq=1",
         "trainer.logger=[file]",
     ]
     records = []
-    for ranks in (1, 2):
+    for ranks, shards in ((1, -1), (4, 2)):
         output = tmp_path / f"out{ranks}"
-        done = run_sft(ranks, *common, f"trainer.output_dir={output}")
+        done = run_sft(ranks, *common, f"trainer.output_dir={output}", f"fsdp_config.fsdp_size={shards}")
         assert done.returncode == 0, done.stderr[-3000:]
         lines = (tmp_path / f"out{ranks}_logs" / "metrics.jsonl").read_text().splitlines()
         records.append([json.loads(line) for line in lines])

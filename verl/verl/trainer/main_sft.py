@@ -26,7 +26,7 @@ from torch import Tensor
 
 from verl.trainer.compose import compose_config
 from verl.utils.dataset.sft_dataset import SFTDataset, SFTExample, collate_examples, length_grouped_batches
-from verl.utils.fsdp import create_mesh, init_distributed, named_full_tensors, shard_model
+from verl.utils.fsdp import all_reduce_last, create_mesh, init_distributed, named_full_tensors, shard_model
 from verl.utils.model import build_joint_model, load_tokenizer, loading_dtype, trained_dtype
 from verl.utils.optim import JointOptimizer
 from verl.utils.packing import TokenLayout, padded_layout
@@ -170,7 +170,7 @@ class SFTTrainer:
         tokens = sum(len(example.ids) - example.prompt_length for example in examples)
         counted, counts = self._steps_that_count(micro_batches)
         self.model.train()
-        for batch, batch_counted in zip(micro_batches, counted):
+        for batch, batch_counted in all_reduce_last(self.model, list(zip(micro_batches, counted))):
             layout = padded_layout(batch)
             output = self._forward(layout)
             lm_loss = -output.log_probs.sum() / tokens
@@ -307,7 +307,9 @@ def main() -> None:
     level = logging.INFO if os.environ["RANK"] == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(show_path=False)])
     config = compose_config(arguments.config_name, arguments.overrides)
-    device = init_distributed(config.trainer.nccl_timeout)
+    if not isinstance(timeout_s := config.trainer.nccl_timeout, int | float) or timeout_s <= 0:
+        raise UserError(f"trainer.nccl_timeout={timeout_s} must be a number of seconds above 0")
+    device = init_distributed(timeout_s)
     try:
         SFTTrainer(config, device).fit()
     finally:
