@@ -86,14 +86,14 @@ def test_without_liger_or_a_compiler_there_are_plain_kernels(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "gae"])
-def test_activations_are_kept_where_every_phase_has_room(estimator: str) -> None:
+def test_activations_are_kept_where_updates_have_room(estimator: str) -> None:
     names, found = (f"algorithm.adv_estimator={estimator}",), {}
     for gib in (24, 40, 60, 80, 140):
         values, said = _resolved(_config(*names), gib)
         found[gib] = values[CHECKPOINTING]
         plain = PhaseMemory.from_config(_config(*names, f"{MODEL}.{CHECKPOINTING}=false"), gib * GIB)
         updates = max(plain.peaks[phase] for phase in ("update", "critic update") if phase in plain.peaks)
-        assert found[gib] == (plain.excess > 0 or updates * (1 + MARGIN) > gib * GIB)
+        assert found[gib] == (updates * (1 + MARGIN) > gib * GIB)
         assert f"{updates / GIB:.1f} GiB, which {'does not fit' if found[gib] else 'fits'}" in said[CHECKPOINTING]
     assert found[24] and not found[140]
 

@@ -398,6 +398,14 @@ def test_micro_batches_follow_from_the_configuration() -> None:
     assert plan(*shared, "ref.ulysses_sequence_parallel_size=1")["reference"] == (64, 8, 8, 1)
 
 
+def test_a_pass_that_is_left_out_is_in_neither_plan() -> None:
+    one_update = ["data.train_batch_size=64", "actor_rollout_ref.actor.ppo_mini_batch_size=64"]
+    for score, phases in ((True, {"log-prob"}), (False, set())):
+        overrides = [*one_update, f"actor_rollout_ref.use_score={str(score).lower()}"]
+        assert {one.phase for one in batches(_config(*overrides))} & {"log-prob"} == phases
+        assert _memory(80, *overrides).phases.keys() & {"log-prob"} == phases
+
+
 def test_tokens_of_sharers_are_shared() -> None:
     root, packed = "actor_rollout_ref", "actor_rollout_ref.model.use_remove_padding=true"
     sizes = [f"{root}.actor.ulysses_sequence_parallel_size=2", f"{root}.ref.ulysses_sequence_parallel_size=1"]

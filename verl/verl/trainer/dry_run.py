@@ -20,6 +20,7 @@ from verl.trainer.critic_config import critic_config
 from verl.trainer.host_memory import host_memory, saves_anew
 from verl.trainer.memory_estimate import GIB, LOGIT_BACKWARD, LOGIT_FORWARD, Components, saved_activations
 from verl.trainer.memory_phases import COMMON_GPU, GPUS_GIB, PhaseMemory, changes_to_fit
+from verl.trainer.old_log_prob_use import needs_old_log_probs
 from verl.trainer.reference_use import ReferenceUse
 from verl.utils.model_shapes import config_of
 from verl.workers.actor.micro_batches import MicroBatching, RowSizes
@@ -79,7 +80,8 @@ def batches(config: DictConfig) -> Iterator[Batches]:
         return Batches(phase, rows, batching.fewest(shortest), batching.fewest(full), per_step)
 
     sp_size = root.actor.ulysses_sequence_parallel_size
-    yield counted("log-prob", MicroBatching.for_log_prob(root.rollout, packed, sp_size), prompts, sp_size)
+    if needs_old_log_probs(config):
+        yield counted("log-prob", MicroBatching.for_log_prob(root.rollout, packed, sp_size), prompts, sp_size)
     if ReferenceUse.from_config(config).log_probs:
         sharers = root.ref.ulysses_sequence_parallel_size
         yield counted("reference", MicroBatching.for_log_prob(root.ref, packed, sharers), prompts, sharers)

@@ -22,6 +22,7 @@ from verl.trainer.memory_estimate import (
     forward_peak,
     training_peak,
 )
+from verl.trainer.old_log_prob_use import needs_old_log_probs
 from verl.trainer.reference_use import ReferenceUse
 from verl.utils.model import torch_dtype
 from verl.utils.model_shapes import MODEL_TYPES, ModelShape, config_of
@@ -77,28 +78,24 @@ class PhaseMemory:
 
     @cached_property
     def checkpointing(self) -> bool:
-        """`enable_gradient_checkpointing` of the policy; `auto` leaves it out where an update fits without, and only
-        with room to spare."""
+        """`enable_gradient_checkpointing` of the policy; `auto` leaves it out where updates fit without, with room to
+        spare."""
         chosen = self.config.actor_rollout_ref.model.enable_gradient_checkpointing
         if chosen != "auto":
             return chosen
         if not self.on_gpu:
             return True
-        return self._plain.excess > 0 or self.without_checkpointing[1] * (1 + MARGIN) > self.gpu_bytes
+        return self.without_checkpointing[1] * (1 + MARGIN) > self.gpu_bytes
 
-    @property
+    @cached_property
     def without_checkpointing(self) -> tuple[str, float]:
         """The update that takes most without checkpointing, and its bytes."""
-        peaks = self._plain.peaks
+        config = OmegaConf.create(OmegaConf.to_container(self.config))
+        config.actor_rollout_ref.model.enable_gradient_checkpointing = False
+        peaks = replace(self, config=config).peaks
         return max(
             ((phase, peaks[phase]) for phase in ("update", "critic update") if phase in peaks), key=lambda one: one[1]
         )
-
-    @cached_property
-    def _plain(self) -> PhaseMemory:
-        config = OmegaConf.create(OmegaConf.to_container(self.config))
-        config.actor_rollout_ref.model.enable_gradient_checkpointing = False
-        return replace(self, config=config)
 
     @property
     def world(self) -> int:
@@ -150,11 +147,12 @@ class PhaseMemory:
         found = {
             "rollout": self._resident() | self._engine(with_cache=True),
             "weight sync": self._resident("policy") | self._engine(with_cache=False) | self._whole_tensor(),
-            "log-prob": self._resident("policy") | self._log_prob(self.policy, "rollout", self._sp_size),
-            "update": self._resident("policy", trains=True) | self._update(),
         }
+        if needs_old_log_probs(self.config):
+            found["log-prob"] = self._resident("policy") | self._log_prob(self.policy, "rollout", self._sp_size)
         if self._reference_use.full_kl_in_reward:
             found["log-prob"] |= self._full_kl(self._log_prob_tokens("rollout", self._sp_size))
+        found["update"] = self._resident("policy", trains=True) | self._update()
         if self._reference_use.full_kl_in_loss:
             found["update"] |= self._full_kl(self.update_tokens)
         if self._reference_use.log_probs:
