@@ -14,7 +14,7 @@ communication, the optimiser, the host, how operations overlap; an operation of 
 are upper bounds of what to hope for, and show what dominates. MFU counts model FLOPs, no recomputation.
 
 Sequence parallelism is taken as so many whole sequences a GPU: as many FLOPs, without the exchange. The LM head's
-products count at the rate of 16 bits, whatever they are recorded in: on GPUs their operands are in 16 bits.
+products count at the rate of 16 bits: on GPUs their operands are in 16 bits, and what they give is in float32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -42,6 +42,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from verl.trainer.memory_estimate import GIB, saved_activations
 from verl.trainer.memory_phases import PhaseMemory
+from verl.utils import torch_functional
 from verl.utils.liger import apply_liger
 from verl.utils.model_shapes import ModelShape, config_of
 from verl.utils.packing import packed_layout
@@ -148,14 +149,15 @@ class Work:
             lm = AutoModelForCausalLM.from_config(
                 self.model, dtype=torch.bfloat16, attn_implementation=packed_attention.PACKED_ATTENTION
             )
-            joint = JointModel(lm, ScoreHead(self.model.hidden_size))
+            joint = JointModel(lm, ScoreHead(self.model.hidden_size), logits_dtype=torch.float32)
         joint.train(self.trains)
         if variant.checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if variant.liger:
             apply_liger(lm)
         recorder = Recorder(self)
-        with liger_kernels(), varlen_attention(), torch.set_grad_enabled(self.trains):
+        chunks = fused_chunks() if variant.fused_head else nullcontext()
+        with liger_kernels(), varlen_attention(), chunks, torch.set_grad_enabled(self.trains):
             layout = packed_layout(self._batch(), torch.device("meta"))
             with recorder:
                 output = joint(layout, compute_entropy=self.entropy)
@@ -218,11 +220,11 @@ class Recorder(TorchDispatchMode):
 
     def _fused_size(self, factors: list[Tensor], product: Tensor) -> float:
         """Of the log-probs' kernel: it reads new logits, twice with entropies; for the gradient of the hidden states it
-        has read them once more and written theirs."""
+        has read them once more and written theirs, which are then rounded to what is multiplied."""
         left, right = factors[-2:]
         if right.shape == (self._hidden, self._vocabulary):
             return float(self._reads * product.nbytes)
-        return 2.0 * left.nbytes if left.shape[-1] == self._vocabulary else 0.0
+        return float(3 * 4 * left.numel() + left.nbytes) if left.shape[-1] == self._vocabulary else 0.0
 
 
 def _is_free(func: Any, given: list[Tensor], made: list[Tensor]) -> bool:
@@ -245,6 +247,13 @@ def _with_fused_head(ops: list[Op]) -> Iterator[Op]:
             yield op
         if op.fused_size:
             yield Op("head elementwise", 0.0, op.fused_size)
+
+
+@contextmanager
+def fused_chunks() -> Iterator[None]:
+    """Chunks of tokens as large as the fused kernel's."""
+    with mock.patch.object(torch_functional, "LOGITS_PER_CHUNK", torch_functional.LOGITS_PER_FUSED_CHUNK):
+        yield
 
 
 @contextmanager
