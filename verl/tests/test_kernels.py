@@ -63,13 +63,15 @@ def test_use_fused_kernels_compiles(tiny_model_dir: Path) -> None:
     torch._dynamo.utils.counters.clear()
     for fused, expected in ((False, 0), (True, 1)):
         model = build_joint_model(tiny_model_dir, fused_kernels=fused).eval()
-        token_log_probs(
-            torch.randn(3, model.lm.config.hidden_size),
-            model.gathered_lm_head(),
-            torch.tensor([1, 2, 3]),
-            fused=model.fused_kernels,
-        )
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == expected
+        # Other numbers of tokens, none and one included, need no other kernel.
+        for tokens in (3, 0, 1, 7):
+            token_log_probs(
+                torch.randn(tokens, model.lm.config.hidden_size),
+                model.gathered_lm_head(),
+                torch.arange(tokens),
+                fused=model.fused_kernels,
+            )
+            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == expected
 
 
 def test_a_missing_compiler_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -99,8 +99,10 @@ class _Chunks:
         with torch.no_grad():
             reference = self.reference
             other_logits = None if reference is None else reference.lm_head.logits(reference.hidden[chunk])
-        from_logits = _fused_chunk_log_probs() if self.fused else _chunk_log_probs
-        return from_logits(make_logits(), labels[chunk], self.temperature, self.compute_entropy, other_logits)
+        labels = labels[chunk]
+        # For no row and for a single one torch.compile would make other kernels than for several.
+        from_logits = _fused_chunk_log_probs() if self.fused and len(labels) > 1 else _chunk_log_probs
+        return from_logits(make_logits(), labels, self.temperature, self.compute_entropy, other_logits)
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
