@@ -12,10 +12,10 @@ import torch
 import torch._dynamo.utils
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from verl.utils.compiler import check_compiler
-from verl.utils.liger import apply_liger, check_liger
+from verl.utils.liger import apply_liger, check_liger, has_liger_kernels
 from verl.utils.lm_head import LMHead
 from verl.utils.model import build_joint_model
 from verl.utils.torch_functional import token_log_probs
@@ -116,6 +116,11 @@ def test_liger_runs_in_one_model_only(liger_calls: list[str], tiny_model_dir: Pa
     layers = model.config.num_hidden_layers
     # Two norms of the residual stream and two of queries and keys in each layer, and the last one.
     assert (liger_calls.count("rms_norm"), liger_calls.count("swiglu")) == (4 * layers + 1, layers)
+
+
+def test_code_that_may_not_run_has_no_kernels_and_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asked whether to run it"))
+    assert not has_liger_kernels(PretrainedConfig(auto_map={"AutoModelForCausalLM": "modeling.Model"}))
 
 
 def test_liger_is_refused_where_it_cannot_act(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ def _liger(config: DictConfig) -> Choice:
         return Choice(False, "liger-kernel is not installed: pip install -e 'verl[liger]'")
     model = config.actor_rollout_ref.model
     found = config_of(model.path, model.trust_remote_code)
-    if found is None or not has_liger_kernels(found):
+    if found is None or not has_liger_kernels(found, model.trust_remote_code):
         return Choice(False, f"no kernels are known for {'this model' if found is None else found.model_type}")
     return Choice(True, f"liger-kernel {importlib.metadata.version('liger-kernel')} is installed")
 

@@ -25,15 +25,15 @@ def check_liger(device: str, key: str = KEY) -> None:
         raise UserError(f"{key}=true needs liger-kernel (pip install 'liger-kernel>=0.8,<0.9'), or leave it at false")
 
 
-def has_liger_kernels(config: PretrainedConfig) -> bool:
+def has_liger_kernels(config: PretrainedConfig, trust_remote_code: bool = False) -> bool:
     """Whether `apply_liger` would find what it needs in a causal LM of this configuration."""
     from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except ValueError:
-        # A kind that transformers has no causal LM for.
+        # A kind that transformers has no causal LM for, or code that it may not run.
         return False
     return all(_modules_of(model))
 
