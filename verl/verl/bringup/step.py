@@ -14,6 +14,7 @@ from xbai.errors import UserError
 SUBJECTS = (
     "driver",
     "attention",
+    "lm_head",
     "scorer",
     "placement",
     "training",
