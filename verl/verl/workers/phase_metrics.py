@@ -19,9 +19,9 @@ GIB = 2**30
 def measure_phase(phase: str) -> Iterator[dict[str, float]]:
     """Yield a dictionary that at the end holds the phase's cost.
 
-    Keys: `timing_s/{phase}`; `perf/{phase}_memory_gib`, the most memory that tensors took on the GPU during the phase,
-    or on CPU that the process ever took; and, where the caller has set `tokens` in the dictionary,
-    `perf/{phase}_tokens_per_s` of this rank instead of it.
+    Keys: `timing_s/{phase}`; `perf/{phase}_memory_gib`, the most memory that tensors took on the GPU during the phase
+    (without those of an engine that sleeps), or on CPU that the process ever took; and, where the caller has set
+    `tokens` in the dictionary, `perf/{phase}_tokens_per_s` of this rank instead of it.
     """
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -33,9 +33,21 @@ def measure_phase(phase: str) -> Iterator[dict[str, float]]:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     metrics[f"timing_s/{phase}"] = seconds
-    metrics[f"perf/{phase}_memory_gib"] = (torch.cuda.max_memory_allocated() if on_gpu else _peak_rss()) / GIB
+    metrics[f"perf/{phase}_memory_gib"] = (
+        torch.cuda.max_memory_allocated() - _asleep() if on_gpu else _peak_rss()
+    ) / GIB
     if "tokens" in metrics:
         metrics[f"perf/{phase}_tokens_per_s"] = metrics.pop("tokens") / seconds
+
+
+def _asleep() -> int:
+    """Bytes of the tensors of a sleeping vLLM engine in this process: torch goes on counting what vLLM has unmapped."""
+    cumem = sys.modules.get("vllm.device_allocator.cumem")
+    allocator = None if cumem is None else cumem.CuMemAllocator.instance
+    if allocator is None:
+        return 0
+    # A handle is device, size, address and chunks.
+    return sum(data.handle[1] for data in allocator.pointer_to_data.values() if data.is_asleep)
 
 
 def _peak_rss() -> int:
