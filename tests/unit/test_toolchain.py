@@ -9,6 +9,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 
 from xbai.engine import toolchain
 from xbai.engine.toolchain import Toolchain, search_path
@@ -79,24 +80,36 @@ def test_kernels_that_come_compiled_need_no_compiler(machine: Path, monkeypatch:
 
 def test_no_gpu_starts_without_a_compiler() -> None:
     with pytest.raises(UserError, match=r"^vLLM: a C compiler .*and Python's headers.* are missing, which Triton"):
-        Toolchain(("a C compiler (gcc or clang)", "Python's headers (python3-dev)"), ()).attention(HOPPER, {})
+        Toolchain(("a C compiler (gcc or clang)", "Python's headers (python3-dev)"), ()).attention(
+            HOPPER, torch.bfloat16, {}
+        )
 
 
 def test_attention_goes_without_flashinfer_where_it_cannot_be_compiled(caplog: pytest.LogCaptureFixture) -> None:
     complete, without = Toolchain((), ()), Toolchain((), ("nvcc (/usr/local/cuda/bin)",))
     for capability in ((8, 0), HOPPER, BLACKWELL, (12, 0)):
-        assert complete.attention(capability, {}) == {}
-        assert complete.attention(capability, {"attention_backend": "FLASHINFER"}) == {}
-        assert without.attention(capability, {"attention_backend": "TRITON_ATTN"}) == {}
+        assert complete.attention(capability, torch.bfloat16, {}) == {}
+        assert complete.attention(capability, torch.bfloat16, {"attention_backend": "FLASHINFER"}) == {}
+        assert without.attention(capability, torch.bfloat16, {"attention_backend": "TRITON_ATTN"}) == {}
         with pytest.raises(UserError, match=r"^attention_backend=FLASHINFER: nvcc \(.*\) is missing.*install"):
-            without.attention(capability, {"attention_backend": "flashinfer"})
+            without.attention(capability, torch.bfloat16, {"attention_backend": "flashinfer"})
         if capability != BLACKWELL:
-            assert without.attention(capability, {}) == {}
+            assert without.attention(capability, torch.bfloat16, {}) == {}
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
-        assert without.attention(BLACKWELL, {}) == {"attention_backend": "FLASH_ATTN"}
+        assert without.attention(BLACKWELL, torch.bfloat16, {}) == {"attention_backend": "FLASH_ATTN"}
     [record] = caplog.records
     assert "nvcc (/usr/local/cuda/bin) is missing" in record.getMessage()
+
+
+@pytest.mark.slow
+def test_no_backend_is_chosen_that_cannot_compute_in_float32() -> None:
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+    without = Toolchain((), ("nvcc (/usr/local/cuda/bin)",))
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        is_chosen = without.attention(BLACKWELL, dtype, {}) == {"attention_backend": "FLASH_ATTN"}
+        assert is_chosen == FlashAttentionBackend.supports_dtype(dtype)
 
 
 def test_this_machine_has_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from xbai.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -60,11 +62,12 @@ class Toolchain:
             for_flashinfer = {}
         return cls(_missing(for_triton), _missing(for_flashinfer))
 
-    def attention(self, capability: tuple[int, int], options: Mapping[str, Any]) -> dict[str, Any]:
+    def attention(self, capability: tuple[int, int], dtype: torch.dtype, options: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of vLLM's `EngineArgs` by which attention can do with what is here.
 
         Args:
             capability: the GPU's compute capability.
+            dtype: of the weights.
             options: fields that were given.
 
         Raises:
@@ -80,8 +83,9 @@ class Toolchain:
         missing = f"{_list(self.for_flashinfer)} missing, which FlashInfer compiles its kernels with"
         if str(getattr(chosen, "name", chosen)).upper() == "FLASHINFER":
             raise UserError(f"attention_backend=FLASHINFER: {missing}; {_INSTALL_NVCC}, or leave the option out")
-        if chosen is None and capability[0] == 10:
-            # The one generation for which vLLM prefers FlashInfer, without a look at what it needs.
+        if chosen is None and capability[0] == 10 and dtype != torch.float32:
+            # The one generation for which vLLM prefers FlashInfer, without a look at what it needs; in float32, which
+            # neither of the two computes, it takes Triton's kernels.
             logger.warning("attention is FlashAttention's: %s; for the faster one %s", missing, _INSTALL_NVCC)
             return {"attention_backend": "FLASH_ATTN"}
         return {}

@@ -396,7 +396,7 @@ def _engine_arguments(config: PretrainedConfig, dtype: torch.dtype, chosen: Mapp
     # Of the memory that is free now, which a score head's backbone or a trainer shares.
     free, total = torch.cuda.mem_get_info()
     arguments |= {"enable_sleep_mode": among_ranks, "gpu_memory_utilization": 0.9 * free / total}
-    return arguments | Toolchain.of(os.environ).attention(torch.cuda.get_device_capability(), given) | given
+    return arguments | Toolchain.of(os.environ).attention(torch.cuda.get_device_capability(), dtype, given) | given
 
 
 def _cpu_arguments(config: PretrainedConfig, dtype: torch.dtype, given: dict[str, Any]) -> dict[str, Any]:
