@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import verl.bringup.__main__ as command
-from verl.bringup import attention, scorer, throughput
+from verl.bringup import attention, leftovers, machine, scorer, throughput
 from verl.bringup.report import Report
 from verl.bringup.runner import Outcome, run_step
 from verl.bringup.runs import judged_memory
@@ -192,6 +192,40 @@ def test_every_step_has_a_name_of_its_own_and_says_what_its_failure_means():
     assert len({one.name for one in steps}) == len(steps) > len(SUBJECTS)
     assert all(len(one.means) > 40 and one.run.__doc__ for one in steps)
     assert {one.name for one in steps if one.quick}.isdisjoint(one.name for one in steps if "vllm" in one.needs)
+
+
+def _smi(folder: Path, *used: str) -> str:
+    """A PATH with a `nvidia-smi` that says so of each GPU."""
+    rows = "".join(f"{index}, GPU-{index}, {cell}\\n" for index, cell in enumerate(used))
+    tool = folder / "nvidia-smi"
+    tool.write_text(f"#!/bin/bash\nprintf '{rows}'\n")
+    tool.chmod(0o755)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize(("used", "expected"), [(("3", "70"), (3, 70)), (("[N/A]",), ()), ((), ())])
+def test_memory_in_use_is_known_or_its_step_is_skipped(
+    used: tuple[str, ...],
+    expected: tuple[int, ...],
+    context: Context,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("PATH", _smi(tmp_path, *used))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert machine.used_mib() == expected
+    on_gpu = replace(context, device="cuda", used_mib=machine.used_mib())
+    outcome = run_step(leftovers.memory_is_free, on_gpu, tmp_path / "log")
+    assert outcome.status == ("pass" if expected else "skipped")
+    assert ("0 MiB more in use" if expected else "needs memory in use") in outcome.figure
+
+
+def test_memory_left_behind_is_noticed(context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(leftovers, "PATIENCE_S", 0.0)
+    monkeypatch.setenv("PATH", _smi(tmp_path, "10", "5000"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    outcome = run_step(leftovers.memory_is_free, replace(context, device="cuda", used_mib=(10, 20)), tmp_path / "log")
+    assert (outcome.status, outcome.figure) == ("fail", "4980 MiB more are in use than before the first step")
 
 
 def test_a_check_that_fails_is_no_bug_of_the_step():

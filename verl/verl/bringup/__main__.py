@@ -15,7 +15,7 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 import typer
 
 from verl.bringup import display
-from verl.bringup.machine import ROOT, default_device, describe, gpu_column, start_method
+from verl.bringup.machine import ROOT, default_device, describe, gpu_column, start_method, used_mib
 from verl.bringup.report import Report
 from verl.bringup.runner import run_step
 from verl.bringup.step import Context, Step, all_steps, choose
@@ -28,13 +28,13 @@ STAND_INS = 2
 
 def check(steps: list[Step], device: str, out: Path) -> Report:
     """Run the steps one after the other and write the report after each."""
-    gpus = gpu_column("memory.used") if device == "cuda" else []
     report = Report(out, describe(device))
     report.write()
     display.machine(report.machine)
     with tempfile.TemporaryDirectory(prefix="bringup_") as folder:
-        devices = max(1, len(gpus)) if device == "cuda" else STAND_INS
-        context = Context(device, devices, Path(folder), tuple(map(int, gpus)), start_method(device))
+        devices = max(1, len(gpu_column("name"))) if device == "cuda" else STAND_INS
+        used = used_mib() if device == "cuda" else ()
+        context = Context(device, devices, Path(folder), used, start_method(device))
         for number, step in enumerate(steps, 1):
             display.started(step, number, len(steps))
             outcome = run_step(step, context, out.with_suffix("") / f"{step.name}.log")

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from verl.bringup.driver import GIB, now
 from verl.bringup.generation import token_log_probs
-from verl.bringup.machine import gpu_column
 from verl.bringup.step import Context, require, step
 from verl.bringup.workload import build_policy, model_folder, process_group
 from verl.utils.fsdp import named_full_tensors
@@ -105,6 +104,7 @@ def vllm_penalties_and_seeds(context: Context) -> str:
 def vllm_closed(context: Context) -> str:
     """A second engine in the process, which then has the memory back."""
     greedy = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+    free = torch.cuda.mem_get_info()[0] if context.on_gpu else 0
     found = []
     for _ in range(2):
         with closing(_engine(context)) as engine:
@@ -114,9 +114,9 @@ def vllm_closed(context: Context) -> str:
     if not context.on_gpu:
         return "two engines, one after the other"
     torch.cuda.empty_cache()
-    held = int(gpu_column("memory.used")[0]) - context.used_mib[0]
-    require(held < 4096, f"{held} MiB are in use after two engines were closed")
-    return f"two engines, one after the other; {held} MiB in use afterwards"
+    held = (free - torch.cuda.mem_get_info()[0]) / GIB
+    require(held < 4, f"{held:.1f} GiB more are in use after two engines were closed")
+    return f"two engines, one after the other; {held:.1f} GiB more in use afterwards"
 
 
 def _engine(context: Context, layers: int | None = 4, dtype: str = "bfloat16", **options: Any) -> Engine:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from verl.bringup.machine import gpu_column
+from verl.bringup.machine import used_mib
 from verl.bringup.step import Context, require, step
 
 LEFT_MIB = 1024
@@ -14,7 +14,7 @@ PATIENCE_S = 20.0
 @step(
     means="Memory of a GPU is still taken after all processes of the steps have ended: `nvidia-smi` names who has it. "
     "A worker that outlives its run makes the next one fail for want of memory.",
-    needs=["gpu"],
+    needs=["gpu", "memory in use"],
     quick=True,
 )
 def memory_is_free(context: Context) -> str:
@@ -27,5 +27,4 @@ def memory_is_free(context: Context) -> str:
 
 
 def _left(context: Context) -> int:
-    found = map(int, gpu_column("memory.used"))
-    return max(0, *(after - before for after, before in zip(found, context.used_mib)))
+    return max(0, *(after - before for after, before in zip(used_mib(), context.used_mib, strict=True)))

@@ -34,6 +34,12 @@ def gpu_column(field: str) -> list[str]:
     return [value for index, uuid, value in (row for row in rows if len(row) == 3) if _is_visible(index, uuid)]
 
 
+def used_mib() -> tuple[int, ...]:
+    """MiB in use of each visible GPU; empty where `nvidia-smi` has no such figures (parts of a GPU, shared memory)."""
+    cells = gpu_column("memory.used")
+    return tuple(map(int, cells)) if all(map(str.isdecimal, cells)) else ()
+
+
 def _is_visible(index: str, uuid: str) -> bool:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible is None or any(name == index or (name and uuid.startswith(name)) for name in visible.split(","))

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 from verl.bringup.driver import GIB
-from verl.bringup.machine import ROOT, gpu_column
+from verl.bringup.machine import ROOT
 from verl.bringup.step import Context, require, step
 from verl.bringup.workload import model_folder_made_apart, process_count
 
@@ -119,11 +119,12 @@ def _memory(config: str, model: Path, metrics: dict[str, float]) -> str:
     """What torch took at most, beside the dry run's estimate of the same configuration (YAML)."""
     from omegaconf import OmegaConf
 
+    from verl.trainer.auto_config import smallest_gpu
     from verl.trainer.memory_phases import PhaseMemory
     from verl.utils.model_shapes import ModelShape, config_of
 
     shape = ModelShape.from_config(config_of(model))
-    memory = PhaseMemory(OmegaConf.create(config), shape, shape, int(gpu_column("memory.total")[0]) * 2**20)
+    memory = PhaseMemory(OmegaConf.create(config), shape, shape, smallest_gpu())
     found = {}
     for phase, name in PHASES.items():
         expected = sum(size for part, size in memory.phases[phase].items() if part not in OF_VLLM) / GIB

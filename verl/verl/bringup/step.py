@@ -47,7 +47,7 @@ class Context:
         device: `cuda`, or `cpu` for a rehearsal.
         devices: visible GPUs; on CPU processes that stand for them.
         work: a folder that all steps share; it goes with the last of them.
-        used_mib: what others held of each GPU's memory before the first step.
+        used_mib: what others held of each GPU's memory before the first step; empty where that is not known.
         start_method: of processes that use CUDA: `fork` where that works here, else `spawn`.
     """
 
@@ -99,9 +99,11 @@ def step(
 
 
 def _is_here(need: str, context: Context) -> bool:
-    """`gpu`, `2 devices`, `compiler`, or the name of an importable module."""
+    """`gpu`, `memory in use` of each, `2 devices`, `compiler`, or the name of an importable module."""
     if need == "gpu":
         return context.on_gpu
+    if need == "memory in use":
+        return bool(context.used_mib)
     if need == "compiler":
         return any(map(shutil.which, ("gcc", "clang", "cc") if context.on_gpu else ("g++", "clang++")))
     number, _, what = need.partition(" ")
