@@ -273,6 +273,7 @@ def test_a_score_of_another_position_is_noticed(context: Context, monkeypatch: p
 
 def test_memory_must_be_near_the_estimate():
     assert judged_memory({"update": (9.0, 10.0)}) == "update 9.0 GiB, estimated 10.0"
+    assert judged_memory({"update": (5.0, 10.0)}, is_most=True)
     with pytest.raises(CheckFailed, match=r"log-prob 12\.0 GiB, estimated 10\.0; at most 15%"):
         judged_memory({"update": (9.0, 10.0), "log-prob": (12.0, 10.0)})
 

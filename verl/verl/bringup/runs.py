@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 from verl.bringup.driver import GIB
@@ -13,7 +14,9 @@ from verl.bringup.step import Context, require, step
 from verl.bringup.workload import model_folder_made_apart, process_count
 
 STEPS = 2
-MISMATCH, LOG_PROB_DIFF = 1e-3, 0.02
+MISMATCH, LOG_PROB_DIFF = 5e-3, 0.06
+"""Of actor and engine, which round differently: at the recipe's temperature of 0.6, log-probs of 28 layers of random
+weights are 0.03 from float32 in bfloat16, those of trained ones less."""
 MEMORY_ERROR = 0.15
 PHASES = {"update": "update_actor", "log-prob": "old_log_prob"}
 """Of the dry run, and what the metrics call them."""
@@ -129,12 +132,18 @@ def _memory(config: str, model: Path, metrics: dict[str, float]) -> str:
     for phase, name in PHASES.items():
         expected = sum(size for part, size in memory.phases[phase].items() if part not in OF_VLLM) / GIB
         found[phase] = (metrics[f"perf/{name}_memory_gib"], expected)
-    return judged_memory(found)
+    return judged_memory(found, is_most=find_spec("liger_kernel") is not None)
 
 
-def judged_memory(found: dict[str, tuple[float, float]]) -> str:
-    """The figure of GiB at the peak and as estimated, by phase; raises where they are too far apart."""
+def judged_memory(found: dict[str, tuple[float, float]], is_most: bool = False) -> str:
+    """The figure of GiB at the peak and as estimated, by phase; raises where they are too far apart.
+
+    Args:
+        found: peak and estimate of each phase.
+        is_most: it may be less, as with Liger's kernels, which save less for the backward pass than is counted.
+    """
     figure = ", ".join(f"{phase} {peak:.1f} GiB, estimated {expected:.1f}" for phase, (peak, expected) in found.items())
-    wrong = [phase for phase, (peak, expected) in found.items() if abs(peak / expected - 1) > MEMORY_ERROR]
+    off = {phase: peak / expected - 1 for phase, (peak, expected) in found.items()}
+    wrong = [phase for phase, share in off.items() if (share if is_most else abs(share)) > MEMORY_ERROR]
     require(not wrong, f"{figure}; at most {MEMORY_ERROR:.0%} apart is wanted")
     return figure

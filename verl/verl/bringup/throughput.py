@@ -19,9 +19,10 @@ from verl.utils.torch_functional import LOGITS_PER_CHUNK
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 
 REPEATS = 3
-LEAST_MFU = 0.30
+LEAST_MFU = {True: 0.30, False: 0.25}
 LEAST_MFU_FROM = 700.0
-"""GPUs with a peak of as many TFLOP/s must reach `LEAST_MFU`; of others it is only reported."""
+"""GPUs with a peak of as many TFLOP/s must reach `LEAST_MFU`, with Liger's kernels and without; of others it is only
+reported."""
 MEMORY_ERROR = 0.15
 MEANS = (
     "Training is slower than this GPU allows. Other processes on it (`nvidia-smi`), its clocks or power limit, then "
@@ -48,13 +49,14 @@ def throughput_packed(context: Context) -> str:
     quick=True,
 )
 def throughput_fastest(context: Context) -> str:
-    """Compiled kernels, Liger's where installed, all activations kept: at least 30 % MFU on an H100."""
+    """Compiled kernels, Liger's where installed, all activations kept: 30 % MFU on an H100, 25 % without Liger."""
     use_liger = context.on_gpu and find_spec("liger_kernel") is not None
     found = _measure(context, packed=True, fused_kernels=True, use_liger=use_liger)
     peak = _peak(context)
     figure = _figure(found, context)
     if peak is not None and peak >= LEAST_MFU_FROM:
-        require(min(found.values()) >= LEAST_MFU * peak, f"{figure}; at least {LEAST_MFU:.0%} is expected of this GPU")
+        least = LEAST_MFU[use_liger]
+        require(min(found.values()) >= least * peak, f"{figure}; at least {least:.0%} is expected of this GPU")
     return figure
 
 

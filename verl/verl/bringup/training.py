@@ -23,7 +23,7 @@ from xbai.engine.files import read_config
 SIZES = Sizes(prompts=4, samples=4, prompt_tokens=32, response_tokens=128, tokens_per_micro_batch=640)
 LOSS_ERROR, NORM_ERROR, LOG_PROB_ERROR = 0.01, 0.05, 0.03
 LOSSES = ("actor/pg_loss", "actor/entropy_loss", "actor/kl_loss", "score/loss", "actor/loss")
-REFERENCE_SCALE, EARLIER = 0.875, 0.3
+REFERENCE_SCALE, EARLIER = 0.875, 0.5
 """What the policy's weights are multiplied by to get a reference's (a number that bfloat16 has), and how far log-probs
 of a few updates ago are from its own."""
 EXACT = "float32"

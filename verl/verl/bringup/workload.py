@@ -29,8 +29,6 @@ from xbai.sprm import ScoreHead, SPRMConfig, StepRule, load_sprm_config, save_sc
 SHAPE = "DeepSeek-R1-Distill-Qwen-1.5B"
 MOST_PROCESSES = 8
 CUT_LAYERS = 4
-INITIALIZER_RANGE = 0.03
-"""Wide enough for distributions over the vocabulary with a few likely tokens, as trained models have them."""
 SCORE_SCALE = 2.0
 """So that scores of random texts are further apart than any rounding moves them."""
 TOKENS_PER_STEP = 16
@@ -88,9 +86,7 @@ def write_model(folder: Path, shape: str, layers: int | None) -> None:
     """A known shape cut to some layers, with a tokenizer whose ids are all within the vocabulary."""
     tokenizer = make_tokenizer()
     changes = {} if layers is None else {"num_hidden_layers": layers}
-    config = known_config(
-        shape, eos_token_id=tokenizer.eos_token_id, initializer_range=INITIALIZER_RANGE, dtype="bfloat16", **changes
-    )
+    config = known_config(shape, eos_token_id=tokenizer.eos_token_id, dtype="bfloat16", **changes)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
