@@ -23,14 +23,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_sleeping_engine_takes_no_memory_of_a_phase(gpu: None, monkeypatch: pytest.MonkeyPatch):
     from vllm.device_allocator.cumem import AllocationData, CuMemAllocator
 
-    weights, cache = (
-        AllocationData((0, size * GIB, address, []), tag)
-        for size, address, tag in ((3, 1 << 40, "weights"), (50, 2 << 40, "kv_cache"))
-    )
-    allocator = SimpleNamespace(pointer_to_data={data.handle[2]: data for data in (weights, cache)})
+    sizes = {"weights": 3, "kv_cache": 50, "cudagraph": 1}
+    blocks = [AllocationData((0, size * GIB, 2**40 + size, []), tag) for tag, size in sizes.items()]
+    allocator = SimpleNamespace(pointer_to_data={block.handle[2]: block for block in blocks})
     for instance, awake, expected in ((None, True, 60), (allocator, True, 60), (allocator, False, 7)):
         monkeypatch.setattr(CuMemAllocator, "instance", instance)
-        weights.is_asleep = cache.is_asleep = not awake
+        for block in blocks:
+            block.is_asleep = not awake
         with measure_phase("update_actor") as metrics:
             pass
         assert metrics["perf/update_actor_memory_gib"] == expected

@@ -46,8 +46,9 @@ def _asleep() -> int:
     allocator = None if cumem is None else cumem.CuMemAllocator.instance
     if allocator is None:
         return 0
-    # A handle is device, size, address and chunks.
-    return sum(data.handle[1] for data in allocator.pointer_to_data.values() if data.is_asleep)
+    # Weights and KV cache fill their blocks; those of graphs have little in them that torch counts.
+    asleep = [data for data in allocator.pointer_to_data.values() if data.is_asleep]
+    return sum(data.handle[1] for data in asleep if data.tag in cumem.DEFERRABLE_TAGS)
 
 
 def _peak_rss() -> int:
