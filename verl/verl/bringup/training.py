@@ -18,7 +18,7 @@ from verl.workers.actor.reference import ReferencePolicy
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
 from verl.workers.critic.value_model import build_value_model
 from verl.workers.placed_model import Dtypes, PlacedModel
-from xbai.engine.files import read_config
+from xbai.engine.files import read_config, resolve_head_dtype
 
 SIZES = Sizes(prompts=4, samples=4, prompt_tokens=32, response_tokens=128, tokens_per_micro_batch=640)
 LOSS_ERROR, NORM_ERROR, LOG_PROB_ERROR = 0.01, 0.05, 0.03
@@ -158,7 +158,11 @@ def _earlier_log_probs(context: Context, columns: dict[str, Tensor], dtype: str)
 def _reference(folder: Path, dtype: str, modes: dict[str, bool]) -> ReferencePolicy:
     compute = Dtypes.from_config({"compute_dtype": dtype}).compute
     model = build_joint_model(
-        folder, compute if dtype != EXACT else torch.float32, compute_dtype=compute, packed=modes.get("packed", False)
+        folder,
+        compute if dtype != EXACT else torch.float32,
+        compute_dtype=compute,
+        logits_dtype=resolve_head_dtype(None, compute),
+        packed=modes.get("packed", False),
     ).requires_grad_(False)
     for parameter in model.parameters():
         parameter.mul_(REFERENCE_SCALE)

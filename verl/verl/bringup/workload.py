@@ -22,7 +22,7 @@ from verl.utils.model_shapes import known_config
 from verl.utils.optim import JointOptimizer
 from verl.workers.placed_model import Dtypes, PlacedModel
 from xbai.benchmarks.tiny_model import make_tokenizer, write_tiny_model
-from xbai.engine.files import read_config
+from xbai.engine.files import read_config, resolve_head_dtype
 from xbai.files import atomic_directory
 from xbai.sprm import ScoreHead, SPRMConfig, StepRule, load_sprm_config, save_score_head
 
@@ -176,6 +176,7 @@ def build_policy(
         loading_dtype(folder, dtypes.stored),
         sprm_config=load_sprm_config(folder, load_tokenizer(folder)) if with_head else None,
         compute_dtype=dtypes.compute,
+        logits_dtype=resolve_head_dtype(None, dtypes.compute),
         **model,
     )
     return PlacedModel(joint, fsdp_config, lambda sharded: JointOptimizer(sharded, {"lr": lr}, {"lr": lr}))
