@@ -220,6 +220,17 @@ def test_memory_in_use_is_known_or_its_step_is_skipped(
     assert ("0 MiB more in use" if expected else "needs memory in use") in outcome.figure
 
 
+@pytest.mark.parametrize(("totals", "has_room"), [(("81559",), True), (("24564",), False), (("[N/A]",), True)])
+def test_a_small_gpu_skips_what_does_not_fit_it(
+    totals: tuple[str, ...], has_room: bool, context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PATH", _smi(tmp_path, *totals))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    packed = throughput.throughput_packed
+    assert packed.missing(replace(context, device="cuda")) == (None if has_room else "38 GiB")
+    assert packed.missing(context) is None, "a rehearsal is tiny"
+
+
 def test_memory_left_behind_is_noticed(context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(leftovers, "PATIENCE_S", 0.0)
     monkeypatch.setenv("PATH", _smi(tmp_path, "10", "5000"))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from verl.bringup.machine import gpu_column
 from xbai.errors import UserError
 
 SUBJECTS = (
@@ -99,7 +100,7 @@ def step(
 
 
 def _is_here(need: str, context: Context) -> bool:
-    """`gpu`, `memory in use` of each, `2 devices`, `compiler`, or the name of an importable module."""
+    """`gpu`, `memory in use` of each, `2 devices`, `40 GiB` of a GPU, `compiler`, or an importable module's name."""
     if need == "gpu":
         return context.on_gpu
     if need == "memory in use":
@@ -109,6 +110,9 @@ def _is_here(need: str, context: Context) -> bool:
     number, _, what = need.partition(" ")
     if what == "devices":
         return context.devices >= int(number)
+    if what == "GiB":
+        totals = gpu_column("memory.total") if context.on_gpu else []
+        return all(int(total) >= 1024 * int(number) for total in totals if total.isdecimal())
     return importlib.util.find_spec(need) is not None
 
 

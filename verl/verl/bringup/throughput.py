@@ -36,7 +36,7 @@ def _sizes(context: Context) -> Sizes:
     return Sizes(prompts=2, samples=2, prompt_tokens=16, response_tokens=64, tokens_per_micro_batch=256)
 
 
-@step(means=MEANS, limit_s=240, quick=True)
+@step(means=MEANS, needs=["38 GiB"], limit_s=240, quick=True)
 def throughput_packed(context: Context) -> str:
     """Padding-free rows with checkpointing, without compiled kernels; reported, whatever it is."""
     return _figure(_measure(context, packed=True, gradient_checkpointing=True), context)
@@ -44,7 +44,7 @@ def throughput_packed(context: Context) -> str:
 
 @step(
     means=MEANS + "These are the kernels that recipes use where they can; see also the step without them.",
-    needs=["compiler"],
+    needs=["compiler", "62 GiB"],
     limit_s=240,
     quick=True,
 )
