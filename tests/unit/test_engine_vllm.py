@@ -9,9 +9,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from xbai.engine import vllm as vllm_module
+from xbai.engine import vllm, vllm_start
 from xbai.engine.vllm import VLLMEngine
-from xbai.engine.vllm import _start as start
 from xbai.errors import UserError
 
 
@@ -24,7 +23,7 @@ def no_start(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(arguments: dict[str, Any]) -> None:
         raise StartedError(arguments)
 
-    monkeypatch.setattr(vllm_module, "_start", stop)
+    monkeypatch.setattr(vllm, "start", stop)
     # An engine that an earlier test left open has a process group.
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
 
@@ -128,24 +127,24 @@ def test_a_gpu_without_a_compiler_is_refused_before_the_model_loads(
 
 def test_nothing_is_compiled_for_a_sampler_that_seeds_bypass(monkeypatch: pytest.MonkeyPatch) -> None:
     envs = pytest.importorskip("vllm.envs")
-    monkeypatch.setattr(vllm_module, "_construct", lambda arguments: None)
+    monkeypatch.setattr(vllm_start, "_construct", lambda arguments: None)
     for given, used in ((None, False), ("1", True)):
         monkeypatch.delenv("VLLM_USE_FLASHINFER_SAMPLER", raising=False)
         if given is not None:
             monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", given)
-        start({})
+        vllm_start.start({})
         assert envs.environment_variables["VLLM_USE_FLASHINFER_SAMPLER"]() == used
 
 
 def test_triton_computes_a_float32_model_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     knobs = pytest.importorskip("triton.knobs")
-    for name in (*vllm_module._REQUIRED_ENVIRONMENT, *vllm_module._DEFAULT_ENVIRONMENT):
+    for name in (*vllm_start._REQUIRED_ENVIRONMENT, *vllm_start._DEFAULT_ENVIRONMENT):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(vllm_module, "_construct", lambda arguments: None)
-    start({})
+    monkeypatch.setattr(vllm_start, "_construct", lambda arguments: None)
+    vllm_start.start({})
     assert knobs.language.fp32_default == "ieee"
     monkeypatch.setenv("TRITON_F32_DEFAULT", "tf32")
-    start({})
+    vllm_start.start({})
     assert knobs.language.fp32_default == "tf32"
 
 
