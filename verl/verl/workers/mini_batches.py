@@ -42,6 +42,10 @@ class MiniBatching:
         self._rows = rows // self._groups
         self._name = f"{name}.ppo_mini_batch_size={section['ppo_mini_batch_size']} prompts of {responses_per_prompt}"
 
+    def optimiser_steps(self, data: Batch) -> int:
+        """How many mini-batches `split` makes."""
+        return self._epochs * (len(data["input_ids"]) // self._rows)
+
     def split(self, data: Batch) -> Iterator[dict[str, Tensor]]:
         """This rank's share of each mini-batch, `ppo_epochs` times over.
 

@@ -131,14 +131,15 @@ class DataParallelPPOActor:
                 mini-batches.
         """
         self.model.train()
-        has_old_log_probs = "old_log_probs" in data.keys()  # noqa: SIM118 (a TensorDict, too)
+        given = set(data.keys())
+        has_old_log_probs = "old_log_probs" in given
         keys = self._loss_config.batch_keys(has_old_log_probs)
-        if "rollout_log_probs" in keys and "rollout_log_probs" not in data.keys():  # noqa: SIM118 (a TensorDict, too)
+        if "rollout_log_probs" in keys and "rollout_log_probs" not in given:
             raise UserError("actor.tis_imp_ratio_cap needs the rollout engine's log-probs; this batch has none")
-        mini_batches = list(self._mini_batching.split({key: data[key] for key in keys}))
-        if len(mini_batches) > 1 and not has_old_log_probs:
-            raise ValueError(f"{len(mini_batches)} optimiser steps on one batch need its old_log_probs")
-        metrics = means_over_steps(map(self._update, mini_batches))
+        if not has_old_log_probs and (steps := self._mini_batching.optimiser_steps(data)) > 1:
+            raise ValueError(f"{steps} optimiser steps on one batch need its old_log_probs")
+        data = {key: data[key] for key in keys}
+        metrics = means_over_steps(map(self._update, self._mini_batching.split(data)))
         return _prefixed(metrics | self.optimizer.advance_schedules())
 
     def _update(self, mini_batch: Batch) -> dict[str, float]:
