@@ -8,15 +8,14 @@ from contextlib import closing
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from verl.bringup.driver import GIB, now
 from verl.bringup.generation import token_log_probs
 from verl.bringup.step import Context, require, step
-from verl.bringup.workload import build_policy, model_folder, process_group
+from verl.bringup.workload import build_policy, model_folder, plain_model, process_group
 from verl.utils.fsdp import named_full_tensors
 from xbai.engine import Completion, Engine, SamplingParams, Scorer, load_engine
-from xbai.engine.files import quiet_transformers
 from xbai.sprm import aggregate
 
 TEMPERATURE = 0.8
@@ -145,8 +144,7 @@ def _compare(context: Context, engine: Engine, score_error: float, log_prob_erro
     prompts = _prompts(48 if context.on_gpu else 12)
     done = _mixed(engine, prompts, _tokens(context))
     folder = model_folder(context)
-    with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(context.device).eval()
+    model = plain_model(context, folder)
     score = _score_error(Scorer.from_folder(folder, dtype="float32"), prompts, done)
     mean = _log_prob_error(model, prompts, done)
     require(score < score_error, f"scores are up to {score:.2g} off; at most {score_error}")

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from verl.bringup.driver import now
 from verl.bringup.step import Context, require, step
-from verl.bringup.workload import build_policy, model_folder, process_group
+from verl.bringup.workload import build_policy, model_folder, plain_model, process_group
 from verl.utils.fsdp import named_full_tensors
 from xbai.engine import Engine, SamplingParams, load_engine
-from xbai.engine.files import quiet_transformers
 
 PROMPTS = [[57, 58, 59], [71] * 20, [55]]
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, log_probs=True, ignore_eos=True)
@@ -32,8 +31,7 @@ def hf_engine(context: Context) -> str:
     together = [completion for (completion,) in engine.generate(PROMPTS, GREEDY)]
     alone = [engine.generate([prompt], GREEDY)[0][0] for prompt in PROMPTS]
     require([one.token_ids for one in together] == [one.token_ids for one in alone], "a batch has other greedy tokens")
-    with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(context.device).eval()
+    model = plain_model(context, folder)
     worst = max(
         float((token_log_probs(model, prompt, one.token_ids) - torch.tensor(one.log_probs)).abs().max())
         for prompt, one in zip(PROMPTS, together, strict=True)

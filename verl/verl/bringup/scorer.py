@@ -5,13 +5,12 @@ from __future__ import annotations
 import random
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from verl.bringup.driver import now
 from verl.bringup.step import Context, require, step
-from verl.bringup.workload import STEP_IDS, model_folder
+from verl.bringup.workload import STEP_IDS, model_folder, plain_model
 from xbai.engine import Scored, Scorer
-from xbai.engine.files import quiet_transformers, read_config
+from xbai.engine.files import read_config
 from xbai.sprm import SPRMConfig, StepRule, load_score_head
 
 SCORE_ERROR = 0.01
@@ -56,8 +55,7 @@ def scores(context: Context) -> str:
 def _plain_scores(context: Context, scorer: Scorer, asked: list[list[int]]) -> list[float]:
     """By `hidden_states[-2]` of the whole model at the positions that the scorer names, one text at a time."""
     folder = model_folder(context)
-    with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(context.device).eval()
+    model = plain_model(context, folder)
     config = SPRMConfig(StepRule("en", step_ids=STEP_IDS), dropout=0.0)
     head = load_score_head(folder, read_config(folder).hidden_size, config).to(context.device)
     return [_plain_score(model, head, scored) for scored in scorer.score(asked, [PROMPT_TOKENS] * len(asked))]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from verl.bringup.step import Context, require
 from verl.utils.fsdp import init_distributed
@@ -22,7 +22,7 @@ from verl.utils.model_shapes import known_config
 from verl.utils.optim import JointOptimizer
 from verl.workers.placed_model import Dtypes, PlacedModel
 from xbai.benchmarks.tiny_model import make_tokenizer, write_tiny_model
-from xbai.engine.files import read_config, resolve_head_dtype
+from xbai.engine.files import quiet_transformers, read_config, resolve_head_dtype
 from xbai.files import atomic_directory
 from xbai.sprm import ScoreHead, SPRMConfig, StepRule, load_sprm_config, save_score_head
 
@@ -70,6 +70,12 @@ def model_folder(context: Context, layers: int | None = CUT_LAYERS, shape: str =
             write_model(temporary / "model", shape, layers) if context.on_gpu else write_tiny_model(temporary / "model")
             _add_head(temporary / "model")
     return folder / "model"
+
+
+def plain_model(context: Context, folder: Path) -> PreTrainedModel:
+    """transformers' own model of a folder, in float32: what everything else is compared with."""
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(context.device).eval()
 
 
 def model_folder_made_apart(context: Context, layers: int | None = CUT_LAYERS, shape: str = SHAPE) -> Path:
