@@ -54,6 +54,9 @@ def fails(capsys, monkeypatch, small_run):
 def test_a_valid_configuration_passes(small_run):
     assert _check(small_run).trainer.n_gpus_per_node == 2
     _check([*small_run, "actor_rollout_ref.actor.kl_loss_type=k3", "algorithm.kl_penalty=k1"])
+    for kind in ("kl+", "k1+", "k3+", "low_var_kl+", "full"):
+        _check([*small_run, f"actor_rollout_ref.actor.kl_loss_type={kind}", "algorithm.kl_penalty=kl"])
+    _check([*small_run, "actor_rollout_ref.actor={use_kl_loss: false, kl_loss_type: kl}"])
 
 
 @pytest.mark.parametrize(
@@ -97,6 +100,10 @@ def test_a_valid_configuration_passes(small_run):
         ("critic.nccl_timeout=0", "critic.nccl_timeout=0 must be a whole number above 0, or null"),
         ("ray_init.timeout_s=0", "ray_init.timeout_s=0 must be above 0"),
         ("trainer.logger=[console,mlflow]", "trainer.logger: mlflow is unknown"),
+        ("actor_rollout_ref.actor.kl_loss_type=kl", "kl_loss_type=kl has no gradient as a loss"),
+        ("actor_rollout_ref.actor.kl_loss_type=k1", "use low_var_kl, mse or full, or k1+"),
+        ("actor_rollout_ref.actor.kl_loss_type=full+", "kl_loss_type=full+ is unknown"),
+        ("algorithm.kl_penalty=low_var_kl+", "algorithm.kl_penalty=low_var_kl+ is unknown"),
         ("algorithm.adv_estimator=magic", "algorithm.adv_estimator=magic is unknown, use one of grpo, "),
         ("actor_rollout_ref.actor.ulysses_sequence_parallel_size=2", "set actor_rollout_ref.model.use_remove_padding="),
         ("actor_rollout_ref.actor.ulysses_sequence_parallel_size=3", "=3 must divide the 2 processes"),

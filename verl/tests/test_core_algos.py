@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from verl.trainer.ppo.core_algos import (
     ADVANTAGE_ESTIMATORS,
+    KL_ESTIMATORS,
+    KL_LOSS_TYPES,
     AdaptiveKLController,
     AdvantageInputs,
     Denominators,
@@ -26,6 +29,7 @@ from verl.trainer.ppo.core_algos import (
     compute_rloo_outcome_advantage,
     compute_value_loss,
     get_kl_controller,
+    kl_loss,
     kl_penalty,
     token_weights,
     truncated_importance_weights,
@@ -266,6 +270,55 @@ def test_kl_estimates(log_prob: float, ref_log_prob: float) -> None:
 def test_full_kl_is_refused() -> None:
     with pytest.raises(UserError, match=r"'full' is not available.*low_var_kl"):
         kl_penalty(torch.zeros(1), torch.zeros(1), "full")
+
+
+def gradient_of(loss: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+    """[vocabulary], for a policy of these logits."""
+    logits = logits.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(logits.log_softmax(-1)), logits)
+    return gradient
+
+
+def expected(kl: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Over the policy's own tokens, which are drawn: no gradient goes through their probabilities."""
+    return lambda log_probs: (log_probs.exp().detach() * kl(log_probs)).sum()
+
+
+@quick
+@given(st.integers(0, 10_000))
+def test_expected_gradients_of_the_kl_losses(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits, ref_logits = torch.randn(2, 9, dtype=torch.float64, generator=generator).mul(0.5)
+    ref = ref_logits.log_softmax(-1)
+    kl = gradient_of(lambda log_probs: (log_probs.exp() * (log_probs - ref)).sum(), logits)
+    reverse = gradient_of(lambda log_probs: (ref.exp() * (ref - log_probs)).sum(), logits)
+    distance = gradient_of(lambda log_probs: (log_probs.exp() - ref.exp()).abs().sum(), logits)
+    assert kl.abs().max() > 1e-3
+    exact = {"mse": kl, "k2": kl, "low_var_kl": reverse, "k3": reverse, "abs": distance}
+    exact |= {kind: kl for kind in KL_LOSS_TYPES if kind.endswith("+")}
+    assert exact.keys() == set(KL_LOSS_TYPES) - {"kl", "k1"}
+    for kind, gradient in exact.items():
+        found = gradient_of(expected(lambda log_probs, kind=kind: kl_loss(log_probs, ref, kind)), logits)
+        torch.testing.assert_close(found, gradient, atol=1e-14, rtol=0)
+        value = kl_loss(logits.log_softmax(-1), ref, kind)
+        assert torch.equal(value, kl_penalty(logits.log_softmax(-1), ref, kind.removesuffix("+")))
+    assert gradient_of(expected(lambda log_probs: KL_ESTIMATORS["kl"](log_probs - ref)), logits).abs().max() < 1e-15
+
+
+def test_where_low_var_kl_is_cut_off_it_has_no_gradient_and_with_a_plus_it_has() -> None:
+    log_probs = torch.tensor([-8.0, -1.0], dtype=torch.float64, requires_grad=True)
+    ref = torch.tensor([-2.0, -1.5], dtype=torch.float64)
+    for kind, gradients in (("low_var_kl", [0.0, 1 - math.exp(-0.5)]), ("low_var_kl+", [-6.0, 0.5])):
+        value = kl_loss(log_probs, ref, kind)
+        assert value.tolist() == pytest.approx([10.0, math.exp(-0.5) - 1 + 0.5])
+        (found,) = torch.autograd.grad(value.sum(), log_probs)
+        assert found.tolist() == pytest.approx(gradients)
+
+
+@pytest.mark.parametrize("kind", ["kl", "k1"])
+def test_the_score_function_is_no_loss(kind: str) -> None:
+    with pytest.raises(UserError, match=rf"kl_loss_type={kind} has no gradient as a loss.*{kind}\+"):
+        kl_loss(torch.zeros(1), torch.zeros(1), kind)
 
 
 def test_kl_controllers() -> None:

@@ -18,7 +18,13 @@ from verl.trainer.batch_config import check_batches
 from verl.trainer.checkpoint_config import check_checkpoints
 from verl.trainer.critic_config import check_critic
 from verl.trainer.placement_config import check_kernels, check_placement
-from verl.trainer.ppo.core_algos import ADVANTAGE_ESTIMATORS, KL_ESTIMATORS, LOSS_AGG_MODES
+from verl.trainer.ppo.core_algos import (
+    ADVANTAGE_ESTIMATORS,
+    KL_ESTIMATORS,
+    KL_LOSS_TYPES,
+    LOSS_AGG_MODES,
+    check_kl_loss_type,
+)
 from verl.trainer.reward_config import check_reward
 from verl.trainer.rollout_config import check_rollout
 from verl.utils.dataset.rl_dataset import file_list
@@ -48,7 +54,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "actor_rollout_ref.score.optim.warmup_style": _WARMUPS,
     "actor_rollout_ref.actor.strategy": ("fsdp", "fsdp2"),
     "actor_rollout_ref.actor.loss_agg_mode": tuple(LOSS_AGG_MODES),
-    "actor_rollout_ref.actor.kl_loss_type": (*KL_ESTIMATORS, "full"),
+    "actor_rollout_ref.actor.kl_loss_type": (*KL_LOSS_TYPES, "full"),
     "actor_rollout_ref.actor.optim.name": _OPTIMIZERS,
     "actor_rollout_ref.actor.optim.warmup_style": _WARMUPS,
     "actor_rollout_ref.actor.fsdp_config.model_dtype": _DTYPES,
@@ -286,6 +292,8 @@ def _changed(config: DictConfig, defaults: DictConfig) -> dict[str, Any]:
 
 
 def _check_acts(config: DictConfig, changed: Mapping[str, Any]) -> None:
+    if config.actor_rollout_ref.actor.use_kl_loss:
+        check_kl_loss_type(config.actor_rollout_ref.actor.kl_loss_type)
     for key, value in changed.items():
         if config.trainer.device == "cpu" and key in NOT_ON_CPU:
             raise UserError(f"{key}={value} needs a GPU and cannot act on CPU; leave it at its default")

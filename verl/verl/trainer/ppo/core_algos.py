@@ -307,6 +307,10 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
 KL_ESTIMATORS |= {"k1": KL_ESTIMATORS["kl"], "k2": KL_ESTIMATORS["mse"], "k3": KL_ESTIMATORS["low_var_kl"]}
 
 
+KL_LOSS_TYPES = (*KL_ESTIMATORS, *(f"{kind}+" for kind in KL_ESTIMATORS))
+"""Of a loss: with `+` (as in public verl) the estimate is that of the name, its gradient that of `mse`."""
+
+
 def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, kind: str) -> Tensor:
     """Per-token estimate of KL(policy, reference) from sampled tokens.
 
@@ -320,6 +324,38 @@ def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, kind: str) -> Tensor:
     if kind not in KL_ESTIMATORS:
         raise UserError(f"KL estimate {kind!r} is not available from log-probs, use one of {', '.join(KL_ESTIMATORS)}")
     return KL_ESTIMATORS[kind](log_probs - ref_log_probs)
+
+
+def check_kl_loss_type(kind: str) -> None:
+    """Raise a `UserError` for the estimate whose gradient is the score function, of expectation 0."""
+    if kind in ("kl", "k1"):
+        raise UserError(
+            f"actor_rollout_ref.actor.kl_loss_type={kind} has no gradient as a loss (on-policy its expectation is 0); "
+            f"use low_var_kl, mse or full, or {kind}+ (its value, with the gradient of mse); in the reward, "
+            f"algorithm.kl_penalty={kind} is right"
+        )
+
+
+def kl_loss(log_probs: Tensor, ref_log_probs: Tensor, kind: str) -> Tensor:
+    """Per-token KL(policy, reference) to be minimised, from tokens that the policy sampled.
+
+    What the gradient is in expectation, for tokens of the policy as it is: of `mse`, and of all with `+`, the gradient
+    of KL(policy, reference); of `low_var_kl` that of KL(reference, policy), the same to first order; of `abs` that of
+    the L1 distance.
+
+    Args:
+        log_probs, ref_log_probs: of the same shape; the former with gradient.
+        kind: one of `KL_LOSS_TYPES`.
+
+    Raises:
+        UserError: `kl` or `k1`, which cannot act as a loss, or another kind.
+    """
+    check_kl_loss_type(kind)
+    value = kl_penalty(log_probs, ref_log_probs, kind.removesuffix("+"))
+    if not kind.endswith("+"):
+        return value
+    gradient = KL_ESTIMATORS["mse"](log_probs - ref_log_probs)
+    return value.detach() + (gradient - gradient.detach())
 
 
 class KLController(Protocol):

@@ -18,7 +18,7 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import (
     Denominators,
     compute_policy_loss,
-    kl_penalty,
+    kl_loss,
     token_weights,
     truncated_importance_weights,
 )
@@ -169,7 +169,7 @@ def joint_loss(
     if config.use_kl_loss:
         kl = output.kl
         if not config.uses_full_kl:
-            kl = kl_penalty(output.log_probs, layout.tokens(batch["ref_log_prob"]), config.kl_loss_type)
+            kl = kl_loss(output.log_probs, layout.tokens(batch["ref_log_prob"]), config.kl_loss_type)
         metrics["kl_loss"] = (weights * kl).sum()
         loss = loss + config.kl_loss_coef * metrics["kl_loss"]
     if config.use_score:
