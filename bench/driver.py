@@ -72,7 +72,7 @@ class Workload:
         make_tokenizer().save_pretrained(self.model_dir)
         tokenizer = load_tokenizer(self.model_dir)
         benchmark = get_benchmark("aime24")
-        self.prompts = [prompt_text(tokenizer, benchmark.messages(q)) for q in benchmark.read(self.input_file)]
+        self.prompts = [prompt_text(tokenizer, benchmark.messages(q), q.place) for q in benchmark.read(self.input_file)]
 
     def seconds(self, question: int, sample: int) -> float:
         """How long this response takes."""

@@ -13,6 +13,11 @@ class UserError(Exception):
     """Something the user can put right: one line naming the key, file or line, and what would be right."""
 
 
+def one_line(error: Exception) -> str:
+    """What an error of a library says."""
+    return " ".join(str(error).split())
+
+
 def exit_on_user_error(main: Callable[P, T]) -> Callable[P, T]:
     """Decorate an entry point: a `UserError` becomes its one line on stderr and exit status 2."""
 

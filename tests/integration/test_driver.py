@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,4 +198,21 @@ def test_metrics_of_a_run(command: Callable, tmp_path: Path) -> None:
 def test_bad_input_is_one_line(command: Callable, changes: dict, message: str) -> None:
     text = run(command(**changes), status=2)
     assert [line for line in text.splitlines() if line.startswith("error: ") and message in line], text
+    assert "Traceback" not in text
+
+
+def test_a_prompt_that_the_template_refuses_is_one_line(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}?"
+    )
+    user = {"role": "user", "content": "Make 10 from 1 2 3 4"}
+    prompts = [[user], [{"role": "system", "content": "Be brief."}, user]]
+    lines = [json.dumps({"prompt": prompt, "answer": "1 2 3 4"}) for prompt in prompts]
+    (tmp_path / "questions.jsonl").write_text("\n\n".join(lines) + "\n")
+    options = {"input_file": tmp_path / "questions.jsonl", "output_file": tmp_path / "out.jsonl", "model_dir": model}
+    service = {"response_api_url": "http://127.0.0.1:1/generate", "n_samples": 1, "branch": 1}
+    text = run(script("inference.py", task="make10", **options, **service), status=2)
+    said = "questions.jsonl:3: the chat template refuses it: System role not supported"
+    assert [line for line in text.splitlines() if line.startswith("error: ") and line.endswith(said)], text
     assert "Traceback" not in text

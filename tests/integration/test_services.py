@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -179,6 +180,23 @@ def test_what_cannot_start_says_so_in_one_line(
     assert done.returncode == 2
     assert len(errors) == 1 and expected in errors[0], done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_broken_chat_template_is_one_line_and_a_refusing_one_is_no_obstacle(
+    start_service: Callable, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model_dir, tmp_path / "model", ignore=shutil.ignore_patterns("sprm_config.json"))
+    template = model / "chat_template.jinja"
+    template.write_text("{% for message in messages %}")
+    broken = start_service("score_model_queue.py", "--model_path", str(model))
+    assert broken.process.wait(100) == 2
+    (error,) = (line for line in broken.log.read_text().splitlines() if line.startswith("error: "))
+    assert error.startswith(f"error: {model}: the chat template fails in its line 1: TemplateSyntaxError: ")
+    assert "Traceback" not in broken.log.read_text()
+
+    template.write_text("{{ raise_exception('the first message must be the system') }}")
+    url = start_service("score_model_queue.py", "--model_path", str(model)).wait_ready().url
+    assert 0 < httpx.post(f"{url}/score", json={"text": "So it is.\n\nAnd so on.\n\n"}).json()["value"] < 1
 
 
 def ask_for_a_while(url: str, responses: int) -> Future[httpx.Response]:

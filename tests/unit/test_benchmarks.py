@@ -131,6 +131,20 @@ def test_a_whole_chat_is_kept_as_it_is():
     assert benchmark.messages(question) == chat
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_a_chat_is_read_without_the_null_fields_that_parquet_adds(tmp_path, suffix):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": "{}"}}]}
+    chat = [{"role": "user", "content": "1+1?"}, call, {"role": "tool", "content": "2", "name": "add"}]
+    (question,) = get_benchmark("math500").read(
+        write(tmp_path / f"q{suffix}", [{"prompt": chat, "answer": "2", "n": None}])
+    )
+    assert question.prompt == "1+1?"
+    assert get_benchmark("math500").messages(question) == chat
+    assert (
+        question.place == f"{tmp_path}/q{suffix}" + {".jsonl": ":1", ".json": ": item 1", ".parquet": ": row 1"}[suffix]
+    )
+
+
 @pytest.mark.parametrize(
     "name,text,complaint",
     [
@@ -139,7 +153,17 @@ def test_a_whole_chat_is_kept_as_it_is():
         ("math500", '{"prompt": "a", "answer": " "}\n', r"q\.jsonl:1: 'answer' must be a string or a number"),
         ("math500", '{"prompt": "a", "answer": [1]}\n', r"q\.jsonl:1: 'answer' must be a string or a number"),
         ("math500", '{"prompt": 5, "answer": 1}\n', r"q\.jsonl:1: 'prompt' must be a text or a list"),
-        ("math500", '{"prompt": [], "answer": 1}\n', r"q\.jsonl:1: 'prompt' must be a text or a list"),
+        ("math500", '{"prompt": [], "answer": 1}\n', r"q\.jsonl:1: 'prompt' must be a non-empty list"),
+        (
+            "math500",
+            '{"prompt": [{"role": "system", "content": "a"}], "answer": 1}\n',
+            r"q\.jsonl:1: 'prompt' must hold a message by the user",
+        ),
+        (
+            "math500",
+            '\n{"prompt": [{"role": "user", "content": 5}], "answer": 1}\n',
+            r"q\.jsonl:2: 'prompt': message 1: content must be a text",
+        ),
         ("math500", "\n[1]\n", r"q\.jsonl:2: expected an object"),
         ("math500", '{"prompt": \n', r"q\.jsonl:1: not valid JSON"),
         ("math500", "", r"q\.jsonl: holds no questions"),

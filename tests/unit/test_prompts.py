@@ -1,10 +1,29 @@
-"""The prompt ends where the response begins, and gets no special tokens beyond the template's."""
+"""From messages to a prompt: what the template gets, where the response begins, and every failure as one line."""
 
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
 from transformers import PreTrainedTokenizerFast
 
-from xbai.prompts import prompt_ids, prompt_text
+from xbai.errors import UserError
+from xbai.prompts import TemplateRefusalError, chat_messages, prompt_ids, prompt_text
+from xbai.sprm import StepRule
 
 MESSAGES = [{"role": "user", "content": "Make 10 from 5 9 4"}]
+CASES = [json.loads(line) for line in (Path(__file__).parents[1] / "cases" / "chat_templates.jsonl").open()]
+REFUSES = "{{ raise_exception('System role not supported') }}"
+
+
+def with_template(tokenizer: PreTrainedTokenizerFast, template: Any) -> PreTrainedTokenizerFast:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def test_prompt_ends_with_the_generation_prompt(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -13,3 +32,69 @@ def test_prompt_ends_with_the_generation_prompt(tiny_tokenizer: PreTrainedTokeni
     ids = prompt_ids(tiny_tokenizer, MESSAGES)
     assert tiny_tokenizer.decode(ids) == text
     assert ids[0] == tiny_tokenizer.convert_tokens_to_ids("<|im_start|>")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_a_template_gets_what_it_takes_or_says_where_and_why_not(
+    case: dict[str, Any], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer, before = with_template(tiny_tokenizer, case["template"]), copy.deepcopy(case["messages"])
+    if "prompt" in case:
+        assert prompt_text(tokenizer, case["messages"], "a.jsonl:3") == case["prompt"]
+    else:
+        with pytest.raises(UserError) as caught:
+            prompt_text(tokenizer, case["messages"], "a.jsonl:3")
+        said = str(caught.value)
+        assert said.startswith("a.jsonl:3") and case["error"] in said and "\n" not in said
+        assert isinstance(caught.value, TemplateRefusalError) == ("refuses" in case["error"])
+    assert case["messages"] == before
+
+
+def test_templates_by_name(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    named = {"default": "{{ messages[0].content }}", "tool_use": REFUSES}
+    assert prompt_text(with_template(tiny_tokenizer, named), MESSAGES) == "Make 10 from 5 9 4"
+    with pytest.raises(UserError, match=r"^a\.jsonl:3: the chat template fails: ValueError: .*multiple chat templates"):
+        prompt_text(with_template(tiny_tokenizer, {"tool_use": REFUSES}), MESSAGES, "a.jsonl:3")
+
+
+def test_what_a_template_says_is_cut_off(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer = with_template(tiny_tokenizer, "{{ raise_exception('no ' ~ messages[0].content) }}")
+    with pytest.raises(TemplateRefusalError) as caught:
+        prompt_text(tokenizer, [{"role": "user", "content": "x" * 10_000}])
+    assert len(str(caught.value)) < 400
+
+
+def test_messages_are_the_same_read_twice() -> None:
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}], "name": None},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": None}}}]},
+    ]
+    read = chat_messages(messages, "here")
+    assert read == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
+    ]
+    assert chat_messages(read, "here") == read
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        REFUSES,
+        "{% if not add_generation_prompt %}{{ raise_exception('the last one must answer') }}{% endif %}A:",
+        "{% if messages[0].role != 'system' %}{{ raise_exception('needs a system message') }}{% endif %}A:",
+    ],
+)
+def test_a_template_that_refuses_a_bare_question_does_not_say_what_opens_a_response(
+    template: str, tiny_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        rule = StepRule.from_tokenizer(with_template(tiny_tokenizer, template))
+    assert rule.generation_prompt == ""
+    assert len(caplog.messages) == 1 and "the chat template refuses it: " in caplog.text
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}", "{{ messages|shout }}", "{{ messages[0].x.y }}"])
+def test_a_broken_template_gives_no_step_rule(template: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match="the chat template fails"):
+        StepRule.from_tokenizer(with_template(tiny_tokenizer, template))

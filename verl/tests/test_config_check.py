@@ -1,6 +1,7 @@
 """Every mistake in the configuration is one clear line, before a model or Ray starts."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -209,9 +210,21 @@ def test_row_without_prompt(fails, tmp_path):
     row = {"data_source": "make10", "reward_model": {"ground_truth": "1 2 3 4"}}
     rows = [{**row, "prompt": [{"role": "user", "content": "hi"}]}, {**row, "prompt": None}]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
-    assert "rows.parquet: row 1: 'prompt' must be a non-empty list" in fails(
+    assert "rows.parquet: row 2: 'prompt' must be a non-empty list" in fails(
         f"data.train_files={tmp_path}/rows.parquet"
     )
+
+
+@pytest.mark.parametrize("key", ["train_files", "val_files"])
+def test_a_prompt_that_the_template_refuses(fails, training_files, tiny_model_dir, tmp_path, key):
+    model = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    template = "{% if messages|length > 1 %}{{ raise_exception('System role\nnot supported') }}{% endif %}?"
+    (model / "chat_template.jinja").write_text(template)
+    rows = datasets.Dataset.from_parquet(str(training_files / "train.parquet")).to_list()
+    rows[5]["prompt"].insert(0, {"role": "system", "content": "Be brief."})
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    line = fails(f"actor_rollout_ref.model.path={model}", f"data.{key}={tmp_path}/rows.parquet")
+    assert line.endswith("rows.parquet: row 6: 'prompt': the chat template refuses it: System role not supported")
 
 
 def test_data_source_without_grader(fails, tmp_path):

@@ -1,5 +1,6 @@
 """Prompts from parquet: what is read, dropped, refused, and where a resumed loader goes on."""
 
+import copy
 import logging
 
 import datasets
@@ -62,14 +63,48 @@ def test_truncation_keeps_one_end(write_rows, tiny_tokenizer, truncation, kept):
 
 def test_truncation_error_names_the_row(write_rows, tiny_tokenizer):
     files = [write_rows(["hi"], "a.parquet"), write_rows(["hi", "x" * 80], "b.parquet")]
-    with pytest.raises(UserError, match=r"b\.parquet: row 1 has a prompt of 99 tokens; raise"):
+    with pytest.raises(UserError, match=r"b\.parquet: row 2 has a prompt of 99 tokens; raise"):
         RLHFDataset(files, tiny_tokenizer, _config(filter_overlong_prompts=False))
 
 
 def test_row_without_prompt_is_named(write_rows, tiny_tokenizer):
     path = write_rows(["hi", "there", None])
-    with pytest.raises(UserError, match=r"rows\.parquet: row 2: 'prompt'"):
+    with pytest.raises(UserError, match=r"rows\.parquet: row 3: 'prompt'"):
         RLHFDataset(path, tiny_tokenizer, _config())
+
+
+def test_fields_that_other_rows_have_do_not_reach_the_template(tiny_tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if 'tool_calls' in m %}"
+        "{{ m.tool_calls|length }} {{ m.tool_calls[0].function.arguments|tojson }}"
+        "{% else %}{{ m.content }}{% endif %};{% endfor %}"
+    )
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": {"a": 1, "b": 2}}}]}
+    other = {"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": {"a": 3}}}]}
+    prompts = [[{"role": "user", "content": "x"}], [{"role": "user", "content": "y"}, call, other]]
+    datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts]).to_parquet(tmp_path / "rows.parquet")
+    dataset = RLHFDataset(str(tmp_path / "rows.parquet"), tokenizer, _config(return_raw_chat=True))
+    texts = [tokenizer.decode(dataset[i]["input_ids"]) for i in range(2)]
+    assert texts == ["x;", 'y;1 {"a": 1, "b": 2};1 {"a": 3};']
+    assert [dataset[i]["raw_prompt"] for i in range(2)] == prompts
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"filter_overlong_prompts": False}, {"filter_overlong_prompts": False, "truncation": "left"}],
+    ids=["filter", "error", "truncate"],
+)
+def test_a_prompt_that_the_template_refuses_is_named_before_training(write_rows, tiny_tokenizer, changes):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.content|length > 50 %}{{ raise_exception('too much') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    files = [write_rows(["hi", "x" * 40], "a.parquet"), write_rows(["hi", "hi", "x" * 60], "b.parquet")]
+    assert len(RLHFDataset(files[0], tokenizer, _config(**changes))) == 2
+    with pytest.raises(UserError, match=r"b\.parquet: row 3: 'prompt': the chat template refuses it: too much$"):
+        RLHFDataset(files, tokenizer, _config(**changes))
 
 
 def test_missing_column_and_missing_file(write_rows, tiny_tokenizer):
@@ -87,7 +122,7 @@ def test_files_may_hold_ground_truths_of_different_forms(write_rows, tiny_tokeni
     dataset = RLHFDataset(files, tiny_tokenizer, _config())
     assert dataset.values("row_index") == [0, 2]
     assert [truth["ground_truth"] for truth in dataset.values("reward_model")] == ["0", {"target": "7"}]
-    assert dataset.places() == [f"{files[0]}: row 0", f"{files[1]}: row 0"]
+    assert dataset.places() == [f"{files[0]}: row 1", f"{files[1]}: row 1"]
     batch = collate_fn([dataset[0], dataset[1]], pad_token_id=9)
     assert batch["extra_info"].tolist() == [None, {"index": 3}]
 

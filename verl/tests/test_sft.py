@@ -55,10 +55,10 @@ def test_rows_without_label_train_the_language_model_only(tmp_path, tokenizer):
     [
         (
             [{"prompt": CHAT, "response": "x"}, {"prompt": None, "response": "x"}],
-            "row 1: 'prompt' must be a non-empty list",
+            "row 2: 'prompt' must be a non-empty list",
         ),
-        ([{"prompt": CHAT, "response": "x"}, {"prompt": CHAT, "response": None}], "row 1: 'response' must be a text"),
-        ([{"prompt": CHAT, "response": "7" * 600}], "row 0 has 6.. tokens, more than data.max_length=512"),
+        ([{"prompt": CHAT, "response": "x"}, {"prompt": CHAT, "response": None}], "row 2: 'response' must be a text"),
+        ([{"prompt": CHAT, "response": "7" * 600}], "row 1 has 6.. tokens, more than data.max_length=512"),
         ([{"question": "x", "response": "x"}], "no column 'prompt'"),
         ([{"prompt": CHAT, "answer": "x"}], "no column 'response'"),
     ],
@@ -66,6 +66,22 @@ def test_rows_without_label_train_the_language_model_only(tmp_path, tokenizer):
 def test_bad_row_is_named(tmp_path, tokenizer, rows, message):
     with pytest.raises(UserError, match=message):
         SFTDataset(write_rows(tmp_path / "a.parquet", rows), tokenizer, DATA)
+
+
+def test_a_prompt_that_the_template_refuses_is_named(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}"
+        "{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% if 'name' in m %}{{ m.name.upper() }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    named = [{"role": "user", "content": "7", "name": "ann"}]
+    rows = [{"prompt": CHAT, "response": "x"}, {"prompt": named, "response": "x"}]
+    dataset = SFTDataset(write_rows(tmp_path / "a.parquet", rows), tokenizer, DATA)
+    assert tokenizer.decode(dataset[0].ids[: dataset[0].prompt_length]) == CHAT[0]["content"]
+    rows.append({"prompt": [{"role": "system", "content": "Be brief."}, *CHAT], "response": "x"})
+    with pytest.raises(UserError, match=r"row 3: 'prompt': the chat template refuses it: System role not supported$"):
+        SFTDataset(write_rows(tmp_path / "b.parquet", rows), tokenizer, DATA)
 
 
 def test_missing_file_is_named(tokenizer):

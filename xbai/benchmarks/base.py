@@ -14,10 +14,9 @@ import pyarrow.parquet as pq
 
 from xbai.errors import UserError
 from xbai.grading import GradeRequest, answer_key
+from xbai.prompts import Message, chat_messages
 
 Row = dict[str, Any]
-Message = dict[str, str]
-"""`{"role": ..., "content": ...}`."""
 
 PROMPT_FIELDS = ("prompt", "problem", "question", "model_input")
 ANSWER_FIELDS = ("answer", "expected_answer", "ground_truth")
@@ -32,12 +31,14 @@ class Question:
         prompt: what the file asks (of a chat, the last user message).
         answer: the right answer as the file gives it, a string or a number.
         meta: the file's other fields; `messages` where the file holds a whole chat.
+        place: file and line, for errors.
     """
 
     index: int
     prompt: str
     answer: str | int | float
     meta: dict[str, Any] = field(default_factory=dict)
+    place: str = ""
 
 
 class Benchmark(ABC):
@@ -73,9 +74,9 @@ class Benchmark(ABC):
         prompt_field, prompt = _first_present(row, PROMPT_FIELDS, place)
         meta = {name: value for name, value in row.items() if name not in (*PROMPT_FIELDS, *ANSWER_FIELDS)}
         if not isinstance(prompt, str):
-            meta["messages"] = _checked_messages(prompt, f"{place}: {prompt_field!r}")
-            prompt = next(message["content"] for message in reversed(prompt) if message["role"] == "user")
-        return Question(index, prompt, self.answer_from_row(row, place), meta)
+            meta["messages"] = _chat(prompt, f"{place}: {prompt_field!r}")
+            prompt = _last_question(meta["messages"])
+        return Question(index, prompt, self.answer_from_row(row, place), meta, place)
 
     def answer_from_row(self, row: Row, place: str) -> str | int | float:
         """The right answer of a row, a string or a number."""
@@ -165,11 +166,15 @@ def _first_present(row: Row, names: tuple[str, ...], place: str) -> tuple[str, A
     raise UserError(f"{place}: has none of the fields {', '.join(names)} (it has: {', '.join(row)})")
 
 
-def _checked_messages(prompt: Any, place: str) -> list[Message]:
-    well_formed = isinstance(prompt, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in prompt
-    )
-    if not well_formed or not any(message["role"] == "user" for message in prompt):
-        raise UserError(f"{place} must be a text or a list of {{role, content}} messages with one by the user")
-    return [{"role": message["role"], "content": message["content"]} for message in prompt]
+def _chat(prompt: Any, place: str) -> list[Message]:
+    if not isinstance(prompt, list):
+        raise UserError(f"{place} must be a text or a list of {{role, content}} messages, found {prompt!r:.60}")
+    messages = chat_messages(prompt, place)
+    if not _last_question(messages):
+        raise UserError(f"{place} must hold a message by the user")
+    return messages
+
+
+def _last_question(messages: list[Message]) -> str:
+    contents = (message["content"] for message in reversed(messages) if message["role"] == "user")
+    return next(filter(None, contents), "")

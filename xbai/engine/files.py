@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from xbai.errors import UserError
+from xbai.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -98,11 +98,6 @@ def load_tokenizer(model_path: str | Path, trust_remote_code: bool = False) -> P
     if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
         raise UserError(f"{folder}: no tokenizer, the files there hold no vocabulary (tokenizer.json is missing?)")
     return tokenizer
-
-
-def one_line(error: Exception) -> str:
-    """What an error of a library says."""
-    return " ".join(str(error).split())
 
 
 def eos_token_ids(model_path: str | Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:

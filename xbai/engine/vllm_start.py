@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from xbai.engine.files import one_line
 from xbai.engine.fused_scores import register_models
 from xbai.engine.toolchain import Toolchain, search_path
-from xbai.errors import UserError
+from xbai.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

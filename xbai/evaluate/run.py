@@ -94,7 +94,7 @@ def run(options: RunOptions) -> Path:
 
 
 def _stored(benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase, question: Question) -> StoredQuestion:
-    prompt = prompt_text(tokenizer, benchmark.messages(question))
+    prompt = prompt_text(tokenizer, benchmark.messages(question), question.place)
     return StoredQuestion(question.index, prompt, question.answer, {**question.meta, "question": question.prompt})
 
 

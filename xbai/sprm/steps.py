@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor
 
 from xbai.errors import UserError
+from xbai.prompts import TemplateRefusalError, apply_chat_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 STEP_TEXT_EN = ".\n\n"
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
@@ -97,9 +101,13 @@ def _single_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
 def _generation_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
     if not getattr(tokenizer, "chat_template", None):
         return ""
-    messages = [{"role": "user", "content": "x"}]
-    bare = tokenizer.apply_chat_template(messages, tokenize=False)
-    opened = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    messages, place = [{"role": "user", "content": "x"}], tokenizer.name_or_path
+    try:
+        bare = apply_chat_template(tokenizer, messages, place, add_generation_prompt=False)
+        opened = apply_chat_template(tokenizer, messages, place, add_generation_prompt=True)
+    except TemplateRefusalError as refusal:
+        logger.warning("%s (a question alone); what it puts before a response stays unknown", refusal)
+        return ""
     # A template that closes a bare conversation in another way does not say what opens a response.
     return opened[len(bare) :] if opened.startswith(bare) else ""
 

@@ -19,9 +19,8 @@ from torchdata.stateful_dataloader.sampler import RandomSampler
 from transformers import PreTrainedTokenizerBase
 
 from verl.protocol import object_array
-from verl.utils.dataset.messages import check_messages
 from xbai.errors import UserError
-from xbai.prompts import prompt_ids
+from xbai.prompts import chat_messages, prompt_ids, prompt_text
 
 logger = logging.getLogger(__name__)
 
@@ -45,19 +44,17 @@ class RLHFDataset(Dataset):
         config: reads `prompt_key max_prompt_length filter_overlong_prompts truncation return_raw_chat`.
 
     Raises:
-        UserError: a missing file, a row without a usable prompt (named by file and row), an overlong prompt with
-            `truncation=error`, no row left.
+        UserError: a missing file; a row without a usable prompt, or with one that the chat template does not take
+            (named by file and row, from 1); an overlong prompt with `truncation=error`; no row left.
     """
 
     def __init__(
         self, data_files: str | Sequence[str] | ListConfig, tokenizer: PreTrainedTokenizerBase, config: DictConfig
     ) -> None:
         self.tokenizer, self.config = tokenizer, config
-        if tokenizer.chat_template is None:
-            raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template, which prompts need")
         files = file_list(data_files)
         parts = _numbered([_read_parquet(file, config.prompt_key) for file in files])
-        self._places = [f"{file}: row {row}" for file, part in zip(files, parts) for row in range(len(part))]
+        self._places = [f"{file}: row {row}" for file, part in zip(files, parts) for row in range(1, len(part) + 1)]
         if config.filter_overlong_prompts:
             parts = [self._without_overlong(part) for part in parts]
             dropped = len(self._places) - sum(map(len, parts))
@@ -66,14 +63,28 @@ class RLHFDataset(Dataset):
             )
         elif config.truncation == "error":
             self._refuse_overlong(parts)
+        else:
+            self._check_prompts(parts)
         # One table of them all would need one form of every column, where ground truths may be texts in one file and
         # {"target": ...} in the next.
         self._rows = ConcatDataset(parts)
         if not len(self._rows):
             raise UserError(f"{', '.join(files)}: no prompt of up to {config.max_prompt_length} tokens")
 
+    def _prompt_place(self, index: int) -> str:
+        return f"{self._places[index]}: {self.config.prompt_key!r}"
+
+    def _prompts(self, part: datasets.Dataset) -> Iterator[tuple[Any, str]]:
+        """The messages of each row as they are in the file, and where they stand."""
+        return zip(part[self.config.prompt_key], map(self._prompt_place, part["row_index"]))
+
     def _lengths(self, part: datasets.Dataset) -> Iterator[int]:
-        return (len(prompt_ids(self.tokenizer, messages)) for messages in part[self.config.prompt_key])
+        return (len(prompt_ids(self.tokenizer, messages, place)) for messages, place in self._prompts(part))
+
+    def _check_prompts(self, parts: Sequence[datasets.Dataset]) -> None:
+        """Before training, where an error is one line, rather than in a process that prepares batches."""
+        for messages, place in itertools.chain.from_iterable(map(self._prompts, parts)):
+            prompt_text(self.tokenizer, messages, place)
 
     def _without_overlong(self, part: datasets.Dataset) -> datasets.Dataset:
         limit = self.config.max_prompt_length
@@ -101,10 +112,10 @@ class RLHFDataset(Dataset):
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         row = self._rows[item]
-        messages = row.pop(self.config.prompt_key)
-        ids = self._truncate(prompt_ids(self.tokenizer, messages))
+        messages, place = row.pop(self.config.prompt_key), self._prompt_place(row["row_index"])
+        ids = self._truncate(prompt_ids(self.tokenizer, messages, place))
         if self.config.return_raw_chat:
-            row["raw_prompt"] = messages
+            row["raw_prompt"] = chat_messages(messages, place)
         return {
             **row,
             "input_ids": torch.tensor(ids),
@@ -123,8 +134,6 @@ def _read_parquet(file: str, prompt_key: str) -> datasets.Dataset:
     rows = datasets.load_dataset("parquet", data_files=str(file), split="train")
     if prompt_key not in rows.column_names:
         raise UserError(f"{file}: no column {prompt_key!r} (data.prompt_key); it has {', '.join(rows.column_names)}")
-    for number, messages in enumerate(rows[prompt_key]):
-        check_messages(messages, prompt_key, f"{file}: row {number}")
     return rows
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from verl.utils.dataset.messages import check_messages
 from xbai.errors import UserError
 from xbai.prompts import prompt_ids
 
@@ -44,13 +43,11 @@ class SFTDataset(Dataset):
         config: reads `prompt_key response_key label_key max_length`.
 
     Raises:
-        UserError: a missing file or column, a row without prompt or response or longer than `max_length` (named by
-            file and row), no row at all.
+        UserError: a missing file or column; a row without prompt or response, whose prompt the chat template does not
+            take, or longer than `max_length` (named by file and row, from 1); no row at all.
     """
 
     def __init__(self, files: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, config: DictConfig) -> None:
-        if tokenizer.chat_template is None:
-            raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template, which prompts need")
         self._tokenizer, self._config = tokenizer, config
         files = [files] if isinstance(files, str) else list(files)
         self.examples = [self._example(row, f"{file}: row {n}") for file in files for n, row in self._rows(file)]
@@ -69,14 +66,13 @@ class SFTDataset(Dataset):
                 raise UserError(
                     f"{file}: no column {self._config[key]!r} (data.{key}); it has {', '.join(table.column_names)}"
                 )
-        yield from enumerate(table.to_pylist())
+        yield from enumerate(table.to_pylist(), start=1)
 
     def _example(self, row: Mapping[str, Any], place: str) -> SFTExample:
         messages, response = row[self._config.prompt_key], row[self._config.response_key]
-        check_messages(messages, self._config.prompt_key, place)
         if not isinstance(response, str) or not response:
             raise UserError(f"{place}: {self._config.response_key!r} must be a text, found {response!r:.60}")
-        prompt = prompt_ids(self._tokenizer, messages)
+        prompt = prompt_ids(self._tokenizer, messages, f"{place}: {self._config.prompt_key!r}")
         ids = [*prompt, *self._tokenizer.encode(response, add_special_tokens=False), self._tokenizer.eos_token_id]
         if len(ids) > self._config.max_length:
             raise UserError(f"{place} has {len(ids)} tokens, more than data.max_length={self._config.max_length}")
