@@ -166,6 +166,7 @@ def test_a_chat_is_read_without_the_null_fields_that_parquet_adds(tmp_path, suff
         ),
         ("math500", "\n[1]\n", r"q\.jsonl:2: expected an object"),
         ("math500", '{"prompt": \n', r"q\.jsonl:1: not valid JSON"),
+        ("math500", '{"prompt": "a\\ud800", "answer": 1}\n', r"q\.jsonl:1: not valid JSON .*surrogates not allowed"),
         ("math500", "", r"q\.jsonl: holds no questions"),
         ("aime24", '{"prompt": "a", "answer": "1/2"}\n', r"q\.jsonl:1: an AIME answer must be an integer"),
         ("ceval", '{"prompt": "a", "answer": "E"}\n', r"q\.jsonl:1: the answer must be one of A, B, C, D"),
@@ -179,6 +180,11 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path, name, text, complaint):
     assert "\n" not in str(caught.value)
 
 
+def test_a_whole_surrogate_pair_is_a_character(tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"prompt": "a\\ud83d\\ude00", "answer": 1}\n')
+    assert get_benchmark("math500").read(tmp_path / "q.jsonl")[0].prompt == "a😀"
+
+
 def test_bad_files(tmp_path):
     benchmark = get_benchmark("math500")
     with pytest.raises(UserError, match="no such file"):
@@ -186,6 +192,9 @@ def test_bad_files(tmp_path):
     (tmp_path / "q.csv").write_text("a,b")
     with pytest.raises(UserError, match=r"unknown kind of file; use one of \.jsonl, \.json, \.parquet"):
         benchmark.read(tmp_path / "q.csv")
+    (tmp_path / "q.jsonl").write_bytes('{"prompt": "é", "answer": 1}'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"q\.jsonl: not a text in UTF-8"):
+        benchmark.read(tmp_path / "q.jsonl")
     (tmp_path / "q.parquet").write_text("not parquet")
     with pytest.raises(UserError, match="not a parquet file"):
         benchmark.read(tmp_path / "q.parquet")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from xbai.engine.files import check_model_folder, load_tokenizer, resolve_head_dtype
 from xbai.errors import UserError
@@ -23,6 +24,21 @@ def test_a_tokenizer_without_vocabulary_is_none(tmp_path: Path) -> None:
         load_tokenizer(write(tmp_path, config={"model_type": "qwen3"}))
     with pytest.raises(UserError, match="hold no vocabulary"):
         load_tokenizer(write(tmp_path, tokenizer_config={"tokenizer_class": "Qwen2Tokenizer"}))
+
+
+@pytest.mark.parametrize("template", [["x"], b"\xff"])
+def test_a_chat_template_that_is_no_text_is_one_line(
+    template: list[str] | bytes, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tiny_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    if isinstance(template, bytes):
+        (tmp_path / "chat_template.jinja").write_bytes(template)
+    else:
+        path = tmp_path / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    with pytest.raises(UserError, match="no tokenizer that transformers can load"):
+        load_tokenizer(tmp_path)
 
 
 def test_config_is_read_or_refused(tmp_path: Path) -> None:

@@ -118,10 +118,13 @@ def _rows(path: Path) -> Iterator[tuple[Row, str]]:
         raise UserError(f"{path}: no such file")
     if path.suffix not in _READERS:
         raise UserError(f"{path}: unknown kind of file; use one of {', '.join(_READERS)}")
-    for row, place in _READERS[path.suffix](path):
-        if not isinstance(row, dict):
-            raise UserError(f"{place}: expected an object with fields such as 'prompt' and 'answer'")
-        yield row, place
+    try:
+        for row, place in _READERS[path.suffix](path):
+            if not isinstance(row, dict):
+                raise UserError(f"{place}: expected an object with fields such as 'prompt' and 'answer'")
+            yield row, place
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text in UTF-8 ({error})") from error
 
 
 def _read_lines(path: Path) -> Iterator[tuple[Any, str]]:
@@ -154,9 +157,12 @@ _READERS = {".jsonl": _read_lines, ".json": _read_json, ".parquet": _read_parque
 
 def _parse(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:  # Half of a surrogate pair is read, but is no character.
+            json.dumps(value, ensure_ascii=False).encode()
+    except ValueError as error:
         raise UserError(f"{place}: not valid JSON ({error})") from error
+    return value
 
 
 def _first_present(row: Row, names: tuple[str, ...], place: str) -> tuple[str, Any]:

@@ -92,7 +92,7 @@ def load_tokenizer(model_path: str | Path, trust_remote_code: bool = False) -> P
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: no tokenizer that transformers can load ({one_line(error)})") from error
     # Without a vocabulary transformers makes up a tokenizer that knows nothing but its special tokens.
     if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
