@@ -69,18 +69,20 @@ def test_a_head_of_another_size_is_refused(tiny_model_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("token_ids", "steps"),
+    ("prompt_ids", "token_ids", "steps"),
     [
-        ([5, 7], [1]),
-        ([7, 5, 7, 7, 5], [2]),
-        ([5, 7, 1, 7, 5, 7, 2, 5, 7], [5]),
-        ([5], []),
+        ([5], [5, 7], [1]),
+        ([7], [7, 5, 7, 7, 5], [2]),
+        ([5, 5], [5, 7, 1, 7, 5, 7, 2, 5, 7], [5]),
+        ([5, 1], [5, 7, 2, 5, 7], [1]),
+        ([5, 1, 2], [5, 7, 1, 5, 7, 2, 5, 7], [4]),
+        ([5], [5], []),
     ],
 )
-def test_the_score_of_a_step_came_with_its_token(token_ids: list[int], steps: list[int]) -> None:
+def test_the_score_of_a_step_came_with_its_token(prompt_ids: list[int], token_ids: list[int], steps: list[int]) -> None:
     step_logits = [0.5 * position - 1 for position in range(len(token_ids))]
     expected = torch.tensor([step_logits[position] for position in steps]).sigmoid().tolist()
-    assert step_scores(token_ids, step_logits, RULE) == pytest.approx(expected)
+    assert step_scores(prompt_ids, token_ids, step_logits, RULE) == pytest.approx(expected)
 
 
 def test_vllm_finds_the_models_in_each_of_its_processes() -> None:

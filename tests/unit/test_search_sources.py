@@ -28,7 +28,7 @@ from xbai.search.path import ROOT, Path
 from xbai.search.service_source import ServiceSource, StepServices
 from xbai.search.strategy import SearchOptions, search_response
 from xbai.sprm import StepRule, step_feature_mask
-from xbai.sprm.steps import scores_within
+from xbai.sprm.steps import ScoredPart, joined_scores
 
 PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
@@ -119,23 +119,33 @@ def test_an_engine_without_head_is_refused(tiny_model_dir: FilePath) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "added", "kept"),
+    ("before", "added"),
     [
-        ("<think>one.\n\n", "two.\n\n", [0]),
-        ("<think>one.\n\n", "</think>answer.\n\nmore.\n\n", []),
-        ("<think>one.\n\n", "two.\n\n</think>answer.\n\n", [0]),
-        ("", "<think>one.\n\ntwo.\n\n</think>answer.\n\n", [0, 1]),
-        ("one.\n\n", "two.\n\nthree.\n\n", [0, 1]),
-        ("one.\n\n", "two</think>answer.\n\n", [0]),
+        ("<think>one.\n\n", "two.\n\n"),
+        ("<think>one.\n\n", "</think>answer.\n\nmore.\n\n"),
+        ("<think>one.\n\n", "two.\n\n</think>answer.\n\n"),
+        ("<think>one.\n\n</think>two.\n\n", "three.\n\n<think>four.\n\n"),
+        ("", "<think>one.\n\ntwo.\n\n</think>answer.\n\n"),
+        ("one.\n\n", "two.\n\nthree.\n\n"),
+        ("one.\n\n", "two</think>answer.\n\n"),
+        ("one.\n\n", "two.\n\n<think>three.\n\n"),
+        ("one.\n\n", ".\n\ntwo.\n\n"),
+        ("one.\n\n</think>", "answer.\n\n"),
     ],
 )
-def test_scores_of_a_continuation_count_as_in_the_whole(
-    before: str, added: str, kept: list[int], tiny_tokenizer: PreTrainedTokenizerFast, rule: StepRule
+@pytest.mark.parametrize("prompt", [PROMPT, PROMPT + "<think>\n", PROMPT + "<think>\n</think>"])
+def test_scores_of_two_parts_are_those_of_the_whole(
+    prompt: str, before: str, added: str, tiny_tokenizer: PreTrainedTokenizerFast, rule: StepRule
 ) -> None:
-    ids, more = tiny_tokenizer.encode(before), tiny_tokenizer.encode(added)
-    alone = step_feature_mask(torch.tensor([more]), torch.ones(1, len(more)), rule)
-    scores = [0.1 * (i + 1) for i in range(int(alone.sum()))]
-    assert scores_within(ids, more, scores, rule) == [scores[i] for i in kept]
+    prompt_ids, first, second = (tiny_tokenizer.encode(text) for text in (prompt, before, added))
+
+    def scored(begun: list[int], written: list[int]) -> ScoredPart:
+        ids = begun + written
+        mask = step_feature_mask(torch.tensor([ids]), torch.arange(len(ids))[None] >= len(begun), rule)
+        return ScoredPart(written, [1 / (1 + position) for position in mask[0].nonzero().flatten().tolist()])
+
+    whole = scored(prompt_ids, first + second).step_scores
+    assert joined_scores(prompt_ids, scored(prompt_ids, first), scored(prompt_ids + first, second), rule) == whole
 
 
 class ScriptedPolicy:

@@ -15,21 +15,13 @@ RULE = StepRule("zh", (STEP, OTHER_STEP), OPEN, CLOSE)
 
 
 def plain_feature_positions(ids: list[int], start: int, stop: int, rule: StepRule) -> list[int]:
-    response = range(start, stop)
-    opens = [t for t in response if ids[t] == rule.think_open_id]
-    closes = [t for t in response if ids[t] == rule.think_close_id]
-    if len(opens) == len(closes) == 1 and opens[0] < closes[0]:
-        first, last = opens[0] + 1, closes[0]
-    else:
-        first, last = start, stop
-    positions = []
-    for t in range(first, last):
-        if ids[t] not in rule.step_ids or t == start:
-            continue
-        if ids[t - 1] in rule.step_ids or ids[t - 1] == rule.think_open_id:
-            continue
-        positions.append(t - 1)
-    return positions
+    prompt_tags = [i for i in ids[:start] if i in (rule.think_open_id, rule.think_close_id)]
+    first = start
+    if prompt_tags[-1:] != [rule.think_open_id] and rule.think_open_id in ids[start:stop]:
+        first = ids.index(rule.think_open_id, start, stop) + 1
+    last = ids.index(rule.think_close_id, first, stop) if rule.think_close_id in ids[first:stop] else stop
+    steps = [t for t in range(first, last) if ids[t] in rule.step_ids]
+    return [t - 1 for t in steps if t != first and ids[t - 1] not in rule.step_ids]
 
 
 @settings(max_examples=400, deadline=None)
@@ -37,11 +29,12 @@ def plain_feature_positions(ids: list[int], start: int, stop: int, rule: StepRul
 def test_mask_equals_plain_definition(ids, data):
     start = data.draw(st.integers(0, len(ids)))
     stop = data.draw(st.integers(start, len(ids)))
-    padded = torch.tensor([ids + [STEP] * 3])
+    left = data.draw(st.integers(0, 3))
+    padded = torch.tensor([[STEP] * left + ids + [STEP] * 3])
     response = torch.zeros_like(padded, dtype=torch.bool)
-    response[0, start:stop] = True
+    response[0, left + start : left + stop] = True
     mask = step_feature_mask(padded, response, RULE)
-    assert mask[0].nonzero().flatten().tolist() == plain_feature_positions(ids, start, stop, RULE)
+    assert (mask[0].nonzero().flatten() - left).tolist() == plain_feature_positions(ids, start, stop, RULE)
 
 
 def test_rows_do_not_influence_each_other():
@@ -50,6 +43,27 @@ def test_rows_do_not_influence_each_other():
     together = step_feature_mask(rows, response, RULE)
     alone = torch.cat([step_feature_mask(rows[i : i + 1], response[:1], RULE) for i in range(64)])
     assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "counted"),
+    [
+        ([OPEN], [WORD, STEP, CLOSE, WORD, STEP], [1]),
+        ([OPEN, WORD, CLOSE], [WORD, STEP, CLOSE, WORD, STEP], [1]),
+        ([OPEN, WORD, CLOSE], [WORD, STEP, WORD, STEP], [1, 3]),
+        ([OPEN, WORD, CLOSE, WORD, OPEN], [WORD, STEP, OPEN, WORD, STEP, CLOSE, WORD, STEP], [1, 4]),
+        ([WORD], [WORD, STEP, OPEN, WORD, STEP, CLOSE, WORD, STEP], [4]),
+        ([WORD], [WORD, STEP, CLOSE, WORD, STEP, OPEN, WORD, STEP], [7]),
+        ([WORD], [OPEN, STEP, OTHER_STEP, WORD, STEP, OPEN, STEP, CLOSE], [4, 6]),
+        ([OPEN], [STEP, STEP, WORD, STEP], [3]),
+        ([OPEN], [CLOSE, WORD, STEP], []),
+        ([], [OPEN, CLOSE, WORD, STEP], []),
+    ],
+)
+def test_where_thinking_begins_and_ends(prompt, response, counted):
+    ids = torch.tensor([prompt + response])
+    mask = step_feature_mask(ids, torch.arange(ids.shape[1])[None] >= len(prompt), RULE)
+    assert (mask[0].nonzero().flatten() + 1 - len(prompt)).tolist() == counted
 
 
 def test_a_rule_without_tags_reads_the_whole_response():
@@ -65,6 +79,22 @@ def test_response_follows_the_last_generation_prompt(text, response):
     for rule, expected in ((StepRule("en", (1,), generation_prompt=":\n"), response), (StepRule("en", (1,)), text)):
         prompt, found = split_response(text, rule)
         assert (prompt + found, found) == (text, expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "response"),
+    [
+        ("Q A:<think>\nso", "so"),
+        ("Q A:<think>so", "<think>so"),
+        ("Q A:so", "so"),
+        ("A:<think>\na Q A:so", "so"),
+        ("A:a Q A:<think>\n<think>\nso", "<think>\nso"),
+        ("<think>\nso", "<think>\nso"),
+    ],
+)
+def test_a_text_may_lack_the_tag_that_the_generation_prompt_opens(text, response):
+    prompt, found = split_response(text, StepRule("en", (1,), generation_prompt="A:<think>\n"))
+    assert (prompt + found, found) == (text, response)
 
 
 @pytest.mark.parametrize(

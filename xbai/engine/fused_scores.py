@@ -96,15 +96,20 @@ class FusedHead:
         return ScoreHead(hidden_size, self.sprm_config.dropout, self.sprm_config.normalize_features).eval()
 
 
-def step_scores(token_ids: Sequence[int], step_logits: Sequence[float], rule: StepRule) -> list[float]:
+def step_scores(
+    prompt_ids: Sequence[int], token_ids: Sequence[int], step_logits: Sequence[float], rule: StepRule
+) -> list[float]:
     """The scores of a response's steps.
 
     Args:
+        prompt_ids: the prompt, which may end inside of the thinking region.
         token_ids: the response.
         step_logits: for each of its tokens the head's output on the hidden state that the token was sampled from: the
             feature of the step, where the token ends one.
         rule: which tokens do.
     """
-    ids = torch.tensor([token_ids])
-    mask = step_feature_mask(ids, torch.ones_like(ids, dtype=torch.bool), rule)[0]
-    return torch.tensor(step_logits)[1:][mask[:-1]].sigmoid().tolist()
+    ids = torch.tensor([[*prompt_ids, *token_ids]])
+    in_response = torch.arange(ids.shape[1])[None] >= len(prompt_ids)
+    mask = step_feature_mask(ids, in_response, rule)[0]
+    # A feature is at the position before its token, and the response's first token never ends a step.
+    return torch.tensor(step_logits)[1:][mask[len(prompt_ids) : -1]].sigmoid().tolist()

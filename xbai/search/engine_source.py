@@ -10,7 +10,7 @@ from xbai.engine import Completion, Engine, SamplingParams
 from xbai.errors import UserError
 from xbai.search.expander import Continuation
 from xbai.search.path import Path
-from xbai.sprm.steps import THINK_CLOSE, scores_within
+from xbai.sprm.steps import THINK_CLOSE, ScoredPart, joined_scores
 
 
 class EngineLoop:
@@ -77,13 +77,13 @@ class EngineSource:
         step_ids = () if to_end or THINK_CLOSE in path.text else engine.step_rule.step_ids
         params = replace(self._params, n=1, max_tokens=max_tokens, seed=seed, stop_token_ids=step_ids)
         completion = await self._loop.generate(prompt_ids, params)
-        scores = scores_within(path.token_ids, completion.token_ids, completion.step_scores, engine.step_rule)
+        before, added = (ScoredPart(part.token_ids, part.step_scores) for part in (path, completion))
         ended = completion.finish_reason == "stop"
         token_ids = (*path.token_ids, *completion.token_ids)
         grown = Path(
             text=path.text + completion.text if ended else self._decode(token_ids),
             token_count=len(token_ids),
-            step_scores=(*path.step_scores, *scores),
+            step_scores=tuple(joined_scores(self._prompt_ids, before, added, engine.step_rule)),
             finish_reason="stop" if ended else None,
             token_ids=token_ids,
         )

@@ -9,7 +9,7 @@ from xbai.evaluate.client import RequestFailedError, RequestTooLongError, Servic
 from xbai.search.expander import Continuation
 from xbai.search.path import Path
 from xbai.sprm import StepRule
-from xbai.sprm.steps import THINK_CLOSE, scores_within
+from xbai.sprm.steps import THINK_CLOSE, ScoredPart, joined_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,8 +100,11 @@ class ServiceSource:
     async def _step_scores(self, path: Path, answer: _Answer) -> tuple[float, ...]:
         scorer, tokenizer = self._services.scorer, self._services.tokenizer
         if scorer is None:
-            before, added = (tokenizer.encode(text, add_special_tokens=False) for text in (path.text, answer.text))
-            return (*path.step_scores, *scores_within(before, added, answer.step_scores, self._services.rule))
+            prompt_ids, *ids = (
+                tokenizer.encode(text, add_special_tokens=False) for text in (self._prompt, path.text, answer.text)
+            )
+            before, added = map(ScoredPart, ids, (path.step_scores, answer.step_scores))
+            return tuple(joined_scores(prompt_ids, before, added, self._services.rule))
         text = self._prompt + path.text + answer.text
         payload = {"text": text, "prompt": self._prompt, "return_all_scores": True}
         scored = await scorer.post(payload, ticket=self._ticket)

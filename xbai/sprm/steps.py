@@ -118,24 +118,29 @@ def split_response(text: str, rule: StepRule) -> tuple[str, str]:
     To be encoded apart, as they were generated: a token may not straddle the border.
 
     Returns:
-        What stands up to the end of the last generation prompt, and the rest; all of it is response where there is
-        none.
+        What stands up to the end of the last generation prompt, with or without the `<think>` that it may open, and
+        the rest; all of it is response where there is none.
     """
     if not rule.generation_prompt:
         return "", text
-    before, found, response = text.rpartition(rule.generation_prompt)
-    return before + found, response
+    header = rule.generation_prompt.partition(THINK_OPEN)[0] or rule.generation_prompt
+    before, found, response = text.rpartition(header)
+    opening = rule.generation_prompt[len(header) :]
+    if not found or not response.startswith(opening):
+        opening = ""
+    return before + found + opening, response[len(opening) :]
 
 
 def step_feature_mask(input_ids: Tensor, response_mask: Tensor, rule: StepRule) -> Tensor:
     """Mark the position just before each step token: its hidden state is the feature of the step.
 
-    Only step tokens inside the response count, and there only those between `<think>` and `</think>` (the whole
-    response where either tag is missing or repeated). Of consecutive step tokens the first counts; one right after
-    `<think>`, or at the response's very first position, does not.
+    Only step tokens inside the response's thinking region count. It begins at the response's start where the prompt
+    ends inside an open `<think>` (the last tag before the response is one), else after the response's first `<think>`,
+    else at its start. It ends at the first `</think>` after that, or at the response's end. Of consecutive step tokens
+    the first counts; one at the region's very start does not.
 
     Args:
-        input_ids: [batch, time] token ids.
+        input_ids: [batch, time] token ids, prompts included; their padding may be on either side.
         response_mask: [batch, time], True on response tokens (a contiguous run per row).
         rule: the model's step rule.
 
@@ -144,44 +149,57 @@ def step_feature_mask(input_ids: Tensor, response_mask: Tensor, rule: StepRule) 
     """
     response = response_mask.bool()
     is_step = torch.isin(input_ids, torch.tensor(rule.step_ids, device=input_ids.device)) & response
-    region = response & _thinking_region(input_ids, response, rule)
-    follows_step, follows_region = _shift_right(is_step), _shift_right(region)
-    counted = is_step & region & ~follows_step & follows_region
-    if rule.think_open_id is not None:
-        counted &= ~_shift_right(input_ids == rule.think_open_id)
+    begin, end = _thinking_region(input_ids, response, rule)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    counted = is_step & (positions > begin) & (positions < end)
+    counted[:, 1:] &= ~is_step[:, :-1]
     return torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], dim=1)
 
 
-def scores_within(before: Sequence[int], added: Sequence[int], scores: Sequence[float], rule: StepRule) -> list[float]:
-    """Of the step scores of a continuation that was judged alone, those that count in the whole response.
+@dataclass(frozen=True)
+class ScoredPart:
+    """A part of a response and the scores of its steps, found as if all before the part were prompt."""
 
-    A continuation alone does not know of a `<think>` before it, and so takes what follows `</think>` for steps. It has
-    no score of a step whose token it begins with.
+    token_ids: Sequence[int]
+    step_scores: Sequence[float]
 
-    Args:
-        before: the response's tokens that were there.
-        added: the continuation's.
-        scores: one for each step of `added`, were it the whole response.
-        rule: which tokens end a step.
+
+def joined_scores(prompt_ids: Sequence[int], before: ScoredPart, added: ScoredPart, rule: StepRule) -> list[float]:
+    """The step scores of a response that was written in two parts.
+
+    The second one alone does not know that the region has ended before it, and a `<think>` in it may begin the region
+    anew, after the steps of the first. It has no score of a step whose token it begins with.
     """
-    ids = torch.tensor([[*before, *added]])
-    is_added = torch.arange(ids.shape[1])[None] >= len(before)
-    alone = step_feature_mask(ids, is_added, rule)
-    whole = step_feature_mask(ids, torch.ones_like(is_added), rule)
+    ids = torch.tensor([[*prompt_ids, *before.token_ids, *added.token_ids]])
+    positions, border = torch.arange(ids.shape[1])[None], len(prompt_ids) + len(before.token_ids)
+    alone = step_feature_mask(ids, positions >= border, rule)
+    whole = step_feature_mask(ids, positions >= len(prompt_ids), rule)
+    kept = before.step_scores if (whole & (positions < border - 1)).any() else ()
     # Text from a service may encode to other tokens than those that were generated and scored.
+    scores = added.step_scores
     counts = whole[alone].tolist() if int(alone.sum()) == len(scores) else [True] * len(scores)
-    return [score for score, counted in zip(scores, counts, strict=True) if counted]
+    return [*kept, *(score for score, counted in zip(scores, counts, strict=True) if counted)]
 
 
-def _thinking_region(input_ids: Tensor, response: Tensor, rule: StepRule) -> Tensor:
-    if rule.think_open_id is None or rule.think_close_id is None:
-        return torch.ones_like(response)
-    opens = (input_ids == rule.think_open_id) & response
-    closes = (input_ids == rule.think_close_id) & response
-    inside = opens.cumsum(1) > closes.cumsum(1)
-    well_formed = (opens.sum(1) == 1) & (closes.sum(1) == 1) & inside.any(1)
-    return inside | ~well_formed[:, None]
+def _thinking_region(input_ids: Tensor, response: Tensor, rule: StepRule) -> tuple[Tensor, Tensor]:
+    """First position of each row's region and the one after its last, [batch, 1] each."""
+    length = input_ids.shape[1]
+    positions = torch.arange(length, device=input_ids.device)
+
+    def first(mask: Tensor) -> Tensor:
+        return torch.where(mask, positions, length).amin(1, keepdim=True)
+
+    def last(mask: Tensor) -> Tensor:
+        return torch.where(mask, positions, -1).amax(1, keepdim=True)
+
+    opens, closes = (_equal(input_ids, tag) for tag in (rule.think_open_id, rule.think_close_id))
+    start = first(response)
+    in_prompt = positions < start
+    is_open = last(opens & in_prompt) > last(closes & in_prompt)
+    first_open = first(opens & response)
+    begin = torch.where(is_open | (first_open == length), start, first_open + 1)
+    return begin, first(closes & (positions >= begin))
 
 
-def _shift_right(mask: Tensor) -> Tensor:
-    return torch.cat([torch.zeros_like(mask[:, :1]), mask[:, :-1]], dim=1)
+def _equal(input_ids: Tensor, token_id: int | None) -> Tensor:
+    return torch.zeros_like(input_ids, dtype=torch.bool) if token_id is None else input_ids == token_id
