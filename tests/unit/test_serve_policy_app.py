@@ -188,6 +188,7 @@ def test_a_bug_is_a_500_that_the_log_explains(start: Start, caplog: pytest.LogCa
         (b'{"prefix_prompt": "' + b"x" * 4000 + b'"}', 413, "larger than 2000 bytes"),
         (b'{"prefix_prompt": "x", "return_scores": true}', 422, "no score head"),
         (b'{"prefix_prompt": "x", "stop_token_ids": [1, 999999999]}', 422, "stop_token_ids: 999999999 is outside"),
+        (b'{"prefix_prompt": "x", "stop": ["y", "<|im_end|>\\n"]}', 422, "id 258 in stop_token_ids"),
     ],
 )
 def test_bad_requests_say_what_is_wrong(start: Start, body: bytes, status: int, detail: str) -> None:

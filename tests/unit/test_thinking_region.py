@@ -148,7 +148,7 @@ def test_fused_scores_are_of_these_steps(kind: Kind) -> None:
 def test_the_score_service_scores_these_steps_as_transformers_does(
     kind: Kind, says: str, serve_app: Callable[[FastAPI], str]
 ) -> None:
-    """Through `/score` with the prompt told, through `/score_batch` with texts that hold it and with 100 that do not."""
+    """By `/score` with the prompt told; by `/score_batch` with texts that hold it, and with 100 that do not."""
     texts, steps = [t for t in kind.texts if t.response], [s for t, s in zip(kind.texts, kind.steps) if t.response]
     bodies = [{"text": t.prompt + t.response} for t in texts]
     if says == "prompt":

@@ -1,5 +1,6 @@
 """Rewards: where they lie, what a failed grade does, penalties, custom functions."""
 
+import copy
 import time
 
 import pytest
@@ -240,3 +241,11 @@ def test_a_row_without_an_answer_is_named(reward_model, message):
     )
     with pytest.raises(UserError, match=message):
         check_gradable([("a.parquet: row 7", "make10", reward_model)], _config())
+
+
+def test_a_box_inside_thinking_is_not_graded_where_tags_are_special_tokens(tiny_tokenizer, make_batch):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<think>", "</think>"]})
+    batch = make_batch([r"<think>\boxed{7}</think>so", r"<think>no</think>\boxed{7}"], "7", data_source=["math"] * 2)
+    assert "think" not in tokenizer.decode(batch.batch["responses"][0], skip_special_tokens=True)
+    assert _reward(_config(), tokenizer, batch).correct.tolist() == [0.0, 1.0]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from xbai.engine.detokenizer import Detokenizer
 from xbai.engine.files import LM_HEAD, weight_shapes
 from xbai.engine.scorer import HEAD_PREFIX, PromptTooLong, Scored, Scorer, head_shapes
 from xbai.engine.weight_check import HeldWeight, WeightCheck
@@ -37,7 +38,7 @@ class SamplingParams:
         temperature: 0 (greedy) to 2.
         top_k: -1 or 0 keeps every token.
         repetition_penalty: divides (multiplies, when negative) the logits of tokens seen in prompt or response.
-        stop: strings that end a completion and are cut from its text.
+        stop: strings that end a completion and are cut from its text; one may be a special token.
         stop_token_ids: tokens that end a completion, or interrupt it: they stay in its text.
         seed: sample i draws from a stream derived from (seed, i); None takes the engine's seed, or a fresh stream.
         first: number of the first sample, so that a request can be made in parts: its `n` are first, first + 1, ...
@@ -76,10 +77,11 @@ class SamplingParams:
 
 @dataclass
 class Completion:
-    """One sampled response; `token_ids` include the end-of-sequence token or the one completing a stop string.
+    """One sampled response; `token_ids` include the token that ends it or completes a stop string.
 
     Attributes:
-        finish_reason: `stop` (end of sequence, or a stop string), `stop_token` (one of `stop_token_ids`), or `length`.
+        finish_reason: `stop` (end of sequence or turn, or a stop string), `stop_token` (one of `stop_token_ids`), or
+            `length`.
     """
 
     token_ids: list[int]
@@ -91,7 +93,11 @@ class Completion:
 
 @dataclass(frozen=True)
 class Sample:
-    """One of a request's `n` completions to be: what an implementation schedules."""
+    """One of a request's `n` completions to be: what an implementation schedules.
+
+    Attributes:
+        end_ids: tokens that end it and are not in its text.
+    """
 
     request_id: str
     index: int
@@ -99,6 +105,7 @@ class Sample:
     params: SamplingParams
     seed: int | None
     return_scores: bool = False
+    end_ids: frozenset[int] = frozenset()
 
     @property
     def key(self) -> str:
@@ -131,6 +138,7 @@ class Engine(ABC):
 
     Attributes:
         tokenizer: the model's tokenizer.
+        detokenize: makes the text of a response.
         max_model_len: most tokens of prompt plus response.
         step_rule: the score head's step rule; None for an engine without scores.
         prompt_tokens: of all samples finished so far.
@@ -152,14 +160,17 @@ class Engine(ABC):
         scorer: Scorer | None,
         seed: int | None = None,
         trust_remote_code: bool = False,
+        end_ids: Iterable[int] = (),
     ) -> None:
         self.tokenizer = tokenizer
+        self.detokenize = Detokenizer(tokenizer)
         self.vocab_size: int = config.vocab_size
         self.max_model_len = max_model_len
         self.scorer = scorer
         self._head_shapes = head_shapes(scorer.head) if scorer else {}
         self._config = config
         self._trust_remote_code = trust_remote_code
+        self._end_ids = frozenset(end_ids)
         self._requests: dict[str, _Request] = {}
         self._seeds = None if seed is None else random.Random(seed)
 
@@ -173,6 +184,7 @@ class Engine(ABC):
         self._check_ids(prompt_ids, most=self.max_model_len - 1)
         if (wrong := self._outside_vocabulary(params.stop_token_ids)) is not None:
             raise UserError(f"stop_token_ids: {wrong} is outside the vocabulary of {self.vocab_size}")
+        self.detokenize.stop_ids(params.stop)
         if return_scores and self.step_rule is None:
             raise UserError(_NO_HEAD)
 
@@ -183,7 +195,8 @@ class Engine(ABC):
 
         Raises:
             PromptTooLong: the prompt leaves no room for a response.
-            UserError: an empty prompt, a token outside the vocabulary, or scores asked of an engine without a head.
+            UserError: an empty prompt, a token outside the vocabulary, a stop string that no text can have, or scores
+                asked of an engine without a head.
             ValueError: a request of this id is unfinished.
         """
         if request_id in self._requests:
@@ -193,9 +206,16 @@ class Engine(ABC):
         seed = params.seed
         if seed is None and self._seeds is not None:
             seed = self._seeds.getrandbits(62)
+        end_ids = self.detokenize.stop_ids(params.stop) | (set() if params.ignore_eos else self._end_ids)
         samples = [
             Sample(
-                request_id, i, list(prompt_ids), params, None if seed is None else sample_seed(seed, i), return_scores
+                request_id,
+                i,
+                list(prompt_ids),
+                params,
+                None if seed is None else sample_seed(seed, i),
+                return_scores,
+                frozenset(end_ids),
             )
             for i in range(params.first, params.first + params.n)
         ]
@@ -332,6 +352,11 @@ class Engine(ABC):
     @cached_property
     def _weight_shapes(self) -> dict[str, torch.Size]:
         return weight_shapes(self._config, self._trust_remote_code)
+
+    def _response_text(self, sample: Sample, token_ids: Sequence[int]) -> str:
+        """What a finished sample says: up to its first stop string, or to the token that ended it."""
+        has_ended = bool(token_ids) and token_ids[-1] in sample.end_ids
+        return cut_at_stop(self.detokenize(token_ids[:-1] if has_ended else token_ids), sample.params.stop)
 
     def _add_scores(self, requests: list[_Request]) -> None:
         pairs = [(s.prompt_ids, request.completions[s.index]) for request in requests for s in request.samples]

@@ -100,18 +100,6 @@ def load_tokenizer(model_path: str | Path, trust_remote_code: bool = False) -> P
     return tokenizer
 
 
-def eos_token_ids(model_path: str | Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a response: those of generation_config.json (else config.json) and the tokenizer's."""
-    from transformers import GenerationConfig
-
-    source = config
-    if (Path(model_path) / "generation_config.json").is_file():
-        source = GenerationConfig.from_pretrained(str(model_path), local_files_only=True)
-    listed = source.eos_token_id
-    ids = {*(listed if isinstance(listed, (list, tuple)) else [listed]), tokenizer.eos_token_id}
-    return sorted(ids - {None})
-
-
 def resolve_dtype(dtype: str, config: PretrainedConfig) -> torch.dtype:
     """A torch dtype from its name; `auto` is the checkpoint's.
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from xbai.engine.base import Completion, Engine, Sample, cut_at_stop
+from xbai.engine.base import Completion, Engine, Sample
+from xbai.engine.detokenizer import Detokenizer
+from xbai.engine.end_tokens import end_token_ids
 from xbai.engine.files import (
-    eos_token_ids,
     load_tokenizer,
     quiet_transformers,
     read_config,
@@ -84,8 +85,8 @@ class HFEngine(Engine):
             head = load_score_head(model_path, config.hidden_size, sprm_config)
             scorer = Scorer(truncate_backbone(model.model), head, sprm_config.step_rule)
         length = resolve_max_model_len(max_model_len, config)
-        super().__init__(config, tokenizer, length, scorer, seed, trust_remote_code)
-        self._eos_ids = frozenset(eos_token_ids(model_path, config, tokenizer))
+        end_ids = end_token_ids(model_path, config, tokenizer)
+        super().__init__(config, tokenizer, length, scorer, seed, trust_remote_code, end_ids)
         self.max_num_seqs = max_num_seqs
         self._max_cache_slots = max_cache_slots
         self._queue: deque[Sample] = deque()
@@ -139,10 +140,18 @@ class HFEngine(Engine):
             self._batch = self._new_batch(samples) if samples else None
         if self._batch is None:
             return []
-        return [(row.sample, row.completion()) for row in self._batch.advance()]
+        return [(row.sample, self._completion(row)) for row in self._batch.advance()]
+
+    def _completion(self, row: _Row) -> Completion:
+        return Completion(
+            token_ids=row.token_ids,
+            text=self._response_text(row.sample, row.token_ids),
+            finish_reason=row.finish_reason,
+            log_probs=row.log_probs if row.sample.params.log_probs else None,
+        )
 
     def _new_batch(self, samples: list[Sample]) -> _Batch:
-        rows = [_Row(sample, self.tokenizer, self._eos_ids) for sample in samples]
+        rows = [_Row(sample, self.detokenize) for sample in samples]
         return _Batch(self._model, rows, BatchSampler(samples, self.vocab_size, self.device), self.device)
 
 
@@ -216,8 +225,7 @@ class _Row:
     """One sample on its way: its tokens so far, and why it ended."""
 
     sample: Sample
-    tokenizer: object
-    eos_ids: frozenset[int]
+    detokenize: Detokenizer
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     finish_reason: str | None = None
@@ -229,29 +237,17 @@ class _Row:
         self.token_ids.append(token)
         self.log_probs.append(log_prob)
         params = self.sample.params
-        if (token in self.eos_ids and not params.ignore_eos) or self._stops():
+        if token in self.sample.end_ids or self._stops():
             self.finish_reason = "stop"
         elif token in params.stop_token_ids:
             self.finish_reason = "stop_token"
         elif len(self.token_ids) >= params.max_tokens:
             self.finish_reason = "length"
 
-    def completion(self) -> Completion:
-        """The finished completion, its text cut before the first stop string."""
-        return Completion(
-            token_ids=self.token_ids,
-            text=cut_at_stop(self._decode(self.token_ids), self.sample.params.stop),
-            finish_reason=self.finish_reason,
-            log_probs=self.log_probs if self.sample.params.log_probs else None,
-        )
-
     def _stops(self) -> bool:
         stop = self.sample.params.stop
         if not stop:
             return False
         # A stop string of k bytes ends within the last k tokens and a few that share its last character.
-        tail = self._decode(self.token_ids[-(max(len(s.encode()) for s in stop) + 4) :])
+        tail = self.detokenize(self.token_ids[-(max(len(s.encode()) for s in stop) + 4) :])
         return any(s in tail for s in stop)
-
-    def _decode(self, token_ids: list[int]) -> str:
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)

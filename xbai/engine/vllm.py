@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from xbai.engine.base import Completion, Engine, Sample, cut_at_stop
+from xbai.engine.base import Completion, Engine, Sample
+from xbai.engine.end_tokens import end_token_ids
 from xbai.engine.files import (
     LM_HEAD,
-    eos_token_ids,
     load_tokenizer,
     read_config,
     resolve_dtype,
@@ -93,7 +93,8 @@ class VLLMEngine(Engine):
         length = resolve_max_model_len(max_model_len, config)
         torch_dtype = resolve_dtype(dtype, config)
         logits_dtype = resolve_head_dtype(head_dtype, torch_dtype)
-        super().__init__(config, tokenizer, length, None, seed, trust_remote_code)
+        end_ids = end_token_ids(model_path, config, tokenizer)
+        super().__init__(config, tokenizer, length, None, seed, trust_remote_code, end_ids)
         self._load_scorer = partial(
             Scorer.from_folder, model_path, dtype=dtype, lang=lang, trust_remote_code=trust_remote_code
         )
@@ -127,7 +128,6 @@ class VLLMEngine(Engine):
             from xbai.engine.vllm_sampler import use_engine_sampler
 
             self._llm.collective_rpc(use_engine_sampler)
-        self._eos_ids = eos_token_ids(model_path, config, tokenizer)
         self._samples: dict[str, Sample] = {}
         self.max_num_seqs = self._llm.vllm_config.scheduler_config.max_num_seqs
 
@@ -235,13 +235,12 @@ class VLLMEngine(Engine):
         return [self._finish(self._samples.pop(output.request_id), output.outputs[0]) for output in finished]
 
     def _finish(self, sample: Sample, output: Any) -> tuple[Sample, Completion]:
-        completion = Completion(list(output.token_ids), output.text, output.finish_reason)
-        eos_ids = () if sample.params.ignore_eos else self._eos_ids
-        if output.stop_reason in sample.params.stop_token_ids and output.stop_reason not in eos_ids:
-            # vLLM leaves the token out of the text, and does not look for stop strings in it.
-            text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-            completion.text = cut_at_stop(text, sample.params.stop)
-            completion.finish_reason = "stop_token" if completion.text == text else "stop"
+        token_ids = list(output.token_ids)
+        completion = Completion(token_ids, self._response_text(sample, token_ids), output.finish_reason)
+        if output.stop_reason in sample.params.stop_token_ids and output.stop_reason not in sample.end_ids:
+            # vLLM does not look for stop strings in the text of the token.
+            is_cut = completion.text != self.detokenize(token_ids)
+            completion.finish_reason = "stop" if is_cut else "stop_token"
         if columns := self._columns(sample):
             values = output.logprobs
             if sample.params.log_probs:
@@ -313,7 +312,10 @@ class VLLMEngine(Engine):
             top_p=params.top_p,
             top_k=params.top_k,
             stop=list(params.stop),
-            stop_token_ids=[*params.stop_token_ids, *(() if params.ignore_eos else self._eos_ids)],
+            stop_token_ids=[*params.stop_token_ids, *sample.end_ids],
+            # It is for finding stop strings alone.
+            detokenize=bool(params.stop),
+            skip_special_tokens=not self.detokenize.keeps_special,
             ignore_eos=params.ignore_eos,
             logprobs=columns - 1 if (columns := self._columns(sample)) else None,
             output_kind=RequestOutputKind.FINAL_ONLY,

@@ -81,13 +81,10 @@ class EngineSource:
         ended = completion.finish_reason == "stop"
         token_ids = (*path.token_ids, *completion.token_ids)
         grown = Path(
-            text=path.text + completion.text if ended else self._decode(token_ids),
+            text=path.text + completion.text if ended else engine.detokenize(token_ids),
             token_count=len(token_ids),
             step_scores=tuple(joined_scores(self._prompt_ids, before, added, engine.step_rule)),
             finish_reason="stop" if ended else None,
             token_ids=token_ids,
         )
         return Continuation(grown, len(completion.token_ids))
-
-    def _decode(self, token_ids: list[int] | tuple[int, ...]) -> str:
-        return self._loop.engine.tokenizer.decode(token_ids, skip_special_tokens=True)

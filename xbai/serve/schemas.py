@@ -35,7 +35,9 @@ class GenerateRequest(WireModel):
     prefix_prompt: Text = Field(min_length=1, description="The whole prompt, chat template applied.")
     max_tokens: int = Field(1024, ge=1, le=2**31 - 1)
     response_num: int = Field(8, ge=1, le=MAX_RESPONSES)
-    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = Field(
+        None, description="Texts that end a response and are cut from it; a special token only alone."
+    )
     stop_token_ids: list[Annotated[int, Field(ge=0, le=2**31 - 1)]] | None = Field(
         None,
         max_length=MAX_STOP_TOKENS,

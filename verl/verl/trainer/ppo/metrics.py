@@ -19,7 +19,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> float:
 
 
 def train_metrics(
-    batch: DataProto, eos_token_ids: Sequence[int], tis_imp_ratio_cap: float | None = None
+    batch: DataProto, end_token_ids: Sequence[int], tis_imp_ratio_cap: float | None = None
 ) -> dict[str, float]:
     """Rewards, advantages, lengths, and what was computed of entropy, agreement of rollout and actor and the score head
     before the update; with `tis_imp_ratio_cap` also the importance weights."""
@@ -33,7 +33,7 @@ def train_metrics(
         "reward/mixed_prompts": mixed_prompts(batch.non_tensor_batch["uid"], correct, graded),
         "response_length/mean": float(lengths.float().mean()),
         "response_length/max": float(lengths.max()),
-        "response_length/truncated": float(is_truncated(columns["responses"], mask, eos_token_ids).float().mean()),
+        "response_length/truncated": float(is_truncated(columns["responses"], mask, end_token_ids).float().mean()),
         "prompt_length/mean": float(columns["attention_mask"].sum(-1).float().mean() - lengths.float().mean()),
     }
     if "old_log_probs" in columns:
@@ -88,9 +88,9 @@ def mixed_prompts(uids: Sequence[str], correct: Tensor, graded: Tensor) -> float
     return sum(len(values) > 1 for values in outcomes.values()) / len(outcomes)
 
 
-def is_truncated(responses: Tensor, mask: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
-    """[B] bool: the response filled all of its columns without ending in one of `eos_token_ids`."""
-    return mask.bool().all(-1) & ~torch.isin(responses[:, -1], torch.tensor(eos_token_ids))
+def is_truncated(responses: Tensor, mask: Tensor, end_token_ids: Sequence[int]) -> Tensor:
+    """[B] bool: the response filled all of its columns without ending in one of `end_token_ids`."""
+    return mask.bool().all(-1) & ~torch.isin(responses[:, -1], torch.tensor(end_token_ids))
 
 
 def log_prob_difference(rollout: Tensor, actor: Tensor, mask: Tensor) -> dict[str, float]:

@@ -37,7 +37,9 @@ from verl.workers.critic.dp_critic import UPDATE_KEYS
 from verl.workers.critic_worker import CriticWorker
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, group_sizes
 from verl.workers.reward_manager import REWARD_MANAGERS, PendingReward, Reward
-from xbai.engine.files import eos_token_ids, read_config
+from xbai.engine.detokenizer import Detokenizer
+from xbai.engine.end_tokens import end_token_ids
+from xbai.engine.files import read_config
 from xbai.errors import UserError
 from xbai.files import atomic_write
 from xbai.sprm import trajectory_scores
@@ -66,7 +68,7 @@ class RayPPOTrainer:
         model = config.actor_rollout_ref.model
         self.tokenizer = load_tokenizer(model.path, model.trust_remote_code)
         model_config = read_config(model.path, model.trust_remote_code)
-        self._eos_token_ids = eos_token_ids(model.path, model_config, self.tokenizer)
+        self._end_token_ids = end_token_ids(model.path, model_config, self.tokenizer)
         self._load_data()
         self._estimator = config.algorithm.adv_estimator
         self._critic_config = critic_config(config) if self._estimator == "gae" else None
@@ -193,7 +195,7 @@ class RayPPOTrainer:
         if baseline is not None:
             self._add_baseline(batch, baseline.result(), metrics)
         self._add_advantages(batch)
-        metrics |= train_metrics(batch, self._eos_token_ids, self._tis_imp_ratio_cap)
+        metrics |= train_metrics(batch, self._end_token_ids, self._tis_imp_ratio_cap)
         self._dump(batch, reward)
         if self._critic is not None:
             rows = self._critic_config.ppo_mini_batch_size * self._rollout.n
@@ -356,10 +358,10 @@ class RayPPOTrainer:
         folder = self.config.trainer.rollout_data_dir
         if folder is None:
             return
-        columns = batch.batch
+        columns, detokenize = batch.batch, Detokenizer(self.tokenizer)
         texts = {
-            "prompt": self.tokenizer.batch_decode(columns["prompts"], skip_special_tokens=True),
-            "response": self.tokenizer.batch_decode(columns["responses"], skip_special_tokens=True),
+            "prompt": list(map(detokenize, columns["prompts"].tolist())),
+            "response": list(map(detokenize, columns["responses"].tolist())),
         }
         values = {
             "reward": reward.reward_tensor.sum(-1),

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.protocol import DataProto
 from verl.workers.reward_manager.reward import PendingReward, Reward, make_reward
+from xbai.engine.detokenizer import Detokenizer
 from xbai.errors import UserError
 from xbai.grading import CustomBatchGrader, CustomGrader, Grade, GradeRequest, GraderPool, grade
 from xbai.grading.dispatch import Grader
@@ -31,7 +32,7 @@ class RewardManager:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DictConfig, workers: int | None) -> None:
         section = config.reward_model
-        self._tokenizer, self._config, self._ungraded_batches = tokenizer, config, 0
+        self._detokenize, self._config, self._ungraded_batches = Detokenizer(tokenizer), config, 0
         self._pool = GraderPool(workers, self._timeout_s(), self._grader(), int(section.memory_gib * GIBIBYTE))
 
     def launch(self, data: DataProto) -> PendingReward:
@@ -92,9 +93,7 @@ class RewardManager:
         extra = columns.get("extra_info", [None] * len(data))
         if "raw_prompt" in columns:
             extra = [{**(info or {}), "raw_prompt": messages} for info, messages in zip(extra, columns["raw_prompt"])]
-        texts = self._tokenizer.batch_decode(
-            [ids[kept].tolist() for ids, kept in zip(data.batch["responses"], mask)], skip_special_tokens=True
-        )
+        texts = [self._detokenize(ids[kept].tolist()) for ids, kept in zip(data.batch["responses"], mask)]
         return [
             GradeRequest(source, text, truth.get("ground_truth"), info)
             for source, text, truth, info in zip(sources, texts, truths, extra)
