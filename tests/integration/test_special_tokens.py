@@ -5,17 +5,23 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
+from fastapi import FastAPI
 from transformers import AutoModelForCausalLM
 
 from xbai.engine import Engine, SamplingParams, load_engine
 from xbai.engine.files import load_tokenizer
 from xbai.errors import UserError
+from xbai.serve.engine_thread import EngineThread
+from xbai.serve.limits import Limits
+from xbai.serve.policy import create_policy_app
 
 needs_vllm = [
     pytest.mark.slow,
@@ -141,3 +147,27 @@ def test_a_stop_string_wins_over_the_same_stop_token(engine: Engine) -> None:
 def test_a_special_token_beside_other_text_is_refused(engine: Engine, stop: str) -> None:
     with pytest.raises(UserError, match=r"^stop: .* holds the special token <.*>, .*stop_token_ids"):
         answer(engine, stop=("fine", stop))
+
+
+def test_the_service_takes_a_special_token_as_stop(chain_model: Path, serve_app: Callable[[FastAPI], str]) -> None:
+    thread = EngineThread(lambda: load_engine("hf", chain_model, dtype="float32"))
+    url = serve_app(create_policy_app(thread, "chain", Limits()))
+    deadline = time.monotonic() + 60
+    while not thread.ready and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+    def post(**fields: object) -> httpx.Response:
+        body = {"prefix_prompt": "?", "response_num": 1, "temperature": 0, "repetition_penalty": 1, **fields}
+        return httpx.post(f"{url}/generate", json=body, timeout=60)
+
+    for fields, text, tokens in (({}, WHOLE, 8), ({"stop": "</think>"}, "<think>ab.\n\nc", 6)):
+        answer = post(**fields).json()
+        assert (answer["results"], answer["finish_reasons"], answer["token_counts"]) == ([text], ["stop"], [tokens])
+    refused = post(stop="d<|im_end|>")
+    assert refused.status_code == 422
+    assert "stop_token_ids" in refused.json()["detail"]
+
+
+def test_an_end_outside_of_the_models_vocabulary_ends_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_end_ids", {*engine._end_ids, engine.vocab_size})
+    assert answer(engine) == (WHOLE, "stop")

@@ -160,7 +160,7 @@ class Engine(ABC):
         scorer: Scorer | None,
         seed: int | None = None,
         trust_remote_code: bool = False,
-        end_ids: Iterable[int] = (),
+        end_ids: Sequence[int] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self.detokenize = Detokenizer(tokenizer)
@@ -170,7 +170,7 @@ class Engine(ABC):
         self._head_shapes = head_shapes(scorer.head) if scorer else {}
         self._config = config
         self._trust_remote_code = trust_remote_code
-        self._end_ids = frozenset(end_ids)
+        self._end_ids = set(end_ids)
         self._requests: dict[str, _Request] = {}
         self._seeds = None if seed is None else random.Random(seed)
 
@@ -207,6 +207,8 @@ class Engine(ABC):
         if seed is None and self._seeds is not None:
             seed = self._seeds.getrandbits(62)
         end_ids = self.detokenize.stop_ids(params.stop) | (set() if params.ignore_eos else self._end_ids)
+        # A tokenizer may know more tokens than its model, and vLLM refuses those.
+        end_ids = frozenset(i for i in end_ids if i < self.vocab_size)
         samples = [
             Sample(
                 request_id,
@@ -215,7 +217,7 @@ class Engine(ABC):
                 params,
                 None if seed is None else sample_seed(seed, i),
                 return_scores,
-                frozenset(end_ids),
+                end_ids,
             )
             for i in range(params.first, params.first + params.n)
         ]
