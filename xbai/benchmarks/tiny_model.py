@@ -9,7 +9,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from xbai.files import atomic_directory
-from xbai.sprm.steps import STEP_TEXT_EN, THINK_CLOSE, THINK_OPEN
+from xbai.sprm.steps import STEP_TEXT_EN
+from xbai.sprm.tags import THINK_CLOSE, THINK_OPEN
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = [END_OF_TEXT, TURN_START, TURN_END]

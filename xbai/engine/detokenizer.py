@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from xbai.errors import UserError
-from xbai.sprm.steps import THINK_CLOSE, THINK_OPEN
+from xbai.sprm.tags import THINK_CLOSE, THINK_OPEN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,8 @@ from xbai.engine import Completion, Engine, SamplingParams
 from xbai.errors import UserError
 from xbai.search.expander import Continuation
 from xbai.search.path import Path
-from xbai.sprm.steps import THINK_CLOSE, ScoredPart, joined_scores
+from xbai.sprm.steps import ScoredPart, joined_scores
+from xbai.sprm.tags import THINK_CLOSE
 
 
 class EngineLoop:

@@ -9,7 +9,8 @@ from xbai.evaluate.client import RequestFailedError, RequestTooLongError, Servic
 from xbai.search.expander import Continuation
 from xbai.search.path import Path
 from xbai.sprm import StepRule
-from xbai.sprm.steps import THINK_CLOSE, ScoredPart, joined_scores
+from xbai.sprm.steps import ScoredPart, joined_scores
+from xbai.sprm.tags import THINK_CLOSE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

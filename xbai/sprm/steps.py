@@ -12,6 +12,7 @@ from torch import Tensor
 
 from xbai.errors import UserError
 from xbai.prompts import TemplateRefusalError, apply_chat_template
+from xbai.sprm.tags import THINK_CLOSE, THINK_OPEN, TagPieces, single_id, tag_ends, tag_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STEP_TEXT_EN = ".\n\n"
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class StepRule:
         step_ids: token ids that end a step.
         think_open_id, think_close_id: ids of `<think>` and `</think>`; None where the tokenizer has no single token.
         generation_prompt: what the chat template puts before a response, to find where one begins in a bare text.
+        tag_pieces: the tokens that tags without a token of their own may be made of.
     """
 
     lang: str
@@ -38,6 +39,7 @@ class StepRule:
     think_open_id: int | None = None
     think_close_id: int | None = None
     generation_prompt: str = ""
+    tag_pieces: TagPieces = ()
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, lang: str = "en") -> StepRule:
@@ -48,12 +50,14 @@ class StepRule:
         """
         if lang not in _STEP_IDS:
             raise UserError(f"step rule: lang={lang!r} is unknown, use one of {sorted(_STEP_IDS)}")
+        open_id, close_id = (single_id(tokenizer, tag) for tag in (THINK_OPEN, THINK_CLOSE))
         return cls(
             lang=lang,
             step_ids=_STEP_IDS[lang](tokenizer),
-            think_open_id=_single_id(tokenizer, THINK_OPEN),
-            think_close_id=_single_id(tokenizer, THINK_CLOSE),
+            think_open_id=open_id,
+            think_close_id=close_id,
             generation_prompt=_generation_prompt(tokenizer),
+            tag_pieces=tag_pieces(tokenizer) if None in (open_id, close_id) else (),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,7 +67,8 @@ class StepRule:
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> StepRule:
         """The inverse of `to_dict`."""
-        return cls(**{**value, "step_ids": tuple(value["step_ids"])})
+        pieces = tuple((i, text) for i, text in value.get("tag_pieces", ()))
+        return cls(**{**value, "step_ids": tuple(value["step_ids"]), "tag_pieces": pieces})
 
 
 def _step_ids_en(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -91,11 +96,6 @@ def _is_zh_delimiter(text: str) -> bool:
 
 
 _STEP_IDS = {"en": _step_ids_en, "zh": _step_ids_zh}
-
-
-def _single_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    return ids[0] if len(ids) == 1 else None
 
 
 def _generation_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -192,14 +192,13 @@ def _thinking_region(input_ids: Tensor, response: Tensor, rule: StepRule) -> tup
     def last(mask: Tensor) -> Tensor:
         return torch.where(mask, positions, -1).amax(1, keepdim=True)
 
-    opens, closes = (_equal(input_ids, tag) for tag in (rule.think_open_id, rule.think_close_id))
+    opens, goes_on = tag_ends(input_ids, THINK_OPEN, rule.think_open_id, rule.tag_pieces)
+    closes, _ = tag_ends(input_ids, THINK_CLOSE, rule.think_close_id, rule.tag_pieces)
     start = first(response)
     in_prompt = positions < start
     is_open = last(opens & in_prompt) > last(closes & in_prompt)
-    first_open = first(opens & response)
-    begin = torch.where(is_open | (first_open == length), start, first_open + 1)
+    opens &= response
+    first_open = first(opens)
+    behind = torch.where(first(opens & goes_on) == first_open, first_open, first_open + 1)
+    begin = torch.where(is_open | (first_open == length), start, behind)
     return begin, first(closes & (positions >= begin))
-
-
-def _equal(input_ids: Tensor, token_id: int | None) -> Tensor:
-    return torch.zeros_like(input_ids, dtype=torch.bool) if token_id is None else input_ids == token_id
