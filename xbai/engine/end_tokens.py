@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from jinja2 import TemplateError
+
+from xbai.errors import UserError
+from xbai.prompts import apply_chat_template
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -51,8 +53,8 @@ def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     messages = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except TemplateError:  # It may want other messages; what it says of a user's is for whoever makes prompts.
+        text = apply_chat_template(tokenizer, messages, tokenizer.name_or_path, add_generation_prompt=False)
+    except UserError:  # It may want other messages; what it says of a user's is for whoever makes prompts.
         return None
     _, found, after = text.rpartition(_ANSWER)
     ids = tokenizer.encode(after.lstrip(), add_special_tokens=False) if found else []
