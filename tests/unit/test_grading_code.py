@@ -1,12 +1,18 @@
 """Programs as answers: which one counts, when outputs are the same, right and wrong programs against their tests."""
 
 import json
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from xbai.grading import GradeRequest, GraderPool, code, grade, pool
-from xbai.grading.code import last_code_block, same_output, same_result
+from xbai.grading.code import grade_code, same_output, same_result
+from xbai.grading.program import find_program
 from xbai.sandbox.job import Limits
+
+CASES = [json.loads(line) for line in (Path(__file__).parents[1] / "cases/code.jsonl").read_text().splitlines()]
 
 SUM = {"tests": [{"input": "3\n1 2 3\n", "output": "6\n"}, {"input": "1\n-5\n", "output": "-5\n"}]}
 HALF = {"tests": [{"input": "3", "output": "1.5"}, {"input": "4", "output": "2"}]}
@@ -104,26 +110,92 @@ def test_wrong(tests, program):
     assert grade(GradeRequest("livecodebench", fenced(program), json.dumps(tests))) == 0.0
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['kind']}: {case['response'][:40]!r}")
+def test_what_models_write(case):
+    assert grade_code(case["response"], json.dumps(case["tests"])) is case["right"]
+
+
 @pytest.mark.parametrize(
     "response,program",
     [
-        ("```python\na\n```", "a"),
-        ("```\na\nb\n```", "a\nb"),
-        ("```py\na\n```\nor better\n```python\nb\n```\nDone.", "b"),
-        ("```python\na\n```\nor better\n```python\nb", None),
-        ("```python\na", None),
-        ("1. So:\n   ```python\n   if a:\n       b\n   ```", "if a:\n    b"),
-        ("<think>```python\na\n```</think>print(1)", None),
-        ("<think>```python\na\n```</think>```python\nb\n```", "b"),
+        ("```python\nprint(1)\n```", "print(1)"),
+        ("```\nimport sys\nprint(1)\n```", "import sys\nprint(1)"),
+        ("```py\nprint(1)\n```\nor better\n```python\nprint(2)\n```\nDone.", "print(2)"),
+        ("```python\nprint(1)\n```\nor better\n```python\nprint(2)", None),
+        ("```python\nprint(1)", None),
+        ("1. So:\n   ```python\n   if a:\n       print(a)\n   ```", "if a:\n    print(a)"),
+        ("<think>```python\nprint(1)\n```</think>print(1)", None),
+        ("<think>```python\nprint(1)\n```</think>```python\nprint(2)\n```", "print(2)"),
         ("print(1)", None),
-        ("`a`", None),
+        ("`print(1)`", None),
         ("```python\nprint('```')\n```", "print('```')"),
-        ("```python\r\na\r\n```\r\n", "a\r"),
+        ("```python\r\nprint(1)\r\n```\r\n", "print(1)\r"),
         ("", None),
     ],
 )
 def test_which_block_counts(response, program):
-    assert last_code_block(response) == program
+    assert find_program(response) == program
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```\n" * 50_000,
+        "```\n'''\n" * 20_000,
+        "```python\n'''" + "\n```" * 50_000,
+        "```python print(1) " * 20_000,
+        "x ``` y\n" * 50_000,
+        "> " * 100_000 + "```",
+        "\n".join("`" * (3 + length) for length in range(600)),
+        "```python\n" + "(" * 200_000 + "\n```",
+        "```python\n" + "-" * 200_000 + "1\n```",
+        "```python\n\0\n```",
+        "```python\nprint('\ud800')\n```",
+    ],
+    ids=lambda text: repr(text[:20]),
+)
+def test_finding_a_program_takes_no_long_time(text):
+    started = time.monotonic()
+    find_program(text)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    "program,stdin,output,right",
+    [
+        ("print(10**5000)", "", "1" + "0" * 5000, True),
+        ("print(10**5000 + 1)", "", "1" + "0" * 5000, False),
+        ("n = int(input())\nprint(n % 10)", "1" * 5999 + "7", "7", True),
+        ("print(int(input()) * 10**40_000)", "7", "7" + "0" * 40_000, True),
+        ("print(10**49_999)", "", "1" + "0" * 49_999, True),
+        # As with LiveCodeBench, whose limit is the same.
+        ("print(10**50_000)", "", "1" + "0" * 50_000, False),
+        ("print(" + "9" * 6000 + " % 7)", "", str((10**6000 - 1) % 7), True),
+    ],
+    ids=str,
+)
+def test_long_integers_of_programs(program, stdin, output, right):
+    tests = {"tests": [{"input": stdin, "output": output}]}
+    assert grade_code(f"```python\n{program}\n```", json.dumps(tests)) is right
+
+
+@pytest.mark.parametrize("step,right", [(1, True), (2, False)])
+def test_long_integers_of_functions(step, right):
+    digits = "12345678" * 500
+    tests = {"function": "f", "tests": [{"input": f"{'1' * 5000}\n{digits}", "output": f"[{digits[:-1]}9]"}]}
+    limit = sys.get_int_max_str_digits()
+    program = f"```python\ndef f(a, b):\n    return [b + {step} + a - a]\n```"
+    assert grade_code(program, json.dumps(tests)) is right
+    assert sys.get_int_max_str_digits() == limit, "of the grading alone"
+
+
+def test_long_outputs_are_compared_in_no_long_time():
+    started = time.monotonic()
+    assert not same_output("9" * 2**24, "9" * 2**24 + "1")
+    assert same_output("9" * 2**22 + ".0", "9" * 2**22)
+    assert not same_output("1 " * 2**20, "1 " * (2**20 - 1) + "2")
+    assert not same_result("9" * 2**22, "1")
+    assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize(

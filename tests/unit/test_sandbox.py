@@ -84,6 +84,24 @@ def test_functions_are_called_and_what_they_print_is_ignored(sandbox):
     assert sandbox.run(Job("def f(): return {1}", function="f")).status is Status.ERROR
 
 
+def test_results_of_numpy_are_plain_and_numpy_comes_only_with_the_program(sandbox):
+    code = "import numpy as np\ndef f(x): return np.arange(x), np.bool_(True), {'a': [np.float32(0.5)]}"
+    assert json.loads(sandbox.run(Job(code, function="f", arguments=[2])).output) == [[0, 1], True, {"a": [0.5]}]
+    fails = "import sys\nclass A: tolist = item = lambda self: 1\ndef f(): return 'numpy' in sys.modules or A()"
+    assert sandbox.run(Job(fails, function="f")).status is Status.ERROR
+    assert json.loads(sandbox.run(Job(fails.replace("A()", "0"), function="f")).output) == 0
+
+
+@pytest.mark.parametrize("value", ["self", "[self]", "1 / 0", "any(iter(int, 1))", "exit(0)"])
+def test_what_poses_as_numpy_gains_nothing(sandbox, value):
+    code = (
+        "import sys\nclass A:\n    generic = ndarray = property(lambda self: A)\n"
+        f"    def tolist(self): return {value}\nsys.modules['numpy'] = A()\ndef f(): return A()"
+    )
+    outcome = sandbox.run(Job(code, function="f", limits=Limits(cpu_s=1)))
+    assert outcome.status in (Status.ERROR, Status.TIME)
+
+
 @pytest.mark.parametrize(
     "code", ["1/0", "raise ValueError", "def", "import os; os._exit(3)", "import os; os.abort()", "\0"]
 )

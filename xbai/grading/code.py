@@ -1,18 +1,20 @@
-"""Programs: the last fenced block of the response, run in a sandbox against all tests of its problem."""
+"""Programs: run in a sandbox against all tests of their problem, and compared as LiveCodeBench's checker does."""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from decimal import Decimal, InvalidOperation
 from functools import cache, lru_cache
 
-from xbai.grading.boxed import after_thinking
 from xbai.grading.code_tests import Case, read_code_tests
 from xbai.grading.dispatch import Preparation
-from xbai.sandbox.job import Job, Limits, Status
+from xbai.grading.program import find_program
+from xbai.sandbox.job import MAX_INT_DIGITS, Job, Limits, Status
 from xbai.sandbox.process import Sandbox
 
-FENCE = "```"
 LIMITS = Limits()
 """Of each test."""
 START_S = 1.0
@@ -23,11 +25,10 @@ _read_code_tests = lru_cache(maxsize=4)(read_code_tests)
 
 def grade_code(response: str, tests: str) -> bool:
     """Whether the program in `response` passes every test in `tests` (see `read_code_tests`)."""
-    code = last_code_block(response)
-    if code is None:
-        return False
     known = _read_code_tests(tests)
-    return all(_passes(code, known.function, case) for case in known.cases)
+    with _long_integers():
+        code = find_program(response, known.function)
+        return code is not None and all(_passes(code, known.function, case) for case in known.cases)
 
 
 def prepare(tests: str) -> Preparation:
@@ -36,38 +37,29 @@ def prepare(tests: str) -> Preparation:
     return Preparation(len(_read_code_tests(tests).cases) * (LIMITS.wall_s + START_S), _sandbox().warning)
 
 
-def last_code_block(response: str) -> str | None:
-    """The content of the last fenced block after the thinking; None without one, and when it is not closed.
-
-    An unclosed last block, which was cut off, is not replaced by an earlier one.
-    """
-    last: str | None = None
-    block: list[str] | None = None
-    indent = ""
-    for line in after_thinking(response).split("\n"):
-        text = line.strip()
-        if block is None:
-            if text.startswith(FENCE):
-                block, indent = [], line[: line.index(FENCE)]
-        elif text == FENCE:
-            last, block = "\n".join(block), None
-        else:
-            block.append(line.removeprefix(indent))
-    return last if block is None else None
-
-
 def same_output(output: str, expected: str) -> bool:
-    """Whether two outputs are the same but for space around lines, and for how numbers are written."""
+    """Whether two outputs are the same but for space around lines, and for how equal numbers are written."""
     lines, true_lines = output.strip().split("\n"), expected.strip().split("\n")
     return len(lines) == len(true_lines) and all(map(_same_line, lines, true_lines))
 
 
 def same_result(result: str, expected: str) -> bool:
-    """Whether two values, as JSON, are equal."""
+    """Whether two values, as JSON, are equal; numbers to the last digit."""
     try:
         return json.loads(result) == json.loads(expected)
     except (ValueError, RecursionError):
         return False
+
+
+@contextmanager
+def _long_integers() -> Iterator[None]:
+    """Read integers as long as a program may write."""
+    before = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(MAX_INT_DIGITS)
+    try:
+        yield
+    finally:
+        sys.set_int_max_str_digits(before)
 
 
 @cache
@@ -88,7 +80,10 @@ def _passes(code: str, function: str | None, case: Case) -> bool:
 def _same_line(line: str, expected: str) -> bool:
     if line.strip() == expected.strip():
         return True
+    numbers, true_numbers = line.split(), expected.split()
     try:
-        return list(map(Decimal, line.split())) == list(map(Decimal, expected.split()))
+        return len(numbers) == len(true_numbers) and all(
+            Decimal(number) == Decimal(true) for number, true in zip(numbers, true_numbers)
+        )
     except InvalidOperation:
         return False

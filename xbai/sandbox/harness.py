@@ -18,10 +18,10 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from xbai.sandbox.confine import Walls, confine, python_paths
-from xbai.sandbox.job import Job, Limits, Outcome, Status
+from xbai.sandbox.job import MAX_INT_DIGITS, Job, Limits, Outcome, Status
 
 _DONE, _FAILED, _OUT_OF_MEMORY = 0, 1, 77
 _STATUS_OF_EXIT = {
@@ -126,6 +126,7 @@ def _child(job: Job, preamble: CodeType, walls: Walls, input_fd: int, output_fd:
         _redirect(input_fd, output_fd, is_program=job.function is None)
         confine(job.limits, walls)
         sys.setrecursionlimit(_RECURSION_LIMIT)
+        sys.set_int_max_str_digits(MAX_INT_DIGITS)
         # Its own module: dataclasses and type hints look names up there.
         module = ModuleType("__main__" if job.function is None else "solution")
         module.__dict__["__builtins__"] = builtins
@@ -172,4 +173,12 @@ def _call_function(job: Job, module: ModuleType) -> None:
     owner = module.__dict__["Solution"]() if "Solution" in module.__dict__ else module
     result = getattr(owner, job.function)(*job.arguments)
     with open(_RESULT_FD, "w") as stream:
-        json.dump(result, stream)
+        json.dump(result, stream, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """A scalar or array of numpy's as Python's own; numpy is there only where the program has imported it."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None or not isinstance(value, (numpy.generic, numpy.ndarray)):
+        raise TypeError(f"a result of type {type(value).__name__}")
+    return value.tolist()

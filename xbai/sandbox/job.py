@@ -7,6 +7,8 @@ from enum import StrEnum
 from typing import Any
 
 MEBIBYTE = 2**20
+MAX_INT_DIGITS = 50_000
+"""Of an integer read or written in decimal digits, which takes time that grows with their square; as LiveCodeBench."""
 
 
 @dataclass(frozen=True)
