@@ -126,7 +126,7 @@ def test_a_finished_run_asks_for_nothing_and_grows(command: Callable, tmp_path: 
     run(command(branch=3))
     assert_complete(results(path), CANDIDATES // 2 * 3)
     assert results(path)[0]["output"]["solution_lst"][:CANDIDATES] == before[0]["output"]["solution_lst"]
-    assert "temperature=0.8, now 0.5" in run(command(temperature=0.5), status=2)
+    assert "temperature=0.6, now 0.5" in run(command(temperature=0.5), status=2)
 
 
 def test_fused_scores_equal_the_service_and_a_dead_copy_does_no_harm(

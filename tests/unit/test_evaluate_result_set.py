@@ -11,6 +11,7 @@ import pytest
 from xbai.errors import UserError
 from xbai.evaluate.metrics import compare, repeated_accuracy, report_files
 from xbai.evaluate.result_set import read_lines, result_files
+from xbai.evaluate.results import ResultLine
 from xbai.evaluate.settings import differing_settings
 
 RIGHT, WRONG = "The answer is \\boxed{7+8-1+1-5}.", "The answer is \\boxed{7+8+1+1+5}."
@@ -25,6 +26,18 @@ def result_line(index: int, responses: list[str], first_sample: int = 0, **setti
     }
     line = {"prompt": "P", "answer": "7 8 1 1 5", "output": output, "index": index, "meta": {"question": "Q"}}
     return {**line, "settings": {**SETTINGS, **settings}}
+
+
+def xbai_line(question: str, responses: list[str], scores: list[float], template: str = "<u>{}<a><think>\n") -> dict:
+    """A repetition of a question as XBai's own pipeline writes it: `content` is the prompt that was sent."""
+    prompt = template.format(question)
+    output = {
+        "content": prompt,
+        "time": 1.5,
+        "solution_lst": [prompt + text for text in responses],
+        "score_lst": scores,
+    }
+    return {"prompt": question, "answer": "7 8 1 1 5", "output": output}
 
 
 def write(path: Path, *lines: dict) -> Path:
@@ -82,6 +95,49 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
         read_lines([first, copy])
     with pytest.raises(UserError, match="made for --task make10, not aime24"):
         read_lines([first], "aime24")
+
+
+def test_files_of_xbais_own_pipeline(tmp_path: Path) -> None:
+    # What graders must not see: a prompt that holds a box, which is not even the right one.
+    questions = [f"Make 10 in a \\boxed{{}}, not \\boxed{{7+8-1+1-5}} ({n})." for n in range(2)]
+    repetitions = [[WRONG, RIGHT], [RIGHT, "no answer"]]
+    path = write(
+        tmp_path / "xbai.jsonl",
+        *(xbai_line(question, responses, [0.2, 0.9]) for responses in repetitions for question in questions),
+    )
+    lines = read_lines([path])
+    assert [line.responses for line in lines] == [repetitions[0], repetitions[0], repetitions[1], repetitions[1]]
+    assert [line.content for line in lines] == [RIGHT, RIGHT, "no answer", "no answer"]
+    report, graded = report_files("make10", [str(path)])
+    assert [question.correct.tolist() for question in graded] == [[0.0, 1.0, 1.0, 0.0]] * 2
+    assert [question.key for question in graded] == [(None, question) for question in questions]
+    assert (report.questions, report.samples) == (2, 4)
+    assert repeated_accuracy(graded, 2) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("template", ["<u>{}<a>", "{}", "{}\n\nAssistant:"])
+@pytest.mark.parametrize("response", ["", RIGHT, "Q", "<u>Q<a>", "Q" + RIGHT])
+def test_responses_hold_no_prompt_in_either_form(template: str, response: str) -> None:
+    prompt = template.format("Q")
+    theirs = ResultLine.from_dict(xbai_line("Q", [response, prompt], [0.5, None], template))
+    assert (theirs.responses, theirs.prompt) == ([response, prompt], prompt)
+    ours = result_line(0, [])
+    ours |= {"prompt": prompt, "output": {"content": response, "solution_lst": [prompt + response], "sample_lst": [0]}}
+    for line in (ours, ResultLine.from_dict(ours).to_dict()):
+        assert ResultLine.from_dict(line).responses == [response]
+
+
+def test_their_parts_add_up_and_their_files_and_ours_are_not_mixed_but_compared(tmp_path: Path) -> None:
+    ours = write(tmp_path / "ours.jsonl", result_line(0, [RIGHT, WRONG]))
+    theirs = [write(tmp_path / f"theirs{n}.jsonl", xbai_line("Q", [WRONG, RIGHT], [0.2, 0.9])) for n in range(2)]
+    report, graded = report_files("make10", [str(tmp_path / "theirs*")])
+    assert (report.questions, report.samples) == (1, 4)
+    with pytest.raises(UserError, match=r"theirs0\.jsonl does not say how it was made.*ours\.jsonl does"):
+        read_lines([ours, *theirs])
+    with pytest.raises(UserError, match=r"theirs0\.jsonl does not say how it was made.*ours\.jsonl does"):
+        report_files("make10", [str(tmp_path / "*.jsonl")])
+    compared = compare(graded, report_files("make10", [str(ours)])[1])
+    assert (compared.questions, compared.unpaired) == (1, 0)
 
 
 def test_missing_files_and_candidates_are_named(tmp_path: Path) -> None:

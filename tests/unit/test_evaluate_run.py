@@ -61,7 +61,9 @@ def test_copies_of_different_models_are_refused() -> None:
         served(READY, OTHER)
     with pytest.raises(UserError, match=r"different rules \(en, zh\)"):
         served(READY, READY | {"lang": "zh"})
-    assert served({}, READY) == ServedModel("m:1a", "en", scores=False), "one that does not say goes with any"
+    assert served({}, READY) == ServedModel("m:1a", "en", scores=False, is_ours=False), (
+        "one that does not say goes with any"
+    )
 
 
 @pytest.mark.parametrize(

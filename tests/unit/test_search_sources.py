@@ -173,11 +173,11 @@ class ScriptedPolicy:
             text += token
             if token == ".\n\n" and count > 1:
                 step_scores.append(0.5)
-            if self.tokenizer.encode(token)[0] in payload["stop_token_ids"]:
+            if self.tokenizer.encode(token)[0] in payload.get("stop_token_ids", ()):
                 reason = "stop_token"
                 break
         self.generated += count
-        scores = {"step_scores": [step_scores]} if payload["return_scores"] else {}
+        scores = {"step_scores": [step_scores]} if payload.get("return_scores") else {}
         return {"results": [text], "finish_reasons": [reason], "token_counts": [count], **scores}
 
 
@@ -185,7 +185,8 @@ class ScriptedScorer:
     """`/score` that gives every step 0.5."""
 
     async def post(self, payload: dict[str, Any], ticket: int) -> dict[str, Any]:
-        return {"all_scores": [0.5] * payload["text"].removeprefix(payload["prompt"]).count(".\n\n")}
+        steps = payload["text"].removeprefix(payload["prompt"]).count(".\n\n")
+        return {"value": 0.5, "all_scores": [0.5] * steps}
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -194,7 +195,7 @@ def test_a_service_response_is_written_step_by_step_and_whole(
     text: str, fused: bool, tiny_tokenizer: PreTrainedTokenizerFast, rule: StepRule
 ) -> None:
     policy = ScriptedPolicy(text, tiny_tokenizer, PROMPT)
-    services = StepServices(policy, None if fused else ScriptedScorer(), {"stop": None}, rule, tiny_tokenizer)
+    services = StepServices(policy, None if fused else ScriptedScorer(), {}, rule, tiny_tokenizer)
 
     async def write() -> list[Path]:
         paths, spent = [ROOT], 0
@@ -211,7 +212,7 @@ def test_a_service_response_is_written_step_by_step_and_whole(
     assert (paths[-1].text, paths[-1].finish_reason) == (text, "stop")
     assert paths[-1].token_count == len(tiny_tokenizer.encode(text)) + 1
     assert paths[-1].step_scores == (0.5,) * text.count(".\n\n")
-    assert all(payload["return_scores"] is fused for payload in policy.payloads)
+    assert all(("return_scores" in payload) is fused for payload in policy.payloads)
 
 
 def test_a_context_that_is_full_ends_a_response(tiny_tokenizer: PreTrainedTokenizerFast, rule: StepRule) -> None:

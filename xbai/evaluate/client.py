@@ -203,7 +203,7 @@ class ServicePool:
                 timeout=httpx.Timeout(self._policy.request_timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
             )
             if response.is_success:
-                answer = response.json()
+                answer = _answer(response)
                 replica.succeeded()
                 return answer
         except (httpx.ReadTimeout, httpx.WriteTimeout):
@@ -211,7 +211,7 @@ class ServicePool:
         except httpx.TransportError as error:
             raise self._failure(replica, f"{type(error).__name__}: {error}", answered=False) from None
         except ValueError as error:
-            raise self._failure(replica, f"an answer that is not JSON ({error})", answered=True) from None
+            raise self._failure(replica, str(error), answered=True) from None
         problem = f"{response.status_code}: {_detail(response)}"
         if response.status_code == 408 or not response.is_client_error:
             raise self._failure(replica, problem, answered=response.status_code != 503)
@@ -256,10 +256,33 @@ class ServicePool:
         if response.is_server_error:
             raise self._failure(replica, f"{response.status_code}: {_detail(response)}", answered=False)
         _check_key(response)
-        found = response.json() if response.is_success else {}
+        found = _description(response)
         ServedModel.from_copies(self._option, [*self._described.values(), found])
         self._described[replica.base_url] = found
         replica.is_known = True
+
+
+def _answer(response: httpx.Response) -> dict[str, Any]:
+    """The body of a success; XBai's own services report failures as one.
+
+    Raises:
+        ValueError: it is none.
+    """
+    answer = response.json()
+    if not isinstance(answer, dict):
+        raise ValueError(f"an answer that is no JSON object: {response.text:.200}")
+    if "error" in answer:
+        raise ValueError(f"the service reports: {answer['error']!s:.200}")
+    return answer
+
+
+def _description(response: httpx.Response) -> dict[str, Any]:
+    """What a service says of itself; nothing where it has no such route."""
+    try:
+        found = response.json() if response.is_success else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _check_key(response: httpx.Response) -> None:

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from xbai.errors import UserError
 from xbai.evaluate.client import RequestFailedError, RequestTooLongError, ServicePool, ServiceUnavailableError
 from xbai.evaluate.progress import Progress
 from xbai.evaluate.results import REFUSED, Sample, SampleKey
 from xbai.evaluate.schedule import GenerationRequest, Schedule
 from xbai.evaluate.settings import request_seed
 from xbai.evaluate.store import ResultStore
+from xbai.evaluate.wire import read_responses, read_score, score_request
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +28,13 @@ class Services:
         policy: `POST /generate`.
         scorer: `POST /score`; None where the score service is not asked.
         fused: the policy service returns the scores.
+        names_prompt: the score service is told where the prompt ends.
     """
 
     policy: ServicePool
     scorer: ServicePool | None
     fused: bool
+    names_prompt: bool = True
 
 
 class Driver:
@@ -103,10 +105,11 @@ class Driver:
             self._go_on(sample.key, is_scored=sample.score is not None)
 
     def _payload(self, request: GenerationRequest) -> dict[str, Any]:
+        seed = request_seed(self._seed, request.question.index, request.first_sample)
         return {
             "prefix_prompt": request.question.prompt,
             "response_num": request.count,
-            "seed": request_seed(self._seed, request.question.index, request.first_sample),
+            **({} if seed is None else {"seed": seed}),
             **({"return_scores": True} if self._services.fused else {}),
             **self._sampling,
         }
@@ -125,10 +128,9 @@ class Driver:
         self._complete(key)
 
     async def _ask_score(self, key: SampleKey) -> None:
-        prompt = self._prompts[key[0]]
-        text = prompt + self._store.get(key).response
+        request = score_request(self._prompts[key[0]], self._store.get(key).response, self._services.names_prompt)
         try:
-            answer = await self._services.scorer.post({"text": text, "prompt": prompt, "return_all_scores": True})
+            answer = await self._services.scorer.post(request)
         except (RequestTooLongError, RequestFailedError) as error:
             logger.warning("question %d, sample %d has no score: %s", *key, error)
         except ServiceUnavailableError as error:
@@ -136,7 +138,7 @@ class Driver:
                 logger.warning("no more scores are asked for: %s", error)
             self._scorer_is_lost = True
         else:
-            self._store.add_score(key, answer["value"], answer.get("all_scores"))
+            self._store.add_score(key, *read_score(answer))
 
     def _complete(self, key: SampleKey) -> None:
         self._progress.advance()
@@ -144,14 +146,8 @@ class Driver:
 
 
 def _samples(request: GenerationRequest, answer: dict[str, Any], seconds: float) -> Iterator[Sample]:
-    texts = answer.get("results")
-    if not isinstance(texts, list) or len(texts) != request.count:
-        raise UserError(
-            f"/generate did not return the {request.count} responses that were asked for, but {answer!r:.200}"
-        )
-    unknown = [None] * len(texts)
-    columns = [answer.get(name) or unknown for name in ("finish_reasons", "token_counts", "scores", "step_scores")]
-    responses = list(zip(texts, *columns, strict=True))
+    columns = "finish_reasons", "token_counts", "scores", "step_scores"
+    responses = read_responses(answer, request.count, *columns)
     for sample in request.missing:
         text, reason, tokens, score, steps = responses[sample - request.first_sample]
         yield Sample(

@@ -268,8 +268,12 @@ def compare(
     Raises:
         UserError: they have no question in common that could be graded.
     """
-    ours, theirs = ({question.key: question for question in side} for side in (questions, base))
-    common: list[QuestionKey] = [key for key in ours if key in theirs]
+    # Where one side does not know the questions' places, by their texts.
+    has_places = all(question.key[0] is not None for side in (questions, base) for question in side)
+    ours, theirs = (
+        {question.key if has_places else question.key[1]: question for question in side} for side in (questions, base)
+    )
+    common: list[QuestionKey | str] = [key for key in ours if key in theirs]
     paired = [key for key in common if _counts(ours[key]) and _counts(theirs[key])]
     if not any(len(side[key].correct) for key in paired for side in (ours, theirs)):
         raise UserError("--compare: the two have no question in common that could be graded")

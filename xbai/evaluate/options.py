@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 EFFORTS = {"low": 2, "medium": 8, "high": 32}
 """Candidates among which Best-of-N chooses."""
 
+FURTHER_SAMPLING = ("top_p", "top_k", "repetition_penalty")
 SCORE_SOURCES = ("auto", "fused", "service", "none")
 
 
@@ -56,7 +57,7 @@ class RunOptions:
     response_num: int = 8
     max_in_flight: int = 32
     score_source: str = "auto"
-    temperature: float = 0.8
+    temperature: float = 0.6
     top_p: float = 0.95
     top_k: int = -1
     repetition_penalty: float = 1.05
@@ -91,15 +92,16 @@ class RunOptions:
         return self.n_samples * self.branch
 
     def sampling(self) -> dict[str, Any]:
-        """The sampling fields of a `/generate` request."""
-        return {
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "repetition_penalty": self.repetition_penalty,
-            "stop": list(self.stop) or None,
-        }
+        """The sampling fields of a `/generate` request; those that not every service knows only where they are set."""
+        stop = {"stop": list(self.stop)} if self.stop else {}
+        return {"max_tokens": self.max_tokens, "temperature": self.temperature, **stop, **self.further_sampling()}
+
+    def further_sampling(self) -> dict[str, Any]:
+        """The sampling fields beyond the published interface that differ from the services' defaults."""
+        from xbai.serve.schemas import GenerateRequest
+
+        defaults = {name: GenerateRequest.model_fields[name].default for name in FURTHER_SAMPLING}
+        return {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}
 
     def _check_request(self) -> None:
         """The service's own bounds; its fields have the names of the options."""

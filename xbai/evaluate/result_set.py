@@ -43,7 +43,8 @@ def _unfinished_hint(pattern: str) -> str:
 def read_lines(paths: Sequence[Path], task: str | None = None) -> list[ResultLine]:
     """All result lines of files that belong together, those without any candidate too.
 
-    Files of one run in parts, or of several runs that differ in nothing but the seed, belong together.
+    Files of one run in parts, or of several runs that differ in nothing but the seed, belong together; and files that
+    all do not say how they were made.
 
     Args:
         paths: the files.
@@ -51,12 +52,13 @@ def read_lines(paths: Sequence[Path], task: str | None = None) -> list[ResultLin
 
     Raises:
         UserError: a file is not a result file, holds a sample of another one again, was made with other settings or
-            for another task, or there is no candidate at all.
+            for another task, or does not say how it was made while another does; or there is no candidate at all.
     """
     by_path = {path: list(read_result_lines(path)) for path in paths}
     lines = [line for found in by_path.values() for line in found]
     if not any(line.solutions for line in lines):
         raise UserError(f"{', '.join(map(str, paths))}: no candidates to measure")
+    _check_origins(by_path)
     _check_settings(by_path, task)
     _check_repeated(by_path)
     for path in paths:
@@ -64,6 +66,19 @@ def read_lines(paths: Sequence[Path], task: str | None = None) -> list[ResultLin
         if journal.exists():
             logger.warning("%s: an unfinished run adds to this file; what it holds so far is not counted", journal)
     return lines
+
+
+def _check_origins(by_path: dict[Path, list[ResultLine]]) -> None:
+    # Neither whether they belong together can be told, nor which questions are the same: by their place, or their text?
+    told, untold = (
+        [path for path, lines in by_path.items() for line in lines if (line.settings is not None) is is_told]
+        for is_told in (True, False)
+    )
+    if told and untold:
+        raise UserError(
+            f"{untold[0]} does not say how it was made, as files of XBai's own pipeline do not, and {told[0]} does: "
+            "measure each alone"
+        )
 
 
 def _check_settings(by_path: dict[Path, list[ResultLine]], task: str | None) -> None:

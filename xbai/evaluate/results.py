@@ -11,6 +11,7 @@ from typing import Any
 from xbai.benchmarks.registry import get_benchmark
 from xbai.errors import UserError
 from xbai.evaluate.settings import choice_of
+from xbai.search.best_of_n import best_candidate
 from xbai.search.majority import voted_candidate
 
 REFUSED = "refused"
@@ -136,7 +137,8 @@ class ResultLine:
 
     @classmethod
     def from_dict(cls, line: dict[str, Any]) -> ResultLine:
-        """The inverse of `to_dict`; also reads lines that have the published keys only."""
+        """The inverse of `to_dict`; also reads lines that have the published keys only, in either form of them."""
+        line = _from_published_form(line)
         output = line["output"]
         solutions = output["solution_lst"]
         unknown = [None] * len(solutions)
@@ -160,6 +162,21 @@ class ResultLine:
             seconds=output.get("seconds_lst") or [0.0] * len(solutions),
             errors=output.get("error_lst") or unknown,
         )
+
+
+def _from_published_form(line: dict[str, Any]) -> dict[str, Any]:
+    """A line that XBai's own pipeline wrote, in this one's form.
+
+    Its `prompt` is the question as it stands in the benchmark, and its `content` is the prompt with the chat template
+    applied, with which all solutions begin.
+    """
+    output = line["output"]
+    prompt, solutions, scores = output.get("content"), output["solution_lst"], output.get("score_lst")
+    is_ours = "settings" in line or "sample_lst" in output
+    if is_ours or not prompt or not solutions or not all(text.startswith(prompt) for text in solutions):
+        return line
+    best = solutions[best_candidate(scores)].removeprefix(prompt) if scores else ""
+    return {**line, "prompt": prompt, "meta": {"question": line["prompt"]}, "output": {**output, "content": best}}
 
 
 def read_result_lines(path: Path) -> Iterator[ResultLine]:

@@ -158,6 +158,8 @@ class Inference:
         scorer = policy_model = scorer_model = None
         if requests:
             policy_model = await policy.served_model(f"--response_api_url {options.response_api_url}")
+            if not policy_model.is_ours:
+                _say_what_is_not_known(options)
             store.record(policy=policy_model.identity)
         if options.score_api_url and self._asks_scorer(requests):
             scorer = ServicePool(options.score_api_url, "/score", client, options.retry, options.max_in_flight)
@@ -166,7 +168,7 @@ class Inference:
         for model in (policy_model if fused else None, scorer_model):
             if model is not None:
                 store.record(scorer=model.identity, lang=model.lang)
-        return Services(policy, scorer, fused)
+        return Services(policy, scorer, fused, names_prompt=scorer_model is not None and scorer_model.is_ours)
 
     def _asks_scorer(self, requests: Sequence[GenerationRequest]) -> bool:
         if self.options.score_source == "none":
@@ -177,7 +179,18 @@ class Inference:
     def _step_services(self, services: Services) -> StepServices:
         rule = load_sprm_config(self.options.model_dir, self.tokenizer).step_rule
         scorer = None if services.fused else services.scorer
-        return StepServices(services.policy, scorer, self.options.sampling(), rule, self.tokenizer)
+        return StepServices(
+            services.policy, scorer, self.options.sampling(), rule, self.tokenizer, services.names_prompt
+        )
+
+
+def _say_what_is_not_known(options: RunOptions) -> None:
+    ignored = " ".join(f"--{name} {value}" for name, value in options.further_sampling().items())
+    logger.warning(
+        "--response_api_url %s: the service does not say which model it serves, so that is not checked%s",
+        options.response_api_url,
+        f"; it may know nothing of {ignored}" if ignored else "",
+    )
 
 
 @asynccontextmanager

@@ -18,11 +18,13 @@ class ServedModel:
         identity: of the model; None where no copy says.
         lang: the rule by which they find steps; None where they find none.
         scores: every copy returns scores.
+        is_ours: every copy says what it is: a service of this project, which knows more than the published interface.
     """
 
     identity: str | None
     lang: str | None
     scores: bool
+    is_ours: bool
 
     @classmethod
     def from_copies(cls, option: str, described: Sequence[Mapping[str, Any]]) -> ServedModel:
@@ -42,6 +44,7 @@ class ServedModel:
             identity=identities[0] if identities else None,
             lang=langs[0] if langs else None,
             scores=all(copy.get("scores") for copy in described),
+            is_ours=all(copy.get("identity") for copy in described),
         )
 
     def gives_scores_of(self, scorer: ServedModel) -> bool:

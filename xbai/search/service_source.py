@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from xbai.errors import UserError
 from xbai.evaluate.client import RequestFailedError, RequestTooLongError, ServicePool
+from xbai.evaluate.wire import read_responses, read_score, score_request
 from xbai.search.expander import Continuation
 from xbai.search.path import Path
 from xbai.sprm import StepRule
@@ -25,6 +27,7 @@ class StepServices:
         scorer: `POST /score`; None where the policy service returns scores.
         sampling: fields of every `/generate` request (temperature, top_p, ...).
         rule, tokenizer: of the model.
+        names_prompt: the score service is told where the prompt ends.
     """
 
     policy: ServicePool
@@ -32,6 +35,7 @@ class StepServices:
     sampling: dict[str, Any]
     rule: StepRule
     tokenizer: PreTrainedTokenizerBase
+    names_prompt: bool = True
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class _Answer:
     text: str
     finish_reason: str
     token_count: int
-    step_scores: list[float]
+    step_scores: list[float] | tuple[()] = ()
 
 
 class ServiceSource:
@@ -79,24 +83,27 @@ class ServiceSource:
         return Continuation(grown, answer.token_count)
 
     async def _post(self, path: Path, max_tokens: int, to_end: bool, seed: int | None) -> _Answer:
+        is_fused = self._services.scorer is None
         answer = await self._services.policy.post(
             {
                 **self._services.sampling,
                 "prefix_prompt": self._prompt + path.text,
                 "response_num": 1,
                 "max_tokens": max_tokens,
-                "stop_token_ids": [] if to_end else list(self._services.rule.step_ids),
-                "seed": seed,
-                "return_scores": self._services.scorer is None,
+                **({} if to_end else {"stop_token_ids": list(self._services.rule.step_ids)}),
+                **({} if seed is None else {"seed": seed}),
+                **({"return_scores": True} if is_fused else {}),
             },
             ticket=self._ticket,
         )
-        return _Answer(
-            text=answer["results"][0],
-            finish_reason=answer["finish_reasons"][0],
-            token_count=answer["token_counts"][0],
-            step_scores=answer["step_scores"][0] if self._services.scorer is None else [],
-        )
+        columns = ("finish_reasons", "token_counts", *(("step_scores",) if is_fused else ()))
+        ((text, *others),) = read_responses(answer, 1, *columns)
+        if None in others:
+            raise UserError(
+                f"/generate does not return {' and '.join(columns)}, which a search by steps needs: use this project's "
+                "policy service, or --search best_of_n"
+            )
+        return _Answer(text, *others)
 
     async def _step_scores(self, path: Path, answer: _Answer) -> tuple[float, ...]:
         scorer, tokenizer = self._services.scorer, self._services.tokenizer
@@ -106,7 +113,8 @@ class ServiceSource:
             )
             before, added = map(ScoredPart, ids, (path.step_scores, answer.step_scores))
             return tuple(joined_scores(prompt_ids, before, added, self._services.rule))
-        text = self._prompt + path.text + answer.text
-        payload = {"text": text, "prompt": self._prompt, "return_all_scores": True}
-        scored = await scorer.post(payload, ticket=self._ticket)
-        return tuple(scored["all_scores"])
+        request = score_request(self._prompt, path.text + answer.text, self._services.names_prompt)
+        _, step_scores = read_score(await scorer.post(request, ticket=self._ticket))
+        if step_scores is None:
+            raise UserError("/score does not return all_scores, which a search by steps needs")
+        return tuple(step_scores)

@@ -15,10 +15,12 @@ from xbai.sprm import aggregate
 
 def create_policy_app(thread: EngineThread, model_name: str, limits: Limits) -> FastAPI:
     """The ASGI application; it starts and stops `thread`."""
-    service = Service("XBai policy service", model_name, thread, limits, ["/generate"])
+    service = Service("XBai policy service", model_name, thread, limits, ["/generate", "/score"])
     service.metrics.watch("xbai_engine_samples_waiting", "Samples before the engine", lambda: thread.samples_waiting)
     service.metrics.watch("xbai_engine_samples_begun", "Samples in the engine", lambda: thread.samples_begun)
 
+    # The README of XBai o4 gives its client this path of the policy service.
+    @service.app.post("/score", **service.route(), response_model_exclude_none=True, include_in_schema=False)
     @service.app.post("/generate", **service.route(), response_model_exclude_none=True)
     async def generate(body: GenerateRequest, request: Request) -> GenerateResponse:
         """Sample `response_num` responses to a prompt."""
