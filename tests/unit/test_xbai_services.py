@@ -138,7 +138,8 @@ def test_the_driver_finishes_on_xbais_services(
     report, _ = report_files("make10", [options.output_file])
     assert (report.questions, report.samples, report.mean_at_1.mean) == (2, 8, 0.5)
     assert report.curves["best_of_n"][8].mean == 1.0
-    assert caplog.text.count("the service does not say which model it serves") == 1
+    for option in ("--response_api_url", "--score_api_url"):
+        assert caplog.text.count(f"{option}: the service does not say which model it serves") == 1
     run(on(services, options, n_samples=3))
     assert len(services.asked) == 6
     assert [len(line["output"]["solution_lst"]) for line in lines(options)] == [12, 12]
@@ -216,6 +217,20 @@ def our_services(serve_app: ServeApp, tiny_model_dir: Path) -> tuple[str, str]:
     return urls
 
 
+def test_services_that_are_mixed_up_are_asked_about(
+    serve_app: ServeApp, our_services: tuple[str, str], options: RunOptions
+) -> None:
+    theirs = XBaiServices(serve_app)
+    for changes in (
+        {"response_api_url": theirs.score_url},
+        {"response_api_url": our_services[1]},
+        {"score_api_url": theirs.policy_url},
+        {"score_api_url": our_services[0], "score_source": "service"},
+    ):
+        with pytest.raises(UserError, match=r"/(generate|score): 4\d\d: .*; is this the right service\?"):
+            run(on(theirs, options, **changes, output_file=f"{options.output_file}.{len(str(changes))}"))
+
+
 @pytest.mark.parametrize("path", ["/generate", "/score"])
 @pytest.mark.parametrize("stop", [[], ["\n\n", "Q"]])
 def test_xbais_client_is_served(our_services: tuple[str, str], path: str, stop: list[str]) -> None:
@@ -241,6 +256,8 @@ def test_xbais_client_is_served(our_services: tuple[str, str], path: str, stop: 
         sender.join()
     texts = [prompt + text for answer in answers for text in answer["results"]]
     assert len(texts) == 3
+    swapped = httpx.post(f"{policy_url}/score", json={"text": prompt})
+    assert (swapped.status_code, "prefix_prompt: Field required" in swapped.text) == (422, True)
     for text in texts:
         body = {"text": text, "return_all_scores": False}
         answer = httpx.post(f"{score_url}/score", json=body, timeout=60).raise_for_status().json()

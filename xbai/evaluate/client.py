@@ -38,6 +38,8 @@ TOO_LONG = 413
 """The one refusal that belongs to a question: others are of the options or the service, and end the run."""
 
 WRONG_SERVICE = (403, 404, 405)
+FIELD_MISSING = "Field required"
+"""In FastAPI's words: the service asks for what this kind of request does not have."""
 
 
 class RequestTooLongError(Exception):
@@ -221,7 +223,8 @@ class ServicePool:
         if response.status_code == TOO_LONG:
             raise RequestTooLongError(problem)
         _check_key(response)
-        hint = "; is this the right service?" if response.status_code in WRONG_SERVICE else ""
+        is_other = response.status_code in WRONG_SERVICE or FIELD_MISSING in problem
+        hint = "; is this the right service?" if is_other else ""
         raise UserError(f"{response.url}: {problem}{hint}")
 
     def _refusal(self, replica: Replica, problem: str, retry_after_s: float) -> _TryAgainError:

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xbai.benchmarks.base import Benchmark, Question
 from xbai.benchmarks.registry import get_benchmark
@@ -158,12 +158,12 @@ class Inference:
         scorer = policy_model = scorer_model = None
         if requests:
             policy_model = await policy.served_model(f"--response_api_url {options.response_api_url}")
-            if not policy_model.is_ours:
-                _say_what_is_not_known(options)
+            _say_what_is_not_known("--response_api_url", policy_model, options.further_sampling())
             store.record(policy=policy_model.identity)
         if options.score_api_url and self._asks_scorer(requests):
             scorer = ServicePool(options.score_api_url, "/score", client, options.retry, options.max_in_flight)
             scorer_model = await scorer.served_model(f"--score_api_url {options.score_api_url}")
+            _say_what_is_not_known("--score_api_url", scorer_model, {})
         fused = policy_model is not None and use_fused_scores(options, policy_model, scorer_model)
         for model in (policy_model if fused else None, scorer_model):
             if model is not None:
@@ -184,13 +184,14 @@ class Inference:
         )
 
 
-def _say_what_is_not_known(options: RunOptions) -> None:
-    ignored = " ".join(f"--{name} {value}" for name, value in options.further_sampling().items())
-    logger.warning(
-        "--response_api_url %s: the service does not say which model it serves, so that is not checked%s",
-        options.response_api_url,
-        f"; it may know nothing of {ignored}" if ignored else "",
-    )
+def _say_what_is_not_known(option: str, model: ServedModel, sampling: Mapping[str, Any]) -> None:
+    ignored = " ".join(f"--{name} {value}" for name, value in sampling.items())
+    if not model.is_ours:
+        logger.warning(
+            "%s: the service does not say which model it serves, so that is not checked%s",
+            option,
+            f"; it may know nothing of {ignored}" if ignored else "",
+        )
 
 
 @asynccontextmanager

@@ -16,6 +16,7 @@ import threading
 import time
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from numbers import Number
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, NoReturn
@@ -177,8 +178,17 @@ def _call_function(job: Job, module: ModuleType) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A scalar or array of numpy's as Python's own; numpy is there only where the program has imported it."""
+    """What JSON has of numpy's scalars and arrays, and of other numbers that equal one of JSON's.
+
+    Raises:
+        TypeError: nothing that JSON has equals it.
+    """
+    # It is there only where the program has imported it.
     numpy = sys.modules.get("numpy")
-    if numpy is None or not isinstance(value, (numpy.generic, numpy.ndarray)):
-        raise TypeError(f"a result of type {type(value).__name__}")
-    return value.tolist()
+    if numpy is not None and isinstance(value, (numpy.generic, numpy.ndarray)):
+        return value.tolist()
+    if isinstance(value, Number):
+        for plain in (int(value.real), float(value.real)):
+            if plain == value:
+                return plain
+    raise TypeError(f"a result of type {type(value).__name__}")
