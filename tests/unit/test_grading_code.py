@@ -1,5 +1,7 @@
 """Programs as answers: which one counts, when outputs are the same, right and wrong programs against their tests."""
 
+import ast
+import itertools
 import json
 import sys
 import time
@@ -135,6 +137,53 @@ def test_what_models_write(case):
 )
 def test_which_block_counts(response, program):
     assert find_program(response) == program
+
+
+PROGRAMS = (
+    "print(3)",
+    "import sys\n\n\ndef main():\n    print(sys.stdin.read())\n\n\nif __name__ == '__main__':\n    main()",
+    "n = int(input())\n# ``` in a comment\nfor i in range(n):\n    print(i, end=' ')",
+    'def f():\n    """Of ```python\n```\n    x\n```\n    """\n    return "```"\n\n\nprint(f())',
+    "s = '```' + \"~~~\"\nprint(s, f'{s}~~~```')",
+    "print('it\\'s', \"```\")  # it's",
+    "text = r'''\n~~~\n```\n'''\nprint(text)",
+)
+FENCES = (
+    ("```python\n", "\n```"),
+    ("```\n", "\n```"),
+    ("Answer: ```py\n", "\n``` done."),
+    ("`````python3\n", "\n`````"),
+    ("~~~python\n", "\n~~~~"),
+    ("~~~~ Python\n", "\n~~~~ <end>"),
+    ("```python\n", "```"),
+    ("```{.python .numberLines}\n", "\n```<|im_end|>"),
+)
+BEFORE = (
+    "",
+    "First:\n```python\nprint('draft')\n```\n",
+    "Use ```f(x)```, not `g`.\n",
+    "```\n1 2\n```\n",
+    "~~~text\nit's\n~~~\n",
+)
+AFTER = (
+    "",
+    "\n",
+    "\n```",
+    "\n```\nIt works.",
+    "\nOutput:\n```\n3\n```",
+    "\n```text\nit's ``` so\n```",
+    "\n~~~bash\npython a.py\n~~~\n",
+    '\n```json\n{"a": [1, 2]}\n```\nThat\'s it.',
+)
+
+
+def test_a_program_is_found_whole_whatever_stands_around_it():
+    for program, (opening, closing), before, after in itertools.product(PROGRAMS, FENCES, BEFORE, AFTER):
+        response = f"{before}{opening}{program}{closing}{after}"
+        found = find_program(response)
+        # A fence that follows a comment may be taken for a part of it.
+        assert found is not None, response
+        assert ast.dump(ast.parse(found)) == ast.dump(ast.parse(program)), response
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,10 @@ class Block:
         return not self.language or self.is_marked_python
 
 
+_End = tuple[Block, int]
+"""A block, and the number of the line to go on with."""
+
+
 @dataclass(frozen=True)
 class _Opening:
     indent: str
@@ -114,26 +118,34 @@ def _language(info: str) -> str:
     return word.group(1).lower() if word else ""
 
 
-def _end(opening: _Opening, lines: list[str], first: int) -> tuple[Block, int] | None:
-    """The block whose first line is `lines[first]`, and the number of the line to go on with."""
-    fallback, tries = None, 0
+def _end(opening: _Opening, lines: list[str], first: int) -> _End | None:
+    """Where the block ends whose first line is `lines[first]`; None where it has no end."""
+    fallback: _End | None = None
+    tries = 0
     for number in range(first, len(lines)):
-        line = opening.outdent(lines[number])
+        line = lines[number]
         for fence in _FENCE.finditer(line):
             before, after = line[: fence.start()], line[fence.end() :]
-            is_at_start = not before.strip()
+            is_at_start = not opening.outdent(before).strip()
             if not fence.group().startswith(opening.fence) or (tries >= MAX_TRIES and not is_at_start):
                 continue
             tries += 1
             block = opening.block(lines[first:number] if is_at_start else [*lines[first:number], before])
             end = block, number if is_at_start and _opens_another(after) else number + 1
             if "#" not in before and _ends_here(block, is_at_start, bool(after.strip())):
-                return end
+                return _more_like_python(end, fallback)
             if is_at_start or not after.strip():
                 fallback = fallback or end
             if tries >= MAX_TRIES:
                 return fallback
     return fallback
+
+
+def _more_like_python(end: _End, earlier: _End | None) -> _End:
+    """The end that was found, unless the code up to an earlier fence, in what looks like a comment, alone is Python."""
+    if earlier is None or parse_python(end[0].text) is not None or parse_python(earlier[0].text) is None:
+        return end
+    return earlier
 
 
 def _ends_here(block: Block, is_at_start: bool, has_text_after: bool) -> bool:
