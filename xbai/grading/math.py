@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from xbai.grading.boxed import final_answer, last_boxed
+from xbai.grading.collection import Collection, as_interval, closes_brackets
 from xbai.grading.latex import clean, compact, in_radians, in_words, without_separators, without_text_commands
+from xbai.grading.named import Named, as_tuples, read_solutions, rows_as_list, same_solutions, without_names
+from xbai.grading.option import Option, option_letter
 from xbai.grading.quantity import parse_quantity, same_unit, split_unit
-from xbai.grading.symbolic import symbolically_equal
 
-_NAME_PREFIX = re.compile(
-    r"(?P<name>\\text ?\{[^{}]*\}|\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\([A-Za-z, ]+\))?) ?(?:=|\\in(?![A-Za-z])) ?"
-    r"(?P<value>[^=]+)"
-)
-_BELOW = r" ?(?:<|\\le(?![A-Za-z])) ?"
-_BOUND = re.compile(r"[A-Za-z] ?(?P<sign><|>|\\le|\\ge)(?![A-Za-z]) ?(?P<bound>[^<>=]+)")
-_RANGE = re.compile(rf"(?P<low>[^<>=]+?)(?P<left>{_BELOW})[A-Za-z](?P<right>{_BELOW})(?P<high>[^<>=]+)")
 _ON_THE_HOUR = re.compile(r"\d{1,2}:00")
-_SEPARATOR = re.compile(r"\\cup(?![A-Za-z])|[,;]|\b(?:and|or)\b")
+_SET_OF_REALS = re.compile(
+    r"[<>∅ℝ]|\\(?:cup|cap|setminus|smallsetminus|backslash|le|ge|ne|in|infty|emptyset|varnothing|R|Reals|reals)(?![A-Za-z])"
+    r"|\\(?:mathbb|mathbf|Bbb) ?\{? ?R|\\text ?\{ ?R ?\}|\\\{ *\\\}|\breals?\b|\bempty set\b|\bno (?:real )?solution",
+    re.IGNORECASE,
+)
+_EQUATION = re.compile(r"[^=]*[A-Za-z][^=]*=[^=]+|[^=]+=[^=]*[A-Za-z][^=]*")
 
 
 def grade_math(response: str, truth: str) -> bool:
@@ -29,36 +28,93 @@ def grade_math(response: str, truth: str) -> bool:
 
 def same_answer(answer: str, truth: str) -> bool:
     """Whether two LaTeX answers mean the same."""
-    return _same(clean(answer), clean(truth))
+    return _same(rows_as_list(clean(answer)), rows_as_list(clean(truth)))
 
 
 def _same(answer: str, truth: str) -> bool:
-    answer, truth = _without_names(answer, truth)
     if compact(answer) == compact(truth):
         return True
     number, true_number = parse_quantity(answer), parse_quantity(truth)
     if number and true_number:
         return number.equals(true_number)
+    for decide in (_same_option, _same_solutions, _same_sets, _same_equations):
+        decided = decide(answer, truth)
+        if decided is not None:
+            return decided
+    value, true_value = without_names(answer, truth)
+    if (value, true_value) != (answer, truth):
+        return _same(value, true_value)
     decided = _same_words(answer, truth)
     if decided is not None:
         return decided
-    items, true_items = _Collection.parse(answer), _Collection.parse(truth)
+    items, true_items = Collection.parse(answer), Collection.parse(truth)
     # The commas of a list also separate thousands.
     if number and true_items is None:
         return _same_expressions(without_separators(answer), truth)
     if true_number and items is None:
         return _same_expressions(answer, without_separators(truth))
     if items or true_items:
-        return _same_collections(answer, truth, items, true_items)
+        items = items or Collection.parse(as_interval(answer)) or Collection([answer])
+        true_items = true_items or Collection.parse(as_interval(truth)) or Collection([truth])
+        return items.matches(true_items, _same)
     return _same_expressions(answer, truth)
 
 
-def _without_names(answer: str, truth: str) -> tuple[str, str]:
-    """Drop `x =` or `x \\in` where only one side has it, or both have the same."""
-    named, true_named = _NAME_PREFIX.fullmatch(answer), _NAME_PREFIX.fullmatch(truth)
-    if named and true_named and compact(named["name"]) != compact(true_named["name"]):
-        return answer, truth
-    return named["value"] if named else answer, true_named["value"] if true_named else truth
+def _same_option(answer: str, truth: str) -> bool | None:
+    """Compare a choice's letter, or its text where one side has only that; None unless a letter stands beside one."""
+    option, true_option = Option.parse(answer), Option.parse(truth)
+    if option and true_option:
+        return option.letter == true_option.letter
+    given, other = (option, truth) if option else (true_option, answer)
+    if given is None:
+        return None
+    if letter := option_letter(other):
+        return given.letter == letter
+    return True if given.text and _same(given.text, other) else None
+
+
+def _same_solutions(answer: str, truth: str) -> bool | None:
+    """Compare the values of several unknowns by name; None unless one side names them."""
+    if "=" not in answer and "=" not in truth and "\\in" not in answer + truth:
+        return None
+    solutions, true_solutions = read_solutions(answer), read_solutions(truth)
+    if solutions and true_solutions:
+        return same_solutions(solutions, true_solutions, _same)
+    if solutions and _holds_tuples(truth):
+        return _same(as_tuples(solutions), truth)
+    if true_solutions and _holds_tuples(answer):
+        return _same(answer, as_tuples(true_solutions))
+    return None
+
+
+def _holds_tuples(text: str) -> bool:
+    found = Collection.parse(text)
+    return found is not None and (found.ordered or all(item.startswith("(") for item in found.items))
+
+
+def _same_sets(answer: str, truth: str) -> bool | None:
+    """Compare sets of real numbers; None unless both are, and one could be nothing else."""
+    if not (_SET_OF_REALS.search(answer) or _SET_OF_REALS.search(truth)):
+        return None
+    from xbai.grading.real_set import parse_real_set
+
+    reals, true_reals = parse_real_set(answer), parse_real_set(truth)
+    if reals and true_reals:
+        return reals.equals(true_reals)
+    known, other = (reals, truth) if reals else (true_reals, answer)
+    return False if known and known.reals.is_empty and other.startswith(r"\{") else None
+
+
+def _same_equations(answer: str, truth: str) -> bool | None:
+    """Compare equations of curves; None where they are none, or give the same name a value."""
+    if not (_EQUATION.fullmatch(answer) and _EQUATION.fullmatch(truth)):
+        return None
+    named, true_named = Named.parse(answer), Named.parse(truth)
+    if named and true_named and named.same_name(true_named):
+        return None
+    from xbai.grading.equation import same_equation
+
+    return same_equation(answer, truth)
 
 
 def _same_words(answer: str, truth: str) -> bool | None:
@@ -78,98 +134,8 @@ def _same_expressions(answer: str, truth: str) -> bool:
         return answer.lstrip("0") == truth.lstrip("0")
     if "=" in answer and "=" not in truth:
         answer = answer.rpartition("=")[-1]
-    # The parser takes seconds to give up on unclosed brackets.
-    return bool(answer and truth) and _closes_brackets(answer) and symbolically_equal(answer, truth)
-
-
-def _closes_brackets(text: str) -> bool:
-    return all(
-        sum(map(text.count, opening)) == sum(map(text.count, closing)) for opening, closing in ("{}", ("([", ")]"))
-    )
-
-
-@dataclass(frozen=True)
-class _Collection:
-    """Several answers in one: a tuple or an interval with its brackets, a set, or a bare list (or union)."""
-
-    items: list[str]
-    brackets: str = ""
-
-    @property
-    def ordered(self) -> bool:
-        return self.brackets not in ("", "{}")
-
-    @classmethod
-    def parse(cls, text: str) -> _Collection | None:
-        """None where the text is a single answer."""
-        items = _split(without_text_commands(text))
-        if len(items) > 1:
-            return cls([case for item in items for case in _signs(item)])
-        if "\\pm" in text and len(_signs(text)) > 1:
-            return cls(_signs(text))
-        if text.startswith("\\{") and text.endswith("\\}"):
-            return cls(_split(text[2:-2]), "{}")
-        if text[:1] in ("(", "[") and text[-1:] in (")", "]"):
-            items = _split(text[1:-1])
-            return cls(items, text[0] + text[-1]) if len(items) > 1 else None
-        return None
-
-
-def _same_collections(answer: str, truth: str, items: _Collection | None, true_items: _Collection | None) -> bool:
-    if items is None:
-        items = _Collection.parse(_as_interval(answer)) or _Collection([answer])
-    if true_items is None:
-        true_items = _Collection.parse(_as_interval(truth)) or _Collection([truth])
-    if len(items.items) != len(true_items.items):
+    if not answer or not truth or not closes_brackets(answer):
         return False
-    if items.ordered and true_items.ordered:
-        return items.brackets == true_items.brackets and all(map(_same, items.items, true_items.items))
-    if items.ordered or true_items.ordered:
-        # A tuple without its brackets is forgiven, a set is not a tuple.
-        return "{}" not in (items.brackets, true_items.brackets) and all(map(_same, items.items, true_items.items))
-    return _same_unordered(items.items, true_items.items)
+    from xbai.grading.symbolic import symbolically_equal
 
-
-def _same_unordered(items: list[str], true_items: list[str]) -> bool:
-    remaining = list(true_items)
-    for item in items:
-        match = next((other for other in remaining if _same(item, other)), None)
-        if match is None:
-            return False
-        remaining.remove(match)
-    return True
-
-
-def _split(text: str) -> list[str]:
-    """Split at the separators outside all brackets; an incomplete bracket or an empty item means no list at all."""
-    items, depth, start, position = [], 0, 0, 0
-    while position < len(text):
-        separator = _SEPARATOR.match(text, position) if depth == 0 else None
-        if separator:
-            items.append(text[start:position].strip())
-            start = position = separator.end()
-            continue
-        depth += (text[position] in "([{") - (text[position] in ")]}")
-        position += 1
-    # "1, 2, and 3" has an empty item between its last two separators.
-    items = [item for item in [*items, text[start:].strip()] if item]
-    return items if depth == 0 else [text]
-
-
-def _signs(text: str) -> list[str]:
-    if "\\pm" not in text:
-        return [text]
-    return [re.sub(r"\\pm ?", sign, text) for sign in ("+", "-")]
-
-
-def _as_interval(text: str) -> str:
-    """`x < 3` as `(-\\infty,3)` and `1 < x \\le 3` as `(1,3]`; anything else as it is."""
-    if found := _RANGE.fullmatch(text):
-        left, right = "(" if "<" in found["left"] else "[", ")" if "<" in found["right"] else "]"
-        return f"{left}{found['low']},{found['high']}{right}"
-    if found := _BOUND.fullmatch(text):
-        bound, closed = found["bound"].strip(), found["sign"].startswith("\\")
-        if found["sign"] in ("<", "\\le"):
-            return f"(-\\infty,{bound}{']' if closed else ')'}"
-        return f"{'[' if closed else '('}{bound},\\infty)"
-    return text
+    return symbolically_equal(answer, truth)

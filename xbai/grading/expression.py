@@ -1,0 +1,40 @@
+"""LaTeX expressions for computer algebra: exact, letters as they stand and no unit taken out of them."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from latex2sympy2_extended import NormalizationConfig, latex2sympy
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+from sympy import Expr, Float, nsimplify
+
+from xbai.grading.collection import closes_brackets
+
+_NORMALIZATION = NormalizationConfig(
+    basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False
+)
+_CONVERSION = ConversionConfig(lowercase_symbols=False)
+
+
+@lru_cache(maxsize=4096)
+def read_expression(latex: str) -> Expr | None:
+    """The expression with real unknowns and exact numbers; None where the text is no expression.
+
+    Unlike in `symbolic`, `A` is not `a` and `5m` is a product.
+    """
+    if "'" in latex or "\\prime" in latex or not closes_brackets(latex):
+        return None
+    try:
+        expression = latex2sympy(
+            latex,
+            is_real=True,
+            convert_degrees=False,
+            normalization_config=_NORMALIZATION,
+            conversion_config=_CONVERSION,
+        )
+    except Exception:  # The parser raises bare ones for whatever it does not know.
+        return None
+    if not isinstance(expression, Expr):
+        return None
+    expression = expression.doit()
+    return nsimplify(expression, rational=True) if expression.has(Float) else expression

@@ -1,0 +1,258 @@
+"""Sets of real numbers, in whatever form: intervals, inequalities, set-builders, ℝ without a few numbers, ∅."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+from sympy import Abs, Expr, FiniteSet, Function, Intersection, Interval, Pow, Rational, Rel, S, Set, Symbol, Union, oo
+from sympy.solvers.solveset import solveset
+
+from xbai.grading.collection import split
+from xbai.grading.expression import read_expression
+from xbai.grading.latex import without_text_commands
+from xbai.grading.quantity import parse_number
+
+_MAX_OPERATIONS, _MAX_EXPONENT = 30, 4
+"""In an inequality that is solved: larger ones can take seconds."""
+
+_REWRITES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in [
+        (r"(?i)\bno (?:real )?solutions?\b|\b(?:the )?empty set\b", r"\\emptyset "),
+        (r"(?i)\b(?:the set of )?(?:all |any )?(?:the )?real(?:s| numbers| values)\b(?: of [a-z]\b)?", r"\\R "),
+        (r"(?i)\b(?:except|excluding|other than)\b(?: for)?|\\smallsetminus(?![A-Za-z])|\\backslash", r"\\setminus "),
+        (r"\\(?:mathbb|mathbf|mathrm|Bbb) ?(?:\{ ?R ?\}|R(?![A-Za-z]))|\\(?:Reals|reals)(?![A-Za-z])|ℝ", r"\\R "),
+        (r"\\R(?![A-Za-z]) ?|^R$|(?<=\\in )R\b", r"\\R "),
+        (r"\\middle(?![A-Za-z])", ""),
+        (r"\\varnothing(?![A-Za-z])|∅|\\\{ *\\\}", r"\\emptyset "),
+        (r"\\not ?\\in(?![A-Za-z])|∉", r"\\notin "),
+        (r"\\not ?=|!=", r"\\ne "),
+        (r"<=", r"\\le "),
+        (r">=", r"\\ge "),
+        (r"\\[lr]?vert(?![A-Za-z])", "|"),
+        (r"\\(?:lor|vee)(?![A-Za-z])|∨", " or "),
+        (r"\\(?:land|wedge)(?![A-Za-z])|∧", " and "),
+    ]
+]
+_OR = re.compile(r"\\cup(?![A-Za-z])|\bor\b")
+_AND = re.compile(r"[,;]|\band\b")
+_CAP = re.compile(r"\\cap(?![A-Za-z])|∩")
+_MINUS = re.compile(r"\\setminus(?![A-Za-z])|(?<=\\R )- ?")
+_RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne|in|notin)(?![A-Za-z])")
+_BUILDER = re.compile(r"(?P<variable>[A-Za-z]|\\[a-z]+?) ?(?:\\in ?\\R )?(?:\\mid(?![A-Za-z])|[:|])(?P<condition>.+)")
+_INTERVAL = re.compile(r"(?P<left>[(\[])(?P<low>[^,;]+)[,;](?P<high>[^,;]+)(?P<right>[)\]])")
+_HALF_LINE = re.compile(r"\\R ?\^ ?\{? ?(?P<sign>[+*-]) ?\}?")
+_HALF_LINES = {"+": Interval.open(0, oo), "-": Interval.open(-oo, 0), "*": S.Reals - FiniteSet(0)}
+_SIGNS = {"<": "<", ">": ">", "=": "==", r"\le": "<=", r"\ge": ">=", r"\ne": "!="}
+_MIRRORED = {"<": ">", ">": "<", "==": "==", "<=": ">=", ">=": "<=", "!=": "!="}
+
+
+@dataclass(frozen=True)
+class RealSet:
+    """A set of real numbers.
+
+    Attributes:
+        reals: the set.
+        variable: the name of what an inequality restricts; None where the set itself was given.
+    """
+
+    reals: Set
+    variable: str | None = None
+
+    def equals(self, other: RealSet) -> bool:
+        """Whether both hold the same numbers, and are about the same variable where both name one."""
+        if self.variable and other.variable and self.variable != other.variable:
+            return False
+        return self.reals == other.reals or _same_parts(_parts(self.reals), _parts(other.reals))
+
+
+class _NotASetError(Exception):
+    """The text is not known to be a set of real numbers."""
+
+
+@lru_cache(maxsize=4096)
+def parse_real_set(text: str) -> RealSet | None:
+    """A cleaned answer as a set; None where it is anything else, or an inequality that is not soon solved."""
+    text = without_text_commands(re.sub(r"\\text ?\{ ?R ?\}", r"\\R ", text))
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    try:
+        return _read(re.sub(r"\s+", " ", text).strip() + " ")
+    except _NotASetError:
+        return None
+
+
+def _read(text: str) -> RealSet:
+    cases, _ = split(text, _OR)
+    return _united([_read_conditions(case) for case in cases])
+
+
+def _read_conditions(text: str) -> RealSet:
+    """Sets in a row are all meant; conditions on a variable hold at once, if they can."""
+    parts: list[str] = []
+    for part in filter(None, split(text, _AND)[0]):
+        # In `x \ne 1, 2` the second number is excluded as well.
+        excluded = re.fullmatch(r"(.*\\ne) .*", parts[-1]) if parts and not _RELATION.search(part) else None
+        parts.append(f"{excluded[1]} {part}" if excluded else part)
+    if not parts:
+        raise _NotASetError
+    sets = [_read_intersection(part) for part in parts]
+    together = _united(sets)
+    if together.variable:
+        common = Intersection(*(part.reals for part in sets))
+        if not common.is_empty:
+            return RealSet(common, together.variable)
+    return together
+
+
+def _read_intersection(text: str) -> RealSet:
+    sets = [_read_difference(part) for part in split(text, _CAP)[0]]
+    return RealSet(Intersection(*(part.reals for part in sets)), _united(sets).variable)
+
+
+def _read_difference(text: str) -> RealSet:
+    first, *excluded = (part.strip() for part in split(text, _MINUS)[0])
+    whole = _read_one(first)
+    for part in excluded:
+        number = _constant(part)
+        whole = RealSet(whole.reals - (_read_one(part).reals if number is None else FiniteSet(number)), whole.variable)
+    return whole
+
+
+def _read_one(text: str) -> RealSet:
+    if text == r"\R":
+        return RealSet(S.Reals)
+    if text == r"\emptyset":
+        return RealSet(S.EmptySet)
+    if found := _HALF_LINE.fullmatch(text):
+        return RealSet(_HALF_LINES[found["sign"]])
+    if found := _INTERVAL.fullmatch(text):
+        low, high = _number(found["low"]), _number(found["high"])
+        if not low < high:
+            raise _NotASetError
+        return RealSet(Interval(low, high, found["left"] == "(", found["right"] == ")"))
+    if text.startswith(r"\{") and text.endswith(r"\}"):
+        return _read_braces(text[2:-2].strip())
+    return _read_chain(text)
+
+
+def _read_braces(text: str) -> RealSet:
+    if found := _BUILDER.fullmatch(text):
+        condition = _read(found["condition"])
+        if condition.variable != found["variable"].lstrip("\\"):
+            raise _NotASetError
+        return RealSet(condition.reals)
+    return RealSet(FiniteSet(*map(_number, split(text, _AND)[0])))
+
+
+def _read_chain(text: str) -> RealSet:
+    """Relations in a row, `1 < x \\le 3`, or `x \\in` a set."""
+    sides, relations = split(text, _RELATION)
+    if not relations or not all(sides):
+        raise _NotASetError
+    if relations in ([r"\in"], [r"\notin"]):
+        members, letter = _read_one(sides[1]).reals, _letter(sides[0])
+        if not letter:
+            raise _NotASetError
+        return RealSet(members if relations == [r"\in"] else S.Reals - members, letter)
+    if not set(relations) <= set(_SIGNS):
+        raise _NotASetError
+    sets = [_solve(left, _SIGNS[sign], right) for left, sign, right in zip(sides, relations, sides[1:])]
+    return RealSet(Intersection(*(part.reals for part in sets)), _united(sets).variable)
+
+
+def _solve(left: str, sign: str, right: str) -> RealSet:
+    """The numbers for which one relation holds."""
+    if "\\pm" in right and sign in ("==", "!="):
+        both = [_solve(left, sign, re.sub(r"\\pm ?", case, right)) for case in ("", "-")]
+        combine = Union if sign == "==" else Intersection
+        return RealSet(combine(*(case.reals for case in both)), both[0].variable)
+    for side, other, direction in ((left, right, sign), (right, left, _MIRRORED[sign])):
+        bound, letter = _constant(other), _letter(side)
+        if bound is not None and letter:
+            return RealSet(_beside(bound, direction), letter)
+    expression = read_expression(f"{left}-({right})")
+    if expression is None or not _is_simple(expression):
+        raise _NotASetError
+    (unknown,) = expression.free_symbols
+    try:
+        reals = solveset(Rel(expression, 0, sign), unknown, S.Reals)
+    except (NotImplementedError, ValueError, TypeError):
+        raise _NotASetError from None
+    if not all(isinstance(part, (Interval, FiniteSet)) for part in Union.make_args(reals)):
+        raise _NotASetError
+    return RealSet(reals, unknown.name)
+
+
+def _is_simple(expression: Expr) -> bool:
+    """Whether it is made of powers, fractions and absolute values of one unknown, and is short."""
+    return (
+        len(expression.free_symbols) == 1
+        and expression.count_ops() <= _MAX_OPERATIONS
+        and expression.atoms(Function) <= expression.atoms(Abs)
+        and all(power.exp.is_Rational and abs(power.exp) <= _MAX_EXPONENT for power in expression.atoms(Pow))
+    )
+
+
+def _beside(bound: Expr, sign: str) -> Set:
+    """The numbers in one relation to a bound."""
+    if sign in ("==", "!="):
+        return FiniteSet(bound) if sign == "==" else S.Reals - FiniteSet(bound)
+    if sign in ("<", "<="):
+        return Interval(-oo, bound, right_open=sign == "<")
+    return Interval(bound, oo, left_open=sign == ">")
+
+
+def _united(sets: list[RealSet]) -> RealSet:
+    """All their numbers; the variable is the one that they share."""
+    variables = {part.variable for part in sets} - {None}
+    if len(variables) > 1:
+        raise _NotASetError
+    return RealSet(Union(*(part.reals for part in sets)), next(iter(variables), None))
+
+
+def _letter(text: str) -> str | None:
+    expression = read_expression(text)
+    return expression.name if isinstance(expression, Symbol) else None
+
+
+def _number(text: str) -> Expr:
+    number = _constant(text)
+    if number is None:
+        raise _NotASetError
+    return number
+
+
+def _constant(text: str) -> Expr | None:
+    text = text.strip()
+    if text in (r"\infty", r"-\infty"):
+        return oo if text == r"\infty" else -oo
+    number = parse_number(text)
+    if number is not None:
+        return Rational(number.numerator, number.denominator)
+    expression = read_expression(text)
+    return expression if expression is not None and expression.is_number and expression.is_extended_real else None
+
+
+def _parts(reals: Set) -> list[tuple[Expr, Expr, bool, bool]]:
+    """Bounds of the intervals, and whether they are left out, in their order; a single number is one that it bounds."""
+    parts = []
+    for part in Union.make_args(reals):
+        if isinstance(part, FiniteSet):
+            parts += [(number, number, False, False) for number in part]
+        elif part is not S.EmptySet:
+            parts.append((part.inf, part.sup, part.left_open, part.right_open))
+    return sorted(parts, key=lambda bounds: float(bounds[0]))
+
+
+def _same_parts(parts: list[tuple[Expr, Expr, bool, bool]], others: list[tuple[Expr, Expr, bool, bool]]) -> bool:
+    return len(parts) == len(others) and all(
+        bounds[2:] == other[2:] and _same_number(bounds[0], other[0]) and _same_number(bounds[1], other[1])
+        for bounds, other in zip(parts, others)
+    )
+
+
+def _same_number(first: Expr, second: Expr) -> bool:
+    return first == second or (first.is_finite and second.is_finite and bool((first - second).equals(0)))
