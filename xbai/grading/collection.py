@@ -10,9 +10,11 @@ from typing import TypeVar
 from xbai.grading.latex import without_text_commands
 
 _SEPARATOR = re.compile(r"\\cup(?![A-Za-z])|[,;]|\b(?:and|or)\b")
+_MATRIX = re.compile(r"\\begin ?\{([pb]matrix)\}(?P<entries>.*)\\end ?\{\1\}")
 _BELOW = r" ?(?:<|\\le(?![A-Za-z])) ?"
-_BOUND = re.compile(r"[A-Za-z] ?(?P<sign><|>|\\le|\\ge)(?![A-Za-z]) ?(?P<bound>[^<>=]+)")
-_RANGE = re.compile(rf"(?P<low>[^<>=]+?)(?P<left>{_BELOW})[A-Za-z](?P<right>{_BELOW})(?P<high>[^<>=]+)")
+_VARIABLE = r"(?:[A-Za-z]|\\[a-z]+)"
+_BOUND = re.compile(rf"{_VARIABLE} ?(?P<sign>[<>]|\\[lg]e(?![A-Za-z])) ?(?P<bound>[^<>=]+)")
+_RANGE = re.compile(rf"(?P<low>[^<>=]+?)(?P<left>{_BELOW}){_VARIABLE}(?P<right>{_BELOW})(?P<high>[^<>=]+)")
 
 Item = TypeVar("Item")
 Same = Callable[[Item, Item], bool]
@@ -104,8 +106,11 @@ def _signs(text: str) -> list[str]:
     return [re.sub(r"\\pm ?", sign, text) for sign in ("+", "-")]
 
 
-def as_interval(text: str) -> str:
-    """`x < a` as `(-\\infty,a)` and `a < x \\le b` as `(a,b]`; anything else as it is."""
+def as_tuple(text: str) -> str:
+    """`x < a` as `(-\\infty,a)`, `a < x \\le b` as `(a,b]`, a vector as its entries; anything else as it is."""
+    if (found := _MATRIX.fullmatch(text)) and not ("&" in found["entries"] and "\\\\" in found["entries"]):
+        entries = re.sub(r"&|\\\\", ",", found["entries"]).strip(" ,")
+        return f"({entries})"
     if found := _RANGE.fullmatch(text):
         left, right = "(" if "<" in found["left"] else "[", ")" if "<" in found["right"] else "]"
         return f"{left}{found['low']},{found['high']}{right}"

@@ -1,72 +1,82 @@
-"""Equations of curves: the same one solved for another letter, expanded or multiplied by a number."""
+"""Equations and inequalities in several unknowns: the same one solved for a letter, expanded or multiplied."""
 
 from __future__ import annotations
 
 import random
+import re
 
-from sympy import Expr, Rational, cancel, fraction, together
+from sympy import Expr, Rational, S, cancel, fraction, together
 
 from xbai.grading.expression import read_expression
 
+_RELATION = re.compile(r"[=<>]|\\[lg]e(?![A-Za-z])")
+_TURNED = {"<": ">", r"\le": r"\ge"}
 _POINTS = 12
 _DIGITS = 50
 _TOLERANCE = Rational(1, 10**30)
 
 
 def same_equation(first: str, second: str) -> bool | None:
-    """Whether two LaTeX equations say the same; None where one cannot be read, or more than algebra could decide.
+    """Whether two LaTeX equations (or inequalities) say the same; None where that is not for algebra to decide.
 
-    With all terms on one side, over one denominator (which is then left out), they do if their ratio is a constant.
-    That is tried at random points and to many digits: two polynomials of different curves have no constant ratio but
-    on a set of measure zero.
+    With all terms on one side, over one denominator (which is then left out), they do if their ratio is a constant,
+    for inequalities a positive one. That is tried at random points and to many digits: the ratio of polynomials of
+    different curves takes one value on a set of measure zero only.
     """
     if first.count("'") != second.count("'"):  # Derivatives.
         return False
-    left, right = _numerator(first), _numerator(second)
+    (left, sign), (right, other_sign) = _one_sided(first), _one_sided(second)
     if left is None or right is None:
         return None
-    if left.free_symbols == right.free_symbols:
-        constant = _have_constant_ratio(left, right)
-        if constant or constant is None:
-            return constant
-    symbols = left.free_symbols | right.free_symbols
-    algebraic = left.is_algebraic_expr(*symbols) and right.is_algebraic_expr(*symbols)
-    # y = ln x is x = e^y.
-    return False if algebraic else None
-
-
-def _numerator(equation: str) -> Expr | None:
-    """What the equation sets to zero, without its denominator; None unless it holds unknowns."""
-    left, _, right = equation.partition("=")
-    expression = read_expression(f"{left}-({right})")
-    if expression is None or not expression.free_symbols:
+    if sign != other_sign:
+        return False
+    ratio = _constant_ratio(left, right) if left.free_symbols == right.free_symbols else S.Zero
+    if ratio is None:
         return None
+    if ratio.is_positive or (sign == "=" and not ratio.is_zero):
+        return True
+    unknowns = left.free_symbols | right.free_symbols
+    # y = ln x is x = e^y, but two curves of polynomials differ.
+    return False if left.is_algebraic_expr(*unknowns) and right.is_algebraic_expr(*unknowns) else None
+
+
+def _one_sided(text: str) -> tuple[Expr | None, str]:
+    """What an equation sets to zero (without its denominator) or an inequality above it, if it has unknowns."""
+    sides, signs = _RELATION.split(text), _RELATION.findall(text)
+    if len(signs) != 1:
+        return None, ""
+    (sign,) = signs
+    if sign in _TURNED:
+        sides, sign = sides[::-1], _TURNED[sign]
+    expression = read_expression(f"{sides[0]}-({sides[1]})")
+    if expression is None or not expression.free_symbols:
+        return None, sign
     numerator, denominator = fraction(together(expression))
-    if denominator.free_symbols:
-        numerator, _ = fraction(cancel(numerator / denominator))
-    return numerator
+    if not denominator.free_symbols:
+        return expression, sign
+    # Where a denominator can be negative, it turns an inequality.
+    return (fraction(cancel(numerator / denominator))[0] if sign == "=" else None), sign
 
 
-def _have_constant_ratio(left: Expr, right: Expr) -> bool | None:
-    """Whether left / right is one number other than zero everywhere; None where they have no values to compare."""
-    symbols = sorted(left.free_symbols, key=str)
+def _constant_ratio(left: Expr, right: Expr) -> Expr | None:
+    """The number that left / right is everywhere; zero where there is none, None where they have no values."""
+    unknowns = sorted(left.free_symbols, key=str)
     choice = random.Random(0)
     ratio = None
     for _ in range(_POINTS):
-        point = {symbol: _random_coordinate(choice) for symbol in symbols}
+        point = {unknown: _random_coordinate(choice) for unknown in unknowns}
         top, bottom = left.evalf(_DIGITS, subs=point), right.evalf(_DIGITS, subs=point)
         if not (top.is_number and bottom.is_number and top.is_finite and bottom.is_finite):
             return None
         if not top or not bottom:
-            return False
+            return S.Zero
         value = top / bottom
-        if ratio is None:
-            ratio = value
-        elif abs(value - ratio) > _TOLERANCE * abs(ratio):
-            return False
-    return True
+        if ratio is not None and abs(value - ratio) > _TOLERANCE * abs(ratio):
+            return S.Zero
+        ratio = value
+    return ratio
 
 
 def _random_coordinate(choice: random.Random) -> Rational:
-    # Both signs, since |x| and x differ at negative ones only.
+    # Of both signs, since |x| and x differ at negative ones only.
     return Rational(choice.choice((-1, 1)) * choice.randrange(10**5, 4 * 10**5), 10**5 + 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 
 from latex2sympy2_extended import NormalizationConfig, latex2sympy
@@ -22,7 +23,7 @@ def read_expression(latex: str) -> Expr | None:
 
     Unlike in `symbolic`, `A` is not `a` and `5m` is a product.
     """
-    if "'" in latex or "\\prime" in latex or not closes_brackets(latex):
+    if re.search(r"'|\\(?:prime|pm|mp)(?![A-Za-z])", latex) or not closes_brackets(latex):
         return None
     try:
         expression = latex2sympy(

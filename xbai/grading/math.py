@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from xbai.grading.boxed import final_answer, last_boxed
-from xbai.grading.collection import Collection, as_interval, closes_brackets
+from xbai.grading.collection import Collection, as_tuple, closes_brackets
 from xbai.grading.latex import clean, compact, in_radians, in_words, without_separators, without_text_commands
 from xbai.grading.named import Named, as_tuples, read_solutions, rows_as_list, same_solutions, without_names
 from xbai.grading.option import Option, option_letter
@@ -17,7 +17,7 @@ _SET_OF_REALS = re.compile(
     r"|\\(?:mathbb|mathbf|Bbb) ?\{? ?R|\\text ?\{ ?R ?\}|\\\{ *\\\}|\breals?\b|\bempty set\b|\bno (?:real )?solution",
     re.IGNORECASE,
 )
-_EQUATION = re.compile(r"[^=]*[A-Za-z][^=]*=[^=]+|[^=]+=[^=]*[A-Za-z][^=]*")
+_RELATION = re.compile(r"[=<>]|\\[lg]e(?![A-Za-z])")
 
 
 def grade_math(response: str, truth: str) -> bool:
@@ -54,23 +54,31 @@ def _same(answer: str, truth: str) -> bool:
     if true_number and items is None:
         return _same_expressions(answer, without_separators(truth))
     if items or true_items:
-        items = items or Collection.parse(as_interval(answer)) or Collection([answer])
-        true_items = true_items or Collection.parse(as_interval(truth)) or Collection([truth])
-        return items.matches(true_items, _same)
+        return (items or _beside(true_items, answer)).matches(true_items or _beside(items, truth), _same)
     return _same_expressions(answer, truth)
 
 
+def _beside(other: Collection, text: str) -> Collection:
+    """A single answer to compare with several: an inequality is an interval and a vector a tuple beside one."""
+    return (Collection.parse(as_tuple(text)) if other.ordered else None) or Collection([text])
+
+
 def _same_option(answer: str, truth: str) -> bool | None:
-    """Compare a choice's letter, or its text where one side has only that; None unless a letter stands beside one."""
+    """Compare the letter of a choice, its text, or both, whatever both sides have; None where neither has both."""
     option, true_option = Option.parse(answer), Option.parse(truth)
     if option and true_option:
-        return option.letter == true_option.letter
+        return option.letter == true_option.letter and _same_texts(option.text, true_option.text)
     given, other = (option, truth) if option else (true_option, answer)
     if given is None:
         return None
     if letter := option_letter(other):
         return given.letter == letter
     return True if given.text and _same(given.text, other) else None
+
+
+def _same_texts(text: str, true_text: str) -> bool:
+    """Whether the texts of one choice agree; where one is missing or in words, the letter alone counts."""
+    return not text or not true_text or "\\text" in text + true_text or _same(text, true_text)
 
 
 def _same_solutions(answer: str, truth: str) -> bool | None:
@@ -107,14 +115,19 @@ def _same_sets(answer: str, truth: str) -> bool | None:
 
 def _same_equations(answer: str, truth: str) -> bool | None:
     """Compare equations of curves; None where they are none, or give the same name a value."""
-    if not (_EQUATION.fullmatch(answer) and _EQUATION.fullmatch(truth)):
+    if not (_RELATION.search(answer) and _RELATION.search(truth)):
         return None
     named, true_named = Named.parse(answer), Named.parse(truth)
     if named and true_named and named.same_name(true_named):
         return None
+    if "\\pm" in answer and "\\pm" in truth:
+        items, true_items = Collection.parse(answer), Collection.parse(truth)
+        return items.matches(true_items, _same) if items and true_items else None
     from xbai.grading.equation import same_equation
 
-    return same_equation(answer, truth)
+    same = same_equation(answer, truth)
+    # Constants of different names: f(2) = 10 is not f(3) = 10.
+    return False if same is None and named and true_named and named.is_constant and true_named.is_constant else same
 
 
 def _same_words(answer: str, truth: str) -> bool | None:

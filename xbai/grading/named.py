@@ -12,11 +12,12 @@ Solution = dict[str, str]
 """The value of each unknown."""
 
 _SYMBOL = r"\\?[A-Za-z]+(?:_(?:\w|\{[^{}=]*\}))?'*"
-_SYMBOLS = rf"{_SYMBOL}(?: ?, ?{_SYMBOL})+"
+_SYMBOLS = rf"{_SYMBOL}(?: ?[,;] ?{_SYMBOL})+"
 _NAME = (
     rf"\\text ?\{{[^{{}}]*\}}|{_SYMBOL}(?:\([^()=]*\))?"
     rf"|\\(?:vec|hat|bar|overline|overrightarrow) ?(?:\{{[^{{}}]*\}}|[A-Za-z])"
     rf"|\({_SYMBOLS}\)|\\\{{{_SYMBOLS}\\\}}"
+    r"|\\begin ?\{(?P<matrix>[pbv]?matrix)\}[^=]*?\\end ?\{(?P=matrix)\}"
 )
 _NAMED = re.compile(rf"(?P<name>{_NAME}) ?(?:=|\\in(?![A-Za-z])) ?(?P<value>[^=]+)")
 _MIRRORED = re.compile(rf"(?P<value>[^=]+?) ?= ?(?P<name>{_SYMBOL})")
@@ -25,9 +26,8 @@ _POINT = re.compile(
     r"(?P<value>\((?:[^()]|\([^()]*\))*,(?:[^()]|\([^()]*\))*\))"
 )
 _TUPLE = re.compile(rf"\((?P<names>{_SYMBOLS})\) ?(?:=|\\in(?![A-Za-z])) ?(?P<value>.+)")
-_ROWS = re.compile(
-    r"(?:\\\{)? ?\\begin ?\{(?P<kind>cases|array|aligned)\} ?(?:\{[lcr]+\})?(?P<rows>.*)\\end ?\{(?P=kind)\} ?\.?"
-)
+_ROWS = re.compile(r"(?:\\\{)? ?\\begin ?\{(cases|array|aligned)\} ?(?:\{[lcr]+\})?(?P<rows>.*)\\end ?\{\1\} ?\.?")
+_ROW = re.compile(r"[^=&{}]+=[^=&]+")
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne)(?![A-Za-z])")
 _LETTER = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")
 _COORDINATES = {"x", "y", "z"}
@@ -49,9 +49,16 @@ class Named(NamedTuple):
         found = _MIRRORED.fullmatch(text)
         return cls(found["name"], found["value"]) if found and not _LETTER.search(found["value"]) else None
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether the value holds no letter."""
+        return not _LETTER.search(self.value)
+
     def same_name(self, other: Named) -> bool:
         """Whether the names are the same; an index that only one of them has does not tell them apart."""
         name, true_name = compact(self.name), compact(other.name)
+        if name.startswith(r"\{"):
+            return sorted(re.findall(_SYMBOL, name)) == sorted(re.findall(_SYMBOL, true_name))
         return name == true_name or name.partition("_")[0] == true_name or name == true_name.partition("_")[0]
 
 
@@ -72,7 +79,7 @@ def read_solutions(text: str) -> list[Solution] | None:
     names: list[str] = []
     for item in split_list(without_text_commands(text)):
         if found := _TUPLE.fullmatch(item):
-            names = [compact(name.strip()) for name in found["names"].split(",")]
+            names = [compact(name.strip()) for name in re.split("[,;]", found["names"])]
             item = found["value"]
         if names:
             values = _tuples(item)
@@ -111,11 +118,9 @@ def as_tuples(solutions: list[Solution]) -> str:
 def rows_as_list(text: str) -> str:
     """A system of equations in rows as a list of them; anything else as it is."""
     found = _ROWS.fullmatch(text)
-    if not found or "&" in found["rows"]:
-        return text
-    rows = [row.strip(" ,;") for row in found["rows"].split(r"\\")]
+    rows = [row.strip(" ,;") for row in (found["rows"] if found else text).split(r"\\")]
     rows = [row for row in rows if row]
-    return ", ".join(rows) if all(row.count("=") == 1 for row in rows) else text
+    return ", ".join(rows) if len(rows) > 1 and all(_ROW.fullmatch(row) for row in rows) else text
 
 
 def _point(text: str, other: str) -> Named | None:

@@ -15,10 +15,10 @@ _LABEL = re.compile(
     rf"(?:{_WORD}(?P<named>\(?[A-Ja-j]\)?)(?![A-Za-z0-9])[.:]?"
     r"|\( ?(?P<bracketed>[A-Ja-j]) ?\)(?![A-Za-z(\[])[.:]?"
     r"|(?P<closed>[A-Ja-j])\)[.:]?"
-    r"|(?P<pointed>[A-J]) ?[.:](?![A-Za-z])) ?"
+    r"|(?P<pointed>[A-Ja-j]) ?[.:](?![A-Za-z])) ?"
 )
 _OPERATOR = re.compile(r"[+*/^_=<>,;)\]}!&]|\\(?:c[ua]p|times|cdot|le|ge|ne|in|setminus)(?![A-Za-z])|(?:and|or)\b")
-_ANOTHER = re.compile(r"\([A-J]\)|\b[A-J][.:)]")
+_ANOTHER = re.compile(r"\([A-J]\)|\b[A-Ja-j][.:]|\b[A-J]\)")
 _LETTER = re.compile(r"\\text ?\{ ?\(?([A-J])\)? ?\}|([A-J])")
 
 

@@ -21,7 +21,11 @@ _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"(?i)\bno (?:real )?solutions?\b|\b(?:the )?empty set\b", r"\\emptyset "),
-        (r"(?i)\b(?:the set of )?(?:all |any )?(?:the )?real(?:s| numbers| values)\b(?: of [a-z]\b)?", r"\\R "),
+        (
+            r"(?i)\b(?:[a-z] is )?(?:the set of )?(?:all |any )?real(?:s| numbers?| values)\b(?: (?:of )?[a-z]\b)?",
+            r"\\R ",
+        ),
+        (r"(?i)\ball real [a-z]\b", r"\\R "),
         (r"(?i)\b(?:except|excluding|other than)\b(?: for)?|\\smallsetminus(?![A-Za-z])|\\backslash", r"\\setminus "),
         (r"\\(?:mathbb|mathbf|mathrm|Bbb) ?(?:\{ ?R ?\}|R(?![A-Za-z]))|\\(?:Reals|reals)(?![A-Za-z])|ℝ", r"\\R "),
         (r"\\R(?![A-Za-z]) ?|^R$|(?<=\\in )R\b", r"\\R "),
