@@ -28,7 +28,13 @@ def test_equality_does_not_depend_on_the_side(case):
 
 
 def test_plain_answers_need_no_computer_algebra():
-    pairs = [("1,234", "1234"), ("x=5", "5.0"), (r"\text{(B)}", "B"), (r"\textbf{(B)}\ 12", "12"), ("m=3, n=4", "(3,4)")]
+    pairs = [
+        ("1,234", "1234"),
+        ("x=5", "5.0"),
+        (r"\text{(B)}", "B"),
+        (r"\textbf{(B)}\ 12", "12"),
+        ("m=3, n=4", "(3,4)"),
+    ]
     program = (
         "import sys; from xbai.grading.math import same_answer;"
         f"assert all(same_answer(*pair) for pair in {pairs!r}); assert 'sympy' not in sys.modules"

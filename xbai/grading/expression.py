@@ -33,6 +33,8 @@ def read_expression(latex: str) -> Expr | None:
             normalization_config=_NORMALIZATION,
             conversion_config=_CONVERSION,
         )
+    except MemoryError:
+        raise
     except Exception:  # The parser raises bare ones for whatever it does not know.
         return None
     if not isinstance(expression, Expr):

@@ -78,7 +78,8 @@ def _same_option(answer: str, truth: str) -> bool | None:
 
 def _same_texts(text: str, true_text: str) -> bool:
     """Whether the texts of one choice agree; where one is missing or in words, the letter alone counts."""
-    return not text or not true_text or "\\text" in text + true_text or _same(text, true_text)
+    in_prose = any(side.startswith("\\text") and in_words(side) for side in (text, true_text))
+    return not text or not true_text or in_prose or _same(text, true_text)
 
 
 def _same_solutions(answer: str, truth: str) -> bool | None:

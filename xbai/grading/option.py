@@ -51,4 +51,4 @@ def option_letter(text: str) -> str | None:
 
 def _out_of_text(found: re.Match[str]) -> str:
     rest = found["rest"].strip()
-    return f"{found['label']} " + (f"\\text{{{rest}}}" if rest else "")
+    return f"{found['label']} " + (f"\\text{{{rest}}}" if re.search("[A-Za-z]", rest) else rest)
