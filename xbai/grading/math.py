@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 from xbai.grading.boxed import final_answer, last_boxed
-from xbai.grading.collection import Collection, as_tuple, closes_brackets
+from xbai.grading.collection import Collection, as_tuple, closes_brackets, split_list
 from xbai.grading.latex import clean, compact, in_radians, in_words, without_separators, without_text_commands
-from xbai.grading.named import Named, as_tuples, read_solutions, rows_as_list, same_solutions, without_names
+from xbai.grading.named import Named, as_tuples, is_point, read_solutions, rows_as_list, same_solutions, without_names
 from xbai.grading.option import Option, option_letter
 from xbai.grading.quantity import parse_quantity, same_unit, split_unit
 
@@ -98,7 +98,7 @@ def _same_solutions(answer: str, truth: str) -> bool | None:
 
 def _holds_tuples(text: str) -> bool:
     found = Collection.parse(text)
-    return found is not None and (found.ordered or all(item.startswith("(") for item in found.items))
+    return (found is not None and found.ordered) or all(is_point(item) for item in split_list(text))
 
 
 def _same_sets(answer: str, truth: str) -> bool | None:

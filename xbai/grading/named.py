@@ -123,6 +123,11 @@ def rows_as_list(text: str) -> str:
     return ", ".join(rows) if len(rows) > 1 and all(_ROW.fullmatch(row) for row in rows) else text
 
 
+def is_point(text: str) -> bool:
+    """Whether it is a tuple, with a name or without."""
+    return _POINT.fullmatch(text) is not None
+
+
 def _point(text: str, other: str) -> Named | None:
     """`C(5,2)` is a point beside another one, and else a number of combinations."""
     found, beside = _POINT.fullmatch(text), _POINT.fullmatch(other.rpartition("=")[-1].strip())

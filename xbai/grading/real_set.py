@@ -44,11 +44,15 @@ _OR = re.compile(r"\\cup(?![A-Za-z])|\bor\b")
 _AND = re.compile(r"[,;]|\band\b")
 _CAP = re.compile(r"\\cap(?![A-Za-z])|∩")
 _MINUS = re.compile(r"\\setminus(?![A-Za-z])|(?<=\\R )- ?")
+_EXCLUDING = re.compile(r"(?P<start>.*(?P<sign>\\setminus|\\ne)) [^{}]*")
 _RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne|in|notin)(?![A-Za-z])")
-_BUILDER = re.compile(r"(?P<variable>[A-Za-z]|\\[a-z]+?) ?(?:\\in ?\\R )?(?:\\mid(?![A-Za-z])|[:|])(?P<condition>.+)")
+_BUILDER = re.compile(
+    r"(?P<variable>[A-Za-z]|\\[a-z]+?) ?(?:\\in ?\\R )?(?:\\mid(?![A-Za-z])|[:|]|such that\b)(?P<condition>.+)"
+)
 _INTERVAL = re.compile(r"(?P<left>[(\[])(?P<low>[^,;]+)[,;](?P<high>[^,;]+)(?P<right>[)\]])")
-_HALF_LINE = re.compile(r"\\R ?\^ ?\{? ?(?P<sign>[+*-]) ?\}?")
-_HALF_LINES = {"+": Interval.open(0, oo), "-": Interval.open(-oo, 0), "*": S.Reals - FiniteSet(0)}
+_HALF_LINE = re.compile(r"\\R ?[\^_] ?\{? ?(?P<sign>[+*-]|[<>] ?0) ?\}?")
+_POSITIVE, _NEGATIVE = Interval.open(0, oo), Interval.open(-oo, 0)
+_HALF_LINES = {"+": _POSITIVE, ">": _POSITIVE, "-": _NEGATIVE, "<": _NEGATIVE, "*": _POSITIVE + _NEGATIVE}
 _SIGNS = {"<": "<", ">": ">", "=": "==", r"\le": "<=", r"\ge": ">=", r"\ne": "!="}
 _MIRRORED = {"<": ">", ">": "<", "==": "==", "<=": ">=", ">=": "<=", "!=": "!="}
 
@@ -97,9 +101,12 @@ def _read_conditions(text: str) -> RealSet:
     """Sets in a row are all meant; conditions on a variable hold at once, if they can."""
     parts: list[str] = []
     for part in filter(None, split(text, _AND)[0]):
-        # In `x \ne 1, 2` the second number is excluded as well.
-        excluded = re.fullmatch(r"(.*\\ne) .*", parts[-1]) if parts and not _RELATION.search(part) else None
-        parts.append(f"{excluded[1]} {part}" if excluded else part)
+        # In `x \ne 1, 2` and "all numbers except 1 and 2" the second number is excluded as well.
+        excluding = _EXCLUDING.fullmatch(parts[-1]) if parts and not _RELATION.search(part) else None
+        if excluding and excluding["sign"] == r"\setminus":
+            parts[-1] += rf" \setminus {part}"
+        else:
+            parts.append(f"{excluding['start']} {part}" if excluding else part)
     if not parts:
         raise _NotASetError
     sets = [_read_intersection(part) for part in parts]
@@ -131,7 +138,7 @@ def _read_one(text: str) -> RealSet:
     if text == r"\emptyset":
         return RealSet(S.EmptySet)
     if found := _HALF_LINE.fullmatch(text):
-        return RealSet(_HALF_LINES[found["sign"]])
+        return RealSet(_HALF_LINES[found["sign"][0]])
     if found := _INTERVAL.fullmatch(text):
         low, high = _number(found["low"]), _number(found["high"])
         if not low < high:
