@@ -87,7 +87,7 @@ def parse_real_set(text: str) -> RealSet | None:
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     try:
-        return _read(re.sub(r"\s+", " ", text).strip() + " ")
+        return _read(re.sub(r"\s+", " ", text).strip())
     except _NotASetError:
         return None
 
