@@ -6,16 +6,11 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from sympy import Abs, Expr, FiniteSet, Function, Intersection, Interval, Pow, Rational, Rel, S, Set, Symbol, Union, oo
-from sympy.solvers.solveset import solveset
+from sympy import Expr, FiniteSet, Intersection, Interval, S, Set, Union, oo
 
 from xbai.grading.collection import split
-from xbai.grading.expression import read_expression
+from xbai.grading.inequality import real_number, solve_relation, unknown
 from xbai.grading.latex import without_text_commands
-from xbai.grading.quantity import parse_number
-
-_MAX_OPERATIONS, _MAX_EXPONENT = 30, 4
-"""In an inequality that is solved: larger ones can take seconds."""
 
 _REWRITES = [
     (re.compile(pattern), replacement)
@@ -54,7 +49,6 @@ _HALF_LINE = re.compile(r"\\R ?[\^_] ?\{? ?(?P<sign>[+*-]|[<>] ?0) ?\}?")
 _POSITIVE, _NEGATIVE = Interval.open(0, oo), Interval.open(-oo, 0)
 _HALF_LINES = {"+": _POSITIVE, ">": _POSITIVE, "-": _NEGATIVE, "<": _NEGATIVE, "*": _POSITIVE + _NEGATIVE}
 _SIGNS = {"<": "<", ">": ">", "=": "==", r"\le": "<=", r"\ge": ">=", r"\ne": "!="}
-_MIRRORED = {"<": ">", ">": "<", "==": "==", "<=": ">=", ">=": "<=", "!=": "!="}
 
 
 @dataclass(frozen=True)
@@ -127,7 +121,7 @@ def _read_difference(text: str) -> RealSet:
     first, *excluded = (part.strip() for part in split(text, _MINUS)[0])
     whole = _read_one(first)
     for part in excluded:
-        number = _constant(part)
+        number = real_number(part)
         whole = RealSet(whole.reals - (_read_one(part).reals if number is None else FiniteSet(number)), whole.variable)
     return whole
 
@@ -164,56 +158,17 @@ def _read_chain(text: str) -> RealSet:
     if not relations or not all(sides):
         raise _NotASetError
     if relations in ([r"\in"], [r"\notin"]):
-        members, letter = _read_one(sides[1]).reals, _letter(sides[0])
+        members, letter = _read_one(sides[1]).reals, unknown(sides[0])
         if not letter:
             raise _NotASetError
         return RealSet(members if relations == [r"\in"] else S.Reals - members, letter)
     if not set(relations) <= set(_SIGNS):
         raise _NotASetError
-    sets = [_solve(left, _SIGNS[sign], right) for left, sign, right in zip(sides, relations, sides[1:])]
+    solved = [solve_relation(left, _SIGNS[sign], right) for left, sign, right in zip(sides, relations, sides[1:])]
+    if not all(solved):
+        raise _NotASetError
+    sets = [RealSet(*found) for found in solved]
     return RealSet(Intersection(*(part.reals for part in sets)), _united(sets).variable)
-
-
-def _solve(left: str, sign: str, right: str) -> RealSet:
-    """The numbers for which one relation holds."""
-    if "\\pm" in right and sign in ("==", "!="):
-        both = [_solve(left, sign, re.sub(r"\\pm ?", case, right)) for case in ("", "-")]
-        combine = Union if sign == "==" else Intersection
-        return RealSet(combine(*(case.reals for case in both)), both[0].variable)
-    for side, other, direction in ((left, right, sign), (right, left, _MIRRORED[sign])):
-        bound, letter = _constant(other), _letter(side)
-        if bound is not None and letter:
-            return RealSet(_beside(bound, direction), letter)
-    expression = read_expression(f"{left}-({right})")
-    if expression is None or not _is_simple(expression):
-        raise _NotASetError
-    (unknown,) = expression.free_symbols
-    try:
-        reals = solveset(Rel(expression, 0, sign), unknown, S.Reals)
-    except (NotImplementedError, ValueError, TypeError):
-        raise _NotASetError from None
-    if not all(isinstance(part, (Interval, FiniteSet)) for part in Union.make_args(reals)):
-        raise _NotASetError
-    return RealSet(reals, unknown.name)
-
-
-def _is_simple(expression: Expr) -> bool:
-    """Whether it is made of powers, fractions and absolute values of one unknown, and is short."""
-    return (
-        len(expression.free_symbols) == 1
-        and expression.count_ops() <= _MAX_OPERATIONS
-        and expression.atoms(Function) <= expression.atoms(Abs)
-        and all(power.exp.is_Rational and abs(power.exp) <= _MAX_EXPONENT for power in expression.atoms(Pow))
-    )
-
-
-def _beside(bound: Expr, sign: str) -> Set:
-    """The numbers in one relation to a bound."""
-    if sign in ("==", "!="):
-        return FiniteSet(bound) if sign == "==" else S.Reals - FiniteSet(bound)
-    if sign in ("<", "<="):
-        return Interval(-oo, bound, right_open=sign == "<")
-    return Interval(bound, oo, left_open=sign == ">")
 
 
 def _united(sets: list[RealSet]) -> RealSet:
@@ -224,27 +179,11 @@ def _united(sets: list[RealSet]) -> RealSet:
     return RealSet(Union(*(part.reals for part in sets)), next(iter(variables), None))
 
 
-def _letter(text: str) -> str | None:
-    expression = read_expression(text)
-    return expression.name if isinstance(expression, Symbol) else None
-
-
 def _number(text: str) -> Expr:
-    number = _constant(text)
+    number = real_number(text)
     if number is None:
         raise _NotASetError
     return number
-
-
-def _constant(text: str) -> Expr | None:
-    text = text.strip()
-    if text in (r"\infty", r"-\infty"):
-        return oo if text == r"\infty" else -oo
-    number = parse_number(text)
-    if number is not None:
-        return Rational(number.numerator, number.denominator)
-    expression = read_expression(text)
-    return expression if expression is not None and expression.is_number and expression.is_extended_real else None
 
 
 def _parts(reals: Set) -> list[tuple[Expr, Expr, bool, bool]]:

@@ -1,0 +1,82 @@
+"""Inequalities in one unknown, and the exact real numbers that bound them."""
+
+from __future__ import annotations
+
+import re
+
+from sympy import Abs, Expr, FiniteSet, Function, Intersection, Interval, Pow, Rational, Rel, S, Set, Symbol, Union, oo
+from sympy.solvers.solveset import solveset
+
+from xbai.grading.expression import read_expression
+from xbai.grading.quantity import parse_number
+
+_MAX_OPERATIONS, _MAX_EXPONENT = 30, 4
+"""In an inequality that is solved: larger ones can take seconds."""
+_MIRRORED = {"<": ">", ">": "<", "==": "==", "<=": ">=", ">=": "<=", "!=": "!="}
+
+
+def solve_relation(left: str, sign: str, right: str) -> tuple[Set, str] | None:
+    """The real numbers for which a relation holds, and the name of the unknown; None where that is not soon found.
+
+    Args:
+        left: LaTeX of one side.
+        sign: the relation as sympy writes it (`<=`, `==`, `!=`, ...).
+        right: LaTeX of the other side; `\\pm` in it stands for two numbers.
+    """
+    if "\\pm" in right and sign in ("==", "!="):
+        both = [solve_relation(left, sign, re.sub(r"\\pm ?", case, right)) for case in ("", "-")]
+        combine = Union if sign == "==" else Intersection
+        return (combine(*(reals for reals, _ in both)), both[0][1]) if all(both) else None
+    for side, other, direction in ((left, right, sign), (right, left, _MIRRORED[sign])):
+        bound, letter = real_number(other), unknown(side)
+        if bound is not None and letter:
+            return _beside(bound, direction), letter
+    expression = read_expression(f"{left}-({right})")
+    if expression is None or not _is_simple(expression):
+        return None
+    (symbol,) = expression.free_symbols
+    try:
+        reals = solveset(Rel(expression, 0, sign), symbol, S.Reals)
+    except (NotImplementedError, ValueError, TypeError):
+        return None
+    solved = reals in (S.EmptySet, S.Reals) or all(
+        isinstance(part, (Interval, FiniteSet)) for part in Union.make_args(reals)
+    )
+    return (reals, symbol.name) if solved else None
+
+
+def unknown(text: str) -> str | None:
+    """The name of an unknown that stands alone."""
+    expression = read_expression(text)
+    return expression.name if isinstance(expression, Symbol) else None
+
+
+def real_number(text: str) -> Expr | None:
+    """An exact real number or an infinity; None where the text is anything else."""
+    text = text.strip()
+    if text in (r"\infty", r"-\infty"):
+        return oo if text == r"\infty" else -oo
+    number = parse_number(text)
+    if number is not None:
+        return Rational(number.numerator, number.denominator)
+    expression = read_expression(text)
+    return expression if expression is not None and expression.is_number and expression.is_extended_real else None
+
+
+def _is_simple(expression: Expr) -> bool:
+    """Whether it is made of powers, fractions and absolute values of one unknown, and is short."""
+    return (
+        len(expression.free_symbols) == 1
+        and expression.count_ops() <= _MAX_OPERATIONS
+        and expression.atoms(Function) <= expression.atoms(Abs)
+        and all(power.exp.is_Rational and abs(power.exp) <= _MAX_EXPONENT for power in expression.atoms(Pow))
+    )
+
+
+def _beside(bound: Expr, sign: str) -> Set:
+    """The numbers in one relation to a bound."""
+    if sign in ("==", "!="):
+        return FiniteSet(bound) if sign == "==" else S.Reals - FiniteSet(bound)
+    if sign in ("<", "<="):
+        return Interval(-oo, bound, right_open=sign == "<")
+    return Interval(bound, oo, left_open=sign == ">")
