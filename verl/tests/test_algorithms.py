@@ -182,9 +182,10 @@ def test_remax_with_full_kl_and_length_penalty(run: Callable[..., Metrics], tmp_
     for step in (1, 2):
         batch, found = samples(tmp_path, step), metrics[step]
         for sample in batch:
-            expected = sample["correct"] * (1 - 0.5 * sample["tokens"] / MAX_RESPONSE)
-            assert sample["reward"] == pytest.approx(expected, abs=1e-5)
+            assert sample["reward"] == pytest.approx(sample["correct"] - sample["penalty"], abs=1e-5)
         assert all(len({sample["baseline"] for sample in group}) == 1 for group in by_prompt(batch))
+        for group in by_prompt(batch):
+            assert len({sample["tokens"] for sample in group}) == 1 or max(each["penalty"] for each in group) == 0.25
         baselines = [group[0]["baseline"] for group in by_prompt(batch)]
         assert found["reward/baseline"] == pytest.approx(statistics.fmean(baselines), abs=1e-5)
         advantages = [sample["reward"] - sample["baseline"] for sample in batch]

@@ -104,7 +104,7 @@ def test_without_a_gpu_to_look_at_checkpointing_stays_on() -> None:
 
 
 def test_a_dry_run_says_what_it_means_on_every_gpu() -> None:
-    report = dry_run(_config())
+    report = dry_run(_config()).report
     assert "use_liger: auto" not in report
     line = next(line for line in report.splitlines() if line.startswith(f"{MODEL}.{CHECKPOINTING}=auto: "))
     plain = {name: PhaseMemory.from_config(_config(), gib * GIB).checkpointing for name, gib in GPUS_GIB.items()}

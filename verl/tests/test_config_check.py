@@ -84,17 +84,21 @@ def test_a_valid_configuration_passes(small_run):
         ("trainer.max_actor_ckpt_to_keep=some", "max_actor_ckpt_to_keep=some must be a whole number above 0, or null"),
         ("actor_rollout_ref.score.channel=32", "score.channel=32 must be null, or the model's hidden_size=64"),
         (
-            "trainer={length_penalty: true, length_penalty_coeff: 1.5}",
-            "above 1 a long right answer would be worth less than a wrong one",
+            "trainer={length_penalty: true, length_penalty_coeff: 2.5}",
+            "above 2 a long right answer would be worth less than a wrong one",
         ),
         ("data.max_response_length=0", "data.max_response_length=0 must be above 0"),
         ("data.dataloader_num_workers=-1", "data.dataloader_num_workers=-1 must not be below 0"),
         ("trainer.default_hdfs_dir=s3://bucket/run", "trainer.default_hdfs_dir=s3://bucket/run: Install s3fs"),
-        ("trainer.default_hdfs_dir=checkpoints/run", "must be a URL"),
+        ("trainer.default_hdfs_dir=s3:/bucket/run", "must be a folder, or a URL such as s3://bucket/folder"),
+        ("trainer.default_local_dir=/dev/null", "trainer.default_local_dir=/dev/null: /dev/null is no folder"),
+        ("trainer.rollout_data_dir=/dev/null/samples", "rollout_data_dir=/dev/null/samples: /dev/null is no folder"),
         ("trainer.default_local_dir=s3://bucket/run", "must be a folder of this machine"),
         ("trainer.resume_from_path=somewhere", "acts with trainer.resume_mode=resume_path only"),
         ("reward_model.batch_timeout_s=5", "cannot act with reward_model.reward_manager=prime, only with batch"),
         ("reward_model.overlong_buffer.len=5", "cannot act with reward_model.reward_manager=prime, only with dapo"),
+        ("reward_model.reward_manager=dapo", "overlong_buffer.len=0: reward_manager=dapo needs it between 1 and"),
+        ("reward_model={reward_manager: dapo, overlong_buffer: {len: 25}}", "and data.max_response_length=24"),
         ("reward_model.max_ungraded_batches=0", "must be a whole number above 0, or null"),
         ("reward_model.memory_gib=0", "reward_model.memory_gib=0 must be above 0"),
         ("actor_rollout_ref.nccl_timeout=0", "actor_rollout_ref.nccl_timeout=0 must be above 0"),
@@ -201,8 +205,10 @@ def test_required_keys_are_named(small_run):
         _check(rest)
 
 
-def test_model_without_tokenizer(fails, tmp_path, tiny_model_dir):
+def test_model_without_weights_or_tokenizer(fails, tmp_path, tiny_model_dir):
     (tmp_path / "config.json").write_bytes((tiny_model_dir / "config.json").read_bytes())
+    assert "has no weights (*.safetensors or pytorch_model*.bin)" in fails(f"actor_rollout_ref.model.path={tmp_path}")
+    (tmp_path / "model.safetensors").symlink_to(tiny_model_dir / "model.safetensors")
     assert "no tokenizer" in fails(f"actor_rollout_ref.model.path={tmp_path}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -434,7 +435,8 @@ def test_scripts_print_everything_without_gpus(
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     command = ["bash", str(SCRIPTS / f"run_{script}_node.sh"), "--dry-run", "data.train_batch_size=256"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: actor_rollout_ref\.model\.path: .*: no such file; .*\n", done.stderr), done.stderr
     assert f"Dry run: {gpus}" in done.stdout
     assert "train_batch_size: 256" in done.stdout
     assert f"update, a mini-batch {rows:>10}" in done.stdout
@@ -456,13 +458,12 @@ def test_a_model_folder_that_is_here(
 def test_mistakes_stay_errors() -> None:
     with pytest.raises(UserError, match="must be a multiple of"):
         dry_run(_config("trainer.n_gpus_per_node=7"))
-    assert "No memory estimate for nowhere: its config.json is not here" in dry_run(
-        _config("actor_rollout_ref.model.path=nowhere")
-    )
+    report = dry_run(_config("actor_rollout_ref.model.path=nowhere")).report
+    assert "No memory estimate for nowhere: its config.json is not here" in report
 
 
 def test_the_smallest_gpu_that_fits_is_shown() -> None:
-    report = dry_run(_config("trainer.nnodes=8", "data.max_response_length=1024"))
+    report = dry_run(_config("trainer.nnodes=8", "data.max_response_length=1024")).report
     assert f"Memory of one GPU with {next(iter(GPUS_GIB))}" in report
 
 

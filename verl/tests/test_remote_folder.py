@@ -139,11 +139,12 @@ class TestUploads:
 
 def test_urls_are_checked_before_anything_starts():
     assert is_url("s3://bucket/run") and not is_url("checkpoints/run") and not is_url(None)
-    check_url("trainer.default_hdfs_dir", "file:///folder")
+    for url in ("file:///folder", "./outputs/", "checkpoints/run", "~/run", "/folder"):
+        check_url("trainer.default_hdfs_dir", url)
     for url, complaint in [
         ("s3://bucket/run", "s3fs"),
         ("nowhere://bucket/run", "not known"),
-        ("checkpoints/run", "must be a URL"),
+        ("s3:/bucket/run", "must be a folder, or a URL"),
     ]:
         with pytest.raises(UserError, match=rf"trainer\.default_hdfs_dir={url}.*{complaint}"):
             check_url("trainer.default_hdfs_dir", url)

@@ -3,6 +3,7 @@
 import copy
 import time
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -11,6 +12,7 @@ from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import AdvantageInputs, compute_advantages
 from verl.trainer.ppo.reward import check_gradable
 from verl.workers.reward_manager import REWARD_MANAGERS, BatchRewardManager, PrimeRewardManager
+from verl.workers.reward_manager.length_reward import length_reward
 from xbai.errors import UserError
 
 
@@ -40,6 +42,7 @@ def make_batch(tiny_tokenizer):
         mask = torch.tensor([[t < len(row) for t in range(40)] for row in ids])
         responses = torch.tensor([row + [tiny_tokenizer.pad_token_id] * (40 - len(row)) for row in ids])
         columns = {"data_source": ["make10"] * len(ids), "reward_model": [{"ground_truth": truth}] * len(ids)}
+        columns["uid"] = ["0"] * len(ids)
         return DataProto.from_dict({"responses": responses, "response_mask": mask.long()}, columns | others)
 
     return make
@@ -203,12 +206,31 @@ def test_grading_goes_on_while_nobody_waits(tmp_path, tiny_tokenizer, make_batch
     assert overlapped.correct.all()
 
 
-def test_length_penalty_falls_on_right_answers_only(tiny_tokenizer, make_batch):
-    texts = [r"\boxed{1+2+3+4}", r"\boxed{1}"]
-    reward = _reward(_config(length_penalty=True), tiny_tokenizer, make_batch(texts))
-    length = len(tiny_tokenizer.encode(texts[0]))
-    assert reward.reward_tensor.sum(-1).tolist() == pytest.approx([1 - 0.1 * length / 40, 0])
-    assert reward.correct.tolist() == [1, 0]
+def test_of_a_prompts_responses_short_right_ones_gain_and_long_ones_lose(tiny_tokenizer, make_batch):
+    right = r"\boxed{1+2+3+4}"
+    texts = [right, right + "x" * 8, right + "x" * 16, r"\boxed{1}".rjust(len(right) + 12, "x"), right, right + "y" * 9]
+    batch = make_batch(texts, uid=["a", "b", "a", "a", "c", "b"])
+    reward = _reward(_config(length_penalty=True, length_penalty_coeff=0.4), tiny_tokenizer, batch)
+    lengths = [len(tiny_tokenizer.encode(text)) for text in texts]
+    wrong = 0.4 * (0.5 - (lengths[3] - lengths[0]) / (lengths[2] - lengths[0]))
+    assert wrong < 0
+    assert reward.reward_tensor.sum(-1).tolist() == pytest.approx([1.2, 1.2, 0.8, wrong, 1, 0.8])
+    assert reward.correct.tolist() == [1, 1, 1, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "correct", "expected"),
+    [
+        ([10, 20, 30], [1, 1, 1], [0.5, 0, -0.5]),
+        ([10, 20, 30], [0, 0, 0], [0, 0, -0.5]),
+        ([7, 7, 7], [1, 0, 1], [0, 0, 0]),
+        ([7], [1], [0]),
+        ([0, 4], [1, 0], [0.5, -0.5]),
+    ],
+)
+def test_length_reward_is_that_of_kimi(lengths, correct, expected):
+    found = length_reward(torch.tensor(lengths), torch.tensor(correct), np.array(["a"] * len(lengths)))
+    assert found.tolist() == expected
 
 
 def test_dapo_punishes_the_last_tokens_before_the_limit(tiny_tokenizer, make_batch):
@@ -216,9 +238,7 @@ def test_dapo_punishes_the_last_tokens_before_the_limit(tiny_tokenizer, make_bat
     assert reward.reward_tensor.sum(-1).tolist() == pytest.approx([0, -0.5, -1])
 
 
-def test_unknown_names_are_refused(tmp_path, tiny_tokenizer):
-    with pytest.raises(UserError, match=r"reward_manager=batch needs custom_reward_function\.path"):
-        BatchRewardManager(tiny_tokenizer, _config("batch"))
+def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(UserError, match="data_source 'poetry'"):
         check_gradable([("a: row 0", "make10", {"ground_truth": "1"}), ("a: row 1", "poetry", {})], _config())
     with pytest.raises(UserError, match=r"custom_reward_function\.path"):

@@ -23,8 +23,6 @@ def check(overrides: list[str]) -> None:
     ("overrides", "said"),
     [
         ([f"{ROLLOUT}.mode=async"], "mode=async is for verl's agent loops, which this trainer does not have"),
-        ([f"+{ROLLOUT}.chat_scheduler=x"], "chat_scheduler=x cannot act: it schedules verl's agent loops"),
-        ([f"+{ROLLOUT}.swap_space=16"], "swap_space=16 cannot act: vLLM swaps no more"),
         ([f"{ROLLOUT}.temperature=2.5"], r"rollout\.temperature=2\.5: from 0 \(greedy\) to 2"),
         ([f"{ROLLOUT}.val_kwargs.top_p=0"], r"rollout\.val_kwargs\.top_p=0: above 0 and at most 1"),
         ([f"{ROLLOUT}.val_kwargs.top_k=-2"], r"rollout\.val_kwargs\.top_k=-2: a positive count, or -1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def check_checkpoints(config: DictConfig, not_found: Callable[[str], None]) -> N
     if is_url(trainer.default_local_dir):
         raise UserError(
             f"trainer.default_local_dir={trainer.default_local_dir} must be a folder of this machine; checkpoints are "
-            "copied to the URL in trainer.default_hdfs_dir"
+            "copied to what trainer.default_hdfs_dir names"
         )
     if config.data.dataloader_num_workers < 0:
         raise UserError(f"data.dataloader_num_workers={config.data.dataloader_num_workers} must not be below 0")
@@ -34,9 +35,21 @@ def check_checkpoints(config: DictConfig, not_found: Callable[[str], None]) -> N
     urls = {"trainer.default_hdfs_dir": trainer.default_hdfs_dir}
     if is_url(source):
         urls["trainer.resume_from_path"] = source
+    for key in ("default_local_dir", "rollout_data_dir"):
+        if trainer[key] is not None:
+            _check_folder(f"trainer.{key}={trainer[key]}", Path(trainer[key]), not_found)
     for key, url in urls.items():
         if url is not None:
             try:
                 check_url(key, url)
             except UserError as error:
                 not_found(str(error))
+
+
+def _check_folder(setting: str, folder: Path, not_found: Callable[[str], None]) -> None:
+    """Say where a folder cannot be made, or not be written to."""
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        not_found(f"{setting}: {nearest} is no folder")
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        not_found(f"{setting}: {nearest} cannot be written to")

@@ -6,12 +6,15 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from verl.trainer.overrides import read_overrides
+from verl.trainer.upstream_keys import upstream_key
 from xbai.errors import UserError
 
 CONFIG_FOLDER = Path(__file__).parent.resolve() / "config"
@@ -27,8 +30,8 @@ def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
     """
     with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
         try:
-            config = compose(name, overrides=list(overrides))
-            if missing := next((key for key, is_missing in _keys(config) if is_missing), None):
+            config = compose(name, overrides=read_overrides(overrides, dict(leaves(compose(name)))))
+            if missing := next((key for key, value in leaves(config) if value == MISSING), None):
                 raise UserError(f"{missing} is not set; give it on the command line as {missing}=...")
             OmegaConf.resolve(config)
         except (HydraException, OmegaConfBaseException) as error:
@@ -39,18 +42,28 @@ def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
 def _one_line(name: str, error: Exception) -> str:
     """Hydra's message, with the override that does not parse, or the nearest key where one is unknown."""
     if isinstance(error, OverrideParseException):
-        return f"{error.override!r} is not a valid override: {error.message.splitlines()[0]}"
-    unknown = re.search(r"Could not override '([^']+)'", str(error))
+        return f"{error.override!r} is not a valid override: {_reason(error)}"
+    unknown = re.search(r"is not in struct\s+full_key: (\S+)", str(error.__cause__))
     if unknown is None:
         return " ".join(str(error).split())
-    near = difflib.get_close_matches(unknown[1], [key for key, _ in _keys(compose(name))], n=1)
+    if (upstream := upstream_key(unknown[1])) is not None:
+        return f"{unknown[1]} cannot act here: {upstream.instead}"
+    near = difflib.get_close_matches(unknown[1], [key for key, _ in leaves(compose(name))], n=1)
     return f"unknown configuration key {unknown[1]}" + (f"; did you mean {near[0]}?" if near else "")
 
 
-def _keys(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """Every dotted key, and whether its value is `???`."""
-    for key in config:
-        is_missing = OmegaConf.is_missing(config, key)
-        yield f"{prefix}{key}", is_missing
-        if not OmegaConf.is_interpolation(config, key) and not is_missing and isinstance(config[key], DictConfig):
-            yield from _keys(config[key], f"{prefix}{key}.")
+def _reason(error: OverrideParseException) -> str:
+    if any(error.override.count(opening) != error.override.count(closing) for opening, closing in ("[]", "{}", "()")):
+        return "half of a list or of brackets: the shell splits at spaces; write it without them, or quote all of it"
+    return error.message.splitlines()[0]
+
+
+def leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key of `node` with its value; `MISSING` for one that must be given and is not."""
+    for name in node:
+        key = f"{prefix}{name}"
+        value = MISSING if OmegaConf.is_missing(node, name) else node[name]
+        if isinstance(value, DictConfig):
+            yield from leaves(value, f"{key}.")
+        else:
+            yield key, value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from verl.trainer.auto_config import AUTO_KEYS
 from verl.trainer.batch_config import check_batches
 from verl.trainer.checkpoint_config import check_checkpoints
+from verl.trainer.compose import leaves
 from verl.trainer.critic_config import check_critic
+from verl.trainer.overrides import EXTRA_KEYS
 from verl.trainer.placement_config import check_kernels, check_placement
 from verl.trainer.ppo.core_algos import (
     ADVANTAGE_ESTIMATORS,
@@ -29,20 +31,14 @@ from verl.trainer.reward_config import check_reward
 from verl.trainer.rollout_config import check_rollout
 from verl.utils.dataset.rl_dataset import file_list
 from verl.utils.model_shapes import KNOWN_CONFIGS
-from verl.utils.tracking import BACKENDS
+from verl.utils.tracking import check_backends
 from verl.workers.reward_manager import REWARD_MANAGERS
 from xbai.engine.files import DTYPES, check_model_folder
 from xbai.errors import UserError
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", ListConfig: "a list"}
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 DEFAULTS_FILE = Path(__file__).parent / "config" / "ppo_trainer.yaml"
-
-EXTRA_KEYS = (
-    "actor_rollout_ref.actor.fsdp_config.model_dtype",
-    "actor_rollout_ref.rollout.swap_space",
-    "actor_rollout_ref.rollout.chat_scheduler",
-)
-"""Keys without a default that command lines add with `+`."""
 
 _DTYPES = (None, *DTYPES, "fp32", "bf16", "fp16")
 _OPTIMIZERS, _WARMUPS = ("AdamW", "AdamW8bit", "Adam8bit"), ("constant", "cosine")
@@ -180,14 +176,14 @@ def check_config(config: DictConfig, not_found: Callable[[str], None] | None = N
         not_found: for a dry run, which is about other machines than this one: takes what would be said of a file that
             is missing, in place of the error. Nothing then depends on this machine's hardware; `auto` becomes cuda.
     """
-    defaults = OmegaConf.load(DEFAULTS_FILE)
+    defaults, on_this_machine = OmegaConf.load(DEFAULTS_FILE), not_found is None
+    not_found = not_found or _raise
     _check_known(config, defaults)
-    _check_values(config, defaults)
-    if not_found is None:
+    _check_values(config, defaults, not_found)
+    if on_this_machine:
         _check_machine(config)
     elif config.trainer.device == "auto":
         config.trainer.device = "cuda"
-    not_found = not_found or _raise
     changed = _changed(config, defaults)
     _check_acts(config, changed)
     check_placement(config)
@@ -200,17 +196,7 @@ def check_config(config: DictConfig, not_found: Callable[[str], None] | None = N
     _check_files(config, not_found)
     check_reward(config, changed)
     check_checkpoints(config, not_found)
-
-
-def leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted key of `node` with its value; `MISSING` for one that must be given and is not."""
-    for name in node:
-        key = f"{prefix}{name}"
-        value = MISSING if OmegaConf.is_missing(node, name) else node[name]
-        if isinstance(value, DictConfig):
-            yield from leaves(value, f"{key}.")
-        else:
-            yield key, value
+    _check_weights(config, not_found)
 
 
 def _check_known(config: DictConfig, defaults: DictConfig) -> None:
@@ -220,7 +206,7 @@ def _check_known(config: DictConfig, defaults: DictConfig) -> None:
             raise UserError(f"{key} is not a key of this trainer (see {DEFAULTS_FILE.name})")
 
 
-def _check_values(config: DictConfig, defaults: DictConfig) -> None:
+def _check_values(config: DictConfig, defaults: DictConfig, not_found: Callable[[str], None]) -> None:
     default_of = dict(leaves(defaults))
     for key, value in leaves(config):
         _check_kind(key, value, default_of.get(key))
@@ -230,8 +216,7 @@ def _check_values(config: DictConfig, defaults: DictConfig) -> None:
     for key in POSITIVE:
         if (value := OmegaConf.select(config, key)) <= 0:
             raise UserError(f"{key}={value} must be above 0")
-    if unknown := [name for name in config.trainer.logger if name not in BACKENDS]:
-        raise UserError(f"trainer.logger: {unknown[0]} is unknown, use some of {', '.join(BACKENDS)}")
+    check_backends(config.trainer.logger, not_found)
 
 
 def _check_kind(key: str, value: Any, default: Any) -> None:
@@ -337,6 +322,17 @@ def _check_files(config: DictConfig, not_found: Callable[[str], None]) -> None:
                 raise UserError(f"data.{key}: {file} has no column {missing[0]!r}; it has {', '.join(columns)}")
     if config.custom_reward_function.path is not None and not Path(config.custom_reward_function.path).is_file():
         not_found(f"custom_reward_function.path={config.custom_reward_function.path} does not exist")
+
+
+def _check_weights(config: DictConfig, not_found: Callable[[str], None]) -> None:
+    for key in ("actor_rollout_ref.model.path", "critic.model.path"):
+        path = OmegaConf.select(config, key)
+        if (
+            path is not None
+            and (folder := Path(path)).is_dir()
+            and not any(any(folder.glob(pattern)) for pattern in WEIGHTS)
+        ):
+            not_found(f"{key}: {folder} has no weights ({' or '.join(WEIGHTS)})")
 
 
 def _columns(key: str, file: str) -> list[str]:

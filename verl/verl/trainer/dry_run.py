@@ -44,14 +44,29 @@ class Batches(NamedTuple):
     per_step: int
 
 
-def dry_run(config: DictConfig) -> str:
-    """The report.
+class DryRun(NamedTuple):
+    """What a run would be.
+
+    Attributes:
+        report: in words.
+        missing: what the run would end with on this machine: the files and packages that are not here, a line each.
+    """
+
+    report: str
+    missing: list[str]
+
+
+def dry_run(config: DictConfig) -> DryRun:
+    """Check everything that a run checks before it starts Ray, but what GPUs this machine has; estimate the rest.
 
     Raises:
-        UserError: a configuration that could not run on the machines it is for.
+        UserError: a configuration that could not run on the machines it is for, or data and checkpoint that do not
+            fit it; these are looked into where model and data are here.
     """
     missing: list[str] = []
     check_config(config, missing.append)
+    if not missing:
+        _check_inputs(config)
     on_cpu = config.trainer.device == "cpu"
     # Whether checkpointing is left out depends on the GPU, and the estimate is for several.
     choices = resolve_auto(config, None) if on_cpu else resolve_kernels(config)
@@ -65,7 +80,15 @@ def dry_run(config: DictConfig) -> str:
         _steps(config, world),
         _memory(config),
     ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    return DryRun("\n\n".join(section for section in sections if section) + "\n", list(dict.fromkeys(missing)))
+
+
+def _check_inputs(config: DictConfig) -> None:
+    """What a run finds when it reads its model's tokenizer, its data, and the checkpoint that it goes on from."""
+    # Ray takes seconds to import.
+    from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+
+    RayPPOTrainer(config, fetches=False).close()
 
 
 def batches(config: DictConfig) -> Iterator[Batches]:

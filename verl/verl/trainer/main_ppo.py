@@ -1,7 +1,8 @@
 """Reinforcement learning of a reflective generative model: `python -m verl.trainer.main_ppo key=value ...`.
 
 The command line is Hydra's override grammar over `config/ppo_trainer.yaml`; `--cfg` prints the composed configuration
-and ends, `--dry-run` also checks it and says what the run would take (`verl.trainer.dry_run`).
+and ends, `--dry-run` also checks it, says what the run would take (`verl.trainer.dry_run`), and ends with the line and
+status of the run where that would not start.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from verl.trainer.auto_config import resolve_auto, smallest_gpu
 from verl.trainer.compose import compose_config
 from verl.trainer.config_check import DEFAULTS_FILE, check_config
 from verl.trainer.dry_run import dry_run
-from xbai.errors import exit_on_user_error
+from xbai.errors import UserError, exit_on_user_error
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,11 @@ def main() -> None:
         sys.stdout.write(OmegaConf.to_yaml(config))
         return
     if "--dry-run" in arguments:
-        sys.stdout.write(dry_run(config))
+        found = dry_run(config)
+        sys.stdout.write(found.report)
+        sys.stdout.flush()
+        if found.missing:
+            raise UserError(found.missing[0])
         return
     run(config)
 

@@ -33,8 +33,19 @@ def check_reward(config: DictConfig, changed: Mapping[str, Any]) -> None:
                 f"{key}={value} cannot act with reward_model.reward_manager={section.reward_manager}, only with "
                 f"{', '.join(managers)}; leave it at its default"
             )
-    if config.trainer.length_penalty and not 0 < (coeff := config.trainer.length_penalty_coeff) <= 1:
+    if section.reward_manager == "batch" and config.custom_reward_function.path is None:
         raise UserError(
-            f"trainer.length_penalty_coeff={coeff} must be above 0 and at most 1 with trainer.length_penalty=true: "
-            "above 1 a long right answer would be worth less than a wrong one"
+            "reward_model.reward_manager=batch needs custom_reward_function.path, a Python file whose function takes "
+            "the lists data_sources, solution_strs, ground_truths and extra_infos"
+        )
+    buffer, limit = section.overlong_buffer.len, config.data.max_response_length
+    if section.reward_manager == "dapo" and not 0 < buffer <= limit:
+        raise UserError(
+            f"reward_model.overlong_buffer.len={buffer}: reward_manager=dapo needs it between 1 and "
+            f"data.max_response_length={limit}"
+        )
+    if config.trainer.length_penalty and not 0 < (coeff := config.trainer.length_penalty_coeff) <= 2:
+        raise UserError(
+            f"trainer.length_penalty_coeff={coeff} must be above 0 and at most 2 with trainer.length_penalty=true: "
+            "above 2 a long right answer would be worth less than a wrong one"
         )

@@ -1,5 +1,4 @@
-"""What a configuration asks of the rollout: how to sample, what vLLM divides among ranks, and keys of verl that nothing
-here can honour."""
+"""What a configuration asks of the rollout: how to sample, and what vLLM divides among ranks."""
 
 from __future__ import annotations
 
@@ -13,10 +12,6 @@ from xbai.engine.tensor_parallel import check_tensor_parallel_size
 from xbai.errors import UserError
 
 SECTION = "actor_rollout_ref.rollout"
-NOTHING_TO_ACT_ON = {
-    "chat_scheduler": "it schedules verl's agent loops, which this trainer does not have; remove it",
-    "swap_space": "vLLM swaps no more, it computes what it has preempted again; remove it",
-}
 
 
 def check_rollout(config: DictConfig, shape: Mapping[str, Any]) -> None:
@@ -31,9 +26,6 @@ def check_rollout(config: DictConfig, shape: Mapping[str, Any]) -> None:
         raise UserError(
             f"{SECTION}.mode=async is for verl's agent loops, which this trainer does not have; use mode=sync"
         )
-    for key, reason in NOTHING_TO_ACT_ON.items():
-        if rollout.get(key) is not None:
-            raise UserError(f"{SECTION}.{key}={rollout[key]} cannot act: {reason}")
     if rollout.sleep_level != 2 and not rollout.free_cache_engine:
         raise UserError(
             f"{SECTION}.sleep_level={rollout.sleep_level} cannot act with free_cache_engine=false, with which the "

@@ -8,7 +8,8 @@ import math
 import os
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -137,6 +138,18 @@ class WandbBackend(Backend):
 
 
 BACKENDS = ("console", "file", "tensorboard", "wandb")
+PACKAGES = ("tensorboard", "wandb")
+"""Those that need a package of the same name."""
+
+
+def check_backends(names: Sequence[str], not_found: Callable[[str], None]) -> None:
+    """Raise a `UserError` for an unknown name in `trainer.logger`; `not_found` takes what is said of a package that is
+    missing here."""
+    if unknown := [name for name in names if name not in BACKENDS]:
+        raise UserError(f"trainer.logger: {unknown[0]} is unknown, use some of {', '.join(BACKENDS)}")
+    for name in names:
+        if name in PACKAGES and find_spec(name) is None:
+            not_found(f"trainer.logger: {name} is not installed; pip install {name}, or leave it out")
 
 
 class Tracking:

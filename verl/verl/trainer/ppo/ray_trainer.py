@@ -42,7 +42,7 @@ from xbai.engine.end_tokens import end_token_ids
 from xbai.engine.files import read_config
 from xbai.errors import UserError
 from xbai.files import atomic_write
-from xbai.sprm import trajectory_scores
+from xbai.sprm import load_sprm_config, trajectory_scores
 
 logger = logging.getLogger(__name__)
 
@@ -57,25 +57,29 @@ class RayPPOTrainer:
 
     Args:
         config: composed and checked by `check_config`.
+        fetches: copy a remote checkpoint to go on from to this machine; otherwise it is only looked for.
 
     Raises:
-        UserError: data that cannot be used, or a checkpoint that is not there.
+        UserError: data that cannot be used, a tokenizer without the score head's step token, or a checkpoint that is
+            not there.
     """
 
-    def __init__(self, config: DictConfig) -> None:
+    def __init__(self, config: DictConfig, fetches: bool = True) -> None:
         self.config = config
         self._rollout, self._world_size = config.actor_rollout_ref.rollout, _world_size(config)
         model = config.actor_rollout_ref.model
         self.tokenizer = load_tokenizer(model.path, model.trust_remote_code)
         model_config = read_config(model.path, model.trust_remote_code)
         self._end_token_ids = end_token_ids(model.path, model_config, self.tokenizer)
+        if config.actor_rollout_ref.use_score:
+            load_sprm_config(model.path, self.tokenizer, config.actor_rollout_ref.score.lang)
         self._load_data()
         self._estimator = config.algorithm.adv_estimator
         self._critic_config = critic_config(config) if self._estimator == "gae" else None
         self._tis_imp_ratio_cap: float | None = config.actor_rollout_ref.actor.tis_imp_ratio_cap
         self._reference_use = ReferenceUse.from_config(config)
         self._kl_controller = get_kl_controller(config.algorithm.kl_ctrl)
-        self._run_state = RunState(config, self._train_data, self._loader, self._kl_controller)
+        self._run_state = RunState(config, self._train_data, self._loader, self._kl_controller, fetches)
         self.step = self._run_state.step
         self._reward_manager = REWARD_MANAGERS[config.reward_model.reward_manager](self.tokenizer, config)
         self._needs_old_log_probs = needs_old_log_probs(config)

@@ -1,4 +1,4 @@
-"""Copies of a run's checkpoints in a remote folder (`trainer.default_hdfs_dir`), through fsspec.
+"""Copies of a run's checkpoints in a second folder, most often a remote one (`trainer.default_hdfs_dir`), by fsspec.
 
 URL/
   global_step_N/...                        as in the local folder
@@ -34,15 +34,23 @@ def is_url(path: str | None) -> bool:
     return path is not None and "://" in path
 
 
+def is_folder(url: str, folder: str | Path) -> bool:
+    """Whether a URL, or a path, names this folder of this machine."""
+    protocol, path = split_protocol(url)
+    return protocol in (None, "file", "local") and Path(path).expanduser().resolve() == Path(folder).resolve()
+
+
 def check_url(key: str, url: str) -> None:
-    """Make sure that there is a file system for a URL; connects to nothing.
+    """Make sure that there is a file system for a URL, or a path of this machine; connects to nothing.
 
     Raises:
-        UserError: no URL, or the package for it is missing.
+        UserError: a URL written wrong, or the package for it is missing.
     """
     protocol, _ = split_protocol(url)
     if protocol is None:
-        raise UserError(f"{key}={url} must be a URL, such as s3://bucket/folder, hdfs://host/folder or file:///folder")
+        if ":" in url.partition("/")[0]:
+            raise UserError(f"{key}={url} must be a folder, or a URL such as s3://bucket/folder or hdfs://host/folder")
+        return
     try:
         fsspec.get_filesystem_class(protocol)
     except (ImportError, ValueError) as error:
@@ -53,7 +61,7 @@ class RemoteFolder:
     """Checkpoints under a URL.
 
     Args:
-        url: of the folder.
+        url: of the folder; or a path of this machine.
         max_to_keep: how many checkpoints stay; None for all.
         key: the configuration key that names it, for messages.
 
@@ -110,17 +118,30 @@ class RemoteFolder:
         self._files.pipe_file(f"{self._root}/{LATEST_FILE}", str(step_of(checkpoint)).encode())
         self._drop_old(step_of(checkpoint))
 
+    def check(self, name: str) -> None:
+        """Make sure that the checkpoint `name` (`global_step_N`) is there.
+
+        Raises:
+            UserError: there is no whole checkpoint of this name.
+        """
+        step = step_of(Path(name))
+        try:
+            is_whole = self._is_whole(step)
+        except Exception as error:
+            raise self._unusable(error) from error
+        if not is_whole:
+            raise UserError(f"{self._key}: {self.url}/{name} is no complete checkpoint (it has no {COMPLETE_FILE})")
+
     def fetch(self, name: str, into: CheckpointFolder) -> Path:
         """Copy the checkpoint `name` (`global_step_N`) into the local folder, or find it there already.
 
         Raises:
             UserError: there is no whole checkpoint of this name, or another one lies in its place.
         """
+        self.check(name)
         step, source = step_of(Path(name)), f"{self._root}/{name}"
         local = into.step_folder(step)
         try:
-            if not self._is_whole(step):
-                raise UserError(f"{self._key}: {self.url}/{name} is no complete checkpoint (it has no {COMPLETE_FILE})")
             manifest = self._files.cat_file(f"{source}/{COMPLETE_FILE}").decode()
             if local.exists():
                 self._check_same(local, manifest)

@@ -19,7 +19,7 @@ from verl.single_controller import RayWorkerGroup
 from verl.trainer.ppo.checkpoint_folder import TRAINER_STATE_FILE, CheckpointFolder, step_name, step_of
 from verl.trainer.ppo.core_algos import KLController
 from verl.trainer.ppo.data_identity import data_identity, differences
-from verl.trainer.ppo.remote_folder import RemoteFolder, Uploads, is_url
+from verl.trainer.ppo.remote_folder import RemoteFolder, Uploads, is_folder, is_url
 from verl.utils.checkpoint import HUGGINGFACE_FOLDER, rng_state, set_rng_state
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from xbai.engine.files import read_config
@@ -55,6 +55,7 @@ class RunState:
         config: composed and checked.
         dataset, loader: the training data and its batches.
         kl_controller: an adaptive one's coefficient belongs to the state.
+        fetches: copy a remote checkpoint to go on from to this machine; otherwise it is only looked for.
 
     Attributes:
         checkpoint: the one to go on from; None for a new run.
@@ -65,7 +66,12 @@ class RunState:
     """
 
     def __init__(
-        self, config: DictConfig, dataset: RLHFDataset, loader: StatefulDataLoader, kl_controller: KLController
+        self,
+        config: DictConfig,
+        dataset: RLHFDataset,
+        loader: StatefulDataLoader,
+        kl_controller: KLController,
+        fetches: bool = True,
     ) -> None:
         trainer = config.trainer
         self._config, self._loader, self._kl_controller = config, loader, kl_controller
@@ -73,11 +79,14 @@ class RunState:
         self._adapts_kl_coef = config.algorithm.kl_ctrl.type == "adaptive"
         self._folder = CheckpointFolder(trainer.default_local_dir, trainer.max_actor_ckpt_to_keep)
         self._remote = self._uploads = None
-        if trainer.default_hdfs_dir is not None:
-            self._remote = RemoteFolder(trainer.default_hdfs_dir, trainer.max_actor_ckpt_to_keep)
+        copies = trainer.default_hdfs_dir
+        if copies is not None and is_folder(copies, trainer.default_local_dir):
+            logger.info("trainer.default_hdfs_dir is trainer.default_local_dir: nothing is copied")
+        elif copies is not None:
+            self._remote = RemoteFolder(copies, trainer.max_actor_ckpt_to_keep)
             self._uploads = Uploads(self._remote)
         self._identity = data_identity(config, dataset)
-        self.checkpoint = self._newest = self._find()
+        self.checkpoint = self._newest = self._find(fetches)
         self._state: dict[str, Any] | None = None
         self._keeps_place = True
         self._epoch, self._batch = 1, 0
@@ -235,16 +244,22 @@ class RunState:
 
     # What a run goes on from
 
-    def _find(self) -> Path | None:
+    def _find(self, fetches: bool) -> Path | None:
         trainer = self._config.trainer
+        remote, name = self._remote, None
         if trainer.resume_mode == "resume_path" and is_url(trainer.resume_from_path):
             url, _, name = trainer.resume_from_path.rstrip("/").rpartition("/")
-            return RemoteFolder(url, key="trainer.resume_from_path").fetch(name, self._folder)
-        found = self._folder.find(trainer.resume_mode, trainer.resume_from_path)
-        if found is None and self._remote is not None and trainer.resume_mode == "auto":
-            step = self._remote.latest()
-            found = None if step is None else self._remote.fetch(step_name(step), self._folder)
-        return found
+            remote = RemoteFolder(url, key="trainer.resume_from_path")
+        elif (found := self._folder.find(trainer.resume_mode, trainer.resume_from_path)) is not None:
+            return found
+        elif remote is not None and trainer.resume_mode == "auto" and (step := remote.latest()) is not None:
+            name = step_name(step)
+        if name is None:
+            return None
+        if fetches:
+            return remote.fetch(name, self._folder)
+        remote.check(name)
+        return None
 
     def _upload_if_behind(self, checkpoint: Path) -> None:
         """A run that was killed may have saved what it could not copy any more."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import partial
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from verl.protocol import DataProto
+from verl.workers.reward_manager.length_reward import length_reward
 from verl.workers.reward_manager.reward import PendingReward, Reward, make_reward
 from xbai.engine.detokenizer import Detokenizer
 from xbai.errors import UserError
@@ -36,13 +39,13 @@ class RewardManager:
         self._pool = GraderPool(workers, self._timeout_s(), self._grader(), int(section.memory_gib * GIBIBYTE))
 
     def launch(self, data: DataProto) -> PendingReward:
-        """Start grading; reads `responses` and `response_mask` [B, R], the data source, `reward_model` and, where there
+        """Start grading; reads `responses` and `response_mask` [B, R], `uid` (of the prompt), the data source, `reward_model` and, where there
         are, `extra_info` and `raw_prompt`, which a function of one's own finds in its `extra_info`."""
-        mask = data.batch["response_mask"]
+        mask, prompts = data.batch["response_mask"], data.non_tensor_batch["uid"]
 
         def finish(grades: list[Grade]) -> Reward:
             self._check_any_graded(grades)
-            return make_reward(grades, mask, self.penalty)
+            return make_reward(grades, mask, partial(self.penalty, prompts=prompts))
 
         return PendingReward(self._submit(self._requests(data)), finish)
 
@@ -50,16 +53,13 @@ class RewardManager:
         """Grade and wait."""
         return self.launch(data).result()
 
-    def penalty(self, lengths: Tensor, correct: Tensor) -> Tensor:
-        """[B] what to subtract from each reward, by the response's length in tokens [B] and whether it is right [B].
-
-        With `trainer.length_penalty`, right answers lose up to `length_penalty_coeff` in proportion to their length,
-        so that of two right answers the shorter one is worth more, and no right one less than a wrong one.
-        """
+    def penalty(self, lengths: Tensor, correct: Tensor, prompts: np.ndarray) -> Tensor:
+        """[B] what to subtract from each reward, by the response's length in tokens [B], whether it is right [B], and
+        its prompt's name [B]: 0 without `trainer.length_penalty`."""
         trainer = self._config.trainer
         if not trainer.length_penalty:
             return torch.zeros(len(lengths))
-        return trainer.length_penalty_coeff * correct * lengths / self._config.data.max_response_length
+        return -trainer.length_penalty_coeff * length_reward(lengths, correct, prompts)
 
     def close(self) -> None:
         """End the grading processes, at once: what is under way is of a run that fails."""
@@ -122,11 +122,6 @@ class BatchRewardManager(RewardManager):
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DictConfig) -> None:
-        if config.custom_reward_function.path is None:
-            raise UserError(
-                "reward_model.reward_manager=batch needs custom_reward_function.path, a Python file whose function "
-                "takes the lists data_sources, solution_strs, ground_truths and extra_infos"
-            )
         super().__init__(tokenizer, config, workers=1)
 
     def _timeout_s(self) -> float:
@@ -147,18 +142,11 @@ class DAPORewardManager(PrimeRewardManager):
     `data.max_response_length`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DictConfig) -> None:
-        super().__init__(tokenizer, config)
-        if not 0 < config.reward_model.overlong_buffer.len <= config.data.max_response_length:
-            raise UserError(
-                "reward_model.overlong_buffer.len: reward_manager=dapo needs it between 1 and data.max_response_length"
-            )
-
-    def penalty(self, lengths: Tensor, correct: Tensor) -> Tensor:
+    def penalty(self, lengths: Tensor, correct: Tensor, prompts: np.ndarray) -> Tensor:
         """[B] the length penalty, and the one for coming close to the limit."""
         buffer = self._config.reward_model.overlong_buffer
         excess = lengths - (self._config.data.max_response_length - buffer.len)
-        return super().penalty(lengths, correct) + buffer.penalty_factor * (excess / buffer.len).clamp(0, 1)
+        return super().penalty(lengths, correct, prompts) + buffer.penalty_factor * (excess / buffer.len).clamp(0, 1)
 
 
 REWARD_MANAGERS: dict[str, type[RewardManager]] = {
