@@ -50,6 +50,11 @@ def check_training(
     """
     check_sequence_parallel(name, section, model, config, shape)
     train, n, mini = config.data.train_batch_size, config.actor_rollout_ref.rollout.n, section["ppo_mini_batch_size"]
+    if mini > train:
+        raise UserError(
+            f"{name}.ppo_mini_batch_size={mini} is more than data.train_batch_size={train}; for one optimiser step "
+            f"with the whole batch write {name}.ppo_mini_batch_size={train}"
+        )
     if train % mini:
         raise UserError(f"data.train_batch_size={train} must be a multiple of {name}.ppo_mini_batch_size={mini}")
     sp_size, processes = section["ulysses_sequence_parallel_size"], _processes(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,8 @@ from xbai.engine.files import DTYPES, check_model_folder
 from xbai.errors import UserError
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", ListConfig: "a list"}
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+"""OWNER/NAME of a model on the Hub, if that is what a path is."""
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 DEFAULTS_FILE = Path(__file__).parent / "config" / "ppo_trainer.yaml"
 
@@ -294,6 +297,8 @@ def _read_model(not_found: Callable[[str], None], key: str, folder: str) -> dict
         return check_model_folder(folder)
     except UserError as error:
         message = f"{key}: {error}"
+        if HUB_NAME.fullmatch(folder):
+            message += f" (of a model on the Hub: hf download {folder} --local-dir {folder})"
     if (Path(folder) / "config.json").exists():
         raise UserError(message)
     not_found(message)
@@ -327,12 +332,8 @@ def _check_files(config: DictConfig, not_found: Callable[[str], None]) -> None:
 def _check_weights(config: DictConfig, not_found: Callable[[str], None]) -> None:
     for key in ("actor_rollout_ref.model.path", "critic.model.path"):
         path = OmegaConf.select(config, key)
-        if (
-            path is not None
-            and (folder := Path(path)).is_dir()
-            and not any(any(folder.glob(pattern)) for pattern in WEIGHTS)
-        ):
-            not_found(f"{key}: {folder} has no weights ({' or '.join(WEIGHTS)})")
+        if path is not None and Path(path).is_dir() and not any(any(Path(path).glob(kind)) for kind in WEIGHTS):
+            not_found(f"{key}: {path} has no weights ({' or '.join(WEIGHTS)})")
 
 
 def _columns(key: str, file: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""A command line's overrides, as Hydra is to take them: what people bring from the public trainers means the same here."""
+"""A command line's overrides as Hydra takes them: what people bring from the public trainers means the same here."""
 
 from __future__ import annotations
 

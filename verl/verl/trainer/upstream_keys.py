@@ -1,4 +1,4 @@
-"""Keys of the public trainers (verl 0.3, MetaStone-S1, XBai o4) that are none here, and what to write in their place."""
+"""Keys of the public trainers (verl 0.3, MetaStone-S1, XBai o4) that are none here; what to write instead."""
 
 from __future__ import annotations
 
@@ -26,12 +26,10 @@ _DATA_PLACE = (
     "a run goes on in its data where its checkpoint was, without being told; leave out data.resume and "
     "data.resume_global_steps"
 )
-_COMPILED = (
-    f"write {ROOT}.model.use_fused_kernels=true|false|auto (softmax, log-prob and entropy in one compiled kernel)"
-)
+_COMPILED = f"write {ROOT}.model.use_fused_kernels=true, false or auto, which compiles softmax, log-prob and entropy"
 _CHECKPOINT = (
-    "a checkpoint always holds model, optimiser and the rest of the state; verl/scripts/model_merger.sh makes a Hugging "
-    "Face folder of it; leave it out"
+    "a checkpoint always holds model, optimiser and the rest of the state, and verl/scripts/model_merger.sh makes a "
+    "Hugging Face folder of it; leave it out"
 )
 _MODEL_CODE = f"a model's own code is in its folder: write {ROOT}.model.trust_remote_code=true"
 _MODEL_CONFIG = "change config.json in the model's folder"
@@ -132,7 +130,7 @@ UPSTREAM_KEYS |= {
 for _config in FSDP_CONFIGS:
     UPSTREAM_KEYS |= {
         f"{_config}.wrap_policy": UpstreamKey("every decoder layer is a unit of FSDP2; leave it out", (0, {})),
-        f"{_config}.mixed_precision": UpstreamKey(f"write {_config}.compute_dtype=bfloat16|float32"),
+        f"{_config}.mixed_precision": UpstreamKey(f"write {_config}.compute_dtype=bfloat16 or float32"),
         f"{_config}.forward_prefetch": UpstreamKey("FSDP2 fetches ahead by itself; leave it out"),
     }
 
@@ -141,11 +139,8 @@ RENAMED = {f"{optim}.num_warmup_steps": f"{optim}.lr_warmup_steps" for optim in 
 
 SAME_VALUES: dict[str, tuple[Any, Any]] = {
     "trainer.resume_from_path": (False, None),
-    **{
-        f"{optim}.{key}": (None, value)
-        for optim in OPTIMS
-        for key, value in (("min_lr_ratio", 0.0), ("lr_warmup_steps", -1))
-    },
+    **{f"{optim}.min_lr_ratio": (None, 0.0) for optim in OPTIMS},
+    **{f"{optim}.lr_warmup_steps": (None, -1) for optim in OPTIMS},
 }
 """Values that the public trainers write otherwise: theirs, and the same here."""
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import shutil
 from pathlib import Path
 
 import ray
 from omegaconf import DictConfig
-from ray.exceptions import RayError
+from ray._common.utils import get_default_system_temp_dir
 
 from verl.single_controller import RayResourcePool
 from verl.single_controller.nodes import answers_by_node
@@ -64,8 +65,17 @@ def start_ray(config: DictConfig) -> None:
     if num_cpus is None and trainer.device == "cpu":
         # Processes on CPU may be more than the cores; Ray must not wait for cores that will never be there.
         num_cpus = max(os.cpu_count() or 1, trainer.n_gpus_per_node)
-    # Without an address Ray would join any cluster that it finds on this machine.
-    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
+    folder = get_default_system_temp_dir()
+    if not Path(folder).is_absolute():
+        raise UserError(
+            f"{folder!r} (RAY_TMPDIR, or else TMPDIR) is no whole path, which Ray needs; set RAY_TMPDIR=/tmp"
+        )
+    try:
+        # Without an address Ray would join any cluster that it finds on this machine.
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
+    except Exception as error:
+        # Ray raises what it likes, plain `Exception`s among it.
+        raise UserError(_why_not_started(error, folder)) from error
 
 
 def check_shared_folder(folder: str | Path, pool: RayResourcePool) -> None:
@@ -101,6 +111,28 @@ def lost_head() -> str | None:
     return None
 
 
+def _why_not_started(error: Exception, folder: str) -> str:
+    """What keeps Ray from starting on this machine, with its files in `folder`, and what to do."""
+    if "AF_UNIX path length" in str(error):
+        return (
+            f"Ray cannot start: the name of the folder for its files, {folder} (RAY_TMPDIR, or else TMPDIR), is too "
+            "long for its sockets, whose paths have at most 107 bytes; set a short one, such as RAY_TMPDIR=/tmp"
+        )
+    if isinstance(error, OSError) and str(error.filename).startswith(folder):
+        return (
+            f"Ray cannot start: {error.filename}: {error.strerror}; set RAY_TMPDIR to a folder that can be written to"
+        )
+    free = shutil.disk_usage(folder).free / 2**30
+    return (
+        f"Ray cannot start: {_first_sentence(error)}; its files are in {folder}, which has {free:.2f} GiB free (set "
+        f"RAY_TMPDIR to another folder where that is too little), its logs in {folder}/ray/session_latest/logs"
+    )
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
+
+
 @ray.remote(num_cpus=0)
 def _sees(probe: Path, content: str) -> bool:
     try:
@@ -118,9 +150,9 @@ def _join_cluster(address: str) -> None:
     try:
         check_head(find_head(address))
         ray.init(address=address, logging_level=logging.WARNING)
-    except (OSError, RuntimeError, ValueError, RayError) as error:
-        reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
+    except Exception as error:
+        # Ray raises what it likes, plain `Exception`s among it.
         raise UserError(
             f"RAY_ADDRESS={address}: no Ray cluster answers; run this on the head node of one "
-            f"(verl/examples/ray/run_worker_n.sh starts it): {reason}"
+            f"(verl/examples/ray/run_worker_n.sh starts it): {_first_sentence(error)}"
         ) from error

@@ -39,8 +39,9 @@ class RewardManager:
         self._pool = GraderPool(workers, self._timeout_s(), self._grader(), int(section.memory_gib * GIBIBYTE))
 
     def launch(self, data: DataProto) -> PendingReward:
-        """Start grading; reads `responses` and `response_mask` [B, R], `uid` (of the prompt), the data source, `reward_model` and, where there
-        are, `extra_info` and `raw_prompt`, which a function of one's own finds in its `extra_info`."""
+        """Start grading; reads `responses` and `response_mask` [B, R], the prompt's `uid`, the data source,
+        `reward_model` and, where there are, `extra_info` and `raw_prompt`, which a function of one's own finds in its
+        `extra_info`."""
         mask, prompts = data.batch["response_mask"], data.non_tensor_batch["uid"]
 
         def finish(grades: list[Grade]) -> Reward:
