@@ -7,7 +7,7 @@
 #   NNODES=16 bash scripts/run_multi_node.sh [--dry-run] [key=value ...]
 #
 # Not as published, besides what run_single_node.sh names:
-# - It starts from QwQ-32B and shuffles; theirs went on from a checkpoint that is not public, within data in an order.
+# - It starts from QwQ-32B and shuffles; theirs went on from a checkpoint of MetaStone-L1-32B, with the data in its order.
 # - The weights are stored in float32 and computed in bfloat16: steps of 1e-7 would round away in stored bfloat16.
 # - A mini-batch has all 128 prompts; 256, as theirs says, is more than the batch.
 # - Log-probs take as many tokens a pass as the update, theirs one response: the same numbers, the weights gathered less.

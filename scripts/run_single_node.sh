@@ -7,10 +7,13 @@
 #
 # Runs from any folder. MODEL, TRAIN_FILES and VAL_FILES name another model (a local folder) and other data; settings
 # that follow win. With --dry-run it prints the configuration, the micro-batches and a memory estimate, without GPUs,
-# model or data. Small, on CPU: trainer.device=cpu trainer.n_gpus_per_node=2 and a tiny model, as quickstart.sh does.
+# and ends as the run would where model or data are missing. Small, on CPU: trainer.device=cpu
+# trainer.n_gpus_per_node=2 and a tiny model, as quickstart.sh does.
 #
-# Not as published: the data (theirs is not public); the reward manager (prime grades as theirs does, in parallel);
-# validation (AIME 2024 has 30 problems: 8 samples each and Best-of-8 say more than one greedy answer).
+# Not as published: the data (theirs is data/train.parquet of MetaStone-S1, which TRAIN_FILES may name); the grading (by
+# the answer after the thinking alone, where theirs also asks for exactly one <think> and one </think>); validation
+# (AIME 2024 has 30 problems: 8 samples each and Best-of-8 say more than one greedy answer); CUDA graphs; the last three
+# checkpoints stay.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 

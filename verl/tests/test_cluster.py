@@ -73,6 +73,62 @@ def test_segments_of_gpu_memory_grow_unless_the_user_says_how(monkeypatch: pytes
     assert settings == {name: "max_split_size_mb:512"}
 
 
+LONG_NAME = "scratch_folder_as_batch_systems_name_them/user_name_0123/job_1355700/tmp.t0016"
+START_HERE = """
+import sys
+import ray
+from omegaconf import OmegaConf
+from verl.trainer.ppo.cluster import start_ray
+from xbai.errors import exit_on_user_error
+
+exit_on_user_error(start_ray)(
+    OmegaConf.create({"trainer": {"nnodes": 1, "device": "cpu", "n_gpus_per_node": 1}, "ray_init": {"num_cpus": 1}})
+)
+sys.stdout.write(ray.get(ray.remote(lambda: "a task ran").remote()))
+"""
+
+
+@pytest.fixture
+def start_here(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`start_here(NAME=value, ...)`: a process of these variables that starts Ray and runs a task."""
+    (tmp_path / "file").touch()
+    (tmp_path / LONG_NAME).mkdir(parents=True)
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+
+    def start(**variables: str) -> subprocess.CompletedProcess[str]:
+        command, environment = [sys.executable, "-c", START_HERE], inherited | {"RAY_USAGE_STATS_ENABLED": "0"}
+        return subprocess.run(command, env=environment | variables, capture_output=True, text=True, timeout=100)
+
+    return start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"TMPDIR": f"{{folder}}/{LONG_NAME}"}, "(RAY_TMPDIR, or else TMPDIR), is too long for its sockets"),
+        ({"RAY_TMPDIR": "{folder}/file"}, "{folder}/file/ray: Not a directory; set RAY_TMPDIR to a folder that can be"),
+        ({"RAY_TMPDIR": "scratch"}, "'scratch' (RAY_TMPDIR, or else TMPDIR) is no whole path, which Ray needs"),
+        (
+            {"HOME": "{folder}/file", "RAY_AUTH_MODE": "token"},
+            "Ray cannot start: [Errno 20] Not a directory: '{folder}/",
+        ),
+        ({"RAY_AUTH_TOKEN_PATH": "{folder}/none"}, "RAY_AUTH_TOKEN_PATH is set but file cannot be opened"),
+    ],
+)
+def test_why_ray_does_not_start_here_is_one_line(variables, said, start_here, tmp_path: Path):
+    done = start_here(**{name: value.format(folder=tmp_path) for name, value in variables.items()})
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if "WARNING" not in line]
+    assert len(errors) == 1 and errors[0].startswith("error: ") and said.format(folder=tmp_path) in errors[0]
+
+
+@pytest.mark.slow
+def test_a_short_folder_for_ray_is_all_that_a_long_tmpdir_needs(start_here, tmp_path: Path):
+    done = start_here(TMPDIR=f"{tmp_path}/{LONG_NAME}", RAY_TMPDIR="/tmp")
+    assert (done.returncode, done.stdout) == (0, "a task ran"), done.stderr
+
+
 @dataclass(frozen=True)
 class OtherCluster:
     """A cluster of another user's on this machine: one CPU, and a token of its own."""

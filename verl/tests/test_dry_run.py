@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import torch.distributed as dist
@@ -37,6 +38,8 @@ from verl.trainer.memory_estimate import (
     training_peak,
 )
 from verl.trainer.memory_phases import GPUS_GIB, PhaseMemory, changes_to_fit
+from verl.trainer.ppo.checkpoint_folder import LATEST_FILE
+from verl.trainer.ppo.remote_folder import COMPLETE_FILE
 from verl.utils import optim
 from verl.utils.fsdp import create_mesh, shard_model
 from verl.utils.lm_head import LMHead
@@ -453,6 +456,71 @@ def test_a_model_folder_that_is_here(
     assert "not found here" not in printed
     assert "Dry run: 1 x 2 processes on CPU" in printed
     assert "Memory of one process" in printed
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.train_files=nowhere.parquet",
+        "data.val_files=nowhere.parquet",
+        "data.train_files={folder}/empty.parquet",
+        "data.train_files={folder}/no_answer.parquet",
+        "data.max_prompt_length=2",
+        "data={{filter_overlong_prompts: false, max_prompt_length: 2}}",
+        "data={{train_batch_size: 64}}",
+        "actor_rollout_ref.model.path=nowhere",
+        "actor_rollout_ref.model.path={folder}",
+        "custom_reward_function={{path: {folder}/none.py}}",
+        "custom_reward_function={{name: nothing}}",
+        "trainer={{resume_mode: resume_path, resume_from_path: {folder}/global_step_3}}",
+        "trainer={{resume_mode: resume_path, resume_from_path: 'file://{folder}/global_step_3'}}",
+        "trainer={{default_local_dir: '{folder}/half'}}",
+        "trainer={{default_local_dir: '{folder}/empty.parquet'}}",
+        "trainer={{default_hdfs_dir: 's3://bucket/run'}}",
+        "trainer={{default_hdfs_dir: '{folder}/bad'}}",
+        "trainer={{logger: [mlflow]}}",
+        "reward_model={{reward_manager: dapo}}",
+        "actor_rollout_ref.score.model_path=nowhere.pt",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=3",
+    ],
+)
+def test_a_dry_run_ends_as_the_run_would(
+    override: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, small_run: list[str], tmp_path: Path
+) -> None:
+    row = {"data_source": "make10", "prompt": [{"role": "user", "content": "x"}], "reward_model": {"ground_truth": "1"}}
+    rows = datasets.Dataset.from_list([row])
+    rows.select([]).to_parquet(tmp_path / "empty.parquet")
+    datasets.Dataset.from_list([row | {"reward_model": "1"}]).to_parquet(tmp_path / "no_answer.parquet")
+    for folder in ("half", "bad"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "half" / LATEST_FILE).write_text("3")
+    (tmp_path / "bad" / LATEST_FILE).write_text("nonsense")
+    command = [*small_run, f"trainer.default_local_dir={tmp_path}/run", override.format(folder=tmp_path)]
+
+    def ending(*further: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["main_ppo", *command, *further])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main_ppo.main()
+        return ended.value.code, capsys.readouterr().err
+
+    code, line = ending("--dry-run")
+    assert (code, line) == ending()
+    assert code == 2 and line.startswith("error: ") and line.count("\n") == 1
+
+
+def test_a_dry_run_fetches_nothing(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, small_run: list[str], tmp_path: Path
+) -> None:
+    whole = tmp_path / "remote/global_step_3"
+    whole.mkdir(parents=True)
+    (whole / COMPLETE_FILE).write_text("{}")
+    (whole.parent / LATEST_FILE).write_text("3")
+    folders = [f"trainer.default_local_dir={tmp_path}/run", f"trainer.default_hdfs_dir={tmp_path}/remote"]
+    monkeypatch.setattr(sys, "argv", ["main_ppo", *small_run, *folders, "--dry-run"])
+    main_ppo.main()
+    assert "Dry run" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
 
 
 def test_mistakes_stay_errors() -> None:

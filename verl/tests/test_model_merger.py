@@ -165,7 +165,7 @@ def test_shards_of_verl_0_3_become_the_same_model(kind: str, make_tiny_model, me
 
 
 def save_like_verl(rank: int, world: int, kind: str, source: Path, folder: Path) -> None:
-    """What FSDP1's sharded state dict holds (FSDP1 itself does not run on CPU), saved as verl 0.3 does."""
+    """What FSDP1's sharded state dict holds, saved as verl 0.3 does."""
     store = dist.FileStore(str(folder.parent / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     state = AutoModelForCausalLM.from_pretrained(source).state_dict()

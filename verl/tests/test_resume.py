@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from verl.trainer.compose import compose_config
 from verl.trainer.ppo.checkpoint_folder import LATEST_FILE
 from verl.trainer.ppo.core_algos import KLController, get_kl_controller
+from verl.trainer.ppo.remote_folder import COMPLETE_FILE
 from verl.trainer.ppo.run_state import RunState
 from verl.utils.checkpoint import HUGGINGFACE_FOLDER
 from verl.utils.dataset.rl_dataset import RLHFDataset, create_dataloader
@@ -314,6 +315,23 @@ def test_an_empty_folder_is_filled_from_the_remote_one(config: DictConfig, tmp_p
     third = start(config)
     third.restore({})
     assert rows(third, 5) == rows(state, 5)
+
+
+def test_copies_go_to_a_folder_as_well(config: DictConfig, tmp_path: Path) -> None:
+    config.trainer.default_hdfs_dir = f"{tmp_path}/copies/"
+    save(config, 3)
+    config.trainer.default_local_dir = f"{tmp_path}/elsewhere"
+    assert start(config).checkpoint == tmp_path / "elsewhere" / "global_step_3"
+
+
+@pytest.mark.parametrize("form", ["{0}", "{0}/", "file://{0}", "{0}/../{1}"])
+def test_copies_into_the_folder_itself_are_none(config: DictConfig, form: str) -> None:
+    local = Path(config.trainer.default_local_dir)
+    config.trainer.default_hdfs_dir = form.format(local, local.name)
+    save(config, 3)
+    start(config).catch_up()
+    assert start(config).checkpoint == local / "global_step_3"
+    assert not list(local.rglob(COMPLETE_FILE))
 
 
 def test_what_a_killed_run_could_not_copy_is_copied_by_the_next(config: DictConfig, tmp_path: Path) -> None:

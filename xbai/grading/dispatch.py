@@ -23,11 +23,22 @@ ANSWER_CHECKS = {
     "deepscaler": "xbai.grading.math:grade_math",
     "numina": "xbai.grading.math:grade_math",
     "openr1": "xbai.grading.math:grade_math",
+    "ys_train": "xbai.grading.math:grade_math",
     "ceval": "xbai.grading.choice:grade_choice",
     "livecodebench": "xbai.grading.code:grade_code",
     "code": "xbai.grading.code:grade_code",
 }
 """Prefix of a data source's name to the check of its answers."""
+_OTHER_TESTS = 'its tests have another form than {"tests": [{"input": ..., "output": ...}]}'
+NOT_GRADED = {
+    "codecontests": _OTHER_TESTS,
+    "codeforces": _OTHER_TESTS,
+    "code_syn": _OTHER_TESTS,
+    "apps": _OTHER_TESTS,
+    "taco": _OTHER_TESTS,
+    "kk": "there is no grader of knights and knaves",
+}
+"""Prefix of a data source that the public trainers grade and nothing here can, and why."""
 ANSWER_KEYS = {
     "xbai.grading.make10:grade_make10": "xbai.grading.make10:boxed_expression",
     "xbai.grading.math:grade_math": "xbai.grading.math_key:math_key",
@@ -168,6 +179,9 @@ def _load(location: str) -> Callable[..., Any]:
 
 def _check_location(data_source: str) -> str:
     name = data_source.rsplit("/", 1)[-1].lower()
+    for prefix, reason in NOT_GRADED.items():
+        if name.startswith(prefix):
+            raise UserError(f"data_source {data_source!r}: {reason}; set custom_reward_function for your own grader")
     for prefix, location in ANSWER_CHECKS.items():
         if name.startswith(prefix):
             return location

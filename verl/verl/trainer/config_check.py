@@ -338,6 +338,9 @@ def _check_weights(config: DictConfig, not_found: Callable[[str], None]) -> None
 
 def _columns(key: str, file: str) -> list[str]:
     try:
-        return pq.read_schema(file).names
+        metadata = pq.read_metadata(file)
     except pa.ArrowInvalid as error:
         raise UserError(f"data.{key}: {file} is not a parquet file") from error
+    if not metadata.num_rows:
+        raise UserError(f"data.{key}: {file} has no rows")
+    return metadata.schema.to_arrow_schema().names

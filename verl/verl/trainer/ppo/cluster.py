@@ -118,7 +118,7 @@ def _why_not_started(error: Exception, folder: str) -> str:
             f"Ray cannot start: the name of the folder for its files, {folder} (RAY_TMPDIR, or else TMPDIR), is too "
             "long for its sockets, whose paths have at most 107 bytes; set a short one, such as RAY_TMPDIR=/tmp"
         )
-    if isinstance(error, OSError) and str(error.filename).startswith(folder):
+    if isinstance(error, OSError) and str(error.filename).startswith(str(Path(folder, "ray"))):
         return (
             f"Ray cannot start: {error.filename}: {error.strerror}; set RAY_TMPDIR to a folder that can be written to"
         )
