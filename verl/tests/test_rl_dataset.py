@@ -8,8 +8,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from verl.trainer.ppo.reward import check_gradable
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, create_dataloader
 from xbai.errors import UserError
+from xbai.grading import GradeRequest, grade
 
 
 def _config(**changes):
@@ -125,6 +127,26 @@ def test_files_may_hold_ground_truths_of_different_forms(write_rows, tiny_tokeni
     assert dataset.places() == [f"{files[0]}: row 1", f"{files[1]}: row 1"]
     batch = collate_fn([dataset[0], dataset[1]], pad_token_id=9)
     assert batch["extra_info"].tolist() == [None, {"index": 3}]
+
+
+def test_rows_as_metastones_trainer_reads_them(tiny_tokenizer, tmp_path):
+    """Its reward managers want a column `question` and answers as {"target": ...}."""
+    row = {
+        "data_source": "ys_train",
+        "prompt": [{"role": "user", "content": "What is 1/2 + 1/2?"}],
+        "question": "What is 1/2 + 1/2?",
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": {"target": "1"}},
+        "extra_info": {"index": 0, "split": "train"},
+    }
+    datasets.Dataset.from_list([row]).to_parquet(tmp_path / "train.parquet")
+    dataset = RLHFDataset(f"{tmp_path}/train.parquet", tiny_tokenizer, _config())
+    assert dataset[0]["question"] == row["question"]
+    custom = OmegaConf.create({"custom_reward_function": {"path": None}})
+    columns = dataset.values("data_source"), dataset.values("reward_model")
+    check_gradable(zip(dataset.places(), *columns), custom)
+    (source,), (reward_model,) = columns
+    assert grade(GradeRequest(source, r"<think> easy </think> \boxed{1}", reward_model["ground_truth"])) == 1
 
 
 def test_collate_pads_on_the_left(write_rows, tiny_tokenizer):

@@ -70,6 +70,8 @@ def start_ray(config: DictConfig) -> None:
         raise UserError(
             f"{folder!r} (RAY_TMPDIR, or else TMPDIR) is no whole path, which Ray needs; set RAY_TMPDIR=/tmp"
         )
+    # Ray warns that the cluster has a token, as it has by default.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     try:
         # Without an address Ray would join any cluster that it finds on this machine.
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
