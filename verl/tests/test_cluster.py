@@ -73,6 +73,7 @@ def test_segments_of_gpu_memory_grow_unless_the_user_says_how(monkeypatch: pytes
     assert settings == {name: "max_split_size_mb:512"}
 
 
+RUN_HEAD = Path(__file__).parents[2] / "verl/examples/ray/run_head.sh"
 LONG_NAME = "scratch_folder_as_batch_systems_name_them/user_name_0123/job_1355700/tmp.t0016"
 START_HERE = """
 import sys
@@ -127,6 +128,14 @@ def test_why_ray_does_not_start_here_is_one_line(variables, said, start_here, tm
 def test_a_short_folder_for_ray_is_all_that_a_long_tmpdir_needs(start_here, tmp_path: Path):
     done = start_here(TMPDIR=f"{tmp_path}/{LONG_NAME}", RAY_TMPDIR="/tmp")
     assert (done.returncode, done.stdout) == (0, "a task ran"), done.stderr
+
+
+def test_a_head_does_not_start_in_a_folder_of_a_long_name(tmp_path: Path):
+    environment = {**os.environ, "RAY_TMPDIR": f"{tmp_path}/{LONG_NAME}", "HOME": str(tmp_path)}
+    done = subprocess.run(["bash", str(RUN_HEAD)], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.endswith("is too long a name for Ray's sockets; set RAY_TMPDIR=/tmp\n")
+    assert not list(tmp_path.iterdir())
 
 
 @dataclass(frozen=True)
