@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
     """
     with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
         try:
-            config = compose(name, overrides=read_overrides(overrides, dict(leaves(compose(name)))))
-            if missing := next((key for key, value in leaves(config) if value == MISSING), None):
+            config = compose(name, overrides=read_overrides(overrides, _as_written(compose(name))))
+            if missing := next((key for key, value in _as_written(config).items() if value == MISSING), None):
                 raise UserError(f"{missing} is not set; give it on the command line as {missing}=...")
             OmegaConf.resolve(config)
         except (HydraException, OmegaConfBaseException) as error:
@@ -48,7 +48,7 @@ def _one_line(name: str, error: Exception) -> str:
         return " ".join(str(error).split())
     if (upstream := upstream_key(unknown[1])) is not None:
         return f"{unknown[1]} cannot act here: {upstream.instead}"
-    near = difflib.get_close_matches(unknown[1], [key for key, _ in leaves(compose(name))], n=1)
+    near = difflib.get_close_matches(unknown[1], _as_written(compose(name)), n=1)
     return f"unknown configuration key {unknown[1]}" + (f"; did you mean {near[0]}?" if near else "")
 
 
@@ -56,6 +56,19 @@ def _reason(error: OverrideParseException) -> str:
     if any(error.override.count(opening) != error.override.count(closing) for opening, closing in ("[]", "{}", "()")):
         return "half of a list or of brackets: the shell splits at spaces; write it without them, or quote all of it"
     return error.message.splitlines()[0]
+
+
+def _as_written(config: DictConfig) -> dict[str, Any]:
+    """Every dotted key with its value, interpolations as they stand."""
+
+    def flat(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in node.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", value
+
+    return dict(flat(OmegaConf.to_container(config, resolve=False), ""))
 
 
 def leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
