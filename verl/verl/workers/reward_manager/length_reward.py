@@ -10,8 +10,8 @@ from torch import Tensor
 def length_reward(lengths: Tensor, correct: Tensor, prompts: np.ndarray) -> Tensor:
     """[B] between -0.5 and 0.5: how short a response is among those to its prompt (Kimi k1.5, arXiv 2501.12599).
 
-    Of a prompt's responses the shortest right one gets 0.5 and the longest -0.5, in proportion to the length between
-    them; wrong ones no more than 0. All get 0 where their lengths are equal.
+    A response as short as the shortest to its prompt gets 0.5, one as long as the longest -0.5, and the others in
+    proportion; wrong ones no more than 0. All get 0 where their lengths are equal.
 
     Args:
         lengths: [B] tokens.
