@@ -1,7 +1,14 @@
+import json
+import re
+import time
+from pathlib import Path
+
 import pytest
 
 from xbai.grading import GradeRequest, answer_key, grade
 from xbai.grading.choice import chosen_option
+
+CASES = [json.loads(line) for line in (Path(__file__).parents[1] / "cases" / "choice.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -62,6 +69,30 @@ from xbai.grading.choice import chosen_option
 )
 def test_chosen_option(response, letter):
     assert chosen_option(response) == answer_key("ceval", response) == letter
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['kind']}-{case['response']}")
+def test_ways_of_naming_an_option(case):
+    assert chosen_option(case["response"]) == case["option"]
+
+
+@pytest.mark.parametrize("letter", "ABD")
+def test_every_letter_is_named_in_the_same_ways(letter):
+    responses = [
+        case["response"] for case in CASES if re.findall("[A-J]", case["response"]) == [case["option"]] == ["C"]
+    ]
+    assert len(responses) > 80
+    assert [text for text in responses if chosen_option(text.replace("C", letter)) != letter] == []
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["A B ", "选", "答案", "answer is ", "选项A正确。", "正确的是A.", "A. x\n", "** ", "(", "so i ", "\\boxed{", "A是"],
+)
+def test_hostile_texts_take_no_time(piece):
+    started = time.perf_counter()
+    chosen_option(piece * (40_000 // len(piece)))
+    assert time.perf_counter() - started < 2.0
 
 
 def test_grade():

@@ -1,33 +1,44 @@
-"""Multiple choice: `ANSWER: X`, `答案：X` or a boxed letter, whichever comes last."""
+"""Multiple choice: the option that a response states, puts into a box, calls the right one, or is nothing but."""
 
 import re
 import unicodedata
 
 from xbai.grading.boxed import after_thinking
-
-_LETTER = r"(?P<letter>[A-J])(?![A-Za-z0-9])(?!\s*(?:or|and|或者?|和|及|与|/|,|、|&)\s*[A-J](?![A-Za-z0-9]))"
-_OPENING = r"[\s*_`'\"“‘(\[{$]*(?:\\(?:text|textbf|mathbf|mathrm|boxed)\s*\{[\s(]*)*"
-# An option that is only named, in an explanation, is not chosen: `选项` needs a verb.
-_STATED = re.compile(
-    r"(?:(?i:answer|答案)[\s*_\"'”]*(?:is|是|应该是|应为|应选|为|选择|选)?[\s*_]*:?"
-    r"|选项[\s*_]*(?:应该是|应为|是|为|:)[\s*_]*:?"
-    r"|(?<!不)(?:故|应|所以|因此)选择?[\s*_]*:?"
-    r"|\\boxed\s*\{)"
-    rf"{_OPENING}(?:选项?)?{_LETTER}"
-)
-_BARE = re.compile(rf"{_OPENING}{_LETTER}[\s*_`'\"”’)\]}}$.]*")
+from xbai.grading.choice_patterns import ALONE, JUDGED, LABEL, STATED
 
 
 def chosen_option(response: str) -> str | None:
-    """The letter chosen last; None where no single one is."""
-    text = unicodedata.normalize("NFKC", after_thinking(response))
-    statements = list(_STATED.finditer(text))
+    """The letter chosen; None where no single one is.
+
+    The last statement counts. Without any: the only option that is called right, or else the option that is the
+    first or last line.
+    """
+    text = unicodedata.normalize("NFKC", after_thinking(response)).strip()
+    statements = list(STATED.finditer(text))
     if statements:
-        return statements[-1]["letter"]
-    bare = _BARE.fullmatch(text.strip())
-    return bare["letter"] if bare else None
+        return _single(statements[-1][statements[-1].lastgroup])
+    return _only_right_one(text) or _option_alone(text)
 
 
 def grade_choice(response: str, letter: str) -> bool:
     """Whether the response chose option `letter`."""
     return chosen_option(response) == letter.strip().upper()
+
+
+def _single(option: str) -> str | None:
+    letters = set(re.findall(r"(?<![a-z])[A-J](?![a-z])|^[a-h]$", option))
+    return letters.pop().upper() if len(letters) == 1 else None
+
+
+def _only_right_one(text: str) -> str | None:
+    """Unless others are judged after it, as in a list of what is true of each."""
+    judged = list(JUDGED.finditer(text))
+    right = [one["option"] for one in judged if one["right"]]
+    return _single(right[0]) if len(right) == 1 and judged[-1]["right"] else None
+
+
+def _option_alone(text: str) -> str | None:
+    """Unless the response lists others as well."""
+    lines = [ALONE.fullmatch(line) for line in (text.partition("\n")[0], text.rpartition("\n")[-1])]
+    letters = {line["letter"].upper() for line in lines if line} | set(LABEL.findall(text))
+    return letters.pop() if any(lines) and len(letters) == 1 else None
