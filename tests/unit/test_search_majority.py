@@ -1,10 +1,10 @@
-"""The candidate that a vote chooses, and the response that a result line names."""
+"""The candidate that a vote chooses, and the response that a search chooses."""
 
 from __future__ import annotations
 
 import pytest
 
-from xbai.evaluate.results import ResultLine
+from xbai.evaluate.response_choice import ResponseChoice
 from xbai.search.majority import voted_candidate
 
 RESPONSES = ["\\boxed{1}", "\\boxed{2}", "\\boxed{2.0}", "no answer"]
@@ -30,9 +30,9 @@ def test_without_any_answer_the_score_decides() -> None:
     assert voted_candidate([None, None], [0.1, 0.2], weighted=False) == 1
 
 
-@pytest.mark.parametrize(("search", "content"), [("best_of_n", 3), ("majority", 2), ("weighted_vote", 0), (None, 3)])
-def test_a_line_names_the_response_that_its_search_chooses(search: str | None, content: int) -> None:
-    output = {"content": RESPONSES[3], "solution_lst": ["p" + r for r in RESPONSES], "score_lst": [0.9, 0.1, 0.2, 0.99]}
+@pytest.mark.parametrize(("search", "chosen"), [("best_of_n", 3), ("majority", 2), ("weighted_vote", 0), (None, 3)])
+def test_the_response_that_a_search_chooses(search: str | None, chosen: int) -> None:
     settings = {"task": "math500", "search": {"name": search}} if search else {}
-    line = ResultLine.from_dict({"prompt": "p", "output": output, "settings": settings})
-    assert line.to_dict()["output"]["content"] == RESPONSES[content]
+    with ResponseChoice(settings) as choose:
+        assert choose(RESPONSES, [0.9, 0.1, 0.2, 0.99]) == RESPONSES[chosen]
+        assert choose([], []) == ""

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from xbai.errors import UserError
-from xbai.grading import GradeRequest, answer_key
+from xbai.grading import GradeRequest
 from xbai.prompts import Message, chat_messages
 
 Row = dict[str, Any]
@@ -100,10 +100,6 @@ class Benchmark(ABC):
     def grade_request(self, question: Question, response: str) -> GradeRequest:
         """What to hand to `GraderPool` for a response to `question`."""
         return GradeRequest(self.data_source, response, question.answer)
-
-    def vote_key(self, response: str) -> str | None:
-        """What `response` votes for, see `answer_key`."""
-        return answer_key(self.data_source, response)
 
 
 class MathBenchmark(Benchmark):

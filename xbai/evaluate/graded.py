@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from xbai.benchmarks.base import Benchmark, Question
+from xbai.benchmarks.base import Question
 from xbai.benchmarks.registry import get_benchmark
 from xbai.evaluate.estimators import votes_for
 from xbai.evaluate.results import REFUSED, ResultLine
-from xbai.grading import GraderPool
+from xbai.grading import AnswerGroups, GraderPool
 from xbai.search.best_of_n import sortable_scores
 from xbai.sprm.score import aggregate
 
@@ -28,7 +28,7 @@ class GradedQuestion:
         key: which question.
         scores: [K] trajectory scores, -inf where there is none.
         correct: [K] 1.0, 0.0, or nan where it could not be graded.
-        keys: the answer each votes for; None where it has none.
+        keys: the answer each votes for, the same for equal ones (see `AnswerGroups`); None where it has none.
         step_scores, token_counts, finish_reasons: per candidate; None where not known.
     """
 
@@ -91,15 +91,21 @@ def grade_lines(task: str, lines: Sequence[ResultLine], workers: int | None = No
     by_question: dict[QuestionKey, list[int]] = {}
     for number, line in enumerate(lines):
         by_question.setdefault(question_key(line), []).append(number)
-    return [_graded_question(benchmark, key, lines, numbers, grades) for key, numbers in by_question.items()]
+    with AnswerGroups(benchmark.data_source, workers) as groups:
+        votes = groups.of(
+            [[r for number in numbers for r in lines[number].responses] for numbers in by_question.values()]
+        )
+    return [
+        _graded_question(key, lines, numbers, grades, keys) for (key, numbers), keys in zip(by_question.items(), votes)
+    ]
 
 
 def _graded_question(
-    benchmark: Benchmark,
     key: QuestionKey,
     lines: Sequence[ResultLine],
     numbers: list[int],
     grades: dict[tuple[int, str], float | None],
+    keys: list[str | None],
 ) -> GradedQuestion:
     def column(get: Callable[[ResultLine], list]) -> list[Any]:
         return [item for number in numbers for item in get(lines[number])]
@@ -116,7 +122,7 @@ def _graded_question(
             ]
         ),
         correct=np.array([np.nan if grade is None else grade for grade in correct], dtype=np.float64),
-        keys=list(map(benchmark.vote_key, column(lambda line: line.responses))),
+        keys=keys,
         step_scores=step_scores,
         token_counts=column(lambda line: line.token_counts),
         finish_reasons=column(lambda line: line.finish_reasons),

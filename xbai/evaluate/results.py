@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xbai.benchmarks.registry import get_benchmark
 from xbai.errors import UserError
-from xbai.evaluate.settings import choice_of
 from xbai.search.best_of_n import best_candidate
-from xbai.search.majority import voted_candidate
 
 REFUSED = "refused"
 
@@ -65,7 +62,8 @@ class Sample:
 class ResultLine:
     """One question of a result file, in the published layout plus optional keys.
 
-    The lists are parallel: item i belongs to `solutions[i]`, which is `prompt` + response.
+    `content` is the response that was chosen. The lists are parallel: item i belongs to `solutions[i]`, which is
+    `prompt` + response.
     """
 
     prompt: str
@@ -89,15 +87,6 @@ class ResultLine:
         """The solutions without the prompt."""
         return [solution.removeprefix(self.prompt) for solution in self.solutions]
 
-    def chosen(self) -> str:
-        """The response that a vote chooses where the settings ask for one, `content` elsewhere."""
-        choice = choice_of(self.settings)
-        if choice == "best_of_n" or not self.solutions:
-            return self.content
-        responses = self.responses
-        keys = list(map(get_benchmark(self.settings["task"]).vote_key, responses))
-        return responses[voted_candidate(keys, self.scores, weighted=choice == "weighted_vote")]
-
     def samples(self) -> Iterator[Sample]:
         """The line as samples again."""
         for i, response in enumerate(self.responses):
@@ -119,7 +108,7 @@ class ResultLine:
             "prompt": self.prompt,
             "answer": self.answer,
             "output": {
-                "content": self.chosen(),
+                "content": self.content,
                 "time": self.time,
                 "solution_lst": self.solutions,
                 "score_lst": self.scores,

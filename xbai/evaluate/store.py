@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from xbai.errors import UserError
+from xbai.evaluate.response_choice import ResponseChoice
 from xbai.evaluate.results import REFUSED, ResultLine, Sample, SampleKey, StoredQuestion, read_result_lines
 from xbai.evaluate.settings import RunSettings
 from xbai.files import atomic_write
@@ -143,25 +144,25 @@ class ResultStore:
         for key in sorted(self._places):
             keys.setdefault(key[0], []).append(key)
         others = [line for line in self._existing_lines() if line.index not in self._questions]
-        with atomic_write(self.path) as stream:
+        with ResponseChoice(self._settings.to_dict()) as choose, atomic_write(self.path) as stream:
             for line in others:
                 stream.write(_encode(line.to_dict()))
             for index, question in self._questions.items():
                 samples = [self.get(key) for key in keys.get(index, [])]
-                stream.write(_encode(self._line(question, samples).to_dict()))
+                stream.write(_encode(self._line(question, samples, choose).to_dict()))
         # In this order: a run that waits for the lock must not get it on a journal that is about to vanish.
         self.journal_path.unlink()
         self._journal.close()
 
-    def _line(self, question: StoredQuestion, samples: list[Sample]) -> ResultLine:
-        best = max(samples, key=lambda sample: -1.0 if sample.score is None else sample.score, default=None)
+    def _line(self, question: StoredQuestion, samples: list[Sample], choose: ResponseChoice) -> ResultLine:
+        scores = [sample.score for sample in samples]
         return ResultLine(
             prompt=question.prompt,
             answer=question.answer,
-            content=best.response if best else "",
+            content=choose([sample.response for sample in samples], scores),
             time=max((sample.seconds for sample in samples), default=0.0),
             solutions=[question.prompt + sample.response for sample in samples],
-            scores=[sample.score for sample in samples],
+            scores=scores,
             index=question.index,
             meta=question.meta,
             settings=self._settings.to_dict(),

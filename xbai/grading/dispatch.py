@@ -45,6 +45,8 @@ ANSWER_KEYS = {
     "xbai.grading.choice:grade_choice": "xbai.grading.choice:chosen_option",
 }
 """Checks to what reads the answer out of a response; those of answers that are voted on."""
+INEXACT_KEYS = {"xbai.grading.math:grade_math"}
+"""Checks that can call answers equal whose keys differ."""
 
 
 @dataclass(frozen=True)
@@ -141,15 +143,25 @@ def answer_check(data_source: str) -> AnswerCheck:
 
 
 def answer_key(data_source: str, response: str) -> str | None:
-    """The answer that would be graded, such that responses with equal keys get equal grades; what a response votes for.
+    """The answer that would be graded, in a form that is the same for answers that are certainly equal.
 
-    None where it gives no answer, or one of a kind that is not voted on.
+    None where a response gives no answer, or one of a kind that is not voted on. What votes together is for
+    `AnswerGroups` to say. May take for ever on a hostile mathematical answer.
 
     Raises:
         UserError: no grader goes by this name.
     """
     location = ANSWER_KEYS.get(_check_location(data_source))
     return _load(location)(response) if location else None
+
+
+def has_exact_keys(data_source: str) -> bool:
+    """Whether answers with different keys are different to the grader.
+
+    Raises:
+        UserError: no grader goes by this name.
+    """
+    return _check_location(data_source) not in INEXACT_KEYS
 
 
 def prepare(request: GradeRequest) -> Preparation:

@@ -1,26 +1,160 @@
-"""What a mathematical answer is counted as in a vote. Without computer algebra, whose import takes seconds."""
+"""What a mathematical answer is counted as in a vote. Computer algebra, slow to import, is used only where needed."""
 
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from xbai.grading.boxed import final_answer
-from xbai.grading.latex import clean, in_words
-from xbai.grading.quantity import parse_quantity
+from xbai.grading.latex import clean, compact, in_radians, in_words, without_text_commands
+from xbai.grading.quantity import parse_quantity, split_unit
+
+_NAME = (
+    r"(?:m ?)?\\angle ?[A-Za-z]+|\\?[A-Za-z]+(?:_\{?\w+\}?)?'*(?:\([A-Za-z, ]+\))?"
+    r"|\\text ?\{[^{}]*\}|\([A-Za-z](?: ?, ?[A-Za-z])+\)"
+)
+_NAMED = re.compile(rf"(?P<name>{_NAME}) ?(?:=|\\in(?![A-Za-z])) ?(?P<value>[^=<>]+)")
+_SEPARATOR = re.compile(r"\\cup(?![A-Za-z])|[,;]|\b(?:and|or)\b")
+# Relations, ratios, bases of numerals, derivatives, and numbers side by side have a meaning that is not their value.
+_NO_FORMULA = re.compile(
+    r"[=<>:;'%]|\d ?_|(?<![_^\d])\d+ \d"
+    r"|\\(?:le|ge|ne|in|to|approx|equiv|sim|subset\w*|mid|prime|infty|text|[lc]?dots)(?![A-Za-z])"
+)
+LARGEST_ROUNDING = 1e-3
+_NO_UNIT = (None, "degree")
 
 
 def math_key(response: str) -> str | None:
-    """The boxed final answer: its value and unit where it is a number, else its normal form; None without one.
-
-    Unlike the grader's comparison this is an equivalence, so it forgives less: `5 cm` is graded as `5` where that is
-    right, but votes apart from it.
-    """
+    """What the boxed final answer of `response` votes for; None without one."""
     answer = final_answer(response)
-    if answer is None:
+    return None if answer is None else key_of_answer(answer)
+
+
+def key_of_answer(answer: str) -> str:
+    """The same key for answers that are certainly equal: equal numbers, constants, formulas, lists in any order.
+
+    Names (`x = 5`) and degrees are dropped. What the grader calls equal beyond that has keys of its own (see
+    `AnswerGroups`). May take for ever on a hostile answer, unless `is_plain`.
+    """
+    return _key(clean(answer))
+
+
+def text_key(answer: str) -> str:
+    """The key of an answer that is only equal to what is spelled like it."""
+    return f"latex {compact(clean(answer))}"
+
+
+def is_plain(answer: str) -> bool:
+    """Whether the key is found without computer algebra: a number or words."""
+    return _plain_key(_without_name(clean(answer))) is not None
+
+
+def surely_differ(key: str, other: str) -> bool:
+    """Whether two different keys tell that no grader calls their answers equal.
+
+    They are of numbers without a unit, or of formulas with the same variables, whose values differ by more than any
+    rounding.
+    """
+    (names, value), (other_names, other_value) = _value(key), _value(other)
+    if names is None or names != other_names:
+        return False
+    return abs(value - other_value) > LARGEST_ROUNDING * max(abs(value), abs(other_value))
+
+
+def _key(text: str) -> str:
+    text = _without_name(text)
+    if plain := _plain_key(text):
+        return plain
+    items, brackets = _items(text)
+    if items:
+        return _key_of_items(items, brackets)
+    return _formula_key(text) or text_key(text)
+
+
+def _plain_key(text: str) -> str | None:
+    if quantity := parse_quantity(text) or parse_quantity(without_text_commands(text)):
+        return _number_key(quantity.value, quantity.unit)
+    words = in_words(text)
+    return f"words {words}" if words else None
+
+
+def _number_key(value: Fraction, unit: str | None) -> str:
+    return f"number {value} {'' if unit in _NO_UNIT else unit}"
+
+
+def _without_name(text: str) -> str:
+    named = _NAMED.fullmatch(text)
+    return named["value"] if named else text
+
+
+def _formula_key(text: str) -> str | None:
+    value, unit = split_unit(in_radians(text))
+    if not value or _NO_FORMULA.search(value):
         return None
-    text = clean(answer)
-    if quantity := parse_quantity(text):
-        return f"number {quantity.value} {quantity.unit or ''}"
-    if words := in_words(text):
-        return f"words {words}"
-    return "latex " + re.sub(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])", "", text)
+    from xbai.grading.fingerprint import fingerprint
+
+    found = fingerprint(value)
+    if isinstance(found, Fraction):
+        return _number_key(found, unit)
+    return found and f"formula {found} {'' if unit in _NO_UNIT else unit}".rstrip()
+
+
+def _key_of_items(items: list[str], brackets: str) -> str:
+    named = [_NAMED.fullmatch(item) for item in items]
+    # The values of several unknowns are told apart by their names.
+    several_unknowns = len({compact(item["name"]) for item in named if item}) > 1
+    keys = [
+        f"{compact(item['name'])}={_key(item['value'])}" if item and several_unknowns else _key(text)
+        for item, text in zip(named, items)
+    ]
+    return f"tuple {brackets} {keys}" if brackets else f"list {sorted(keys)}"
+
+
+def _items(text: str) -> tuple[list[str], str]:
+    """The parts of a list, set or union (without brackets), tuple or interval (with them); none of a single answer."""
+    items = _split(without_text_commands(text))
+    if len(items) == 1 and text.startswith("\\{") and text.endswith("\\}"):
+        items = _split(text[2:-2])
+        return [case for item in items for case in _signs(item)], ""
+    if len(items) > 1 or "\\pm" in text:
+        items = [case for item in items for case in _signs(item)]
+        return (items, "") if len(items) > 1 else ([], "")
+    if text[:1] in ("(", "[") and text[-1:] in (")", "]"):
+        items = _split(text[1:-1])
+        return (items, text[0] + text[-1]) if len(items) > 1 else ([], "")
+    return [], ""
+
+
+def _split(text: str) -> list[str]:
+    """The texts between the separators outside all brackets; the text alone where brackets do not close."""
+    items, depth, start, position = [], 0, 0, 0
+    while position < len(text):
+        separator = _SEPARATOR.match(text, position) if depth == 0 else None
+        if separator:
+            items.append(text[start:position])
+            start = position = separator.end()
+            continue
+        depth += (text[position] in "([{") - (text[position] in ")]}")
+        if depth < 0:
+            return [text]
+        position += 1
+    items = [item.strip() for item in [*items, text[start:]]]
+    return [item for item in items if item] if depth == 0 else [text]
+
+
+def _signs(text: str) -> list[str]:
+    return [re.sub(r"\\pm ?", sign, text) for sign in ("+", "-")] if "\\pm" in text else [text]
+
+
+def _value(key: str) -> tuple[str | None, complex]:
+    """The variables of a key and its value, of a formula that at positive numbers; None where it has none."""
+    kind, _, rest = key.partition(" ")
+    try:
+        if kind == "number" and rest.endswith(" "):
+            return "", complex(Fraction(rest))
+        if kind == "formula" and not rest.startswith("matrix"):
+            names, _, values = rest.rpartition(": ")
+            return names, complex(*list(map(float, values.split()))[:2])
+    except (ValueError, OverflowError):
+        pass  # A unit, or a number too large for floating point.
+    return None, 0.0

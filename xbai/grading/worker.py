@@ -7,6 +7,7 @@ import signal
 from multiprocessing.connection import Connection
 
 from xbai.errors import UserError
+from xbai.grading.comparison import compare
 from xbai.grading.custom import CustomGrader
 from xbai.grading.dispatch import Grade, Grader, GradeRequest, Preparation, as_grade, grade, prepare
 
@@ -45,7 +46,7 @@ def _answer(
     try:
         # Imports first: the pool's clock starts with the message below.
         preparation = Preparation()
-        if grader is grade:
+        if grader in (grade, compare):
             preparation = prepare(request)
         elif isinstance(grader, CustomGrader):
             grader.load()

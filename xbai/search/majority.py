@@ -27,7 +27,7 @@ def voted_candidate(keys: Sequence[str | None], scores: Sequence[float | None], 
     """Index of the best-scored candidate among those that give the winning answer.
 
     Args:
-        keys: what each candidate votes for (see `Benchmark.vote_key`); None where it does not.
+        keys: what each candidate votes for (see `AnswerGroups`); None where it does not.
         scores: one each; None counts nothing in a weighted vote.
         weighted: a vote weighs its score instead of 1.
     """

@@ -1,0 +1,103 @@
+"""Formulas by their values: equal formulas have the same fingerprint, however they are written."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from latex2sympy2_extended import NormalizationConfig, latex2sympy
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+from sympy import Expr, Float, I, MatrixBase, Rational, Symbol, nan
+from sympy.core.evalf import PrecisionExhausted
+
+DIGITS = 40
+_GUARD_DIGITS = 20
+_LARGEST_DENOMINATOR = 10**9
+_LARGEST_FRACTION = 10**12
+"""Up to this denominator and this size a value that is a fraction to all its digits is one."""
+_FIRST_POINT = Rational(131, 97)
+_SECOND_POINT = Rational(-173, 61)
+"""Two values of the first variable, of which one is negative: |x| is not x."""
+_STEP = Rational(29, 53)
+"""From one variable's value to the next one's, away from zero."""
+
+_NORMALIZATION = NormalizationConfig(
+    basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False
+)
+_CONVERSION = ConversionConfig(lowercase_symbols=False)
+
+
+def fingerprint(latex: str) -> Fraction | str | None:
+    """The value of a constant, exactly where it is rational; of a formula, its variables and its values at two points.
+
+    Values are given to `DIGITS` significant digits, as pairs of real and imaginary part. None where the text is no
+    formula, or has no value. May take for ever.
+    """
+    parsed = _parse(latex)
+    if isinstance(parsed, MatrixBase):
+        entries = [_of_formula(entry) for entry in parsed.flat()]
+        return None if None in entries else f"matrix {parsed.shape} {entries}"
+    return _of_formula(parsed) if isinstance(parsed, Expr) else None
+
+
+def _parse(latex: str) -> object:
+    try:
+        parsed = latex2sympy(
+            latex, convert_degrees=False, normalization_config=_NORMALIZATION, conversion_config=_CONVERSION
+        )
+    except Exception:  # The parser raises bare ones for whatever it does not know.
+        return None
+    return parsed.doit() if isinstance(parsed, Expr | MatrixBase) else None
+
+
+def _of_formula(formula: Expr) -> Fraction | str | None:
+    # Decimals are as exact as they are written.
+    formula = formula.xreplace({number: Rational(str(number)) for number in formula.atoms(Float)})
+    formula = formula.xreplace({symbol: I for symbol in formula.free_symbols if symbol.name == "i"})
+    if formula.is_Rational:
+        return Fraction(int(formula.p), int(formula.q))
+    variables = sorted(formula.free_symbols, key=str)
+    if not variables:
+        return _constant(formula)
+    values = [
+        _value(formula.xreplace(point))
+        for point in (_point(variables, _FIRST_POINT, 1), _point(variables, _SECOND_POINT, -1))
+    ]
+    return None if None in values else f"{','.join(map(str, variables))}: {' '.join(map(_text, values))}"
+
+
+def _constant(formula: Expr) -> Fraction | str | None:
+    value = _value(formula)
+    if value is None:
+        return None
+    real, imaginary = value
+    if imaginary == 0 and (number := _as_fraction(real)) is not None:
+        return number
+    return _text(value)
+
+
+def _point(variables: list[Symbol], first: Rational, direction: int) -> dict[Symbol, Rational]:
+    return {variable: first + direction * index * _STEP for index, variable in enumerate(variables)}
+
+
+def _value(formula: Expr) -> tuple[Expr, Expr] | None:
+    """Real and imaginary part; zero where what is left of one is only what rounding leaves."""
+    try:
+        value = formula.evalf(DIGITS + _GUARD_DIGITS)
+        parts = [part.evalf(DIGITS + _GUARD_DIGITS) for part in value.as_real_imag()]
+    except (PrecisionExhausted, ArithmeticError, ValueError, TypeError):
+        return None
+    if not all(part.is_Float or part.is_Rational for part in parts) or nan in parts:
+        return None
+    largest = max(map(abs, parts))
+    parts = [part if abs(part) > largest * Rational(1, 10**DIGITS) else Rational(0) for part in parts]
+    return parts[0], parts[1]
+
+
+def _as_fraction(value: Expr) -> Fraction | None:
+    exact = Fraction(int(Rational(value).p), int(Rational(value).q))
+    near = exact.limit_denominator(_LARGEST_DENOMINATOR)
+    return near if abs(near - exact) <= abs(exact) / 10**DIGITS and abs(near) < _LARGEST_FRACTION else None
+
+
+def _text(value: tuple[Expr, Expr]) -> str:
+    return "{} {}".format(*(str(Float(part, DIGITS)) for part in value))
