@@ -37,14 +37,14 @@ def groups() -> Iterator[AnswerGroups]:
         yield groups
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case["kind"] == "keys"], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case["kind"] != "grader"], ids=str)
 def test_equal_answers_have_the_same_key(case: dict) -> None:
     keys = [{math_key(boxed(answer)) for answer in group} for group in case["groups"]]
     assert [len(of_group) for of_group in keys] == [1] * len(keys)
     assert len(set.union(*keys)) == len(keys)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case["kind"] != "only keys"], ids=str)
 def test_answers_that_the_grader_calls_equal_vote_together(groups: AnswerGroups, case: dict) -> None:
     answers = [(answer, number) for number, group in enumerate(case["groups"]) for answer in group]
     random.Random(0).shuffle(answers)
@@ -101,4 +101,6 @@ def test_what_cannot_be_compared_votes_apart(
     assert hangs == same_text == "latex hang(x)"
     assert {*equal, unit, number} == {number}
     assert other_unit not in (hangs, number)
-    assert "6 comparisons of answers failed" in caplog.text
+    assert [record.message for record in caplog.records] == [
+        "comparisons of answers that failed: 6 timeout; these answers vote apart"
+    ]

@@ -34,7 +34,7 @@ class AnswerGroups:
     def __init__(self, data_source: str, workers: int | None = None, timeout_s: float = 10.0) -> None:
         self._data_source = data_source
         self._exact = has_exact_keys(data_source)
-        self._pool = GraderPool(workers, timeout_s, grader=compare)
+        self._pool = GraderPool(workers, timeout_s, grader=compare, failure_level=logging.DEBUG)
         self._keys: dict[str, str] = {}
         self._unreadable: set[str] = set()
         self._equal: dict[Pair, bool] = {}
@@ -48,11 +48,13 @@ class AnswerGroups:
         if self._exact:
             return [[answer_key(self._data_source, response) for response in responses] for responses in questions]
         answers = [[final_answer(response) for response in responses] for responses in questions]
-        failed = self._find_keys({answer for of_question in answers for answer in of_question if answer is not None})
+        known_failures = self._pool.failures.copy()
+        self._find_keys({answer for of_question in answers for answer in of_question if answer is not None})
         plainest = [self._plainest(of_question) for of_question in answers]
-        failed += self._compare(pair for by_key in plainest for pair in self._pairs(by_key))
-        if failed:
-            logger.warning("%d comparisons of answers failed or took too long; these answers vote apart", failed)
+        self._compare(pair for by_key in plainest for pair in self._pairs(by_key))
+        if failures := self._pool.failures - known_failures:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in failures.items())
+            logger.warning("comparisons of answers that failed: %s; these answers vote apart", reasons)
         groups = [self._joined(by_key) for by_key in plainest]
         return [
             [None if answer is None else group[self._keys[answer]] for answer in of_question]
@@ -69,8 +71,7 @@ class AnswerGroups:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _find_keys(self, answers: set[str]) -> int:
-        """Returns how many have none; such an answer is only equal to itself."""
+    def _find_keys(self, answers: set[str]) -> None:
         missing = sorted(answers - self._keys.keys())
         self._keys |= {answer: key_of_answer(answer) for answer in missing if is_plain(answer)}
         asked = [answer for answer in missing if answer not in self._keys]
@@ -80,7 +81,6 @@ class AnswerGroups:
             if grade.value is None:
                 self._unreadable.add(answer)
             self._keys[answer] = grade.extras.get("key") or text_key(answer)
-        return len(self._unreadable.intersection(asked))
 
     def _plainest(self, answers: Sequence[str | None]) -> dict[str, str]:
         """For each key the answer to compare: the shortest, since names and degrees are more to differ in."""
@@ -97,13 +97,10 @@ class AnswerGroups:
             if not surely_differ(key, other) and self._unreadable.isdisjoint((by_key[key], by_key[other]))
         ]
 
-    def _compare(self, pairs: Iterable[Pair]) -> int:
-        """Returns how many could not be compared."""
+    def _compare(self, pairs: Iterable[Pair]) -> None:
         asked = [pair for pair in dict.fromkeys(pairs) if pair not in self._equal]
         futures = [self._pool.submit(GradeRequest(self._data_source, _boxed(a), _boxed(b))) for a, b in asked]
-        grades = [future.result() for future in futures]
-        self._equal |= {pair: grade.value == 1.0 for pair, grade in zip(asked, grades)}
-        return sum(grade.value is None for grade in grades)
+        self._equal |= {pair: future.result().value == 1.0 for pair, future in zip(asked, futures)}
 
     def _joined(self, by_key: dict[str, str]) -> dict[str, str]:
         """Each key's group, by the smallest key in it."""

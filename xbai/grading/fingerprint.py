@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from fractions import Fraction
 
 from latex2sympy2_extended import NormalizationConfig, latex2sympy
@@ -14,11 +16,13 @@ _GUARD_DIGITS = 20
 _LARGEST_DENOMINATOR = 10**9
 _LARGEST_FRACTION = 10**12
 """Up to this denominator and this size a value that is a fraction to all its digits is one."""
-_FIRST_POINT = Rational(131, 97)
-_SECOND_POINT = Rational(-173, 61)
-"""Two values of the first variable, of which one is negative: |x| is not x."""
-_STEP = Rational(29, 53)
-"""From one variable's value to the next one's, away from zero."""
+_LARGEST_BITS = 10_000
+_START, _STEP = Rational(131, 97), Rational(29, 53)
+"""The first variable's size at each point, and the way from one to the next."""
+_SIGNS = (lambda _: 1, lambda _: -1, lambda index: (-1) ** index, lambda index: (-1) ** (index // 2))
+"""Of the variables at each point: |x| is not x, |xy| is not xy."""
+# The parser adds numbers that stand side by side, as if each pair were a mixed number.
+_PRODUCT = re.compile(r"(?:(?<![_\d])\d+|\)) ?(?=[({]|\\binom)|\} ?(?=\\binom)|\) ?(?=\d)")
 
 _NORMALIZATION = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False
@@ -27,10 +31,10 @@ _CONVERSION = ConversionConfig(lowercase_symbols=False)
 
 
 def fingerprint(latex: str) -> Fraction | str | None:
-    """The value of a constant, exactly where it is rational; of a formula, its variables and its values at two points.
+    """The value of a constant, exactly where it is rational; of a formula, its variables and its values at points.
 
     Values are given to `DIGITS` significant digits, as pairs of real and imaginary part. None where the text is no
-    formula, or has no value. May take for ever.
+    formula, or has no value, or one too large to be written out. May take for ever.
     """
     parsed = _parse(latex)
     if isinstance(parsed, MatrixBase):
@@ -42,7 +46,10 @@ def fingerprint(latex: str) -> Fraction | str | None:
 def _parse(latex: str) -> object:
     try:
         parsed = latex2sympy(
-            latex, convert_degrees=False, normalization_config=_NORMALIZATION, conversion_config=_CONVERSION
+            _PRODUCT.sub(r"\g<0>\\cdot ", latex),
+            convert_degrees=False,
+            normalization_config=_NORMALIZATION,
+            conversion_config=_CONVERSION,
         )
     except Exception:  # The parser raises bare ones for whatever it does not know.
         return None
@@ -54,14 +61,12 @@ def _of_formula(formula: Expr) -> Fraction | str | None:
     formula = formula.xreplace({number: Rational(str(number)) for number in formula.atoms(Float)})
     formula = formula.xreplace({symbol: I for symbol in formula.free_symbols if symbol.name == "i"})
     if formula.is_Rational:
-        return Fraction(int(formula.p), int(formula.q))
+        number = Fraction(int(formula.p), int(formula.q))
+        return number if max(number.numerator, number.denominator).bit_length() <= _LARGEST_BITS else None
     variables = sorted(formula.free_symbols, key=str)
     if not variables:
         return _constant(formula)
-    values = [
-        _value(formula.xreplace(point))
-        for point in (_point(variables, _FIRST_POINT, 1), _point(variables, _SECOND_POINT, -1))
-    ]
+    values = [_value(formula.xreplace(point)) for point in _points(variables)]
     return None if None in values else f"{','.join(map(str, variables))}: {' '.join(map(_text, values))}"
 
 
@@ -75,8 +80,10 @@ def _constant(formula: Expr) -> Fraction | str | None:
     return _text(value)
 
 
-def _point(variables: list[Symbol], first: Rational, direction: int) -> dict[Symbol, Rational]:
-    return {variable: first + direction * index * _STEP for index, variable in enumerate(variables)}
+def _points(variables: list[Symbol]) -> Iterator[dict[Symbol, Rational]]:
+    """The positive one first."""
+    for sign in _SIGNS:
+        yield {variable: sign(index) * (_START + index * _STEP) for index, variable in enumerate(variables)}
 
 
 def _value(formula: Expr) -> tuple[Expr, Expr] | None:

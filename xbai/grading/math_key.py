@@ -10,15 +10,15 @@ from xbai.grading.latex import clean, compact, in_radians, in_words, without_tex
 from xbai.grading.quantity import parse_quantity, split_unit
 
 _NAME = (
-    r"(?:m ?)?\\angle ?[A-Za-z]+|\\?[A-Za-z]+(?:_\{?\w+\}?)?'*(?:\([A-Za-z, ]+\))?"
-    r"|\\text ?\{[^{}]*\}|\([A-Za-z](?: ?, ?[A-Za-z])+\)"
+    r"(?:m ?)?\\angle ?[A-Za-z]+|\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\([A-Za-z, ]+\))?"
+    r"|\\text ?\{[^{}]*\}|(?P<unknowns>\([A-Za-z](?: ?, ?[A-Za-z])+\))"
 )
 _NAMED = re.compile(rf"(?P<name>{_NAME}) ?(?:=|\\in(?![A-Za-z])) ?(?P<value>[^=<>]+)")
 _SEPARATOR = re.compile(r"\\cup(?![A-Za-z])|[,;]|\b(?:and|or)\b")
-# Relations, ratios, bases of numerals, derivatives, and numbers side by side have a meaning that is not their value.
+# Relations, ratios, bases of numerals, derivatives, mixed numbers, and powers too large to be written out.
 _NO_FORMULA = re.compile(
-    r"[=<>:;'%]|\d ?_|(?<![_^\d])\d+ \d"
-    r"|\\(?:le|ge|ne|in|to|approx|equiv|sim|subset\w*|mid|prime|infty|text|[lc]?dots)(?![A-Za-z])"
+    r"[=<>:;'%]|!!|\d ?_|(?<![_^\d])\d+ \d|\d ?\\frac ?\{ ?\d|\^ ?\{? ?\d+ ?\^|\^ ?\{? ?\d{6}"
+    r"|\\(?:le|ge|ne|in|to|approx|equiv|sim|subset\w*|mid|prime|infty|text|[lc]?dots|overline|emptyset|varnothing)(?![A-Za-z])"
 )
 LARGEST_ROUNDING = 1e-3
 _NO_UNIT = (None, "degree")
@@ -52,11 +52,11 @@ def is_plain(answer: str) -> bool:
 def surely_differ(key: str, other: str) -> bool:
     """Whether two different keys tell that no grader calls their answers equal.
 
-    They are of numbers without a unit, or of formulas with the same variables, whose values differ by more than any
-    rounding.
+    They are of numbers without a unit, or of formulas with the same variables, whose real values differ by more than
+    any rounding. (Complex ones may be roots that the grader takes for real.)
     """
     (names, value), (other_names, other_value) = _value(key), _value(other)
-    if names is None or names != other_names:
+    if names is None or names != other_names or value.imag or other_value.imag:
         return False
     return abs(value - other_value) > LARGEST_ROUNDING * max(abs(value), abs(other_value))
 
@@ -84,7 +84,11 @@ def _number_key(value: Fraction, unit: str | None) -> str:
 
 def _without_name(text: str) -> str:
     named = _NAMED.fullmatch(text)
-    return named["value"] if named else text
+    if not named:
+        return text
+    unknowns = re.findall("[A-Za-z]", named["unknowns"] or "")
+    # (y,x)=(1,2) is not (1,2).
+    return named["value"] if unknowns == sorted(set(unknowns)) else text
 
 
 def _formula_key(text: str) -> str | None:
@@ -107,7 +111,10 @@ def _key_of_items(items: list[str], brackets: str) -> str:
         f"{compact(item['name'])}={_key(item['value'])}" if item and several_unknowns else _key(text)
         for item, text in zip(named, items)
     ]
-    return f"tuple {brackets} {keys}" if brackets else f"list {sorted(keys)}"
+    if brackets:
+        return f"tuple {brackets} {keys}"
+    # A set of one number is graded as the number.
+    return keys[0] if len(keys) == 1 and keys[0].startswith(("number", "formula")) else f"list {sorted(keys)}"
 
 
 def _items(text: str) -> tuple[list[str], str]:
@@ -157,4 +164,4 @@ def _value(key: str) -> tuple[str | None, complex]:
             return names, complex(*list(map(float, values.split()))[:2])
     except (ValueError, OverflowError):
         pass  # A unit, or a number too large for floating point.
-    return None, 0.0
+    return None, 0j

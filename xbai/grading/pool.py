@@ -45,6 +45,7 @@ class GraderPool:
             tests have limits of their own.
         grader: what grades; picklable. Default: by the request's data source.
         memory_bytes: address space of one worker.
+        failure_level: of the log, for what got no grade; each failure is a line.
 
     Attributes:
         failures: how many samples got no grade, by reason (`timeout`, `crash`, `memory`, `error`).
@@ -56,10 +57,12 @@ class GraderPool:
         timeout_s: float = 10.0,
         grader: Grader = grade,
         memory_bytes: int = 4 * GIBIBYTE,
+        failure_level: int = logging.WARNING,
     ) -> None:
         count = workers or len(os.sched_getaffinity(0))
         self.failures: Counter[str] = Counter()
         self._failures_lock = Lock()
+        self._failure_level = failure_level
         self._killed = False
         self._workers = [_Worker(grader, timeout_s, memory_bytes) for _ in range(count)]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
@@ -129,7 +132,8 @@ class GraderPool:
         if failed and not self._killed:
             with self._failures_lock:
                 self.failures.update(grade.failure for grade in failed)
-            logger.warning("%s not graded: %s (%s)", subject, failed[0].failure, failed[0].detail)
+            failure = failed[0]
+            logger.log(self._failure_level, "%s not graded: %s (%s)", subject, failure.failure, failure.detail)
 
 
 @cache
