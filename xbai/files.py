@@ -1,5 +1,6 @@
 """Writing files so that a reader never sees half of one, whenever the process dies."""
 
+import errno
 import os
 import shutil
 import uuid
@@ -7,6 +8,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+_REMEDIES = {
+    errno.ENOSPC: "make room or choose another folder",
+    errno.EDQUOT: "make room or choose another folder",
+    errno.EFBIG: "choose a folder that takes larger files",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "choose a folder that can be written",
+    errno.EPERM: "choose a folder that can be written",
+    errno.EEXIST: "choose another folder",
+    errno.ENOTDIR: "choose another folder",
+    errno.ENAMETOOLONG: "choose a shorter path",
+}
+
+
+def why_not_written(error: BaseException) -> str:
+    """Why something could not be written, in one line, with what to do about it where the system's error says so."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    remedy = _REMEDIES.get(error.errno) if isinstance(error, OSError) else None
+    return text if remedy is None else f"{text}; {remedy}"
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raise the error of a full disk where fewer than `needed` bytes are free.
+
+    Network file systems that know no size are believed to have room.
+    """
+    disk = shutil.disk_usage(folder)
+    if disk.total and needed > disk.free:
+        raise OSError(errno.ENOSPC, f"needs {needed / 1e9:.1f} GB for the weights, {disk.free / 1e9:.1f} GB are free")
 
 
 def fsync_path(path: Path) -> None:

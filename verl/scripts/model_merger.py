@@ -2,6 +2,7 @@
 
     python verl/scripts/model_merger.py --local_dir checkpoints/PROJECT/EXPERIMENT/global_step_N/actor --target_dir OUT
 
+verl's own command line, `model_merger.py merge --backend fsdp [--use_score] ...`, is understood too.
 `--local_dir` may also be the step's folder, or the experiment's, whose latest checkpoint is then taken. Besides this
 trainer's checkpoints it reads those of verl 0.3 (`model_world_size_N_rank_R.pt`, DTensor or ShardedTensor, with
 `score_module.pt` beside them). The output folder appears only when it is complete. Needs no GPU and no process group,
@@ -11,18 +12,15 @@ and holds one output file in memory.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import shutil
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, split_torch_state_dict_into_shards
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from rich.logging import RichHandler
-from rich.progress import track
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -30,16 +28,17 @@ from verl.trainer.ppo.checkpoint_folder import LATEST_FILE, CheckpointFolder
 from verl.utils.checkpoint import HUGGINGFACE_FOLDER
 from verl.utils.model import load_tokenizer, torch_dtype
 from verl.utils.stored_model import StoredModel, is_checkpoint, open_stored_model
+from verl.utils.weight_files import write_weights
 from xbai.engine.files import read_config
 from xbai.errors import UserError, exit_on_user_error
 from xbai.files import atomic_directory
-from xbai.sprm import ScoreHead, load_score_head, load_sprm_config, save_score_head
-from xbai.sprm.head import SCORE_MODULE_FILE
+from xbai.model_files import ModelFiles
+from xbai.sprm import ScoreHead, SPRMConfig, load_score_head, load_sprm_config, save_score_head
+from xbai.sprm.head import SCORE_MODULE_FILE, SPRM_CONFIG_FILE
 
 logger = logging.getLogger("model_merger")
 
 HEAD_PREFIX = "score_head."
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".gguf")
 
 
 def find_actor_folder(path: Path) -> Path:
@@ -104,15 +103,22 @@ def merge(
     dtype: str = "auto",
     hf_model_path: Path | None = None,
     trust_remote_code: bool = False,
+    lang: str | None = None,
+    use_score: bool = False,
 ) -> None:
     """Write the model of a checkpoint.
 
     Args:
         local_dir: see `find_actor_folder`.
         target_dir: must not exist.
-        dtype: of the language model's weights; `auto` keeps what the checkpoint has. The head stays float32.
+        dtype: of the language model's weights; `auto` is what the model that was trained had, where its configuration
+            says so (training keeps a bfloat16 model's weights in float32), else what the checkpoint has. The head stays
+            float32.
         hf_model_path: the folder with configuration and tokenizer, for checkpoints that lack them.
         trust_remote_code: run the Python code of the model that was trained.
+        lang: step rule to write beside the head; None writes the one in the checkpoint, and where there is none leaves
+            it to whoever loads the model.
+        use_score: a checkpoint without a head is an error.
 
     Raises:
         UserError: no checkpoint, one that is damaged or does not fit its configuration, or an output folder that
@@ -123,6 +129,7 @@ def merge(
         raise UserError(f"{target_dir} exists already; remove it or choose another --target_dir")
     source = find_model_files(actor_folder, hf_model_path)
     config = read_config(source, trust_remote_code)
+    files = ModelFiles.read(source)
     model = open_stored_model(actor_folder)
     with_head = any(name.startswith(HEAD_PREFIX) for name in model.tensors)
     stored, expected = dict(model.tensors), expected_tensors(config, with_head, trust_remote_code)
@@ -132,13 +139,21 @@ def merge(
     check_tensors(actor_folder, stored, expected)
     logger.info("%s: %d tensors, as the configuration says", actor_folder, len(stored))
     lm = {name: tensor for name, tensor in stored.items() if not name.startswith(HEAD_PREFIX)}
-    config.dtype = next(iter(lm.values())).dtype if dtype == "auto" else torch_dtype(dtype)
+    stored_dtype = dtype_name(next(iter(lm.values())).dtype)
+    written_dtype = (files.dtype or stored_dtype) if dtype == "auto" else dtype_name(torch_dtype(dtype))
+    head = _read_score_head(model, actor_folder, config.hidden_size)
+    if head is None and (use_score or lang is not None):
+        option = "--use_score" if use_score else f"--lang {lang}"
+        raise UserError(f"{actor_folder}: no score head in this checkpoint; leave {option} out")
+    sprm_config = _sprm_config(actor_folder, source, lang, trust_remote_code) if head is not None else None
     with atomic_directory(target_dir) as folder:
-        _copy_model_files(source, folder)
-        config.save_pretrained(folder)
-        _write_language_model(model, folder, lm, config.dtype)
-        _write_score_head(model, folder, actor_folder, source, config.hidden_size, trust_remote_code)
-    logger.info("%s: written", target_dir)
+        files.write(folder, written_dtype)
+        write_weights(folder, lm, torch_dtype(written_dtype), partial(read_finite, model))
+        if head is not None:
+            save_score_head(folder, head, sprm_config)
+    logger.info("%s: written in %s (trained in %s; --dtype writes another)", target_dir, written_dtype, stored_dtype)
+    if head is not None and sprm_config is None:
+        logger.info("no step rule beside the score head: its services take --lang en (the default) or zh")
 
 
 def read_finite(model: StoredModel, names: Iterable[str]) -> dict[str, Tensor]:
@@ -172,38 +187,27 @@ def upload(folder: Path, repo_id: str, private: bool) -> None:
     logger.info("pushed to %s", commit.repo_url)
 
 
-def _copy_model_files(source: Path, folder: Path) -> None:
-    """All but weights: tokenizer, chat template, generation settings, the model's own code."""
-    for path in source.iterdir():
-        is_weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-        if path.is_file() and not is_weights and not path.name.startswith("."):
-            shutil.copy(path, folder / path.name)
+def dtype_name(dtype: torch.dtype) -> str:
+    """As in a configuration."""
+    return str(dtype).removeprefix("torch.")
 
 
-def _write_language_model(model: StoredModel, folder: Path, lm: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    planned = {name: torch.empty_like(like, dtype=dtype) for name, like in lm.items()}
-    plan = split_torch_state_dict_into_shards(planned, max_shard_size="5GB")
-    for filename, names in track(plan.filename_to_tensors.items(), description="writing weights", transient=True):
-        tensors = {name: tensor.to(dtype) for name, tensor in read_finite(model, names).items()}
-        save_file(tensors, folder / filename, metadata={"format": "pt"})
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-
-def _write_score_head(
-    model: StoredModel, folder: Path, actor_folder: Path, source: Path, hidden_size: int, trust_remote_code: bool
-) -> None:
-    """From among the model's tensors, or (verl 0.3) the file beside them; its step rule is published form's there."""
+def _read_score_head(model: StoredModel, actor_folder: Path, hidden_size: int) -> dict[str, Tensor] | None:
+    """From among the model's tensors, or (verl) the file beside them; None where there is neither."""
     names = [name for name in model.tensors if name.startswith(HEAD_PREFIX)]
-    if not names and not (actor_folder / SCORE_MODULE_FILE).is_file():
-        return
-    sprm_config = load_sprm_config(source, load_tokenizer(source, trust_remote_code))
     if names:
-        state = {name.removeprefix(HEAD_PREFIX): tensor for name, tensor in read_finite(model, names).items()}
-    else:
-        state = load_score_head(actor_folder, hidden_size, sprm_config).state_dict()
-    save_score_head(folder, state, sprm_config)
+        return {name.removeprefix(HEAD_PREFIX): tensor for name, tensor in read_finite(model, names).items()}
+    if (actor_folder / SCORE_MODULE_FILE).is_file():
+        return load_score_head(actor_folder, hidden_size).state_dict()
+    return None
+
+
+def _sprm_config(actor_folder: Path, source: Path, lang: str | None, trust_remote_code: bool) -> SPRMConfig | None:
+    folders = [actor_folder / HUGGINGFACE_FOLDER, source]
+    having = [folder for folder in folders if (folder / SPRM_CONFIG_FILE).is_file()]
+    if lang is None and not having:
+        return None
+    return load_sprm_config((having or [source])[0], load_tokenizer(source, trust_remote_code), lang)
 
 
 @exit_on_user_error
@@ -213,12 +217,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--local_dir", type=Path, required=True, help="checkpoint: actor, step or experiment folder")
     parser.add_argument("--target_dir", type=Path, required=True, help="output folder, which must not exist")
-    parser.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16 or float16")
+    parser.add_argument("--dtype", default="auto", help="auto (the trained model's own), float32, bfloat16 or float16")
     parser.add_argument("--hf_model_path", type=Path, help="configuration and tokenizer, where the checkpoint has none")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the Python code that the model needs")
     parser.add_argument("--hf_upload_path", help="push the result to this repository of the Hub, OWNER/NAME")
     parser.add_argument("--private", action="store_true", help="make that repository private if it is new")
+    parser.add_argument("--lang", help="step rule to write beside the score head, where it has none: en or zh")
+    parser.add_argument("--use_score", action="store_true", help="(verl) have no checkpoint without a score head")
+    parser.add_argument("--backend", default="fsdp", help="(verl) fsdp, which is all that can be read")
+    parser.add_argument("command", nargs="?", default="merge", help="(verl) merge, which is all that it does")
     arguments = vars(parser.parse_args())
+    for name, known in (("command", "merge"), ("--backend", "fsdp")):
+        if (value := arguments.pop(name.removeprefix("--"))) != known:
+            raise UserError(f"{name} {value}: only {known} is supported here")
     repo_id, private = arguments.pop("hf_upload_path"), arguments.pop("private")
     merge(**arguments)
     if repo_id is not None:

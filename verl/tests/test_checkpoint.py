@@ -28,6 +28,7 @@ from verl.utils.optim import JointOptimizer
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.actor.joint_model import JointModel
 from xbai.errors import UserError
+from xbai.model_files import ModelFiles
 from xbai.sprm import load_sprm_config
 
 ROWS, PROMPT, RESPONSE = 8, 3, 5
@@ -121,8 +122,8 @@ def run_saving(model_folder: Path, folder: Path) -> dict:
     model, optimizer = build(model_folder)
     torch.manual_seed(dist.get_rank())
     train_step(model, optimizer)
-    tokenizer = load_tokenizer(model_folder)
-    save_checkpoint(folder / "actor", model, optimizer, tokenizer, load_sprm_config(model_folder, tokenizer))
+    sprm_config = load_sprm_config(model_folder, load_tokenizer(model_folder))
+    save_checkpoint(folder / "actor", model, optimizer, ModelFiles.read(model_folder), sprm_config)
     saved = state_of(model, optimizer)
     return {"saved": saved, "metrics": train_step(model, optimizer), "weights": weights_of(model)}
 
@@ -135,7 +136,7 @@ def wait_for(saves: BackgroundSaves) -> None:
 def run_saving_in_the_background(model_folder: Path, folder: Path) -> dict:
     """HSDP: two copies of the model. The second save meets a full disk, on one rank only."""
     model, optimizer = build(model_folder, fsdp_size=1)
-    saves, arguments = BackgroundSaves(), (model, optimizer, load_tokenizer(model_folder))
+    saves, arguments = BackgroundSaves(), (model, optimizer, ModelFiles.read(model_folder))
     train_step(model, optimizer)
     saved = state_of(model, optimizer)
     saves.start(folder / "actor", *arguments)

@@ -31,6 +31,7 @@ from verl.utils.model import build_joint_model
 from verl.utils.optim import JointOptimizer
 from verl.utils.packing import padded_layout
 from xbai.errors import UserError
+from xbai.model_files import ModelFiles
 from xbai.sprm import load_score_head, load_sprm_config
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -54,7 +55,7 @@ def experiment(
     sprm_config = load_sprm_config(source, tokenizer)
     model = shard_model(build_joint_model(source, sprm_config=sprm_config), create_mesh(), OmegaConf.create({}))
     optimizer = JointOptimizer(model, OmegaConf.create({"lr": 1e-3}), OmegaConf.create({"lr": 1e-3}))
-    save_checkpoint(folder / "global_step_3" / "actor", model, optimizer, tokenizer, sprm_config)
+    save_checkpoint(folder / "global_step_3" / "actor", model, optimizer, ModelFiles.read(source), sprm_config)
     (folder / "latest_checkpointed_iteration.txt").write_text("3")
     return folder, source
 
@@ -92,12 +93,13 @@ def test_the_merged_model_gives_every_token_the_actors_probability(
     process_group: None, make_tiny_model: Callable[..., Path], merge: Callable, tmp_path: Path
 ):
     source = make_tiny_model(tied=False)
-    tokenizer = AutoTokenizer.from_pretrained(source)
     actor = shard_model(build_joint_model(source), create_mesh(), OmegaConf.create({})).eval()
     with torch.no_grad():
         for parameter in actor.parameters():
             parameter.mul_(1.1)
-    save_checkpoint(tmp_path / "actor", actor, JointOptimizer(actor, OmegaConf.create({"lr": 1e-3})), tokenizer)
+    save_checkpoint(
+        tmp_path / "actor", actor, JointOptimizer(actor, OmegaConf.create({"lr": 1e-3})), ModelFiles.read(source)
+    )
     merge(tmp_path / "actor", tmp_path / "merged")
 
     before, after = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (source, tmp_path / "merged"))

@@ -23,12 +23,12 @@ from torch.distributed.tensor import DTensor
 
 from verl.utils.checkpoint import load_checkpoint, save_checkpoint
 from verl.utils.fsdp import init_distributed, named_full_tensors, shard_model
-from verl.utils.model import load_tokenizer
 from verl.utils.optim import JointOptimizer
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.actor.joint_model import JointModel
 from verl.workers.placed_model import PlacedModel
 from xbai.errors import UserError
+from xbai.model_files import ModelFiles
 from xbai.sprm import ScoreHead
 
 RANKS, ROWS, PROMPT, RESPONSE = 4, 8, 4, 12
@@ -165,7 +165,7 @@ def run_updates(name: str) -> tuple[dict[str, Any], PlacedModel[JointModel], Dat
 
 def run_checkpoint(placed: PlacedModel, actor: DataParallelPPOActor, model_folder: Path, folder: Path) -> dict:
     """Save what is sharded in groups of two, and go on with all four ranks as one group."""
-    save_checkpoint(folder, placed.model, placed.optimizer, load_tokenizer(model_folder))
+    save_checkpoint(folder, placed.model, placed.optimizer, ModelFiles.read(model_folder))
     other, other_actor = place("plain")
     load_checkpoint(folder, other.model, other.optimizer)
     loaded = weights_of(other)

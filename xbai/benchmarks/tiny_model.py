@@ -9,6 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from xbai.files import atomic_directory
+from xbai.model_files import ModelFiles
 from xbai.sprm.steps import STEP_TEXT_EN
 from xbai.sprm.tags import THINK_CLOSE, THINK_OPEN
 
@@ -100,6 +101,7 @@ def write_tiny_model(folder: str | Path, seed: int = 0) -> None:
     with atomic_directory(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        ModelFiles.read(temporary).write(temporary)
 
 
 def main(out: Annotated[Path, typer.Option(help="folder to create")], seed: int = 0) -> None:

@@ -66,12 +66,18 @@ class ScoreHead(nn.Sequential):
         return super().forward(features).squeeze(-1)
 
 
-def save_score_head(folder: str | Path, state_dict: dict[str, Tensor], config: SPRMConfig) -> None:
-    """Write `score_module.pt` and `sprm_config.json` into a model folder."""
+def save_score_head(folder: str | Path, state_dict: dict[str, Tensor], config: SPRMConfig | None) -> None:
+    """Write `score_module.pt` and, unless it is to stay open which rule the head knows, `sprm_config.json`."""
     folder = Path(folder)
     with atomic_write(folder / SCORE_MODULE_FILE) as stream:
         torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}, stream)
-    with atomic_write(folder / SPRM_CONFIG_FILE, "w") as stream:
+    if config is not None:
+        save_sprm_config(folder, config)
+
+
+def save_sprm_config(folder: str | Path, config: SPRMConfig) -> None:
+    """Write `sprm_config.json` into a model folder."""
+    with atomic_write(Path(folder) / SPRM_CONFIG_FILE, "w") as stream:
         json.dump(config.to_dict(), stream, indent=2)
 
 
@@ -92,8 +98,13 @@ def load_sprm_config(folder: str | Path, tokenizer: PreTrainedTokenizerBase, lan
     return config
 
 
-def load_score_head(path: str | Path, hidden_size: int, config: SPRMConfig) -> ScoreHead:
+def load_score_head(path: str | Path, hidden_size: int, config: SPRMConfig | None = None) -> ScoreHead:
     """Load `score_module.pt` (given itself or by its folder) as a head in evaluation mode.
+
+    Args:
+        path: the file or its folder.
+        hidden_size: of the model.
+        config: the head's form; None for the published one.
 
     Raises:
         UserError: the file is missing or damaged, has other keys, or belongs to a model of another hidden size.
@@ -107,7 +118,8 @@ def load_score_head(path: str | Path, hidden_size: int, config: SPRMConfig) -> S
         found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     except (OSError, EOFError, RuntimeError, ValueError, AttributeError, pickle.UnpicklingError) as error:
         raise UserError(f"{path}: cut off, or no state dict of torch.save ({type(error).__name__})") from error
-    head = ScoreHead(hidden_size, config.dropout, config.normalize_features)
+    form = () if config is None else (config.dropout, config.normalize_features)
+    head = ScoreHead(hidden_size, *form)
     expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
     if found != expected:
         raise UserError(f"{path}: expected a score head of shapes {expected}, found {found}")

@@ -24,6 +24,7 @@ from verl.workers.placed_model import Dtypes, PlacedModel
 from xbai.benchmarks.tiny_model import make_tokenizer, write_tiny_model
 from xbai.engine.files import quiet_transformers, read_config, resolve_head_dtype
 from xbai.files import atomic_directory
+from xbai.model_files import ModelFiles
 from xbai.sprm import ScoreHead, SPRMConfig, StepRule, load_sprm_config, save_score_head
 
 SHAPE = "DeepSeek-R1-Distill-Qwen-1.5B"
@@ -98,6 +99,7 @@ def write_model(folder: Path, shape: str, layers: int | None) -> None:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    ModelFiles.read(folder).write(folder)
     del model
     torch.cuda.empty_cache()
 

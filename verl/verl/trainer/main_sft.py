@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.distributed as dist
@@ -27,13 +28,15 @@ from torch import Tensor
 from verl.trainer.compose import compose_config
 from verl.utils.dataset.sft_dataset import SFTDataset, SFTExample, collate_examples, length_grouped_batches
 from verl.utils.fsdp import all_reduce_last, create_mesh, init_distributed, named_full_tensors, shard_model
-from verl.utils.model import build_joint_model, load_tokenizer, loading_dtype, trained_dtype
+from verl.utils.model import build_joint_model, load_tokenizer, loading_dtype, torch_dtype, trained_dtype
 from verl.utils.optim import JointOptimizer
 from verl.utils.packing import TokenLayout, padded_layout
 from verl.utils.tracking import Tracking
+from verl.utils.weight_files import write_weights
 from verl.workers.actor.joint_model import JointModel, JointOutput
 from xbai.errors import UserError, exit_on_user_error
-from xbai.files import atomic_directory
+from xbai.files import atomic_directory, check_room, why_not_written
+from xbai.model_files import ModelFiles
 from xbai.sprm import (
     SPRMConfig,
     StepCounts,
@@ -68,6 +71,8 @@ class SFTTrainer:
         self._check_config()
         self.tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
         self.dataset = SFTDataset(config.data.train_files, self.tokenizer, config.data)
+        self.files = ModelFiles.read(config.model.path)
+        self._output_dtype = torch_dtype(self._output_dtype_name())
         self.sprm_config = self._sprm_config() if self.dataset.has_labels else None
         self.batches_per_epoch = len(self.dataset) // config.data.train_batch_size
         if self.batches_per_epoch == 0:
@@ -93,6 +98,10 @@ class SFTTrainer:
                 f"{self.world_size} ranks"
             )
 
+    def _output_dtype_name(self) -> str:
+        name = self.config.trainer.output_dtype
+        return self.files.dtype or "float32" if name == "auto" else name
+
     def _sprm_config(self) -> SPRMConfig:
         score = self.config.score
         travelling = load_sprm_config(self.config.model.path, self.tokenizer, score.lang)
@@ -115,7 +124,8 @@ class SFTTrainer:
         return shard_model(model, create_mesh(fsdp.fsdp_size), fsdp, compute_dtype, torch.float32)
 
     def fit(self) -> None:
-        """Train, then write the output folder."""
+        """Train, then write the output folder, which is tried before."""
+        self._try_saving()
         window = MetricsWindow(self.device)
         with self._tracking() as tracking, self._progress() as progress:
             task = progress.add_task("SFT", total=self.total_steps)
@@ -228,13 +238,38 @@ class SFTTrainer:
         if self.rank == 0:
             head = {n.removeprefix("score_head."): w for n, w in weights.items() if n.startswith("score_head.")}
             policy = {name: weight for name, weight in weights.items() if not name.startswith("score_head.")}
-            with atomic_directory(self.output_dir) as folder:
-                self.model.lm.save_pretrained(folder, state_dict=policy)
-                self.tokenizer.save_pretrained(folder)
-                if head:
-                    save_score_head(folder, head, self.sprm_config)
-            logger.info("wrote %s", self.output_dir)
+            try:
+                with atomic_directory(self.output_dir) as folder:
+                    self._write(folder, policy, head)
+            except OSError as error:
+                raise UserError(f"{self._here}: the model could not be written ({why_not_written(error)})") from error
+            logger.info("wrote %s, in %s", self.output_dir, self._output_dtype)
         dist.barrier()
+
+    def _try_saving(self) -> None:
+        """Write everything of the model but its weights, and remove it: what would fail after training fails here."""
+        if self.rank > 0:
+            return
+        parent = self.output_dir.parent
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(prefix=f".{self.output_dir.name}_try_", suffix=".tmp", dir=parent) as folder:
+                few = {"few": torch.zeros(1)}
+                self._write(Path(folder), few, few if self.sprm_config is not None else {})
+                parameters = sum(weight.numel() for weight in self.model.lm.parameters())
+                check_room(Path(folder), parameters * self._output_dtype.itemsize)
+        except OSError as error:
+            raise UserError(f"{self._here}: the model cannot be written ({why_not_written(error)})") from error
+
+    def _write(self, folder: Path, policy: dict[str, Tensor], head: dict[str, Tensor]) -> None:
+        self.files.write(folder, str(self._output_dtype).removeprefix("torch."))
+        write_weights(folder, policy, self._output_dtype, lambda names: {name: policy[name] for name in names})
+        if head:
+            save_score_head(folder, head, self.sprm_config)
+
+    @property
+    def _here(self) -> str:
+        return f"trainer.output_dir={self.output_dir}"
 
 
 class MetricsWindow:

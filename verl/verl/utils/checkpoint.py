@@ -12,7 +12,6 @@ makes the step folder visible at once (a rename). `.metadata` is written last of
 from __future__ import annotations
 
 import io
-import json
 import logging
 import random
 from concurrent.futures import Future
@@ -37,14 +36,14 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from verl.utils.fsdp import reshard
 from verl.utils.optim import Optimizers
 from xbai.errors import UserError
-from xbai.files import atomic_write, fsync_tree
+from xbai.files import fsync_tree, why_not_written
+from xbai.model_files import ModelFiles
 from xbai.sprm import SPRMConfig
-from xbai.sprm.head import SPRM_CONFIG_FILE
+from xbai.sprm.head import save_sprm_config
 
 logger = logging.getLogger(__name__)
 
@@ -55,24 +54,28 @@ def save_checkpoint(
     folder: str | Path,
     model: nn.Module,
     optimizer: Optimizers,
-    tokenizer: PreTrainedTokenizerBase,
+    files: ModelFiles,
     sprm_config: SPRMConfig | None = None,
 ) -> None:
     """Write everything that training needs to go on; returns when all ranks' bytes are on the disk. A collective.
 
     Args:
         folder: `.../actor`, in a step folder that is not yet visible under its final name.
-        model, optimizer: of this rank; the model holds one transformers model, whose configuration is written.
-        tokenizer, sprm_config: travel with the weights.
+        model, optimizer: of this rank.
+        files, sprm_config: travel with the weights.
 
     Raises:
         UserError: the disk is full, or a rank could not write for another reason; on every rank.
     """
-    writer = _Writer(folder, model, tokenizer, sprm_config)
-    try:
-        dcp.save(_everything(model, optimizer), storage_writer=writer)
-    except CheckpointException as error:
-        raise _not_saved(folder, error) from error
+    _save(_everything(model, optimizer), folder, files, sprm_config)
+
+
+def try_saving(folder: str | Path, files: ModelFiles, sprm_config: SPRMConfig | None = None) -> None:
+    """Write a checkpoint without weights: what would fail at the first real one fails here. A collective.
+
+    Arguments and errors as of `save_checkpoint`.
+    """
+    _save(_random_states(), folder, files, sprm_config)
 
 
 class BackgroundSaves:
@@ -103,14 +106,14 @@ class BackgroundSaves:
         folder: str | Path,
         model: nn.Module,
         optimizer: Optimizers,
-        tokenizer: PreTrainedTokenizerBase,
+        files: ModelFiles,
         sprm_config: SPRMConfig | None = None,
     ) -> None:
         """Copy the state and begin to write it; arguments as `save_checkpoint`. A collective."""
         self._folder = Path(folder)
         self._save = dcp.async_save(
             _everything(model, optimizer),
-            storage_writer=_Writer(folder, model, tokenizer, sprm_config),
+            storage_writer=_Writer(folder, files, sprm_config),
             process_group=self._group,
             async_stager=self._stager,
         )
@@ -195,34 +198,28 @@ def set_rng_state(state: dict[str, Any]) -> None:
 class _Writer(dcp.FileSystemWriter):
     """Also writes the Hugging Face files, on rank 0, as a part of the save: where they fail, it fails on every rank."""
 
-    def __init__(
-        self,
-        folder: str | Path,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        sprm_config: SPRMConfig | None,
-    ) -> None:
+    def __init__(self, folder: str | Path, files: ModelFiles, sprm_config: SPRMConfig | None) -> None:
         super().__init__(folder, sync_files=True)
-        language_model = next(part for part in model.children() if isinstance(part, PreTrainedModel))
-        target = Path(folder) / HUGGINGFACE_FOLDER
-        self._write_files = partial(_save_huggingface_files, target, language_model, tokenizer, sprm_config)
+        self._write_files = partial(_write_model_files, Path(folder) / HUGGINGFACE_FOLDER, files, sprm_config)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         self._write_files()
         super().finish(metadata, results)
 
 
-def _save_huggingface_files(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sprm_config: SPRMConfig | None
-) -> None:
-    model.config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def _write_model_files(folder: Path, files: ModelFiles, sprm_config: SPRMConfig | None) -> None:
+    folder.mkdir(parents=True)
+    files.write(folder)
     if sprm_config is not None:
-        with atomic_write(folder / SPRM_CONFIG_FILE, "w") as stream:
-            json.dump(sprm_config.to_dict(), stream, indent=2)
+        save_sprm_config(folder, sprm_config)
     fsync_tree(folder)
+
+
+def _save(state: dict[str, Any], folder: str | Path, files: ModelFiles, sprm_config: SPRMConfig | None) -> None:
+    try:
+        dcp.save(state, storage_writer=_Writer(folder, files, sprm_config))
+    except CheckpointException as error:
+        raise _not_saved(folder, error) from error
 
 
 def _state(model: nn.Module, optimizer: Optimizers | None) -> dict[str, Any]:
@@ -237,9 +234,13 @@ def _state(model: nn.Module, optimizer: Optimizers | None) -> dict[str, Any]:
 
 def _everything(model: nn.Module, optimizer: Optimizers) -> dict[str, Any]:
     reshard(model)
-    random_states = io.BytesIO()
-    torch.save(rng_state(), random_states)
-    return _state(model, optimizer) | {"rng": {_rank_key(): random_states.getvalue()}}
+    return _state(model, optimizer) | _random_states()
+
+
+def _random_states() -> dict[str, Any]:
+    content = io.BytesIO()
+    torch.save(rng_state(), content)
+    return {"rng": {_rank_key(): content.getvalue()}}
 
 
 def _rank_key() -> str:
@@ -253,8 +254,7 @@ def _not_saved(folder: str | Path, error: CheckpointException) -> UserError:
 def _reason(error: CheckpointException) -> str:
     """The first rank's failure, in one line."""
     rank, (failure, _) = min(error.failures.items())
-    text = " ".join(str(failure).split())
-    return f"rank {rank}: {type(failure).__name__}: {text[:300]}"
+    return f"rank {rank}: {why_not_written(failure)}"
 
 
 def _load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 
@@ -14,6 +13,7 @@ from verl.workers.actor.joint_model import JointModel
 from xbai.engine import files
 from xbai.engine.packed_attention import PACKED_ATTENTION, why_not_packed
 from xbai.errors import UserError
+from xbai.model_files import stored_dtypes
 from xbai.sprm import ScoreHead, SPRMConfig, load_score_head
 from xbai.sprm.head import SCORE_MODULE_FILE
 
@@ -52,11 +52,8 @@ def loading_dtype(path: str | Path, dtype: torch.dtype) -> torch.dtype:
     Weights that are loaded as they are stored stay mapped files, which all processes of a machine share until
     `shard_model` has cut them up; only each one's part is then widened to `dtype`.
     """
-    stored = set()
-    for file in Path(path).glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            stored |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 (not a dict)
-    halves = {"BF16": torch.bfloat16, "F16": torch.float16}
+    stored = stored_dtypes(path)
+    halves = {"bfloat16": torch.bfloat16, "float16": torch.float16}
     return halves.get(stored.pop(), dtype) if len(stored) == 1 and dtype == torch.float32 else dtype
 
 
@@ -167,6 +164,9 @@ def load_transformer(
     except (OSError, ValueError, KeyError) as error:
         kind = "causal LM" if auto_class is AutoModelForCausalLM else "model"
         raise UserError(f"{path}: no {kind} that transformers can load ({str(error).splitlines()[0]})") from error
+    # Where padding is a token that texts hold, the end of a turn say, that one's row is trained like any other; padding
+    # itself is masked.
+    model.get_input_embeddings().padding_idx = None
     if packed:
         check_packable(model)
     if gradient_checkpointing:

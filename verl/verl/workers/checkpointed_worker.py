@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
-
 from verl.single_controller import Dispatch, Worker, register
-from verl.utils.checkpoint import BackgroundSaves, load_checkpoint, save_checkpoint
+from verl.utils.checkpoint import BackgroundSaves, load_checkpoint, save_checkpoint, try_saving
 from verl.workers.placed_model import PlacedModel
+from xbai.model_files import ModelFiles
 from xbai.sprm import SPRMConfig
 
 
@@ -16,16 +15,26 @@ class CheckpointedWorker(Worker):
     def _keep_checkpoints_of(
         self,
         trained: PlacedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        files: ModelFiles,
         sprm_config: SPRMConfig | None = None,
         *,
         load_optimizer: bool = True,
         seed: int = 0,
     ) -> None:
         """Prepare for saving. A collective; arguments as of `verl.utils.checkpoint`'s functions."""
-        self._trained, self._travels_along = trained, (tokenizer, sprm_config)
+        self._trained, self._travels_along = trained, (files, sprm_config)
         self._loading = {"load_optimizer": load_optimizer, "seed": seed}
         self._background_saves = BackgroundSaves()
+
+    @register(Dispatch.ONE_TO_ALL)
+    def try_saving(self, folder: str) -> int:
+        """Write all of this group's part of a checkpoint but the weights; returns how many bytes those take.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        try_saving(folder, *self._travels_along)
+        return sum(parameter.numel() * parameter.itemsize for parameter in self._trained.model.parameters())
 
     @register(Dispatch.ONE_TO_ALL)
     def save_checkpoint(self, folder: str, background: bool = False) -> None:

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from verl import DataProto
 from verl.single_controller import Dispatch, register
 from verl.utils.fsdp import init_distributed
-from verl.utils.model import load_tokenizer, loading_dtype
+from verl.utils.model import loading_dtype
 from verl.utils.optim import Optimizers
 from verl.utils.ulysses import check_head_counts, sequence_parallel_group
 from verl.workers.checkpointed_worker import CheckpointedWorker
@@ -16,6 +16,7 @@ from verl.workers.critic.dp_critic import DataParallelPPOCritic
 from verl.workers.critic.value_model import ValueModel, build_value_model
 from verl.workers.phase_metrics import measure_phase, tokens_of_rank
 from verl.workers.placed_model import Dtypes, PlacedModel
+from xbai.model_files import ModelFiles
 
 
 class CriticWorker(CheckpointedWorker):
@@ -39,7 +40,6 @@ class CriticWorker(CheckpointedWorker):
         init_distributed(self.config.get("nccl_timeout", 1800))
         torch.manual_seed(self._seed + self.rank)
         config, sp_size = self.config, self.config.ulysses_sequence_parallel_size
-        self.tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
         model = self._build_model()
         shape = model.backbone.config
         check_head_counts(shape.num_attention_heads, shape.num_key_value_heads, sp_size)
@@ -47,7 +47,7 @@ class CriticWorker(CheckpointedWorker):
         self._critic = DataParallelPPOCritic(
             config, self._critic_model.model, self._critic_model.optimizer, sequence_parallel_group(sp_size)
         )
-        self._keep_checkpoints_of(self._critic_model, self.tokenizer, seed=self._seed)
+        self._keep_checkpoints_of(self._critic_model, ModelFiles.read(config.model.path), seed=self._seed)
 
     @register(Dispatch.DP_COMPUTE_PROTO, group="train")
     def compute_values(self, data: DataProto) -> DataProto:

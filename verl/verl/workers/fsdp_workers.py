@@ -25,6 +25,7 @@ from verl.workers.phase_metrics import measure_phase, tokens_of_rank
 from verl.workers.placed_model import Dtypes, PlacedModel
 from verl.workers.rollout import EngineRollout
 from xbai.engine.files import resolve_head_dtype
+from xbai.model_files import ModelFiles
 from xbai.sprm import SPRMConfig, load_sprm_config, step_feature_mask
 
 __all__ = ["ActorRolloutRefWorker", "CriticWorker", "group_sizes"]
@@ -97,7 +98,7 @@ class ActorRolloutRefWorker(CheckpointedWorker):
         )
         self._keep_checkpoints_of(
             self._policy,
-            self.tokenizer,
+            ModelFiles.read(config.model.path),
             self._sprm_config,
             load_optimizer=not config.actor.optim.get("no_load_optim", False),
             seed=self._seed,

@@ -8,7 +8,9 @@ import shutil
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from verl.utils.verl_shards import has_verl_shards
 from xbai.errors import UserError
 from xbai.files import atomic_directory, atomic_write
 
@@ -84,6 +86,13 @@ class CheckpointFolder:
             self._name_latest(own)
 
     @contextmanager
+    def rehearse(self) -> Iterator[Path]:
+        """Yield an empty folder to fill, which is no checkpoint and is removed again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".global_step_try_", suffix=".tmp", dir=self.folder) as temporary:
+            yield Path(temporary)
+
+    @contextmanager
     def write(self, step: int) -> Iterator[Path]:
         """Yield an empty folder to fill; on success it takes its final name and is the latest checkpoint."""
         with atomic_directory(self.step_folder(step), replace=True) as temporary:
@@ -137,6 +146,12 @@ def surplus(steps: Collection[int], latest: int, max_to_keep: int) -> list[int]:
 
 
 def _checked(checkpoint: Path, named_by: str) -> Path:
+    if has_verl_shards(checkpoint / "actor"):
+        raise UserError(
+            f"{named_by} names {checkpoint}, a checkpoint of verl's FSDP trainer, which cannot be gone on from here; "
+            f"merge it first (python verl/scripts/model_merger.py --local_dir {checkpoint} --target_dir MODEL), then "
+            "start from the model (actor_rollout_ref.model.path=MODEL trainer.resume_mode=disable)"
+        )
     step_of(checkpoint)
     if not (checkpoint / TRAINER_STATE_FILE).is_file() or not (checkpoint / "actor").is_dir():
         raise UserError(

@@ -121,6 +121,8 @@ class RayPPOTrainer:
         """Start Ray (or join the cluster) and one process a GPU, each with its part of the models."""
         trainer = self.config.trainer
         on_gpu = trainer.device == "cuda"
+        # The driver's part, before the models are loaded, which may take minutes.
+        self._run_state.try_saving({})
         start_ray(self.config)
         role = "actor_rollout_ref" if any(self._reference_use) else "actor_rollout"
         init = RayClassWithInitArgs(ActorRolloutRefWorker, self._worker_config(), role, trainer.seed)

@@ -95,6 +95,20 @@ class RemoteFolder:
         except Exception as error:
             raise self._unusable(error) from error
 
+    def try_writing(self) -> None:
+        """Write a small file and remove it.
+
+        Raises:
+            UserError: the file system does not take it.
+        """
+        probe = f"{self._root}/.try_{uuid.uuid4().hex}"
+        try:
+            self._files.makedirs(self._root, exist_ok=True)
+            self._files.pipe_file(probe, b"try")
+            self._files.rm_file(probe)
+        except Exception as error:
+            raise self._unusable(error) from error
+
     def upload(self, checkpoint: Path) -> None:
         """Copy a checkpoint; name it as the latest when every file has arrived; drop old ones. Raises whatever the
         file system does."""

@@ -24,6 +24,7 @@ from verl.utils.checkpoint import HUGGINGFACE_FOLDER, rng_state, set_rng_state
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from xbai.engine.files import read_config
 from xbai.errors import UserError
+from xbai.files import check_room, why_not_written
 from xbai.sprm.head import SPRM_CONFIG_FILE, SPRMConfig, load_sprm_config
 
 logger = logging.getLogger(__name__)
@@ -105,9 +106,31 @@ class RunState:
         """Where the checkpoints lie."""
         return self._folder.folder
 
+    def try_saving(self, groups: WorkerGroups) -> None:
+        """Write everything of a checkpoint but the weights, and remove it: what would fail at the first one fails here.
+
+        Args:
+            groups: those that have started; the driver's own part needs none.
+
+        Raises:
+            UserError: a folder that cannot be written, or has no room for the weights.
+        """
+        if self._config.trainer.save_freq <= 0:
+            return
+        try:
+            with self._folder.rehearse() as folder:
+                _write_state({"rng": rng_state(), "data": self._identity}, folder / TRAINER_STATE_FILE)
+                parts = [group.try_saving(str(folder.resolve() / part))[0] for part, group in groups.items()]
+                check_room(folder, sum(parts))
+        except (OSError, UserError) as error:
+            raise UserError(f"{self._here}: no checkpoint can be written ({_in_words(error)})") from error
+        if self._remote is not None:
+            self._remote.try_writing()
+
     def restore(self, groups: WorkerGroups) -> None:
         """Make ready for saving; where there is a checkpoint, put workers, data and random states where it was."""
         self._folder.prepare(self.checkpoint)
+        self.try_saving(groups)
         if self.checkpoint is None:
             return
         self._upload_if_behind(self.checkpoint)
@@ -225,17 +248,15 @@ class RunState:
             if self._uploads is not None:
                 self._uploads.submit(self._newest)
             self._folder.drop_old(self._uploads.in_use if self._uploads is not None else ())
-        except OSError as error:
-            raise UserError(self._not_saved(step, error)) from error
-        except UserError as error:
-            raise UserError(self._not_saved(step, error)) from error
+        except (OSError, UserError) as error:
+            raise UserError(
+                f"{self._here}: the checkpoint of step {step} was not saved ({_in_words(error)}); {self.how_to_go_on()}"
+            ) from error
         logger.info("saved %s in %.1f s", self._newest, time.perf_counter() - start)
 
-    def _not_saved(self, step: int, error: Exception) -> str:
-        return (
-            f"trainer.default_local_dir={self.folder}: the checkpoint of step {step} was not saved ({error}); make "
-            f"room or choose another folder; {self.how_to_go_on()}"
-        )
+    @property
+    def _here(self) -> str:
+        return f"trainer.default_local_dir={self.folder}"
 
     def _wait_for_save(self) -> None:
         if self._saving is not None:
@@ -321,6 +342,10 @@ class RunState:
 
 
 _ANEW = "start anew with trainer.resume_mode=disable"
+
+
+def _in_words(error: OSError | UserError) -> str:
+    return why_not_written(error) if isinstance(error, OSError) else str(error)
 
 
 def _fields(config: SPRMConfig) -> dict[str, Any]:

@@ -1,0 +1,122 @@
+"""A Hugging Face model folder without its weights: what travels with a model through training and merging."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from xbai.engine.files import check_model_folder
+from xbai.sprm.head import SPRM_CONFIG_FILE
+
+CONFIG_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer_config.json", "tokenizer.json"
+SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}
+STORED_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Configuration, generation settings, tokenizer, chat template and code, by file name.
+
+    They are kept as they were read, byte for byte, but for what transformers 5 spells in another way than 4 and those
+    who read its files (vLLM among them): that is written in both spellings, so that either loads the same model.
+    The score head's configuration is no part of them: it belongs to the head.
+
+    Attributes:
+        contents: of the files.
+        dtype: of the weights, as the configuration or else the weights themselves say; None where neither does.
+    """
+
+    contents: dict[str, bytes]
+    dtype: str | None
+
+    @classmethod
+    def read(cls, folder: str | Path) -> ModelFiles:
+        """The files of a model folder.
+
+        Raises:
+            UserError: not a folder with a readable `config.json`.
+        """
+        folder = Path(folder)
+        config = check_model_folder(folder)
+        contents = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if _travels(path)}
+        stored = stored_dtypes(folder)
+        dtype = config.get("dtype") or config.get("torch_dtype") or (stored.pop() if len(stored) == 1 else None)
+        return cls(contents, dtype)
+
+    def write(self, folder: str | Path, dtype: str | None = None) -> None:
+        """Write the files into a folder that exists.
+
+        Args:
+            folder: where to.
+            dtype: of the weights that lie there; None for the model's own.
+        """
+        folder = Path(folder)
+        for name, content in self.contents.items():
+            (folder / name).write_bytes(content)
+        dtype = dtype or self.dtype
+        of_weights = {} if dtype is None else {"dtype": dtype, "torch_dtype": dtype}
+        config = json.loads(self.contents[CONFIG_FILE])
+        _write_changed(folder / CONFIG_FILE, config, config | old_rope(config) | of_weights)
+        if TOKENIZER_CONFIG_FILE in self.contents:
+            tokenizer = json.loads(self.contents[TOKENIZER_CONFIG_FILE])
+            _write_changed(folder / TOKENIZER_CONFIG_FILE, tokenizer, old_tokenizer(tokenizer, self.contents))
+
+
+def old_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 4 reads in place of `rope_parameters`, unless the configuration has it.
+
+    Parameters that differ between kinds of layers are left alone: each model family had names of its own for them.
+    """
+    rope = config.get("rope_parameters") or {}
+    if any(isinstance(value, dict) for value in rope.values()):
+        return {}
+    scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    if rope.get("rope_type", "default") == "default":
+        scaling = None
+    old = {
+        "rope_theta": rope.get("rope_theta"),
+        "partial_rotary_factor": rope.get("partial_rotary_factor"),
+        "rope_scaling": scaling,
+    }
+    return {name: value for name, value in old.items() if value is not None and config.get(name) is None}
+
+
+def old_tokenizer(config: dict[str, Any], contents: dict[str, bytes]) -> dict[str, Any]:
+    """A tokenizer's configuration that transformers 4 reads as well.
+
+    Args:
+        config: `tokenizer_config.json`.
+        contents: of the files beside it.
+    """
+    old = dict(config)
+    if "backend" in config and TOKENIZER_FILE in contents:
+        # Written by transformers 5: the classes of 4 are others, or would add to what tokenizer.json says.
+        old["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        old["additional_special_tokens"] = old.pop("extra_special_tokens")
+    if "chat_template" not in config and "chat_template.jinja" in contents:
+        old["chat_template"] = contents["chat_template.jinja"].decode()
+    return old
+
+
+def stored_dtypes(folder: str | Path) -> set[str]:
+    """Names of all dtypes that a folder's safetensors hold (of those torch does not know, safetensors' own)."""
+    stored = set()
+    for file in Path(folder).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            stored |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+    return {STORED_DTYPES.get(name, name) for name in stored}
+
+
+def _travels(path: Path) -> bool:
+    excluded = path.name == SPRM_CONFIG_FILE or path.name.endswith(".index.json") or path.name.startswith(".")
+    return path.is_file() and path.suffix in SUFFIXES and not excluded
+
+
+def _write_changed(path: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
+    if after != before:
+        path.write_text(json.dumps(after, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
