@@ -17,6 +17,7 @@ _REMEDIES = {
     errno.EACCES: "choose a folder that can be written",
     errno.EPERM: "choose a folder that can be written",
     errno.EEXIST: "choose another folder",
+    errno.ENOENT: "choose another folder",
     errno.ENOTDIR: "choose another folder",
     errno.ENAMETOOLONG: "choose a shorter path",
 }

@@ -96,6 +96,8 @@ def old_tokenizer(config: dict[str, Any], contents: dict[str, bytes]) -> dict[st
     if "backend" in config and TOKENIZER_FILE in contents:
         # Written by transformers 5: the classes of 4 are others, or would add to what tokenizer.json says.
         old["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # That class's own in transformers 4 are BERT's, which models refuse.
+        old.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if isinstance(config.get("extra_special_tokens"), list):
         old["additional_special_tokens"] = old.pop("extra_special_tokens")
     if "chat_template" not in config and "chat_template.jinja" in contents:

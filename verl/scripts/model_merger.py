@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from verl.trainer.ppo.checkpoint_folder import LATEST_FILE, CheckpointFolder
 from verl.utils.checkpoint import HUGGINGFACE_FOLDER
-from verl.utils.model import load_tokenizer, torch_dtype
+from verl.utils.model import dtype_name, load_tokenizer, torch_dtype
 from verl.utils.stored_model import StoredModel, is_checkpoint, open_stored_model
 from verl.utils.weight_files import write_weights
 from xbai.engine.files import read_config
@@ -185,11 +185,6 @@ def upload(folder: Path, repo_id: str, private: bool) -> None:
             "`hf auth login` and repeat with `hf upload`)"
         ) from error
     logger.info("pushed to %s", commit.repo_url)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As in a configuration."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _read_score_head(model: StoredModel, actor_folder: Path, hidden_size: int) -> dict[str, Tensor] | None:

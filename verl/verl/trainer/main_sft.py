@@ -28,7 +28,14 @@ from torch import Tensor
 from verl.trainer.compose import compose_config
 from verl.utils.dataset.sft_dataset import SFTDataset, SFTExample, collate_examples, length_grouped_batches
 from verl.utils.fsdp import all_reduce_last, create_mesh, init_distributed, named_full_tensors, shard_model
-from verl.utils.model import build_joint_model, load_tokenizer, loading_dtype, torch_dtype, trained_dtype
+from verl.utils.model import (
+    build_joint_model,
+    dtype_name,
+    load_tokenizer,
+    loading_dtype,
+    torch_dtype,
+    trained_dtype,
+)
 from verl.utils.optim import JointOptimizer
 from verl.utils.packing import TokenLayout, padded_layout
 from verl.utils.tracking import Tracking
@@ -243,7 +250,7 @@ class SFTTrainer:
                     self._write(folder, policy, head)
             except OSError as error:
                 raise UserError(f"{self._here}: the model could not be written ({why_not_written(error)})") from error
-            logger.info("wrote %s, in %s", self.output_dir, self._output_dtype)
+            logger.info("wrote %s in %s", self.output_dir, dtype_name(self._output_dtype))
         dist.barrier()
 
     def _try_saving(self) -> None:
@@ -262,7 +269,7 @@ class SFTTrainer:
             raise UserError(f"{self._here}: the model cannot be written ({why_not_written(error)})") from error
 
     def _write(self, folder: Path, policy: dict[str, Tensor], head: dict[str, Tensor]) -> None:
-        self.files.write(folder, str(self._output_dtype).removeprefix("torch."))
+        self.files.write(folder, dtype_name(self._output_dtype))
         write_weights(folder, policy, self._output_dtype, lambda names: {name: policy[name] for name in names})
         if head:
             save_score_head(folder, head, self.sprm_config)

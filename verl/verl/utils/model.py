@@ -32,6 +32,11 @@ def torch_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The configuration value of a dtype."""
+    return str(dtype).removeprefix("torch.")
+
+
 def trained_dtype(name: str, key: str) -> torch.dtype:
     """`torch_dtype` of a model that is trained.
 

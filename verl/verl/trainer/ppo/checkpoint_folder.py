@@ -146,7 +146,7 @@ def surplus(steps: Collection[int], latest: int, max_to_keep: int) -> list[int]:
 
 
 def _checked(checkpoint: Path, named_by: str) -> Path:
-    if has_verl_shards(checkpoint / "actor"):
+    if has_verl_shards(checkpoint / "actor") or has_verl_shards(checkpoint):
         raise UserError(
             f"{named_by} names {checkpoint}, a checkpoint of verl's FSDP trainer, which cannot be gone on from here; "
             f"merge it first (python verl/scripts/model_merger.py --local_dir {checkpoint} --target_dir MODEL), then "
