@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from transformers import PreTrainedTokenizerFast
 
-from verl.utils.checkpoint import BackgroundSaves, load_checkpoint, save_checkpoint
+from verl.utils.checkpoint import BackgroundSaves, load_checkpoint, save_checkpoint, try_saving
 from verl.utils.fsdp import create_mesh, init_distributed, named_full_tensors, shard_model
 from verl.utils.model import build_joint_model, load_tokenizer
 from verl.utils.optim import JointOptimizer
@@ -259,6 +260,44 @@ def test_the_checkpoint_carries_config_tokenizer_and_step_rule(
     assert load_tokenizer(folder).get_vocab() == tiny_tokenizer.get_vocab()
     assert load_sprm_config(folder, tiny_tokenizer).step_rule.step_ids == (tiny_tokenizer.encode(".\n\n")[0],)
     assert (folder / "config.json").exists()
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_trial_writes_all_but_the_weights(process_group: None, tiny_model_dir: Path, tmp_path: Path) -> None:
+    files = ModelFiles.read(tiny_model_dir)
+    sprm_config = load_sprm_config(tiny_model_dir, load_tokenizer(tiny_model_dir))
+    try_saving(tmp_path / "actor", files, sprm_config)
+    written = {path.name for path in (tmp_path / "actor" / "huggingface").iterdir()}
+    assert written == files.contents.keys() | {"sprm_config.json"} and (tmp_path / "actor" / ".metadata").is_file()
+
+
+def disk_is_full(folder: Path) -> None:
+    (folder / "__0_0.distcp").symlink_to("/dev/full")
+
+
+def files_are_in_the_way(folder: Path) -> None:
+    (folder / "huggingface").touch()
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (disk_is_full, r"rank 0: OSError: \[Errno 28\] No space left on device.*; make room or choose another folder"),
+        (files_are_in_the_way, r"rank 0: FileExistsError: .*huggingface'; choose another folder"),
+    ],
+)
+def test_a_trial_says_why_it_failed(break_it, message, process_group, tiny_model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "actor").mkdir()
+    break_it(tmp_path / "actor")
+    with pytest.raises(UserError, match=message) as caught:
+        try_saving(tmp_path / "actor", ModelFiles.read(tiny_model_dir))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_without_checkpoint_is_a_clear_error(tmp_path: Path) -> None:

@@ -154,3 +154,29 @@ def test_going_on_from_elsewhere_forgets_the_run_that_was_here(tmp_path: Path) -
         _save(checkpoints, 5)
     here.prepare(elsewhere.find("auto", None))
     assert here.find("auto", None) is None
+
+
+def test_a_rehearsal_leaves_nothing_whatever_happens(tmp_path):
+    checkpoints = CheckpointFolder(tmp_path / "run")
+    with checkpoints.rehearse() as folder:
+        _fill(folder)
+        assert folder.parent == tmp_path / "run"
+    with pytest.raises(OSError, match="full"), checkpoints.rehearse() as folder:
+        _fill(folder)
+        raise OSError("full")
+    assert _names(tmp_path / "run") == [] and checkpoints.find("auto", None) is None
+
+
+@pytest.mark.parametrize("named", ["global_step_80", "global_step_80/actor", None])
+def test_a_checkpoint_of_verl_is_to_be_merged_first(named, tmp_path):
+    actor = tmp_path / "global_step_80" / "actor"
+    (actor / "huggingface").mkdir(parents=True)
+    (actor / "model_world_size_8_rank_0.pt").touch()
+    (actor.parent / "data.pt").touch()
+    (tmp_path / LATEST_FILE).write_text("80")
+    mode = "auto" if named is None else "resume_path"
+    checkpoint = tmp_path / (named or "global_step_80")
+    with pytest.raises(UserError, match="a checkpoint of verl's FSDP trainer") as caught:
+        CheckpointFolder(tmp_path).find(mode, checkpoint)
+    assert f"model_merger.py --local_dir {checkpoint} --target_dir MODEL" in str(caught.value)
+    assert "actor_rollout_ref.model.path=MODEL" in str(caught.value) and "\n" not in str(caught.value)

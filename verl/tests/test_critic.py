@@ -5,6 +5,7 @@ This file is also the program that the ranks run (see `launch`).
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -234,6 +235,17 @@ def test_the_backbone_is_the_lms_without_its_head(tmp_path: Path) -> None:
     again = build_value_model(folder)
     assert torch.equal(model.value_head.weight, again.value_head.weight)
     assert model.value_head.weight.std().item() == pytest.approx(1 / 33, rel=0.5)
+
+
+def test_a_token_that_pads_is_trained_as_any_other(tmp_path: Path) -> None:
+    folder, rows, gradients = make_folder(tmp_path), torch.tensor([[5, 9, 2, 7, 2]]), []
+    config = json.loads((folder / "config.json").read_text())
+    for pad in (2, 11):
+        (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": pad}))
+        backbone = build_value_model(folder).backbone
+        backbone(input_ids=rows).last_hidden_state[..., 0].sum().backward()
+        gradients.append(backbone.get_input_embeddings().weight.grad)
+    assert torch.equal(*gradients) and gradients[0][2].norm() > 1e-3
 
 
 def test_it_learns_the_returns(tmp_path: Path) -> None:

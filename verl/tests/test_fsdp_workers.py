@@ -11,6 +11,7 @@ import pytest
 import ray
 import torch
 from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from verl import DataProto
@@ -102,10 +103,13 @@ def test_a_step_of_training_and_its_merged_model(group: RayWorkerGroup, tiny_tok
     update(group, batch)
 
     after = group.compute_log_prob(batch)
+    needed = group.try_saving(str(tmp_path / "try"))
     group.save_checkpoint(str(tmp_path / "global_step_1" / "actor"))
     merged = tmp_path / "merged"
     result = merge(tmp_path / "global_step_1", merged)
     assert result.returncode == 0, result.stderr
+    weights = [*load_file(merged / "model.safetensors").values(), *torch.load(merged / "score_module.pt").values()]
+    assert needed == [sum(weight.numel() * 4 for weight in weights)] * 2
     compare_with_merged(merged, batch, after)
     compare_greedy(group, prompts, merged)
 

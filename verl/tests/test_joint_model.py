@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Callable
@@ -79,6 +80,21 @@ def test_rows_without_tokens_and_steps_give_zero_gradients(model: JointModel) ->
     output = model(padded_layout({**batch, "response_mask": nothing[:, :2], "step_feature_mask": nothing}))
     (output.log_probs.sum() + output.step_logits.sum()).backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_token_that_pads_is_trained_as_any_other(tied: bool, make_tiny_model: Callable[..., Path]) -> None:
+    folder = make_tiny_model(tied=tied)
+    config = json.loads((folder / "config.json").read_text())
+    rows = torch.tensor([[5, 9, 2, 7, 2], [3, 2, 8, 4, 6]])
+    gradients = {}
+    for pad in (2, 7, 11, None):
+        (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 2, "pad_token_id": pad}))
+        lm = build_joint_model(folder).lm
+        lm(input_ids=rows, labels=rows).loss.backward()
+        gradients[pad] = lm.get_input_embeddings().weight.grad
+    assert gradients[None][[2, 7]].norm(dim=-1).min() > 1e-3
+    assert all(torch.equal(gradient, gradients[None]) for gradient in gradients.values())
 
 
 def test_names_for_weight_sync(model: JointModel, make_tiny_model: Callable[..., Path]) -> None:

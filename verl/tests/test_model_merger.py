@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from torch.distributed._shard.sharded_tensor import Shard as ShardOfTensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor, init_from_local_shards
 from torch.distributed.device_mesh import init_device_mesh
@@ -32,7 +33,7 @@ from verl.utils.optim import JointOptimizer
 from verl.utils.packing import padded_layout
 from xbai.errors import UserError
 from xbai.model_files import ModelFiles
-from xbai.sprm import load_score_head, load_sprm_config
+from xbai.sprm import SPRMConfig, StepRule, load_score_head, load_sprm_config
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -116,6 +117,138 @@ def one_token_responses(ids: torch.Tensor) -> dict[str, torch.Tensor]:
     ones = torch.ones_like(ids)
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     return {"input_ids": ids, "attention_mask": ones, "position_ids": positions, "response_mask": ones[:, -1:]}
+
+
+def checkpoint_of(source: Path, folder: Path, sprm_config: SPRMConfig | None = None) -> Path:
+    """What one rank saves that holds the model of `source` in float32."""
+    model = shard_model(build_joint_model(source, sprm_config=sprm_config), create_mesh(), OmegaConf.create({}))
+    score = OmegaConf.create({"lr": 1e-3}) if sprm_config is not None else None
+    optimizer = JointOptimizer(model, OmegaConf.create({"lr": 1e-3}), score)
+    save_checkpoint(folder / "actor", model, optimizer, ModelFiles.read(source), sprm_config)
+    return folder
+
+
+def as_dtype(source: Path, folder: Path, dtype: torch.dtype) -> Path:
+    """A copy whose weights and configuration are of another dtype."""
+    shutil.copytree(source, folder)
+    AutoModelForCausalLM.from_pretrained(source, dtype=dtype).save_pretrained(folder)
+    return folder
+
+
+def stored_in(folder: Path) -> tuple[set[torch.dtype], str, str]:
+    """Dtypes of a model folder's weights, and what its configuration calls them."""
+    config = json.loads((folder / "config.json").read_text())
+    weights = load_file(folder / "model.safetensors")
+    return {tensor.dtype for tensor in weights.values()}, config["dtype"], config["torch_dtype"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_model_is_merged_in_the_dtype_that_it_was_trained_from(
+    dtype: torch.dtype, process_group, make_tiny_model, merge: Callable, tmp_path: Path, caplog
+):
+    caplog.set_level("INFO")
+    source, name = as_dtype(make_tiny_model(), tmp_path / "source", dtype), str(dtype).removeprefix("torch.")
+    checkpoint = checkpoint_of(source, tmp_path / "step")
+    merge(checkpoint, tmp_path / "out")
+    assert stored_in(tmp_path / "out") == ({dtype}, name, name)
+    assert f"written in {name} (trained in float32; --dtype writes another)" in caplog.text
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    merge(checkpoint, tmp_path / "other", dtype="float32")
+    assert stored_in(tmp_path / "other") == ({torch.float32}, "float32", "float32")
+
+
+def test_where_no_configuration_says_a_dtype_it_is_that_of_the_weights(
+    process_group, make_tiny_model, merge: Callable, tmp_path: Path
+):
+    source = as_dtype(make_tiny_model(), tmp_path / "source", torch.bfloat16)
+    config = json.loads((source / "config.json").read_text())
+    del config["dtype"]
+    (source / "config.json").write_text(json.dumps(config))
+    merge(checkpoint_of(source, tmp_path / "step"), tmp_path / "out")
+    assert stored_in(tmp_path / "out") == ({torch.bfloat16}, "bfloat16", "bfloat16")
+
+
+def test_values_beyond_a_dtype_are_named(process_group, make_tiny_model, merge: Callable, tmp_path: Path):
+    source = make_tiny_model()
+    state = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    state["model.norm.weight"][3] = 1e6
+    (tmp_path / "actor").mkdir()
+    torch.save(state, tmp_path / "actor" / "model_world_size_1_rank_0.pt")
+    with pytest.raises(UserError, match=r"model.norm.weight holds values that are not finite as torch.float16"):
+        merge(tmp_path, tmp_path / "out", hf_model_path=source, dtype="float16")
+    merge(tmp_path, tmp_path / "out", hf_model_path=source, dtype="bfloat16")
+
+
+@pytest.fixture
+def published(make_tiny_model, tmp_path: Path) -> tuple[Path, Path]:
+    """A checkpoint in the layout of the published trainer: its head has no step rule beside it."""
+    source, actor = make_tiny_model(), tmp_path / "global_step_80" / "actor"
+    actor.mkdir(parents=True)
+    state = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    torch.save(state, actor / "model_world_size_1_rank_0.pt")
+    shutil.move(source / "score_module.pt", actor)
+    (source / "sprm_config.json").unlink()
+    shutil.copytree(source, actor / "huggingface", ignore=shutil.ignore_patterns("*.safetensors"))
+    return source, actor
+
+
+def test_no_step_rule_is_made_up(published: tuple[Path, Path], merge: Callable, tmp_path: Path):
+    merge(published[1], tmp_path / "out")
+    assert (tmp_path / "out" / "score_module.pt").is_file() and not (tmp_path / "out" / "sprm_config.json").exists()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for lang in ("en", "zh"):
+        assert load_sprm_config(tmp_path / "out", tokenizer, lang).step_rule.lang == lang
+        merge(published[1], tmp_path / lang, lang=lang)
+        assert load_sprm_config(tmp_path / lang, tokenizer) == load_sprm_config(tmp_path / "out", tokenizer, lang)
+
+
+def test_a_step_rule_that_travels_is_kept(process_group, make_tiny_model, merge: Callable, tmp_path: Path):
+    source = make_tiny_model()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    zh = SPRMConfig(StepRule.from_tokenizer(tokenizer, "zh"), dropout=0.25)
+    checkpoint = checkpoint_of(source, tmp_path / "step", zh)
+    # Also where the folder that is named for the configuration knows another.
+    for name, options in {"out": {}, "lang": {"lang": "zh"}, "named": {"hf_model_path": source}}.items():
+        merge(checkpoint, tmp_path / name, **options)
+        assert load_sprm_config(tmp_path / name, tokenizer) == zh
+    with pytest.raises(UserError, match=r"the head was trained with lang=zh, not lang=en"):
+        merge(checkpoint, tmp_path / "other", lang="en")
+
+
+def test_a_checkpoint_without_a_head_is_not_taken_for_one(
+    process_group, make_tiny_model, merge: Callable, tmp_path: Path
+):
+    checkpoint = checkpoint_of(make_tiny_model(), tmp_path / "step")
+    for option, named in (({"use_score": True}, "--use_score"), ({"lang": "zh"}, "--lang zh")):
+        with pytest.raises(UserError, match=f"no score head in this checkpoint; leave {named} out"):
+            merge(checkpoint, tmp_path / "out", **option)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["merge", "--backend", "fsdp", "--use_score"], None),
+        (["merge", "--backend", "fsdp"], None),
+        (["--use_score", "--lang", "zh"], None),
+        (["merge", "--backend", "megatron"], "error: --backend megatron: only fsdp is supported here"),
+        (["test", "--backend", "fsdp"], "error: command test: only merge is supported here"),
+    ],
+)
+def test_the_command_line_of_verls_merger_is_understood(
+    arguments: list[str], expected: str | None, published, tmp_path: Path, monkeypatch, capsys
+):
+    folders = ["--local_dir", str(published[1]), "--target_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["model_merger.py", *arguments, *folders])
+    main = runpy.run_path(str(SCRIPTS / "model_merger.py"))["main"]
+    if expected is None:
+        main()
+        assert (tmp_path / "out" / "score_module.pt").is_file()
+        return
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr().err == f"{expected}\n" and not (tmp_path / "out").exists()
 
 
 def test_a_tensor_that_does_not_fit_is_named(experiment: tuple[Path, Path], merge: Callable, tmp_path: Path):
@@ -217,7 +350,7 @@ def test_values_that_training_has_broken_are_named(make_tiny_model, merge: Calla
     state["model.norm.weight"][3] = torch.nan
     (tmp_path / "actor").mkdir()
     torch.save(state, tmp_path / "actor" / "model_world_size_1_rank_0.pt")
-    with pytest.raises(UserError, match=r"model.norm.weight holds values that are not finite"):
+    with pytest.raises(UserError, match=r"model.norm.weight holds values that are not finite: merge an"):
         merge(tmp_path, tmp_path / "out", hf_model_path=source)
     assert not (tmp_path / "out").exists()
 

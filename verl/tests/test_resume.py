@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import shutil
@@ -15,6 +16,7 @@ import pytest
 from omegaconf import DictConfig
 
 from verl.trainer.compose import compose_config
+from verl.trainer.ppo import run_state
 from verl.trainer.ppo.checkpoint_folder import LATEST_FILE
 from verl.trainer.ppo.core_algos import KLController, get_kl_controller
 from verl.trainer.ppo.remote_folder import COMPLETE_FILE
@@ -23,6 +25,7 @@ from verl.utils.checkpoint import HUGGINGFACE_FOLDER
 from verl.utils.dataset.rl_dataset import RLHFDataset, create_dataloader
 from verl.utils.model import load_tokenizer
 from xbai.errors import UserError
+from xbai.files import why_not_written
 from xbai.sprm.head import SPRM_CONFIG_FILE, load_sprm_config
 
 
@@ -41,7 +44,8 @@ class Workers:
         (files / SPRM_CONFIG_FILE).write_text(json.dumps(rule.to_dict()))
 
     def try_saving(self, folder: str) -> list[int]:
-        return [0]
+        self.save_checkpoint(folder)
+        return [1000]
 
     def checkpoint_is_written(self) -> list[bool]:
         return [True, self._written()]
@@ -123,7 +127,10 @@ def test_it_says_where_it_goes_on(config: DictConfig, caplog: pytest.LogCaptureF
     save(config, 3)
     save(config, 1)
     assert "global_step_3: step 3 is done, batch 3 of 4 in epoch 1" in caplog.text
-    groups = {"actor": Workers(Path(config.actor_rollout_ref.model.path)), "critic": Workers(Path())}
+    groups = {
+        "actor": Workers(Path(config.actor_rollout_ref.model.path)),
+        "critic": Workers(Path(config.actor_rollout_ref.model.path)),
+    }
     start(config).restore(groups)
     assert "global_step_4: step 4 is done, which ended epoch 1: epoch 2 begins" in caplog.text
     assert [group.loaded for group in groups.values()] == [
@@ -301,6 +308,71 @@ def test_a_save_that_fails_is_one_error_and_the_one_before_stays(noticed_by: str
     assert "default_local_dir=" in str(caught.value) and "\n" not in str(caught.value)
     assert start(config).step == 1
     assert not list(Path(config.trainer.default_local_dir).glob(".global_step_*"))
+
+
+class FailingWorkers(Workers):
+    """A worker of another machine, which cannot write."""
+
+    def try_saving(self, folder: str) -> list[int]:
+        super().try_saving(folder)
+        raise UserError(f"{folder}: the checkpoint could not be written: rank 3: {why_not_written(DENIED)}")
+
+
+class HugeWorkers(Workers):
+    """Of a model larger than any disk."""
+
+    def try_saving(self, folder: str) -> list[int]:
+        return [10**18]
+
+
+DENIED = PermissionError(errno.EACCES, "Permission denied", "/data/x")
+WHAT_FAILS = {
+    "worker": (FailingWorkers, r"rank 3: PermissionError: .*; choose a folder that can be written\)$"),
+    "room": (
+        HugeWorkers,
+        r"needs 1000000000\.0 GB for the weights, .* GB are free; make room or choose another folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WHAT_FAILS)
+def test_what_would_fail_at_a_checkpoint_fails_before_training(kind: str, config: DictConfig) -> None:
+    workers, message = WHAT_FAILS[kind]
+    state, folder = start(config), Path(config.trainer.default_local_dir)
+    with pytest.raises(UserError, match=message) as caught:
+        state.restore({"actor": workers(Path(config.actor_rollout_ref.model.path))})
+    assert str(caught.value).startswith(f"trainer.default_local_dir={folder}: no checkpoint can be written (")
+    assert "\n" not in str(caught.value) and list(folder.iterdir()) == []
+    config.trainer.save_freq = -1
+    start(config).restore({"actor": workers(Path(config.actor_rollout_ref.model.path))})
+
+
+def test_a_folder_that_cannot_be_is_found_before_the_workers_start(config: DictConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config.trainer.default_local_dir = f"{tmp_path}/file/run"
+    with pytest.raises(UserError, match=r"no checkpoint can be written \(NotADirectoryError: .*choose another folder"):
+        start(config).try_saving({})
+    config.trainer.update(default_local_dir=f"{tmp_path}/run", default_hdfs_dir=f"file://{tmp_path}/file/remote")
+    with pytest.raises(
+        UserError, match=r"trainer\.default_hdfs_dir=file://.*/file/remote cannot be used: NotADirectory"
+    ):
+        start(config).try_saving({})
+    config.trainer.default_hdfs_dir = f"file://{tmp_path}/remote"
+    start(config).try_saving({})
+    assert list((tmp_path / "remote").iterdir()) == list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_failed_save_says_why_and_gives_no_advice_of_another_failure(config: DictConfig, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    state = start(config)
+    state.restore({})
+    monkeypatch.setattr(run_state, "_write_state", refuse)
+    with pytest.raises(UserError, match=r"step 1 was not saved \(OSError: \[Errno 5\] Input/output error\)") as caught:
+        state.save(1, {})
+        state.finish()
+    assert "room" not in str(caught.value)
 
 
 def test_an_empty_folder_is_filled_from_the_remote_one(config: DictConfig, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verl.trainer import main_sft
@@ -19,6 +20,7 @@ from verl.utils.muon import Muon, orthogonalized
 from xbai.benchmarks.make10 import Teacher, sample_problems, sft_row
 from xbai.benchmarks.tiny_model import make_tokenizer, write_tiny_model
 from xbai.errors import UserError
+from xbai.files import check_room
 from xbai.sprm import load_score_head, load_sprm_config
 
 DATA = OmegaConf.create({"prompt_key": "prompt", "response_key": "response", "label_key": "correct", "max_length": 512})
@@ -269,3 +271,55 @@ def test_replicas_of_two_shards_train_as_one_rank_and_the_result_loads(tmp_path)
 
     again = run_sft(1, *common, f"trainer.output_dir={output}")
     assert f"trainer.output_dir={output} exists already" in again.stderr
+
+
+def sft_alone(monkeypatch, folder, *overrides):
+    """Two steps in this process over ten rows of tokens."""
+    common = [
+        f"data.train_files={write_rows(folder / 'sft.parquet', [{'prompt': CHAT, 'response': '7+3'}] * 10)}",
+        f"model.path={folder / 'base'}",
+        f"trainer.output_dir={folder / 'out'}",
+        "trainer.logger=[console]",
+        "data.train_batch_size=5",
+        "model.compute_dtype=float32",
+    ]
+    monkeypatch.setattr("sys.argv", ["main_sft", *common, *overrides])
+    for variable, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(variable, value)
+    main_sft.main()
+
+
+GENERATION_CONFIG = b'{"eos_token_id": 2, "pad_token_id": 0,\n "temperature": 0.6, "top_p": 0.95}'
+
+
+@pytest.mark.parametrize(("overrides", "dtype"), [([], "bfloat16"), (["trainer.output_dtype=float32"], "float32")])
+def test_the_model_is_written_as_it_came_but_for_its_weights(tmp_path, monkeypatch, overrides, dtype):
+    base, out = tmp_path / "base", tmp_path / "out"
+    write_tiny_model(base)
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    (base / "generation_config.json").write_bytes(GENERATION_CONFIG)
+    sft_alone(monkeypatch, tmp_path, *overrides)
+    weights = load_file(out / "model.safetensors")
+    assert weights.keys() == load_file(base / "model.safetensors").keys()
+    assert {str(weight.dtype) for weight in weights.values()} == {f"torch.{dtype}"}
+    config = json.loads((out / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == dtype and config["rope_theta"] == 10000.0
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (out / name).read_bytes() == (base / name).read_bytes()
+    assert not list(tmp_path.glob(".*"))
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == getattr(torch, dtype)
+
+
+def test_an_output_folder_that_cannot_be_written_is_found_before_training(tmp_path, monkeypatch, capsys):
+    write_tiny_model(tmp_path / "base")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(main_sft.SFTTrainer, "update", None)
+    with pytest.raises(SystemExit, match="2"):
+        sft_alone(monkeypatch, tmp_path, f"trainer.output_dir={tmp_path}/file/out")
+    error = capsys.readouterr().err
+    assert f"trainer.output_dir={tmp_path}/file/out: the model cannot be written (FileExistsError: " in error
+    monkeypatch.setattr(main_sft, "check_room", lambda folder, needed: check_room(folder, needed * 10**13))
+    with pytest.raises(SystemExit, match="2"):
+        sft_alone(monkeypatch, tmp_path)
+    assert "GB are free; make room or choose another folder)" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "file", "sft.parquet"]
