@@ -13,6 +13,7 @@ from xbai.engine.files import check_model_folder
 from xbai.sprm.head import SPRM_CONFIG_FILE
 
 CONFIG_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer_config.json", "tokenizer.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}
 STORED_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -42,7 +43,8 @@ class ModelFiles:
         """
         folder = Path(folder)
         config = check_model_folder(folder)
-        contents = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if _travels(path)}
+        paths = [*filter(_travels, folder.iterdir()), *folder.glob("additional_chat_templates/*.jinja")]
+        contents = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(paths)}
         stored = stored_dtypes(folder)
         dtype = config.get("dtype") or config.get("torch_dtype") or (stored.pop() if len(stored) == 1 else None)
         return cls(contents, dtype)
@@ -56,6 +58,7 @@ class ModelFiles:
         """
         folder = Path(folder)
         for name, content in self.contents.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
         dtype = dtype or self.dtype
         of_weights = {} if dtype is None else {"dtype": dtype, "torch_dtype": dtype}
@@ -100,8 +103,8 @@ def old_tokenizer(config: dict[str, Any], contents: dict[str, bytes]) -> dict[st
         old.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if isinstance(config.get("extra_special_tokens"), list):
         old["additional_special_tokens"] = old.pop("extra_special_tokens")
-    if "chat_template" not in config and "chat_template.jinja" in contents:
-        old["chat_template"] = contents["chat_template.jinja"].decode()
+    if "chat_template" not in config and CHAT_TEMPLATE_FILE in contents:
+        old["chat_template"] = contents[CHAT_TEMPLATE_FILE].decode()
     return old
 
 

@@ -165,6 +165,8 @@ def test_a_published_folder_stays_as_it_is(tmp_path: Path) -> None:
         "modeling_mine.py": "x = 1\n",
         "tokenizer.model": "\x00",
     }
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ y }}")
     staying = ["sprm_config.json", "score_module.pt", "model.safetensors.index.json", ".gitattributes", "figure.png"]
     for name, content in {**travelling, **dict.fromkeys(staying, "1")}.items():
         (source / name).write_text(content)
@@ -172,8 +174,9 @@ def test_a_published_folder_stays_as_it_is(tmp_path: Path) -> None:
     ModelFiles.read(source).write(target)
     assert read_json(target, "config.json") == config | {"dtype": "bfloat16"}
     changed = {"config.json", "tokenizer_config.json"}
-    written = {path.name: path.read_text() for path in target.iterdir() if path.name not in changed}
+    written = {path.name: path.read_text() for path in target.glob("*.*") if path.name not in changed}
     assert written == {name: content for name, content in travelling.items() if name not in changed}
+    assert (target / "additional_chat_templates" / "tools.jinja").read_text() == "{{ y }}"
     tokenizer = json.loads(travelling["tokenizer_config.json"])
     assert read_json(target, "tokenizer_config.json") == tokenizer | {"chat_template": "{{ x }}"}
 

@@ -234,6 +234,13 @@ def run_sft(ranks, *overrides):
     return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
 
 
+def test_a_dtype_that_is_none_is_one_line(tmp_path, monkeypatch, capsys):
+    write_tiny_model(tmp_path / "base")
+    with pytest.raises(SystemExit, match="2"):
+        sft_alone(monkeypatch, tmp_path, "trainer.output_dtype=int8")
+    assert "trainer.output_dtype=int8: dtype 'int8' is unknown, use one of" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_replicas_of_two_shards_train_as_one_rank_and_the_result_loads(tmp_path):
     write_tiny_model(tmp_path / "base")

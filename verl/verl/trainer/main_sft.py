@@ -79,7 +79,7 @@ class SFTTrainer:
         self.tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
         self.dataset = SFTDataset(config.data.train_files, self.tokenizer, config.data)
         self.files = ModelFiles.read(config.model.path)
-        self._output_dtype = torch_dtype(self._output_dtype_name())
+        self._output_dtype = self._checked_output_dtype()
         self.sprm_config = self._sprm_config() if self.dataset.has_labels else None
         self.batches_per_epoch = len(self.dataset) // config.data.train_batch_size
         if self.batches_per_epoch == 0:
@@ -105,9 +105,12 @@ class SFTTrainer:
                 f"{self.world_size} ranks"
             )
 
-    def _output_dtype_name(self) -> str:
+    def _checked_output_dtype(self) -> torch.dtype:
         name = self.config.trainer.output_dtype
-        return self.files.dtype or "float32" if name == "auto" else name
+        try:
+            return torch_dtype(self.files.dtype or "float32" if name == "auto" else name)
+        except UserError as error:
+            raise UserError(f"trainer.output_dtype={name}: {error}") from error
 
     def _sprm_config(self) -> SPRMConfig:
         score = self.config.score
