@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from xbai.errors import UserError
+
 _REMEDIES = {
     errno.ENOSPC: "make room or choose another folder",
     errno.EDQUOT: "make room or choose another folder",
@@ -25,6 +27,8 @@ _REMEDIES = {
 
 def why_not_written(error: BaseException) -> str:
     """Why something could not be written, in one line, with what to do about it where the system's error says so."""
+    if isinstance(error, UserError):
+        return str(error)
     text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     remedy = _REMEDIES.get(error.errno) if isinstance(error, OSError) else None
     return text if remedy is None else f"{text}; {remedy}"
@@ -37,7 +41,7 @@ def check_room(folder: Path, needed: int) -> None:
     """
     disk = shutil.disk_usage(folder)
     if disk.total and needed > disk.free:
-        raise OSError(errno.ENOSPC, f"needs {needed / 1e9:.1f} GB for the weights, {disk.free / 1e9:.1f} GB are free")
+        raise OSError(errno.ENOSPC, f"{needed / 1e6:,.0f} MB of weights, {disk.free / 1e6:,.0f} MB are free")
 
 
 def fsync_path(path: Path) -> None:

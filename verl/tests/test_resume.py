@@ -330,7 +330,7 @@ WHAT_FAILS = {
     "worker": (FailingWorkers, r"rank 3: PermissionError: .*; choose a folder that can be written\)$"),
     "room": (
         HugeWorkers,
-        r"needs 1000000000\.0 GB for the weights, .* GB are free; make room or choose another folder",
+        r"1,000,000,000,000 MB of weights, .* MB are free; make room or choose another folder",
     ),
 }
 

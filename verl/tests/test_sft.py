@@ -328,5 +328,5 @@ def test_an_output_folder_that_cannot_be_written_is_found_before_training(tmp_pa
     monkeypatch.setattr(main_sft, "check_room", lambda folder, needed: check_room(folder, needed * 10**13))
     with pytest.raises(SystemExit, match="2"):
         sft_alone(monkeypatch, tmp_path)
-    assert "GB are free; make room or choose another folder)" in capsys.readouterr().err
+    assert "MB are free; make room or choose another folder)" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "file", "sft.parquet"]

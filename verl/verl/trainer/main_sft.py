@@ -12,7 +12,7 @@ import argparse
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -60,6 +60,7 @@ from xbai.sprm import (
 logger = logging.getLogger(__name__)
 
 FIRST_RANK_GRACE_S = 2.0
+HEAD_PREFIX = "score_head."
 
 
 class SFTTrainer:
@@ -245,41 +246,46 @@ class SFTTrainer:
         """Write the model folder with tokenizer, head and step rule. A collective."""
         # Every rank gathers, one tensor at a time; only the one that writes keeps them.
         weights = {name: tensor.cpu() for name, tensor in named_full_tensors(self.model) if self.rank == 0}
-        if self.rank == 0:
-            head = {n.removeprefix("score_head."): w for n, w in weights.items() if n.startswith("score_head.")}
-            policy = {name: weight for name, weight in weights.items() if not name.startswith("score_head.")}
-            try:
-                with atomic_directory(self.output_dir) as folder:
-                    self._write(folder, policy, head)
-            except OSError as error:
-                raise UserError(f"{self._here}: the model could not be written ({why_not_written(error)})") from error
-            logger.info("wrote %s in %s", self.output_dir, dtype_name(self._output_dtype))
-        dist.barrier()
+        head = {name.removeprefix(HEAD_PREFIX): w for name, w in weights.items() if name.startswith(HEAD_PREFIX)}
+        policy = {name: weight for name, weight in weights.items() if not name.startswith(HEAD_PREFIX)}
+
+        def write() -> None:
+            with atomic_directory(self.output_dir) as folder:
+                self._write(folder, policy, head)
+
+        self._on_first_rank(write)
+        logger.info("wrote %s in %s", self.output_dir, dtype_name(self._output_dtype))
 
     def _try_saving(self) -> None:
         """Write everything of the model but its weights, and remove it: what would fail after training fails here."""
-        if self.rank > 0:
-            return
-        parent = self.output_dir.parent
-        try:
+        bytes_of_weights = sum(weight.numel() for weight in self.model.lm.parameters()) * self._output_dtype.itemsize
+        parent, few = self.output_dir.parent, {"few": torch.zeros(1)}
+
+        def write() -> None:
             parent.mkdir(parents=True, exist_ok=True)
             with TemporaryDirectory(prefix=f".{self.output_dir.name}_try_", suffix=".tmp", dir=parent) as folder:
-                few = {"few": torch.zeros(1)}
                 self._write(Path(folder), few, few if self.sprm_config is not None else {})
-                parameters = sum(weight.numel() for weight in self.model.lm.parameters())
-                check_room(Path(folder), parameters * self._output_dtype.itemsize)
-        except OSError as error:
-            raise UserError(f"{self._here}: the model cannot be written ({why_not_written(error)})") from error
+                check_room(Path(folder), bytes_of_weights)
+
+        self._on_first_rank(write)
+
+    def _on_first_rank(self, write: Callable[[], None]) -> None:
+        """Let rank 0 write; where it cannot, every rank raises the same `UserError`. A collective."""
+        failure: list[str | None] = [None]
+        if self.rank == 0:
+            try:
+                write()
+            except (OSError, UserError) as error:
+                failure = [why_not_written(error)]
+        dist.broadcast_object_list(failure)
+        if failure[0] is not None:
+            raise UserError(f"trainer.output_dir={self.output_dir}: the model cannot be written ({failure[0]})")
 
     def _write(self, folder: Path, policy: dict[str, Tensor], head: dict[str, Tensor]) -> None:
         self.files.write(folder, dtype_name(self._output_dtype))
         write_weights(folder, policy, self._output_dtype, lambda names: {name: policy[name] for name in names})
         if head:
             save_score_head(folder, head, self.sprm_config)
-
-    @property
-    def _here(self) -> str:
-        return f"trainer.output_dir={self.output_dir}"
 
 
 class MetricsWindow:

@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from rich.progress import track
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from xbai.errors import UserError
+from xbai.files import why_not_written
 
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -32,7 +34,7 @@ def write_weights(
         read: gives the values of some of them, on the CPU.
 
     Raises:
-        UserError: values that are not finite in `dtype`.
+        UserError: values that are not finite in `dtype`, or a file that cannot be written.
     """
     planned = {name: torch.empty(like.shape, dtype=dtype, device="meta") for name, like in tensors.items()}
     plan = split_torch_state_dict_into_shards(planned, max_shard_size="5GB")
@@ -41,7 +43,10 @@ def write_weights(
         for name, tensor in written.items():
             if not tensor.isfinite().all():
                 raise UserError(f"{name} holds values that are not finite as {dtype}; write bfloat16 or float32")
-        save_file(written, folder / filename, metadata={"format": "pt"})
+        try:
+            save_file(written, folder / filename, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise UserError(f"{folder / filename}: {why_not_written(error)}") from error
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2))

@@ -123,7 +123,7 @@ class RunState:
                 parts = [group.try_saving(str(folder.resolve() / part))[0] for part, group in groups.items()]
                 check_room(folder, sum(parts))
         except (OSError, UserError) as error:
-            raise UserError(f"{self._here}: no checkpoint can be written ({_in_words(error)})") from error
+            raise UserError(f"{self._here}: no checkpoint can be written ({why_not_written(error)})") from error
         if self._remote is not None:
             self._remote.try_writing()
 
@@ -250,7 +250,7 @@ class RunState:
             self._folder.drop_old(self._uploads.in_use if self._uploads is not None else ())
         except (OSError, UserError) as error:
             raise UserError(
-                f"{self._here}: the checkpoint of step {step} was not saved ({_in_words(error)}); {self.how_to_go_on()}"
+                f"{self._here}: the checkpoint of step {step} was not saved ({why_not_written(error)}); {self.how_to_go_on()}"
             ) from error
         logger.info("saved %s in %.1f s", self._newest, time.perf_counter() - start)
 
@@ -342,10 +342,6 @@ class RunState:
 
 
 _ANEW = "start anew with trainer.resume_mode=disable"
-
-
-def _in_words(error: OSError | UserError) -> str:
-    return why_not_written(error) if isinstance(error, OSError) else str(error)
 
 
 def _fields(config: SPRMConfig) -> dict[str, Any]:
