@@ -249,9 +249,8 @@ class RunState:
                 self._uploads.submit(self._newest)
             self._folder.drop_old(self._uploads.in_use if self._uploads is not None else ())
         except (OSError, UserError) as error:
-            raise UserError(
-                f"{self._here}: the checkpoint of step {step} was not saved ({why_not_written(error)}); {self.how_to_go_on()}"
-            ) from error
+            why = f"the checkpoint of step {step} was not saved ({why_not_written(error)})"
+            raise UserError(f"{self._here}: {why}; {self.how_to_go_on()}") from error
         logger.info("saved %s in %.1f s", self._newest, time.perf_counter() - start)
 
     @property
