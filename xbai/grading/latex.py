@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 from xbai.grading.boxed import closing_brace
+from xbai.grading.notation import standard_notation
 
 _CHARACTERS = str.maketrans(
     {
@@ -23,9 +25,10 @@ _CHARACTERS = str.maketrans(
         "≠": r"\ne ",
         "∈": r"\in ",
         "°": r"^\circ ",
-        "²": "^{2}",
-        "³": "^{3}",
-        "½": r"\frac{1}{2}",
+        "≈": r"\approx ",
+        "∛": r"\sqrt[3] ",
+        "ⅇ": "e",
+        "ⅈ": "i",
         "％": "%",
         "，": ",",
         "、": ",",
@@ -35,7 +38,15 @@ _CHARACTERS = str.maketrans(
         "\u00a0": " ",
         "\u2009": " ",
     }
+    | {
+        character: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", character).split("\u2044"))
+        for character in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
+    }
+    | dict(zip("０１２３４５６７８９", "0123456789", strict=True))
+    | dict(zip("₀₁₂₃₄₅₆₇₈₉", (f"_{{{digit}}}" for digit in range(10)), strict=True))
 )
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
+_RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+")
 
 _REWRITES = [
     (re.compile(pattern), replacement)
@@ -44,15 +55,14 @@ _REWRITES = [
         (r"\\\(|\\\)|(?<!\\)\\\[|\\\]", ""),
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])", ""),
         (r"\\(?:displaystyle|textstyle|limits|nolimits)(?![A-Za-z])", ""),
-        (r"(?<=\d)(?:\{,\}|,)?\\! *(?=\d{3}(?!\d))", ","),
+        (r"(?<=\d)(?:\{,\}|,)?\\! *(?=\d{3}(?!\d))", ""),
         (r"\\!", ""),
-        (r"(?<=\d)(?:\{,\}|\\[,; ])(?=\d{3}(?!\d))", ","),
+        (r"(?<=\d)(?:\{,\}|\\[,; ])(?=\d{3}(?!\d))|(?<=\d),(?=000(?!\d))", ""),
         (r"\\(?:q?quad|thinspace)(?![A-Za-z])|(?<!\\)\\[,;: ]|~", " "),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\(?:[dtc]|nice|s)frac(?![A-Za-z])", r"\\frac"),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
         (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
         (r"\\frac\s*(\d)\s*(\{)", r"\\frac{\1}\2"),
-        (r"\\sqrt\s*(\d+|[A-Za-z])", r"\\sqrt{\1}"),
         (r"\\(leq|leqslant)(?![A-Za-z])", r"\\le"),
         (r"\\(geq|geqslant)(?![A-Za-z])", r"\\ge"),
         (r"\\neq(?![A-Za-z])", r"\\ne"),
@@ -64,10 +74,35 @@ _REWRITES = [
         (r"\\rbrace", r"\\}"),
         (r"\\%", "%"),
         (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])", r"\\text{degrees}"),
-        (r"\\(?:text(?:bf|it|rm|sf)|math(?:rm|bf|it|sf)|mbox|operatorname|bm|boldsymbol)\s*\{", r"\\text{"),
+        (r"\\operatorname\*?\s*\{\s*(sec|min|max|gcd|lcm)\s*\}", r"\\\1 "),
+        (r"\{\s*\\(?:rm|bf|it|sf)(?![A-Za-z])([^{}]*)\}", r"\\text{\1}"),
+        (r"\\(?:rm|bf|it|sf)(?![A-Za-z])", ""),
+        (
+            r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)|math(?:rm|bf|it|sf|tt|normal|op)|mbox|operatorname\*?|bm|boldsymbol)"
+            r"\s*\{",
+            r"\\text{",
+        ),
         (r"\+\s*\\infty", r"\\infty"),
     ]
 ]
+
+_SYNONYMS = {
+    spelling: meaning
+    for meaning, spellings in {
+        "undefined": (
+            "dne",
+            "doesnotexist",
+            "doesntexist",
+            "limitdoesnotexist",
+            "thelimitdoesnotexist",
+            "notdefined",
+            "isundefined",
+            "isnotdefined",
+        ),
+        "nosolution": ("nosolutions", "none", "thereisnosolution", "therearenosolutions", "hasnosolution"),
+    }.items()
+    for spelling in spellings
+}
 
 _ENDS = " \t\n.,;:"
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*")
@@ -75,10 +110,10 @@ _WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*")
 
 def clean(text: str) -> str:
     """An answer's LaTeX with one spelling for spacing, delimiters, fractions, roots, degrees and text."""
-    text = text.translate(_CHARACTERS)
+    text = _RAISED.sub(lambda found: f"^{{{found.group().translate(_SUPERSCRIPTS)}}}", text).translate(_CHARACTERS)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    text = re.sub(r"\s+", " ", text).lstrip().rstrip(_ENDS)
+    text = re.sub(r"\s+", " ", standard_notation(text)).lstrip().rstrip(_ENDS)
     while text.startswith("{") and closing_brace(text, 0) == len(text) - 1:
         text = text[1:-1].lstrip().rstrip(_ENDS)
     return text
@@ -97,7 +132,10 @@ def in_words(text: str) -> str | None:
     if len(words) == 1:
         return words
     # Short words may be products of variables.
-    return re.sub(r"[\s'-]", "", words).lower() if re.search(r"[A-Za-z]{3}", words) else None
+    if not re.search(r"[A-Za-z]{3}", words):
+        return None
+    words = re.sub(r"[\s'-]", "", words).lower()
+    return _SYNONYMS.get(words, words)
 
 
 def without_separators(text: str) -> str:

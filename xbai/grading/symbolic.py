@@ -1,29 +1,71 @@
-"""Equivalence by computer algebra: math-verify on LaTeX that is known to be one answer."""
+"""Equivalence by computer algebra, of LaTeX that is known to be one answer."""
 
 import logging
+import re
 
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic, MatrixBase
+from sympy import Basic, Derivative, Expr, Integral, Limit, MatrixBase, MatrixExpr, Product, Sum, Symbol, simplify
+
+from xbai.grading.numeric import same_values
+from xbai.grading.quantity import parse_number
 
 # It warns that its time limits are off. They need signals; ours are those of the process (see `GraderPool`).
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 _LATEX_ONLY = [LatexExtractionConfig(boxed_match_priority=-1)]
+_REPEATING = re.compile(r"\d*\.\d*\\overline\s*\{\d+\}")
+_MIXED = re.compile(r"(?<![\d.^_}\\A-Za-z])(\d+)\s*(\\frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\})")
+_PRODUCT = re.compile(r"((?<![\d.^_}\\A-Za-z])\d+)\s*(?=\\binom(?![A-Za-z])|\(\d+\))")
+_TO_BE_DONE = (Sum, Product, Integral, Derivative, Limit)
 
 
 def symbolically_equal(answer: str, truth: str) -> bool:
     """Whether two LaTeX expressions mean the same; False where one cannot be read."""
     parsed_answer, parsed_truth = _parse(answer), _parse(truth)
-    if not parsed_answer or not parsed_truth:
-        return False
-    return verify(parsed_truth, parsed_answer, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True)
+    return bool(parsed_answer and parsed_truth) and _equal(parsed_answer[0], parsed_truth[0])
 
 
-def _parse(latex: str) -> list[Basic | MatrixBase | str]:
+def _equal(answer: Basic | MatrixBase, truth: Basic | MatrixBase) -> bool:
+    if isinstance(answer, MatrixBase | MatrixExpr) and isinstance(truth, MatrixBase | MatrixExpr):
+        answer, truth = answer.doit(), truth.doit()
+        if isinstance(answer, MatrixBase) and isinstance(truth, MatrixBase):
+            return answer.shape == truth.shape and all(map(_equal, answer.flat(), truth.flat()))
+    elif isinstance(answer, Expr) and isinstance(truth, Expr):
+        return _same_formulas(answer, truth)
+    return _verified(answer, truth)
+
+
+def _same_formulas(answer: Expr, truth: Expr) -> bool:
+    # A name of several letters is read as a product of them.
+    is_name = isinstance(answer, Symbol) or isinstance(truth, Symbol)
+    if answer == truth or (is_name and _verified(answer, truth)):
+        return True
+    answer, truth = (formula.doit() if formula.has(*_TO_BE_DONE) else formula for formula in (answer, truth))
+    same = same_values(answer, truth)
+    return simplify(answer - truth).is_zero is True if same is None else same
+
+
+def _verified(answer: Basic | MatrixBase, truth: Basic | MatrixBase) -> bool:
+    return verify([truth], [answer], timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True)
+
+
+def _parse(latex: str) -> list[Basic | MatrixBase]:
     return parse(
-        f"${latex}$",
+        f"${_unambiguous(latex)}$",
         extraction_config=_LATEX_ONLY,
         fallback_mode="no_fallback",
         parsing_timeout=None,
         raise_on_error=True,
     )
+
+
+def _unambiguous(latex: str) -> str:
+    """Repeating decimals and mixed numbers as fractions; a sign in products that the parser takes for mixed numbers."""
+    latex = _REPEATING.sub(_as_fraction, latex)
+    latex = _MIXED.sub(r"(\1+\2)", latex)
+    return _PRODUCT.sub(r"\1\\cdot ", latex)
+
+
+def _as_fraction(repeating: re.Match[str]) -> str:
+    number = parse_number(repeating.group())
+    return rf"\frac{{{number.numerator}}}{{{number.denominator}}}"
