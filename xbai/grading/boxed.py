@@ -6,6 +6,10 @@ THINK_CLOSE = "</think>"
 MAX_ANSWER_CHARACTERS = 1000
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+_TEXT = re.compile(r"\\(?:text\w*|mathrm|mbox)\s*(?=\{)")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|[。！？]")
+_VERB = re.compile(r"\b(?:is|are|equals|equal to)\b|\banswer\s*:|答案\s*[是为:：]", re.IGNORECASE)
+_FORMULA = re.compile(r"[\d$(\[{+−.√π-]|\\(?!text|mathrm|mbox)|[A-Za-z]\s*[=+*/^_-]")
 
 
 def after_thinking(response: str) -> str:
@@ -14,9 +18,26 @@ def after_thinking(response: str) -> str:
 
 
 def final_answer(response: str) -> str | None:
-    """The last box after the thinking; None where there is none, or what it holds is empty or too long to be one."""
+    """The last box after the thinking; None where there is none, or what it holds is empty or too long to be one.
+
+    Of sentences in the box ("The answer is 5."), the number or formula that they state last.
+    """
     answer = (last_boxed(after_thinking(response)) or "").strip()
-    return answer if 0 < len(answer) <= MAX_ANSWER_CHARACTERS else None
+    return stated_value(answer) or answer if 0 < len(answer) <= MAX_ANSWER_CHARACTERS else None
+
+
+def stated_value(text: str) -> str | None:
+    """The number or formula that the last sentence with one says something to be; None without such a sentence."""
+    command = _TEXT.match(text)
+    if command and closing_brace(text, command.end()) == len(text) - 1:
+        text = text[command.end() + 1 : -1]
+    for sentence in reversed(_SENTENCE_END.split(text)):
+        verbs = list(_VERB.finditer(sentence))
+        # The words before a formula may stand in a command of their own.
+        value = sentence[verbs[-1].end() :].lstrip(" :}").rstrip(" .") if verbs else ""
+        if len(verbs) == 1 and _FORMULA.match(value):
+            return value
+    return None
 
 
 def last_boxed(text: str) -> str | None:

@@ -86,7 +86,7 @@ _REWRITES = [
         (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
         (r"(\.\d*)\\bar(?![A-Za-z])\s*\{?(\d+)\}?", r"\1\\overline{\2}"),
         (r"((?<!\d)\d+\.)\((\d+)\)", r"\1\\overline{\2}"),
-        (r"(\\sqrt(?:\[[^][]*\])?)\s*(\d+|[A-Za-z])", r"\1{\2}"),
+        (r"(\\sqrt(?:\[[^][]*\])?)\s*(\d+|[A-Za-z]|\\pi(?![A-Za-z]))", r"\1{\2}"),
         (r"^(?:\s|=|\\(?:approx|simeq|doteq|thickapprox)(?![A-Za-z]))+", ""),
         (r"^(?:\\text\s*\{\s*)?(?:approximately|approx\.?|about)\s*\}?\s*(?=[-\d\\.])", ""),
         (r"^([A-Za-z](?:_\{?\w+\}?)?)\s*\\approx(?![A-Za-z])", r"\1="),

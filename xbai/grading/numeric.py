@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -39,6 +40,7 @@ LARGEST_EXACT_BITS = 50_000
 RELATIVE_BITS = 2_000
 """Beyond it, numbers are compared to this many leading bits."""
 LARGEST_EXPONENT_BITS = 2_000
+"""The size of the largest number that is an exponent, or that a function is applied to."""
 LARGEST_FACTORIAL = 20_000
 
 SAMPLES = 6
@@ -172,21 +174,29 @@ def _agree(first: Expr, second: Expr, point: Point, real: bool) -> bool:
 
 def _bits(formula: Expr, point: Point) -> int:
     """About how many bits an exact value takes, numerator and denominator together."""
-    if isinstance(formula, Rational | Float):
-        number = _exact(formula)
-        return number.numerator.bit_length() + number.denominator.bit_length()
-    if isinstance(formula, Symbol):
-        number = point.get(formula.name, Fraction(1))
-        return number.numerator.bit_length() + number.denominator.bit_length()
+    if isinstance(formula, Rational | Float | Symbol):
+        return 1 + math.ceil(_log2(formula, point))
     bits = 1 + sum(_bits(argument, point) for argument in formula.args)
     if isinstance(formula, Pow):
-        return bits + _bits(formula.base, point) * _size(formula.exp, point)
+        base = _log2(formula.base, point) if formula.base.is_Atom else _bits(formula.base, point)
+        return bits + math.ceil(base * _size(formula.exp, point))
     if isinstance(formula, exp):
         return bits + 2 * _size(formula.args[0], point)
     if isinstance(formula, factorial | binomial):
         count = _size(formula.args[0], point)
         return bits + count * count.bit_length()
     return bits
+
+
+def _log2(atom: Expr, point: Point) -> float:
+    """The bits of a number or variable; 2 for a constant like pi."""
+    if isinstance(atom, Rational | Float):
+        number = _exact(atom)
+    elif isinstance(atom, Symbol):
+        number = point.get(atom.name, Fraction(1))
+    else:
+        return 2.0
+    return math.log2(max(1, abs(number.numerator))) + math.log2(number.denominator)
 
 
 def _size(formula: Expr, point: Point) -> int:
@@ -244,6 +254,8 @@ class _Evaluator:
             return self._sum(arguments)
         if formula.func is Pow:
             return self._power(*arguments)
+        if evaluate is None and any(argument and mp.mag(argument) > LARGEST_EXPONENT_BITS for argument in arguments):
+            raise _TooLargeError
         return (evaluate or _mpmath_function(formula))(*arguments)
 
     def _sum(self, terms: list[Number]) -> Number:

@@ -4,7 +4,21 @@ import logging
 import re
 
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic, Derivative, Expr, Integral, Limit, MatrixBase, MatrixExpr, Product, Sum, Symbol, simplify
+from sympy import (
+    Basic,
+    Derivative,
+    Expr,
+    Integral,
+    Limit,
+    MatrixBase,
+    MatrixExpr,
+    Product,
+    Sum,
+    Symbol,
+    nan,
+    simplify,
+    zoo,
+)
 
 from xbai.grading.numeric import same_values
 from xbai.grading.quantity import parse_number
@@ -16,6 +30,7 @@ _LATEX_ONLY = [LatexExtractionConfig(boxed_match_priority=-1)]
 _REPEATING = re.compile(r"\d*\.\d*\\overline\s*\{\d+\}")
 _MIXED = re.compile(r"(?<![\d.^_}\\A-Za-z])(\d+)\s*(\\frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\})")
 _PRODUCT = re.compile(r"((?<![\d.^_}\\A-Za-z])\d+)\s*(?=\\binom(?![A-Za-z])|\(\d+\))")
+_LARGE_BINOMIAL = re.compile(r"\\binom\s*\{\s*(\d{5,})\s*\}\s*\{\s*(\d+)\s*\}")
 _TO_BE_DONE = (Sum, Product, Integral, Derivative, Limit)
 
 
@@ -36,6 +51,8 @@ def _equal(answer: Basic | MatrixBase, truth: Basic | MatrixBase) -> bool:
 
 
 def _same_formulas(answer: Expr, truth: Expr) -> bool:
+    if truth.has(nan, zoo):
+        raise ValueError(f"the right answer is not a number: {truth}")
     # A name of several letters is read as a product of them.
     is_name = isinstance(answer, Symbol) or isinstance(truth, Symbol)
     if answer == truth or (is_name and _verified(answer, truth)):
@@ -62,6 +79,8 @@ def _parse(latex: str) -> list[Basic | MatrixBase]:
 def _unambiguous(latex: str) -> str:
     """Repeating decimals and mixed numbers as fractions; a sign in products that the parser takes for mixed numbers."""
     latex = _REPEATING.sub(_as_fraction, latex)
+    # Which the parser would calculate, for minutes.
+    latex = _LARGE_BINOMIAL.sub(_in_factorials, latex)
     latex = _MIXED.sub(r"(\1+\2)", latex)
     return _PRODUCT.sub(r"\1\\cdot ", latex)
 
@@ -69,3 +88,8 @@ def _unambiguous(latex: str) -> str:
 def _as_fraction(repeating: re.Match[str]) -> str:
     number = parse_number(repeating.group())
     return rf"\frac{{{number.numerator}}}{{{number.denominator}}}"
+
+
+def _in_factorials(binomial: re.Match[str]) -> str:
+    total, chosen = int(binomial[1]), int(binomial[2])
+    return rf"\frac{{{total}!}}{{{chosen}!\cdot {total - chosen}!}}" if chosen <= total else "0"
