@@ -6,7 +6,7 @@ import re
 
 _FUNCTIONS = (
     "sqrt pi sin cos tan cot csc sinh cosh tanh coth arcsin arccos arctan arccot exp ln log lg tg ctg cotg arctg arcctg"
-    " cosec"
+    " cosec arcsinh arccosh arctanh arsinh arcosh artanh"
 )
 _NAMES = {name: rf"\{name}" for name in _FUNCTIONS.split()} | dict.fromkeys(("inf", "infinity", "oo"), r"\infty")
 """Words that stand for a symbol or a function wherever they stand alone."""
@@ -15,6 +15,7 @@ _CALLS = {
     "max": r"\max",
     "min": r"\min",
     "gcd": r"\gcd",
+    "lcm": r"\operatorname{lcm}",
     "asin": r"\arcsin",
     "acos": r"\arccos",
     "atan": r"\arctan",
@@ -43,7 +44,7 @@ _NAME = re.compile(rf"(?<![\\A-Za-z])({'|'.join(_NAMES)})(?![A-Za-z])")
 _CALL = re.compile(rf"(?<![\\A-Za-z])({'|'.join(_CALLS)})(?=\()")
 _ENCLOSING = re.compile(rf"(?<![\\A-Za-z])({'|'.join(_ENCLOSED)})(?=\()")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*")
-_ALWAYS, _IN_CALLS = "|".join([*_NAMES, "e", "i"]), "|".join(_CALLS)
+_ALWAYS, _IN_CALLS = "|".join([*_NAMES, *"eijkxyz"]), "|".join(_CALLS)
 _UPRIGHT = re.compile(
     rf"\\text\s*\{{\s*(?:(?P<name>{_ALWAYS}|\\[A-Za-z]+)\s*\}}|(?P<call>{_IN_CALLS})\s*\}}(?=\s*\()|d\s*\}}(?=\s*[A-Za-z]))"
 )
@@ -52,7 +53,11 @@ _BRACKETED_POWER = re.compile(r"\^\s*(?=\()")
 _DOTTED = re.compile(
     r"(?P<start>\d*\.\d*)\\dot\s*\{?(?P<first>\d)\}?(?:(?P<middle>\d*)\\dot\s*\{?(?P<last>\d)\}?)?(?!\d)"
 )
-_SCIENTIFIC = re.compile(r"(?<![A-Za-z\d.])(\d*\.\d+|\d+(?=[eE][+-]?0\d))[eE]([+-]?)0*(\d+)(?![\d.^A-Za-z!])")
+# 2e-3 may be a difference with Euler's number.
+_SCIENTIFIC = re.compile(
+    r"(?<![A-Za-z\d.])(\d*\.\d+|\d+(?=[eE][+-]?0\d|[eE]\+?\d)|1(?=[eE]-\d))[eE]\+?(-?)0*(\d+)(?![\d.^_A-Za-z!])"
+)
+_ENDLESS = re.compile(r"(\.\d*?)(?:(\d)\2{2,}|(\d{2,}?)\3{2,})\s*(?:\\[lc]?dots(?![A-Za-z])|\.{3}|…)")
 
 _LETTER = r"(?:\\text\s*\{\s*%s\s*\}|%s)"
 _COUNT = r"\s*(?:\{\s*(?P<%s>\d+)\s*\}|(?P<%s1>\d+))"
@@ -79,6 +84,7 @@ _REWRITES = [
         (r"<=", r"\\le "),
         (r">=", r"\\ge "),
         (r"\\ast(?![A-Za-z])", r"\\cdot "),
+        (r"\\imath(?![A-Za-z])", "i"),
         (r"\^\s*([+-]\s*\d+)", r"^{\1}"),
         (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
         (r"\{\s*\{?([^{}]*)\}?\s*\\choose(?![A-Za-z])\s*\{?([^{}]*)\}?\s*\}", r"\\binom{\1}{\2}"),
@@ -87,7 +93,7 @@ _REWRITES = [
         (r"(\.\d*)\\bar(?![A-Za-z])\s*\{?(\d+)\}?", r"\1\\overline{\2}"),
         (r"((?<!\d)\d+\.)\((\d+)\)", r"\1\\overline{\2}"),
         (r"(\\sqrt(?:\[[^][]*\])?)\s*(\d+|[A-Za-z]|\\pi(?![A-Za-z]))", r"\1{\2}"),
-        (r"^(?:\s|=|\\(?:approx|simeq|doteq|thickapprox)(?![A-Za-z]))+", ""),
+        (r"^(?:\s|=|\\(?:approx|sim|simeq|doteq|thickapprox)(?![A-Za-z]))+", ""),
         (r"^(?:\\text\s*\{\s*)?(?:approximately|approx\.?|about)\s*\}?\s*(?=[-\d\\.])", ""),
         (r"^([A-Za-z](?:_\{?\w+\}?)?)\s*\\approx(?![A-Za-z])", r"\1="),
         (rf"\\({'|'.join(_REGIONAL)})(?![A-Za-z])", lambda found: _spaced(_REGIONAL[found[1]], found)),
@@ -111,6 +117,7 @@ def standard_notation(text: str) -> str:
     for pattern in (_BRACKETED_ROOT, _BRACKETED_POWER):
         text = _in_braces(pattern, text)
     text = _DOTTED.sub(_overlined, text)
+    text = _ENDLESS.sub(lambda found: rf"{found[1]}\overline{{{found[2] or found[3]}}}", text)
     text = _SCIENTIFIC.sub(r"\1\\times 10^{\2\3}", text)
     for pattern in _COMBINATIONS:
         text = pattern.sub(_combinations, text)
@@ -127,7 +134,9 @@ def _spaced(replacement: str, found: re.Match[str]) -> str:
 
 
 def _without_text_command(found: re.Match[str]) -> str:
-    name = found["name"] or found["call"] or "d"
+    name = found["name"] or found["call"]
+    if name is None:
+        return "d"  # Of a differential.
     return _spaced((_NAMES | _CALLS).get(name, name), found)
 
 

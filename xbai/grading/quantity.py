@@ -50,7 +50,7 @@ _FRACTION = re.compile(
     r"(?P<whole>\d+)?\s*\\frac\s*\{\s*(?P<top>[+-]?[\d.]+)\s*\}\s*\{\s*(?P<bottom>[+-]?[\d.]+)\s*\}"
     r"|(?:(?P<whole2>\d+) )?(?P<top2>[\d.]+) ?/ ?(?P<bottom2>[\d.]+)"
 )
-_UNIT = r"(?P<unit>[A-Za-z][A-Za-z. /]*?)\.?\s*(?P<power>\^\s*\{?\s*\d\s*\}?)?"
+_UNIT = r"(?P<unit>[A-Za-z](?:[A-Za-z. /]|\\cdot )*?)\.?\s*(?P<power>\^\s*\{?\s*\d\s*\}?)?"
 _TEXT_UNIT = re.compile(rf"(?P<value>.*\S)\s*\\text\s*\{{\s*{_UNIT}\s*\}}\s*(?P<power2>\^\s*\{{?\s*\d\s*\}}?)?")
 _PLAIN_UNIT = re.compile(rf"(?P<value>.*[\d}})])\s*(?<!\\){_UNIT}")
 _BASE = re.compile(r"(?P<value>[\dA-Fa-f]+)_\s*\{?\s*(?P<base>\d+)\s*\}?")

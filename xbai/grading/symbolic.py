@@ -27,6 +27,7 @@ from xbai.grading.quantity import parse_number
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 _LATEX_ONLY = [LatexExtractionConfig(boxed_match_priority=-1)]
+_APPROXIMATELY = re.compile(r"\\approx(?![A-Za-z])")
 _REPEATING = re.compile(r"\d*\.\d*\\overline\s*\{\d+\}")
 _MIXED = re.compile(r"(?<![\d.^_}\\A-Za-z])(\d+)\s*(\\frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\})")
 _PRODUCT = re.compile(r"((?<![\d.^_}\\A-Za-z])\d+)\s*(?=\\binom(?![A-Za-z])|\(\d+\))")
@@ -35,9 +36,12 @@ _TO_BE_DONE = (Sum, Product, Integral, Derivative, Limit)
 
 
 def symbolically_equal(answer: str, truth: str) -> bool:
-    """Whether two LaTeX expressions mean the same; False where one cannot be read."""
-    parsed_answer, parsed_truth = _parse(answer), _parse(truth)
-    return bool(parsed_answer and parsed_truth) and _equal(parsed_answer[0], parsed_truth[0])
+    """Whether two LaTeX expressions mean the same; False where one cannot be read.
+
+    Either side of an approximation (`\\frac{1}{3} \\approx 0.33`) will do.
+    """
+    sides, true_sides = ([_parse(side) for side in _APPROXIMATELY.split(text)] for text in (answer, truth))
+    return any(_equal(side[0], true_side[0]) for side in sides for true_side in true_sides if side and true_side)
 
 
 def _equal(answer: Basic | MatrixBase, truth: Basic | MatrixBase) -> bool:
