@@ -126,6 +126,15 @@ def exact(number: Rational | Float) -> Fraction:
     return Fraction(int(number.p), int(number.q))
 
 
+def is_rational(formula: Expr) -> bool:
+    """Whether a formula is made of rational numbers by rational operations, as far as it shows."""
+    if isinstance(formula, Pow) and isinstance(formula.exp, Rational) and formula.exp.q > 1:
+        return False
+    if formula.is_Atom:
+        return isinstance(formula, Rational | Float | Symbol)
+    return isinstance(formula, Add | Mul | Pow | factorial | binomial) and all(map(is_rational, formula.args))
+
+
 def bits(formula: Expr, point: Point) -> int:
     """About how many bits the exact value of a rational formula takes, numerator and denominator together.
 

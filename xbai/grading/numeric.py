@@ -18,10 +18,13 @@ from xbai.grading.evaluator import (
     UnsupportedError,
     bits,
     exact,
+    is_rational,
 )
 
 LARGEST_EXACT_BITS = 50_000
-"""Numbers up to this size are compared as exactly as rational numbers need."""
+"""Rational numbers up to this size are compared exactly."""
+LARGEST_IRRATIONAL_BITS = 3_000
+"""Others up to this size are compared to as many digits as rational ones would need."""
 RELATIVE_BITS = 2_000
 """Beyond it, numbers are compared to this many leading bits."""
 
@@ -76,25 +79,36 @@ def _approximates(decimal: Fraction, formula: Expr) -> bool:
 
 
 def _same_functions(first: Expr, second: Expr, names: list[str]) -> bool | None:
-    real = not (_is_complex(first) or _is_complex(second))
+    in_reals = not (_is_complex(first) or _is_complex(second))
+    same = _agree_at_points(first, second, names, real=True) if in_reals else None
+    # Formulas like the square root of -x have principal values.
+    return _agree_at_points(first, second, names, real=False) if same is None else same
+
+
+def _agree_at_points(first: Expr, second: Expr, names: list[str], real: bool) -> bool | None:
+    """Whether two functions agree where both are defined; None where that is at too few of the points."""
     negative = real and (_is_signed(first) or _is_signed(second))
     # ln x leaves out what ln |x| is meant for.
     domain_counts = _has_absolute_value(first) != _has_absolute_value(second)
-    agreed = 0
+    agreed, too_large = 0, False
     for point in _points(names, negative):
         try:
-            if not _agree(first, second, point, real):
+            defined = [_is_defined(formula, point, real) for formula in (first, second)]
+            if all(defined):
+                if not _agree(first, second, point, real):
+                    return False
+                agreed += 1
+            elif any(defined) and domain_counts:
                 return False
-        except UndefinedError:
-            if domain_counts and _is_defined(first, point, real) != _is_defined(second, point, real):
-                return False
+        except UndefinedError:  # As it turned out at more digits.
             continue
         except TooLargeError:
-            continue
-        agreed += 1
+            too_large = True
         if agreed == SAMPLES:
             return True
-    return True if agreed >= FEWEST_SAMPLES else None
+    if agreed >= FEWEST_SAMPLES:
+        return True
+    return False if too_large else None
 
 
 def _points(names: list[str], negative: bool) -> Iterator[Point]:
@@ -131,7 +145,8 @@ def _agree(first: Expr, second: Expr, point: Point, real: bool) -> bool:
         UndefinedError: one of them has no value there.
     """
     size = bits(first, point) + bits(second, point)
-    if size <= LARGEST_EXACT_BITS:
+    rational = is_rational(first) and is_rational(second)
+    if size <= (LARGEST_EXACT_BITS if rational else LARGEST_IRRATIONAL_BITS):
         with workprec(3 * size + 300):
             evaluate = Evaluator(point, real)
             return abs(evaluate(first) - evaluate(second)) <= mp.ldexp(1, -size - 100)

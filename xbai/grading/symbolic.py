@@ -16,6 +16,7 @@ from sympy import (
     Sum,
     Symbol,
     nan,
+    oo,
     simplify,
     zoo,
 )
@@ -32,6 +33,7 @@ _REPEATING = re.compile(r"\d*\.\d*\\overline\s*\{\d+\}")
 _MIXED = re.compile(r"(?<![\d.^_}\\A-Za-z])(\d+)\s*(\\frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\})")
 _PRODUCT = re.compile(r"((?<![\d.^_}\\A-Za-z])\d+)\s*(?=\\binom(?![A-Za-z])|\(\d+\))")
 _LARGE_BINOMIAL = re.compile(r"\\binom\s*\{\s*(\d{5,})\s*\}\s*\{\s*(\d+)\s*\}")
+_INFINITE = (oo, -oo, zoo, nan)
 _TO_BE_DONE = (Sum, Product, Integral, Derivative, Limit)
 
 
@@ -61,9 +63,18 @@ def _same_formulas(answer: Expr, truth: Expr) -> bool:
     is_name = isinstance(answer, Symbol) or isinstance(truth, Symbol)
     if answer == truth or (is_name and _verified(answer, truth)):
         return True
+    if answer.has(*_INFINITE) or truth.has(*_INFINITE):
+        return answer.has(*_INFINITE) and truth.has(*_INFINITE) and answer.doit() == truth.doit()
     answer, truth = (formula.doit() if formula.has(*_TO_BE_DONE) else formula for formula in (answer, truth))
     same = same_values(answer, truth)
-    return simplify(answer - truth).is_zero is True if same is None else same
+    return _differ_by_zero(answer, truth) if same is None else same
+
+
+def _differ_by_zero(answer: Expr, truth: Expr) -> bool:
+    try:
+        return simplify(answer - truth).is_zero is True
+    except Exception:  # Of any kind, where a formula makes no sense, like a matrix plus a number.
+        return False
 
 
 def _verified(answer: Basic | MatrixBase, truth: Basic | MatrixBase) -> bool:
