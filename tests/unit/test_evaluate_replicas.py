@@ -83,18 +83,23 @@ def test_the_oldest_request_is_served_first_and_cancelled_ones_leave_no_trace() 
     async def run() -> list[int]:
         replicas = Replicas(["http://a"], 1)
         served: list[int] = []
+        begun = {ticket: asyncio.Event() for ticket in (5, 3, 4, 1)}
+        may_end = {ticket: asyncio.Event() for ticket in begun}
 
         async def use(ticket: int) -> None:
             async with replicas.lease(ticket, weight=2):
                 served.append(ticket)
-                await asyncio.sleep(0.01)
+                begun[ticket].set()
+                await may_end[ticket].wait()
 
-        tasks = [asyncio.create_task(use(ticket)) for ticket in (5, 3, 4, 1)]
-        await asyncio.sleep(0)
-        tasks[2].cancel()
-        await asyncio.sleep(0.015)
-        tasks[3].cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        tasks = {ticket: asyncio.create_task(use(ticket)) for ticket in begun}
+        await begun[5].wait()
+        tasks[4].cancel()
+        may_end[5].set()
+        await begun[1].wait()
+        tasks[1].cancel()
+        may_end[3].set()
+        await asyncio.gather(*tasks.values(), return_exceptions=True)
         assert (replicas.all[0].in_flight, replicas.all[0].outstanding) == (0, 0)
         return served
 

@@ -1,6 +1,7 @@
 """Metrics reach their files, and a resumed run leaves no duplicated step."""
 
 import json
+import time
 
 import pytest
 
@@ -70,8 +71,12 @@ def test_wandb_takes_the_steps_that_a_resumed_run_repeats(tmp_path, monkeypatch)
     with _track(tmp_path, ["wandb"]) as tracking:
         for step in (5, 4, 6):
             tracking.log({"reward": step + 0.125}, step)
-    content = next(tmp_path.glob("wandb/offline-run-*/*.wandb")).read_bytes()
-    assert all(reward in content for reward in (b"5.125", b"4.125", b"6.125"))
+    file = next(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    # wandb's service may still be writing when a run has finished.
+    deadline = time.monotonic() + 60
+    while not all(reward in file.read_bytes() for reward in (b"5.125", b"4.125", b"6.125")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_unknown_logger_is_named(tmp_path):
