@@ -45,9 +45,7 @@ class ModelFiles:
         config = check_model_folder(folder)
         paths = [*filter(_travels, folder.iterdir()), *folder.glob("additional_chat_templates/*.jinja")]
         contents = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(paths)}
-        stored = stored_dtypes(folder)
-        dtype = config.get("dtype") or config.get("torch_dtype") or (stored.pop() if len(stored) == 1 else None)
-        return cls(contents, dtype)
+        return cls(contents, config.get("dtype") or config.get("torch_dtype") or _only(stored_dtypes(folder)))
 
     def write(self, folder: str | Path, dtype: str | None = None) -> None:
         """Write the files into a folder that exists.
@@ -115,6 +113,10 @@ def stored_dtypes(folder: str | Path) -> set[str]:
         with safe_open(file, framework="pt") as tensors:
             stored |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 (not a dict)
     return {STORED_DTYPES.get(name, name) for name in stored}
+
+
+def _only(names: set[str]) -> str | None:
+    return next(iter(names)) if len(names) == 1 else None
 
 
 def _travels(path: Path) -> bool:

@@ -3,6 +3,7 @@
 #
 #   bash model_merger.sh LOCAL_DIR TARGET_DIR [--dtype bfloat16]
 #   LOCAL_DIR=checkpoints/P/E TARGET_DIR=out bash model_merger.sh
+#   bash model_merger.sh [merge --backend fsdp --use_score] --local_dir LOCAL_DIR --target_dir TARGET_DIR
 #
 # LOCAL_DIR: a checkpoint (.../global_step_N/actor or .../global_step_N), or an experiment's folder, whose latest
 # checkpoint is taken. Relative folders count from here, or else from the repository root.
@@ -10,6 +11,14 @@ set -euo pipefail
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$scripts/../.." && pwd)
 
+if [[ -z ${PYTHON:-} ]]; then
+    PYTHON=python
+    [[ -z ${VIRTUAL_ENV:-} && -x ${XBAI_VENV:-$root/.venv}/bin/python ]] && PYTHON=${XBAI_VENV:-$root/.venv}/bin/python
+fi
+
+if [[ " $*" == *" --local_dir"* ]]; then
+    exec "$PYTHON" "$scripts/model_merger.py" "$@"
+fi
 if (($# >= 2)) && [[ $1 != -* && $2 != -* ]]; then
     LOCAL_DIR=$1 TARGET_DIR=$2
     shift 2
@@ -32,8 +41,4 @@ if [[ $LOCAL_DIR != /* && ! -e $LOCAL_DIR && -e $root/$LOCAL_DIR ]]; then
     [[ $TARGET_DIR == /* ]] || TARGET_DIR=$root/$TARGET_DIR
 fi
 
-if [[ -z ${PYTHON:-} ]]; then
-    PYTHON=python
-    [[ -z ${VIRTUAL_ENV:-} && -x ${XBAI_VENV:-$root/.venv}/bin/python ]] && PYTHON=${XBAI_VENV:-$root/.venv}/bin/python
-fi
 exec "$PYTHON" "$scripts/model_merger.py" --local_dir "$LOCAL_DIR" --target_dir "$TARGET_DIR" "$@"

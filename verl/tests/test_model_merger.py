@@ -85,7 +85,7 @@ def test_the_latest_checkpoint_becomes_the_same_model(experiment: tuple[Path, Pa
     assert config == load_sprm_config(source, AutoTokenizer.from_pretrained(source))
     heads = [load_score_head(path, 64, config).state_dict() for path in (source, merged)]
     assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
-    result = run_shell(folder, merged)
+    result = run_shell("merge", "--backend", "fsdp", "--use_score", "--local_dir", folder, "--target_dir", merged)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == f"error: {merged} exists already; remove it or choose another --target_dir"
 

@@ -317,6 +317,8 @@ def _check_score(config: DictConfig, shape: Mapping[str, Any], not_found: Callab
 
 def _check_files(config: DictConfig, not_found: Callable[[str], None]) -> None:
     needed = [config.data.prompt_key, config.data.reward_fn_key, "reward_model"]
+    if not config.data.train_files:
+        raise UserError(f"data.train_files={config.data.train_files} names no file")
     for key in ("train_files", "val_files"):
         for file in file_list(config.data[key]):
             if not Path(file).is_file():

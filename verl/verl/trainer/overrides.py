@@ -25,7 +25,7 @@ def read_overrides(overrides: Sequence[str], defaults: Mapping[str, Any]) -> lis
 
     Raises:
         UserError: a key of the public trainers that cannot act, with what to write; an empty value that could mean
-            anything; a key that is to be removed.
+            anything; a key that is to be removed, or gets several values.
         OverrideParseException: an override that is none.
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -35,9 +35,13 @@ def read_overrides(overrides: Sequence[str], defaults: Mapping[str, Any]) -> lis
 def _read(override: Override, defaults: Mapping[str, Any]) -> Iterator[str]:
     """What one override becomes: nothing where it asks for what is so anyway."""
     given = override.get_key_element().lstrip("+~")
-    key, value, text = RENAMED.get(given, given), override.value(), override.get_value_element_as_str()
+    if not given:
+        raise UserError(f"{override.input_line!r} names no key (is a variable of the shell not set?)")
     if override.is_delete():
         raise UserError(f"~{given}: a key cannot be removed; set it, to null where that means something")
+    if override.is_sweep_override():
+        raise UserError(f"{override.input_line} gives several values; write a list in [], a text with commas in quotes")
+    key, value, text = RENAMED.get(given, given), override.value(), override.get_value_element_as_str()
     if key not in defaults and key not in EXTRA_KEYS:
         yield from _of_upstream(override, key, value)
         return

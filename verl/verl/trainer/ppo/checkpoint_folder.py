@@ -89,8 +89,12 @@ class CheckpointFolder:
     def rehearse(self) -> Iterator[Path]:
         """Yield an empty folder to fill, which is no checkpoint and is removed again."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".global_step_try_", suffix=".tmp", dir=self.folder) as temporary:
-            yield Path(temporary)
+        # What a network file system holds on to for a while is no reason to refuse a run; `prepare` removes it later.
+        temporary = TemporaryDirectory(
+            prefix=".global_step_try_", suffix=".tmp", dir=self.folder, ignore_cleanup_errors=True
+        )
+        with temporary as folder:
+            yield Path(folder)
 
     @contextmanager
     def write(self, step: int) -> Iterator[Path]:
