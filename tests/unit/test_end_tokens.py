@@ -12,6 +12,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from xbai.engine.end_tokens import end_token_ids, turn_end_id
+from xbai.errors import UserError
 
 MESSAGE = "{{ '<|im_start|>' + m.role + '\n' + m.content }}"
 EACH = "{% for m in messages %}"
@@ -55,6 +56,8 @@ def test_the_end_of_a_turn_is_a_token_of_the_template(
         (None, [7, 8], "<|endoftext|>", None, {7, 8, 256}),
         ({}, None, "<|endoftext|>", EACH + MESSAGE + "<|im_end|>\n{% endfor %}", {256, 258}),
         ({"eos_token_id": 258}, 256, "<|endoftext|>", EACH + MESSAGE + "<|im_end|>\n{% endfor %}", {256, 258}),
+        # What transformers refuses to read.
+        ({"eos_token_id": 5, "num_return_sequences": 4}, 7, "<|im_end|>", None, {5, 7, 258}),
         (None, None, None, None, set()),
     ],
 )
@@ -89,3 +92,10 @@ def test_an_end_that_is_no_end_of_sequence_is_said_once(
     for _ in range(2):
         end_token_ids(f"{in_a_rank}", Qwen3Config(), tokenizer)
     assert [("<|im_end|> (id 258) ends a response too" in line) for line in caplog.messages] == [True][in_a_rank:]
+
+
+@pytest.mark.parametrize("content", ['{"eos', "[258]"])
+def test_a_damaged_file_is_named(content: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"generation_config\.json: not a JSON object \([^\n]+\)$"):
+        end_token_ids(tmp_path, Qwen3Config(), tiny_tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from functools import cache
 from pathlib import Path
@@ -25,15 +26,12 @@ def end_token_ids(model_path: str | Path, config: PretrainedConfig, tokenizer: P
 
     The ends of sequence of `generation_config.json`, `config.json` and the tokenizer, and what the chat template ends
     a turn with: a model that was taught turns goes on with the next one, where that is no end of sequence.
-    """
-    from transformers import GenerationConfig
 
-    sources = [config, tokenizer]
-    if (Path(model_path) / "generation_config.json").is_file():
-        sources.append(GenerationConfig.from_pretrained(str(model_path), local_files_only=True))
+    Raises:
+        UserError: a `generation_config.json` that is none.
+    """
     ids: set[int] = set()
-    for source in sources:
-        listed = source.eos_token_id
+    for listed in (config.eos_token_id, tokenizer.eos_token_id, _eos_for_generation(Path(model_path))):
         ids |= {*(listed if isinstance(listed, (list, tuple)) else [listed])} - {None}
     turn_end = turn_end_id(tokenizer)
     if turn_end is not None and turn_end not in ids:
@@ -45,6 +43,17 @@ def end_token_ids(model_path: str | Path, config: PretrainedConfig, tokenizer: P
             )
         ids.add(turn_end)
     return sorted(ids)
+
+
+def _eos_for_generation(model_path: Path) -> int | list[int] | None:
+    """What `generation_config.json` says; read without transformers, which refuses files whose other fields clash."""
+    path = model_path / "generation_config.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text()).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a JSON object ({error})") from None
 
 
 def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -154,7 +154,8 @@ def _checked(checkpoint: Path, named_by: str) -> Path:
         raise UserError(
             f"{named_by} names {checkpoint}, a checkpoint of verl's FSDP trainer, which cannot be gone on from here; "
             f"merge it first (python verl/scripts/model_merger.py --local_dir {checkpoint} --target_dir MODEL), then "
-            "start from the model (actor_rollout_ref.model.path=MODEL trainer.resume_mode=disable)"
+            "start from the model, in a folder of its own (actor_rollout_ref.model.path=MODEL trainer.resume_mode=auto "
+            "trainer.default_local_dir=NEW)"
         )
     step_of(checkpoint)
     if not (checkpoint / TRAINER_STATE_FILE).is_file() or not (checkpoint / "actor").is_dir():
