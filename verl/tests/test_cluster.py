@@ -109,7 +109,6 @@ def start_here(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
     [
         ({"TMPDIR": f"{{folder}}/{LONG_NAME}"}, "(RAY_TMPDIR, or else TMPDIR), is too long for its sockets"),
         ({"RAY_TMPDIR": "{folder}/file"}, "{folder}/file/ray: Not a directory; set RAY_TMPDIR to a folder that can be"),
-        ({"RAY_TMPDIR": "scratch"}, "'scratch' (RAY_TMPDIR, or else TMPDIR) is no whole path, which Ray needs"),
         (
             {"HOME": "{folder}/file", "RAY_AUTH_MODE": "token"},
             "Ray cannot start: [Errno 20] Not a directory: '{folder}/",
@@ -124,7 +123,15 @@ def test_why_ray_does_not_start_here_is_one_line(variables, said, start_here, tm
     assert said.format(folder=tmp_path) in done.stderr
 
 
-@pytest.mark.slow
+def test_a_folder_for_ray_is_a_whole_path(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", "scratch")
+    config = {"trainer": {"nnodes": 1, "device": "cpu", "n_gpus_per_node": 1}, "ray_init": {"num_cpus": 1}}
+    with pytest.raises(UserError, match=r"^'scratch' \(RAY_TMPDIR, or else TMPDIR\) is no whole path, which Ray needs"):
+        start_ray(OmegaConf.create(config))
+
+
+@pytest.mark.long
 def test_a_short_folder_for_ray_is_all_that_a_long_tmpdir_needs(start_here, tmp_path: Path):
     done = start_here(TMPDIR=f"{tmp_path}/{LONG_NAME}", RAY_TMPDIR="/tmp")
     assert (done.returncode, done.stdout) == (0, "a task ran"), done.stderr
