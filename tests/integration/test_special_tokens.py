@@ -124,6 +124,8 @@ def test_the_text_has_the_score_of_the_tokens(engine: Engine) -> None:
         ("<|endoftext|>", f"{WHOLE}e"),
         (("<|im_start|>", "c"), "<think>ab.\n\n"),
         ("</think>", "<think>ab.\n\nc"),
+        ("</think>d", "<think>ab.\n\nc"),
+        ("\n\nc</think>", "<think>ab."),
         ("<think>", ""),
         ("b", "<think>a"),
     ],
@@ -143,7 +145,7 @@ def test_a_stop_string_wins_over_the_same_stop_token(engine: Engine) -> None:
     assert answer(engine, stop_token_ids=ends[1:], ignore_eos=True) == (WHOLE, "stop_token")
 
 
-@pytest.mark.parametrize("stop", ["<|im_end|>\n", " <|im_end|>", "d<|im_end|>", "<|im_end|><|im_start|>", "</think>d"])
+@pytest.mark.parametrize("stop", ["<|im_end|>\n", " <|im_end|>", "d<|im_end|>", "<|im_end|><|im_start|>"])
 def test_a_special_token_beside_other_text_is_refused(engine: Engine, stop: str) -> None:
     with pytest.raises(UserError, match=r"^stop: .* holds the special token <.*>, .*stop_token_ids"):
         answer(engine, stop=("fine", stop))

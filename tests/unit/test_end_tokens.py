@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerFast, Qwen3Config
+from transformers import PreTrainedTokenizerFast
 
 from xbai.engine.end_tokens import end_token_ids, turn_end_id
 from xbai.errors import UserError
@@ -52,18 +52,27 @@ def test_the_end_of_a_turn_is_a_token_of_the_template(
 @pytest.mark.parametrize(
     ("generation_config", "config", "eos", "template", "ends"),
     [
-        ({"eos_token_id": [5, 6]}, 7, "<|im_end|>", None, {5, 6, 7, 258}),
-        (None, [7, 8], "<|endoftext|>", None, {7, 8, 256}),
-        ({}, None, "<|endoftext|>", EACH + MESSAGE + "<|im_end|>\n{% endfor %}", {256, 258}),
-        ({"eos_token_id": 258}, 256, "<|endoftext|>", EACH + MESSAGE + "<|im_end|>\n{% endfor %}", {256, 258}),
+        ({"eos_token_id": [5, 6]}, {"eos_token_id": 7}, "<|im_end|>", None, {5, 6, 7, 258}),
+        (None, {"eos_token_id": [7, 8]}, "<|endoftext|>", None, {7, 8, 256}),
+        ({}, {}, "<|endoftext|>", EACH + MESSAGE + "<|im_end|>\n{% endfor %}", {256, 258}),
+        # Not 2, which is transformers' default for this family.
+        ({}, {"model_type": "llama"}, "<|endoftext|>", None, {256}),
+        ({"eos_token_id": None}, {"model_type": "llama", "eos_token_id": None}, "<|endoftext|>", None, {256}),
+        (
+            {"eos_token_id": 258},
+            {"eos_token_id": 256},
+            "<|endoftext|>",
+            EACH + MESSAGE + "<|im_end|>\n{% endfor %}",
+            {256, 258},
+        ),
         # What transformers refuses to read.
-        ({"eos_token_id": 5, "num_return_sequences": 4}, 7, "<|im_end|>", None, {5, 7, 258}),
+        ({"eos_token_id": 5, "num_return_sequences": 4}, {"eos_token_id": 7}, "<|im_end|>", None, {5, 7, 258}),
         (None, None, None, None, set()),
     ],
 )
 def test_all_that_ends_a_response_is_taken_together(
     generation_config: dict | None,
-    config: int | list[int] | None,
+    config: dict | None,
     eos: str | None,
     template: str | None,
     ends: set[int],
@@ -72,9 +81,19 @@ def test_all_that_ends_a_response_is_taken_together(
 ) -> None:
     tokenizer = with_template(tiny_tokenizer, template)
     tokenizer.eos_token = eos
-    if generation_config is not None:
-        (tmp_path / "generation_config.json").write_text(json.dumps(generation_config))
-    assert end_token_ids(tmp_path, Qwen3Config(eos_token_id=config), tokenizer) == sorted(ends)
+    for name, content in (("generation_config.json", generation_config), ("config.json", config)):
+        if content is not None:
+            (tmp_path / name).write_text(json.dumps(content))
+    assert end_token_ids(tmp_path, tokenizer) == sorted(ends)
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "not valid JSON"), ("[]", "expected a JSON object")])
+def test_a_damaged_file_is_named(
+    content: str, message: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(UserError, match=rf"generation_config\.json: {message}"):
+        end_token_ids(tmp_path, tiny_tokenizer)
 
 
 @pytest.mark.parametrize("in_a_rank", [False, True])
@@ -86,16 +105,9 @@ def test_an_end_that_is_no_end_of_sequence_is_said_once(
 ) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: in_a_rank)
     tokenizer = with_template(tiny_tokenizer, EACH + MESSAGE + "<|im_end|>\n{% endfor %}")
-    end_token_ids("in order", Qwen3Config(), tokenizer)
+    end_token_ids("in order", tokenizer)
     assert not caplog.messages
     tokenizer.eos_token = "<|endoftext|>"
     for _ in range(2):
-        end_token_ids(f"{in_a_rank}", Qwen3Config(), tokenizer)
+        end_token_ids(f"{in_a_rank}", tokenizer)
     assert [("<|im_end|> (id 258) ends a response too" in line) for line in caplog.messages] == [True][in_a_rank:]
-
-
-@pytest.mark.parametrize("content", ['{"eos', "[258]"])
-def test_a_damaged_file_is_named(content: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    (tmp_path / "generation_config.json").write_text(content)
-    with pytest.raises(UserError, match=r"generation_config\.json: not a JSON object \([^\n]+\)$"):
-        end_token_ids(tmp_path, Qwen3Config(), tiny_tokenizer)

@@ -18,15 +18,14 @@ class Detokenizer:
     A text without its tags would lose where thinking ends: to the step rule, and to graders.
 
     Attributes:
-        special: text of each special token, by id.
         keeps_special: whether a think tag is one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self.special: dict[int, str] = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        self._left_out = {i for i, text in self.special.items() if text not in (THINK_OPEN, THINK_CLOSE)}
-        self.keeps_special = len(self._left_out) < len(self.special)
+        special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._left_out = {i: text for i, text in special.items() if text not in (THINK_OPEN, THINK_CLOSE)}
+        self.keeps_special = len(self._left_out) < len(special)
 
     def __call__(self, token_ids: Sequence[int]) -> str:
         """The text."""
@@ -35,14 +34,14 @@ class Detokenizer:
         return self._tokenizer.decode([i for i in token_ids if i not in self._left_out])
 
     def stop_ids(self, stop: Sequence[str]) -> set[int]:
-        """The tokens that stop strings stand for which are special tokens: none of those is in a text.
+        """The tokens of those stop strings that no text has, since they are special tokens.
 
         Raises:
-            UserError: a special token with other text beside it.
+            UserError: one of these with other text beside it.
         """
         ids = set()
         for string in stop:
-            within = {i: text for i, text in self.special.items() if text and text in string}
+            within = {i: text for i, text in self._left_out.items() if text and text in string}
             exact = {i for i, text in within.items() if text == string}
             if within and not exact:
                 i, text = max(within.items(), key=lambda item: len(item[1]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from functools import cache
 from pathlib import Path
@@ -10,29 +9,31 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from xbai.engine.files import read_json
 from xbai.errors import UserError
 from xbai.prompts import apply_chat_template
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
 _ANSWER = "Indeed"
 
 
-def end_token_ids(model_path: str | Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_token_ids(model_path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every id that ends a response, in ascending order.
 
     The ends of sequence of `generation_config.json`, `config.json` and the tokenizer, and what the chat template ends
     a turn with: a model that was taught turns goes on with the next one, where that is no end of sequence.
 
     Raises:
-        UserError: a `generation_config.json` that is none.
+        UserError: one of the files is no JSON object.
     """
-    ids: set[int] = set()
-    for listed in (config.eos_token_id, tokenizer.eos_token_id, _eos_for_generation(Path(model_path))):
-        ids |= {*(listed if isinstance(listed, (list, tuple)) else [listed])} - {None}
+    files = (Path(model_path) / name for name in ("config.json", "generation_config.json"))
+    # From the files: where they name none, transformers has defaults for families of models, of other vocabularies.
+    listed = [tokenizer.eos_token_id, *(read_json(file).get("eos_token_id") for file in files if file.is_file())]
+    ids = {i for ends in listed for i in (ends if isinstance(ends, list) else [ends]) if i is not None}
     turn_end = turn_end_id(tokenizer)
     if turn_end is not None and turn_end not in ids:
         token = tokenizer.convert_ids_to_tokens(turn_end)
@@ -43,17 +44,6 @@ def end_token_ids(model_path: str | Path, config: PretrainedConfig, tokenizer: P
             )
         ids.add(turn_end)
     return sorted(ids)
-
-
-def _eos_for_generation(model_path: Path) -> int | list[int] | None:
-    """What `generation_config.json` says; read without transformers, which refuses files whose other fields clash."""
-    path = model_path / "generation_config.json"
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text()).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a JSON object ({error})") from None
 
 
 def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

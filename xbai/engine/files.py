@@ -54,12 +54,24 @@ def check_model_folder(model_path: str | Path) -> dict[str, Any]:
         UserError: not a folder with a readable `config.json`.
     """
     path = Path(model_path) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a local Hugging Face model folder")
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object in a file.
+
+    Raises:
+        UserError: the file cannot be read, or holds none.
+    """
     try:
-        return json.loads(path.read_text())
-    except OSError:
-        raise UserError(f"{path}: no such file; give a local Hugging Face model folder") from None
-    except ValueError as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {value!r:.60}")
+    return value
 
 
 def read_config(model_path: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:

@@ -85,7 +85,7 @@ class HFEngine(Engine):
             head = load_score_head(model_path, config.hidden_size, sprm_config)
             scorer = Scorer(truncate_backbone(model.model), head, sprm_config.step_rule)
         length = resolve_max_model_len(max_model_len, config)
-        end_ids = end_token_ids(model_path, config, tokenizer)
+        end_ids = end_token_ids(model_path, tokenizer)
         super().__init__(config, tokenizer, length, scorer, seed, trust_remote_code, end_ids)
         self.max_num_seqs = max_num_seqs
         self._max_cache_slots = max_cache_slots

@@ -93,7 +93,7 @@ class VLLMEngine(Engine):
         length = resolve_max_model_len(max_model_len, config)
         torch_dtype = resolve_dtype(dtype, config)
         logits_dtype = resolve_head_dtype(head_dtype, torch_dtype)
-        end_ids = end_token_ids(model_path, config, tokenizer)
+        end_ids = end_token_ids(model_path, tokenizer)
         super().__init__(config, tokenizer, length, None, seed, trust_remote_code, end_ids)
         self._load_scorer = partial(
             Scorer.from_folder, model_path, dtype=dtype, lang=lang, trust_remote_code=trust_remote_code

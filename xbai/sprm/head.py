@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +95,7 @@ def load_sprm_config(folder: str | Path, tokenizer: PreTrainedTokenizerBase, lan
         raise UserError(f"{path}: not a valid SPRM configuration ({error})") from error
     if lang is not None and lang != config.step_rule.lang:
         raise UserError(f"{path}: the head was trained with lang={config.step_rule.lang}, not lang={lang}")
-    return config
+    return replace(config, step_rule=config.step_rule.with_tag_pieces(tokenizer))
 
 
 def load_score_head(path: str | Path, hidden_size: int, config: SPRMConfig | None = None) -> ScoreHead:

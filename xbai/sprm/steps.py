@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +31,7 @@ class StepRule:
         step_ids: token ids that end a step.
         think_open_id, think_close_id: ids of `<think>` and `</think>`; None where the tokenizer has no single token.
         generation_prompt: what the chat template puts before a response, to find where one begins in a bare text.
-        tag_pieces: the tokens that tags without a token of their own may be made of.
+        tag_pieces: the tokens that tags without a token of their own may be made of; from the tokenizer, never stored.
     """
 
     lang: str
@@ -50,25 +50,28 @@ class StepRule:
         """
         if lang not in _STEP_IDS:
             raise UserError(f"step rule: lang={lang!r} is unknown, use one of {sorted(_STEP_IDS)}")
-        open_id, close_id = (single_id(tokenizer, tag) for tag in (THINK_OPEN, THINK_CLOSE))
-        return cls(
+        rule = cls(
             lang=lang,
             step_ids=_STEP_IDS[lang](tokenizer),
-            think_open_id=open_id,
-            think_close_id=close_id,
+            think_open_id=single_id(tokenizer, THINK_OPEN),
+            think_close_id=single_id(tokenizer, THINK_CLOSE),
             generation_prompt=_generation_prompt(tokenizer),
-            tag_pieces=tag_pieces(tokenizer) if None in (open_id, close_id) else (),
         )
+        return rule.with_tag_pieces(tokenizer)
+
+    def with_tag_pieces(self, tokenizer: PreTrainedTokenizerBase) -> StepRule:
+        """The rule with `tag_pieces`, where it needs any."""
+        needs_some = None in (self.think_open_id, self.think_close_id)
+        return replace(self, tag_pieces=tag_pieces(tokenizer) if needs_some else ())
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready form, read back by `from_dict`."""
-        return asdict(self)
+        """A JSON-ready form of what is stored."""
+        return {name: value for name, value in asdict(self).items() if name != "tag_pieces"}
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> StepRule:
-        """The inverse of `to_dict`."""
-        pieces = tuple((i, text) for i, text in value.get("tag_pieces", ()))
-        return cls(**{**value, "step_ids": tuple(value["step_ids"]), "tag_pieces": pieces})
+        """The inverse of `to_dict`; `with_tag_pieces` adds what is not stored."""
+        return cls(**{**value, "step_ids": tuple(value["step_ids"])})
 
 
 def _step_ids_en(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

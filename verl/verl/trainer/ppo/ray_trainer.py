@@ -69,8 +69,8 @@ class RayPPOTrainer:
         self._rollout, self._world_size = config.actor_rollout_ref.rollout, _world_size(config)
         model = config.actor_rollout_ref.model
         self.tokenizer = load_tokenizer(model.path, model.trust_remote_code)
-        model_config = read_config(model.path, model.trust_remote_code)
-        self._end_token_ids = end_token_ids(model.path, model_config, self.tokenizer)
+        read_config(model.path, model.trust_remote_code)  # One that transformers does not know is refused here.
+        self._end_token_ids = end_token_ids(model.path, self.tokenizer)
         if config.actor_rollout_ref.use_score:
             load_sprm_config(model.path, self.tokenizer, config.actor_rollout_ref.score.lang)
         self._load_data()
