@@ -93,6 +93,25 @@ def apply_chat_template(
         raise UserError(f"{place}: the chat template fails{line}: {type(error).__name__}: {said}") from error
 
 
+def example_text(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool
+) -> str:
+    """What the chat template makes of a conversation that stands for any, behind a system message where it wants one.
+
+    Raises:
+        TemplateRefusalError, UserError: as of `apply_chat_template`.
+    """
+    place = tokenizer.name_or_path
+    try:
+        return apply_chat_template(tokenizer, messages, place, add_generation_prompt=add_generation_prompt)
+    except TemplateRefusalError as refusal:
+        behind_system = [{"role": "system", "content": "Be brief."}, *messages]
+        try:
+            return apply_chat_template(tokenizer, behind_system, place, add_generation_prompt=add_generation_prompt)
+        except UserError:
+            raise refusal from None
+
+
 def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Any, place: str = "prompt") -> str:
     """The chat template applied to `messages`, up to where the response begins.
 

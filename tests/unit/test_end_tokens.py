@@ -16,6 +16,7 @@ from xbai.errors import UserError
 
 MESSAGE = "{{ '<|im_start|>' + m.role + '\n' + m.content }}"
 EACH = "{% for m in messages %}"
+WANTS_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('needs a system message') }}{% endif %}"
 
 
 def with_template(tokenizer: PreTrainedTokenizerFast, template: str | None) -> PreTrainedTokenizerFast:
@@ -29,6 +30,7 @@ def with_template(tokenizer: PreTrainedTokenizerFast, template: str | None) -> P
     [
         (EACH + MESSAGE + "<|im_end|>\n{% endfor %}", "<|im_end|>"),
         (EACH + MESSAGE + " <|im_end|>{% endfor %}", "<|im_end|>"),
+        (WANTS_SYSTEM + EACH + MESSAGE + "<|im_end|>{% endfor %}", "<|im_end|>"),
         (EACH + MESSAGE + "<|im_end|>\n{% endfor %}<|endoftext|>", "<|im_end|>"),
         (EACH + MESSAGE + "{% if m.role == 'assistant' %}<|endoftext|>{% endif %}{% endfor %}", "<|endoftext|>"),
         (EACH + MESSAGE + "<end_of_turn>\n{% endfor %}", "<end_of_turn>"),

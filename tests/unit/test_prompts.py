@@ -82,7 +82,6 @@ def test_messages_are_the_same_read_twice() -> None:
     [
         REFUSES,
         "{% if not add_generation_prompt %}{{ raise_exception('the last one must answer') }}{% endif %}A:",
-        "{% if messages[0].role != 'system' %}{{ raise_exception('needs a system message') }}{% endif %}A:",
     ],
 )
 def test_a_template_that_refuses_a_bare_question_does_not_say_what_opens_a_response(
@@ -92,6 +91,13 @@ def test_a_template_that_refuses_a_bare_question_does_not_say_what_opens_a_respo
         rule = StepRule.from_tokenizer(with_template(tiny_tokenizer, template))
     assert rule.generation_prompt == ""
     assert len(caplog.messages) == 1 and "the chat template refuses it: " in caplog.text
+
+
+def test_a_template_that_wants_a_system_message_gets_one(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    wants = "{% if messages[0].role != 'system' %}{{ raise_exception('needs a system message') }}{% endif %}"
+    rule = StepRule.from_tokenizer(with_template(tiny_tokenizer, wants + tiny_tokenizer.chat_template))
+    assert rule == StepRule.from_tokenizer(tiny_tokenizer)
+    assert rule.generation_prompt
 
 
 @pytest.mark.parametrize("template", ["{% for m in messages %}", "{{ messages|shout }}", "{{ messages[0].x.y }}"])

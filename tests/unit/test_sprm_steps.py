@@ -133,9 +133,10 @@ class FakeTokenizer:
 
 
 def test_en_rule_is_the_single_delimiter_token():
-    rule = StepRule.from_tokenizer(FakeTokenizer(["a", ".\n\n", "<think>", *"</think>"]), "en")
+    tokenizer = FakeTokenizer(["a", ".\n\n", "<think>", *"</think>"])
+    rule = StepRule.from_tokenizer(tokenizer, "en")
     assert (rule.step_ids, rule.think_open_id, rule.think_close_id) == ((1,), 2, None)
-    assert StepRule.from_dict(rule.to_dict()) == rule
+    assert StepRule.from_dict(rule.to_dict()).with_tag_pieces(tokenizer) == rule
 
 
 def test_en_rule_without_the_token_names_the_alternative():

@@ -11,7 +11,7 @@ import torch
 
 from xbai.engine.files import read_json
 from xbai.errors import UserError
-from xbai.prompts import apply_chat_template
+from xbai.prompts import example_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,7 +52,7 @@ def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     messages = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        text = apply_chat_template(tokenizer, messages, tokenizer.name_or_path, add_generation_prompt=False)
+        text = example_text(tokenizer, messages, add_generation_prompt=False)
     except UserError:  # It may want other messages; what it says of a user's is for whoever makes prompts.
         return None
     _, found, after = text.rpartition(_ANSWER)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from xbai.errors import UserError
-from xbai.prompts import TemplateRefusalError, apply_chat_template
+from xbai.prompts import TemplateRefusalError, example_text
 from xbai.sprm.tags import THINK_CLOSE, THINK_OPEN, TagPieces, single_id, tag_ends, tag_pieces
 
 if TYPE_CHECKING:
@@ -104,10 +104,9 @@ _STEP_IDS = {"en": _step_ids_en, "zh": _step_ids_zh}
 def _generation_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
     if not getattr(tokenizer, "chat_template", None):
         return ""
-    messages, place = [{"role": "user", "content": "x"}], tokenizer.name_or_path
+    messages = [{"role": "user", "content": "x"}]
     try:
-        bare = apply_chat_template(tokenizer, messages, place, add_generation_prompt=False)
-        opened = apply_chat_template(tokenizer, messages, place, add_generation_prompt=True)
+        bare, opened = (example_text(tokenizer, messages, add_generation_prompt=opens) for opens in (False, True))
     except TemplateRefusalError as refusal:
         logger.warning("%s (a question alone); what it puts before a response stays unknown", refusal)
         return ""
