@@ -127,6 +127,12 @@ def test_responses_hold_no_prompt_in_either_form(template: str, response: str) -
         assert ResultLine.from_dict(line).responses == [response]
 
 
+def test_a_line_of_theirs_with_fewer_responses_than_scores_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "xbai.jsonl", xbai_line("Q", [WRONG], [0.2, 0.9]))
+    with pytest.raises(UserError, match=r"xbai\.jsonl:1: not a result line .*solution_lst has 1 items, score_lst 2"):
+        read_lines([path])
+
+
 def test_their_parts_add_up_and_their_files_and_ours_are_not_mixed_but_compared(tmp_path: Path) -> None:
     ours = write(tmp_path / "ours.jsonl", result_line(0, [RIGHT, WRONG]))
     theirs = [write(tmp_path / f"theirs{n}.jsonl", xbai_line("Q", [WRONG, RIGHT], [0.2, 0.9])) for n in range(2)]

@@ -127,13 +127,13 @@ class ResultLine:
     @classmethod
     def from_dict(cls, line: dict[str, Any]) -> ResultLine:
         """The inverse of `to_dict`; also reads lines that have the published keys only, in either form of them."""
-        line = _from_published_form(line)
-        output = line["output"]
-        solutions = output["solution_lst"]
+        solutions = line["output"]["solution_lst"]
         unknown = [None] * len(solutions)
-        scores = output.get("score_lst") or unknown
+        scores = line["output"].get("score_lst") or unknown
         if len(scores) != len(solutions):
             raise ValueError(f"solution_lst has {len(solutions)} items, score_lst {len(scores)}")
+        line = _from_published_form(line)
+        output = line["output"]
         return cls(
             prompt=line["prompt"],
             answer=line.get("answer"),
