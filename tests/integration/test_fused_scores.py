@@ -29,6 +29,8 @@ pytestmark = pytest.mark.slow
 MAX_MODEL_LEN = 512
 CACHE_BLOCKS, BLOCK_TOKENS = 10, 128
 STEP_IDS = tuple(range(40, 90))
+NO_TAG = -1
+"""No token: random responses do not end their thinking."""
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
 
@@ -68,7 +70,7 @@ def make_model(tiny_tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Call
             head = {name: opinion * weight for name, weight in ScoreHead(64).state_dict().items()}
         model.to(dtype).save_pretrained(folder)
         tiny_tokenizer.save_pretrained(folder)
-        save_score_head(folder, head, SPRMConfig(StepRule("en", STEP_IDS)))
+        save_score_head(folder, head, SPRMConfig(StepRule("en", STEP_IDS, NO_TAG, NO_TAG)))
         return folder
 
     return make

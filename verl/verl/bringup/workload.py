@@ -34,6 +34,8 @@ SCORE_SCALE = 2.0
 """So that scores of random texts are further apart than any rounding moves them."""
 TOKENS_PER_STEP = 16
 STEP_IDS = tuple(range(40, 48))
+NO_TAG = -1
+"""No token: random texts do not end their thinking."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def write_model(folder: Path, shape: str, layers: int | None) -> None:
 def _add_head(folder: Path) -> None:
     torch.manual_seed(1)
     # Without dropout an update is the same in every mode.
-    config = SPRMConfig(StepRule("en", step_ids=STEP_IDS), dropout=0.0)
+    config = SPRMConfig(StepRule("en", STEP_IDS, think_open_id=NO_TAG, think_close_id=NO_TAG), dropout=0.0)
     head = ScoreHead(read_config(folder).hidden_size)
     with torch.no_grad():
         head[3].weight *= SCORE_SCALE
