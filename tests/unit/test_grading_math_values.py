@@ -148,6 +148,11 @@ def test_decimals_stand_for_what_they_approximate(decimal, exact, right):
         (r"e^{e^{e^{e^{10}}}}", r"e^{e^{e^{10}}}", False),
         (r"\sin(10^{100})", r"\sin(10^{101})", False),
         (r"\left(1+\frac{1}{10^{10}}\right)^{10^{10}}", "e", False),
+        (r"y=10^{10^{10^{10}}}", "y=x", False),
+        (r"\sqrt{2+" * 49 + r"\sqrt{2}" + "}" * 49, r"2\cos\frac{\pi}{2^{51}}", True),
+        (r"\sqrt{2+" * 49 + r"\sqrt{2}" + "}" * 49, r"2\cos\frac{\pi}{2^{50}}", False),
+        (r"x^4-3.7x^3+\sqrt2 x-\pi>0", "x>2", False),
+        (r"\frac{x^4+x^3-5x+1}{x^3-x+7}<0", "(0,1)", False),
     ],
 )
 def test_numbers_of_any_size_are_compared_at_once(answer, truth, right):

@@ -25,7 +25,7 @@ _FORMULA = r"[ \t]*+(?:[=+^≠≤≥∪∩]|_\w|\\(?!boxed|fbox|text|q?quad)[A-Z
 _ASKED = r"吗|呢|的话|时|则|\?"
 _REFUTED = rf"[ \t]*+(?:选?项)?(?:{_IS}(?:{_WRONG})|[ \t]*+(?:{_ASKED}))"
 # Several letters are no choice, but a statement all the same: "A or C", AC. Not so "A, C is wrong".
-_JOINED = rf"{_AROUND}(?:(?:or|and|nor|或者?|和|以?及|与|[/,、&;])[ \t]*+)?{_NOUN}{_AROUND}"
+_JOINED = rf"{_AROUND}(?:(?:or|and|nor|还是|或者?|和|以?及|与|[/,、&;])[ \t]*+)?{_NOUN}{_AROUND}"
 _OTHER = rf"{_LETTER}(?![ \t]*+(?:选?项|错|不|是|的|is|are|has|was))(?!{_FORMULA})"
 _LETTERS = rf"(?:[A-J]{{2,}}(?![A-Za-z0-9])|{_LETTER}(?!{_FORMULA})(?!{_REFUTED}))(?:{_JOINED}{_OTHER}){{0,9}}+"
 # A small letter ends the sentence, or stands in brackets; after an English word "a" without a full stop is an article.

@@ -89,7 +89,7 @@ class Evaluator:
 
     def _value(self, formula: Expr) -> Number:
         if isinstance(formula, Symbol) and formula.name != IMAGINARY_UNIT:
-            return _quotient(self._point[formula.name])
+            return _quotient(self._coordinate(formula.name))
         if isinstance(formula, Rational | Float):
             return _quotient(exact(formula))
         if formula in _CONSTANTS:
@@ -98,6 +98,11 @@ class Evaluator:
             return mp.j
         rule = self._rule(formula)
         return rule(*map(self, formula.args))
+
+    def _coordinate(self, name: str) -> Fraction:
+        if name not in self._point:
+            raise UnsupportedError  # The variable of an integral or a sum.
+        return self._point[name]
 
     def _rule(self, formula: Expr) -> Callable[..., Number]:
         if formula.func is Add:
@@ -143,9 +148,10 @@ def bits(formula: Expr, point: Point) -> int:
     """
     if formula.is_Atom:
         return 1 + math.ceil(_log2(formula, point))
-    total = 1 + sum(bits(argument, point) for argument in formula.args)
+    of_arguments = [bits(argument, point) for argument in formula.args]
+    total = 1 + sum(of_arguments)
     if isinstance(formula, Pow):
-        base = _log2(formula.base, point) if formula.base.is_Atom else bits(formula.base, point)
+        base = _log2(formula.base, point) if formula.base.is_Atom else of_arguments[0]
         return total + math.ceil(base * _size(formula.exp, point))
     if isinstance(formula, exp | HyperbolicFunction):
         return total + 2 * _size(formula.args[0], point)

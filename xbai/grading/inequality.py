@@ -4,7 +4,25 @@ from __future__ import annotations
 
 import re
 
-from sympy import Abs, Expr, FiniteSet, Function, Intersection, Interval, Pow, Rational, Rel, S, Set, Symbol, Union, oo
+from sympy import (
+    Abs,
+    Expr,
+    FiniteSet,
+    Function,
+    Intersection,
+    Interval,
+    Poly,
+    Pow,
+    Rational,
+    Rel,
+    S,
+    Set,
+    Symbol,
+    Union,
+    fraction,
+    oo,
+    together,
+)
 from sympy.solvers.solveset import solveset
 
 from xbai.grading.expression import read_expression
@@ -35,6 +53,8 @@ def solve_relation(left: str, sign: str, right: str) -> tuple[Set, str] | None:
     if expression is None or not _is_simple(expression):
         return None
     (symbol,) = expression.free_symbols
+    if expression.is_rational_function(symbol) and not _has_plain_roots(expression, symbol):
+        return None
     try:
         reals = solveset(Rel(expression, 0, sign), symbol, S.Reals)
     except (NotImplementedError, ValueError, TypeError):
@@ -71,6 +91,13 @@ def _is_simple(expression: Expr) -> bool:
         and expression.atoms(Function) <= expression.atoms(Abs)
         and all(power.exp.is_Rational and abs(power.exp) <= _MAX_EXPONENT for power in expression.atoms(Pow))
     )
+
+
+def _has_plain_roots(expression: Expr, symbol: Symbol) -> bool:
+    """Whether numerator and denominator are made of factors of at most two terms or of degree two."""
+    polynomials = [Poly(part, symbol, extension=True) for part in fraction(together(expression))]
+    factors = [factor for polynomial in polynomials for factor, _ in polynomial.factor_list()[1]]
+    return all(factor.degree() <= 2 or len(factor.terms()) <= 2 for factor in factors)
 
 
 def _beside(bound: Expr, sign: str) -> Set:

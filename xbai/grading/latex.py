@@ -63,6 +63,7 @@ _REWRITES = [
         (r"\\(?:[dtc]|nice|s)frac(?![A-Za-z])", r"\\frac"),
         (r"\\frac(?:\s*(\d)|\s+([A-Za-z]))\s*([A-Za-z\d])", r"\\frac{\1\2}{\3}"),
         (r"\\frac\s*(\{[^{}]*\})\s*([A-Za-z\d])", r"\\frac\1{\2}"),
+        (r"\\[dt]?binom(?:\s*(\d)|\s+([A-Za-z]))\s*([A-Za-z\d])", r"\\binom{\1\2}{\3}"),
         (r"\\frac(?:\s*(\d)|\s+([A-Za-z]))\s*(\{)", r"\\frac{\1\2}\3"),
         (r"\\(leq|leqslant)(?![A-Za-z])", r"\\le"),
         (r"\\(geq|geqslant)(?![A-Za-z])", r"\\ge"),
@@ -76,6 +77,7 @@ _REWRITES = [
         (r"\\%", "%"),
         (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])", r"\\text{degrees}"),
         (r"\\operatorname\*?\s*\{\s*(sec|min|max|gcd|lcm)\s*\}", r"\\\1 "),
+        (r"\\(?:mathrm|text|mathbf|mathit)\s+([A-Za-z])(?![A-Za-z])", r"\\text{\1}"),
         (r"\{\s*\\(?:rm|bf|it|sf)(?![A-Za-z])([^{}]*)\}", r"\\text{\1}"),
         (r"\\(?:rm|bf|it|sf)(?![A-Za-z])", ""),
         (
@@ -84,6 +86,7 @@ _REWRITES = [
             r"\\text{",
         ),
         (r"\+\s*\\infty", r"\\infty"),
+        (r"\^\s*\{?\s*\\prime(?![A-Za-z])\s*\}?", "'"),
     ]
 ]
 
@@ -106,6 +109,7 @@ _SYNONYMS = {
 }
 
 _ENDS = " \t\n.,;:"
+_PRIMED = re.compile(r"[A-Za-z]'+")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*")
 
 
@@ -127,6 +131,8 @@ def without_text_commands(text: str) -> str:
 
 def in_words(text: str) -> str | None:
     """An answer in words, without case and spacing, or the letter of a choice; None where it is anything else."""
+    if _PRIMED.fullmatch(text):
+        return None
     words = without_text_commands(text).strip("()'\" ")
     if not _WORDS.fullmatch(words):
         return None

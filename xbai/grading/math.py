@@ -17,6 +17,7 @@ _SET_OF_REALS = re.compile(
     r"|\\(?:mathbb|mathbf|Bbb) ?\{? ?R|\\text ?\{ ?R ?\}|\\\{ *\\\}|\breals?\b|\bempty set\b|\bno (?:real )?solution",
     re.IGNORECASE,
 )
+_PRIMES = re.compile(r"(?<=[A-Za-z})])'+")
 _RELATION = re.compile(r"[=<>]|\\[lg]e(?![A-Za-z])")
 
 
@@ -148,6 +149,8 @@ def _same_expressions(answer: str, truth: str) -> bool:
         return answer.lstrip("0") == truth.lstrip("0")
     if "=" in answer and "=" not in truth:
         answer = answer.rpartition("=")[-1]
+    if sorted(_PRIMES.findall(answer)) != sorted(_PRIMES.findall(truth)):  # The parser leaves them out.
+        return False
     if not answer or not truth or not closes_brackets(answer):
         return False
     from xbai.grading.symbolic import symbolically_equal

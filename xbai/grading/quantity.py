@@ -35,7 +35,7 @@ _UNIT_NAMES = {
     "cent": "cent",
     "degree": "degree deg",
     "radian": "radian rad",
-    "mph": "mph",
+    "mph": "mph mi/h",
     "am": "am a.m",
     "pm": "pm p.m",
     "unit": "unit",
@@ -43,6 +43,7 @@ _UNIT_NAMES = {
 }
 _UNITS = {alias: unit for unit, aliases in _UNIT_NAMES.items() for alias in aliases.split()}
 _VAGUE = {"unit"}
+_PER = re.compile(r" ?/ ?| per ")
 
 _INTEGER = r"\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+"
 _DECIMAL = re.compile(rf"(?P<whole>{_INTEGER})?(?:\.(?P<digits>\d*)(?:\\overline\s*\{{(?P<repeating>\d+)\}})?)?")
@@ -92,7 +93,9 @@ def split_unit(text: str) -> tuple[str, str | None]:
     """
     if text.endswith("%"):
         return text[:-1].strip(), PERCENT
-    if found := _BASE.fullmatch(text):
+    found = _BASE.fullmatch(text)
+    # C_1 is a name.
+    if found and (found["value"].isdigit() or max(int(digit, 16) for digit in found["value"]) < int(found["base"])):
         return found["value"], f"base {found['base']}"
     if found := _TEXT_UNIT.fullmatch(text):
         return found["value"], _canonical(found["unit"]) + _power(found["power"] or found["power2"])
@@ -143,6 +146,9 @@ def _parse_fraction(text: str) -> Fraction | None:
 
 def _canonical(unit: str) -> str:
     words = re.sub(r"\s+", " ", unit.strip(" .").lower())
+    parts = _PER.split(words)
+    if len(parts) > 1:
+        words = "/".join(map(_canonical, parts))
     for name, power in (("square ", "^2"), ("sq ", "^2"), ("cubic ", "^3")):
         if words.startswith(name):
             return _canonical(words.removeprefix(name)) + power
@@ -154,5 +160,5 @@ def _power(text: str | None) -> str:
 
 
 def _is_known(unit: str) -> bool:
-    name = unit.partition("^")[0]
-    return unit.startswith("base ") or (name in _UNIT_NAMES and name not in _VAGUE)
+    names = [part.partition("^")[0] for part in unit.split("/")]
+    return unit.startswith("base ") or all(name in _UNIT_NAMES and name not in _VAGUE for name in names)

@@ -8,15 +8,19 @@ from sympy import (
     Basic,
     Derivative,
     Expr,
+    Integer,
     Integral,
     Limit,
     MatrixBase,
     MatrixExpr,
+    Mul,
+    Pow,
     Product,
     Sum,
     Symbol,
     nan,
     oo,
+    preorder_traversal,
     simplify,
     zoo,
 )
@@ -60,8 +64,8 @@ def _same_formulas(answer: Expr, truth: Expr) -> bool:
     if truth.has(nan, zoo):
         raise ValueError(f"the right answer is not a number: {truth}")
     # A name of several letters is read as a product of them.
-    is_name = isinstance(answer, Symbol) or isinstance(truth, Symbol)
-    if answer == truth or (is_name and _verified(answer, truth)):
+    are_names = _is_name(answer) and _is_name(truth) and (isinstance(answer, Symbol) or isinstance(truth, Symbol))
+    if answer == truth or (are_names and _verified(answer, truth)):
         return True
     if answer.has(*_INFINITE) or truth.has(*_INFINITE):
         return answer.has(*_INFINITE) and truth.has(*_INFINITE) and answer.doit() == truth.doit()
@@ -75,6 +79,12 @@ def _differ_by_zero(answer: Expr, truth: Expr) -> bool:
         return simplify(answer - truth).is_zero is True
     except Exception:  # Of any kind, where a formula makes no sense, like a matrix plus a number.
         return False
+
+
+def _is_name(formula: Expr) -> bool:
+    """Whether it may be a word that was read as a product of its letters."""
+    parts = preorder_traversal(formula)
+    return bool(formula.free_symbols) and all(isinstance(part, Symbol | Integer | Mul | Pow) for part in parts)
 
 
 def _verified(answer: Basic | MatrixBase, truth: Basic | MatrixBase) -> bool:
