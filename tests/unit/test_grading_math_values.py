@@ -8,10 +8,12 @@ from math import comb, perm
 from pathlib import Path
 
 import pytest
+from sympy import Integer, Integral, Symbol
 
 from xbai.grading import GradeRequest, grade
 from xbai.grading.boxed import final_answer
 from xbai.grading.math import grade_math, same_answer
+from xbai.grading.numeric import same_values
 from xbai.grading.symbolic import symbolically_equal
 
 CASES = [json.loads(line) for line in (Path(__file__).parents[1] / "cases/math_values.jsonl").read_text().splitlines()]
@@ -159,6 +161,11 @@ def test_numbers_of_any_size_are_compared_at_once(answer, truth, right):
     started = time.process_time()
     assert same_answer(answer, truth) is right
     assert time.process_time() - started < 2.0
+
+
+def test_what_holds_a_bound_variable_is_not_evaluated():
+    x = Symbol("x")
+    assert same_values(Integral(x**x, (x, 0, 1)), Integer(1)) is None
 
 
 def test_entries_of_a_matrix_are_compared_like_numbers():

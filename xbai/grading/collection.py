@@ -36,9 +36,9 @@ class Collection:
         """None where the text is a single answer."""
         items = split_list(without_text_commands(text))
         if len(items) > 1:
-            return cls([case for item in items for case in _signs(item)])
-        if "\\pm" in text and len(_signs(text)) > 1:
-            return cls(_signs(text))
+            return cls([case for item in items for case in signs(item)])
+        if "\\pm" in text and len(signs(text)) > 1:
+            return cls(signs(text))
         if text.startswith("\\{") and text.endswith("\\}"):
             return cls(split_list(text[2:-2]), "{}")
         if text[:1] in ("(", "[") and text[-1:] in (")", "]"):
@@ -100,7 +100,8 @@ def closes_brackets(text: str) -> bool:
     )
 
 
-def _signs(text: str) -> list[str]:
+def signs(text: str) -> list[str]:
+    """Both cases of `\\pm`; a text without one alone."""
     if "\\pm" not in text:
         return [text]
     return [re.sub(r"\\pm ?", sign, text) for sign in ("+", "-")]

@@ -11,10 +11,10 @@ from sympy import Expr, Float, nsimplify
 
 from xbai.grading.collection import closes_brackets
 
-_NORMALIZATION = NormalizationConfig(
+NORMALIZATION = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False
 )
-_CONVERSION = ConversionConfig(lowercase_symbols=False)
+CONVERSION = ConversionConfig(lowercase_symbols=False)
 
 
 @lru_cache(maxsize=4096)
@@ -30,8 +30,8 @@ def read_expression(latex: str) -> Expr | None:
             latex,
             is_real=True,
             convert_degrees=False,
-            normalization_config=_NORMALIZATION,
-            conversion_config=_CONVERSION,
+            normalization_config=NORMALIZATION,
+            conversion_config=CONVERSION,
         )
     except MemoryError:
         raise

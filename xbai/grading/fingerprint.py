@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterator
 from fractions import Fraction
 
-from latex2sympy2_extended import NormalizationConfig, latex2sympy
-from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+from latex2sympy2_extended import latex2sympy
 from sympy import Expr, Float, I, MatrixBase, Rational, Symbol, nan
 from sympy.core.evalf import PrecisionExhausted
+
+from xbai.grading.expression import CONVERSION, NORMALIZATION
 
 DIGITS = 40
 _GUARD_DIGITS = 20
@@ -23,11 +24,6 @@ _SIGNS = (lambda _: 1, lambda _: -1, lambda index: (-1) ** index, lambda index: 
 """Of the variables at each point: |x| is not x, |xy| is not xy."""
 # The parser adds numbers that stand side by side, as if each pair were a mixed number.
 _PRODUCT = re.compile(r"(?:(?<![_\d])\d+|\)) ?(?=[({]|\\binom)|\} ?(?=\\binom)|\) ?(?=\d)")
-
-_NORMALIZATION = NormalizationConfig(
-    basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False
-)
-_CONVERSION = ConversionConfig(lowercase_symbols=False)
 
 
 def fingerprint(latex: str) -> Fraction | str | None:
@@ -48,8 +44,8 @@ def _parse(latex: str) -> object:
         parsed = latex2sympy(
             _PRODUCT.sub(r"\g<0>\\cdot ", latex),
             convert_degrees=False,
-            normalization_config=_NORMALIZATION,
-            conversion_config=_CONVERSION,
+            normalization_config=NORMALIZATION,
+            conversion_config=CONVERSION,
         )
     except Exception:  # The parser raises bare ones for whatever it does not know.
         return None

@@ -6,6 +6,7 @@ import re
 from fractions import Fraction
 
 from xbai.grading.boxed import final_answer
+from xbai.grading.collection import signs, split_list
 from xbai.grading.latex import clean, compact, in_radians, in_words, without_text_commands
 from xbai.grading.quantity import parse_quantity, split_unit
 
@@ -14,7 +15,6 @@ _NAME = (
     r"|\\text ?\{[^{}]*\}|(?P<unknowns>\([A-Za-z](?: ?, ?[A-Za-z])+\))"
 )
 _NAMED = re.compile(rf"(?P<name>{_NAME}) ?(?:=|\\in(?![A-Za-z])) ?(?P<value>[^=<>]+)")
-_SEPARATOR = re.compile(r"\\cup(?![A-Za-z])|[,;]|\b(?:and|or)\b")
 # Relations, ratios, bases of numerals, derivatives, mixed numbers, and powers too large to be written out.
 _NO_FORMULA = re.compile(
     r"[=<>:;'%]|!!|\d ?_|(?<![_^\d])\d+ \d|\d ?\\frac ?\{ ?\d|\^ ?\{? ?\d+ ?\^|\^ ?\{? ?\d{6}"
@@ -119,38 +119,17 @@ def _key_of_items(items: list[str], brackets: str) -> str:
 
 def _items(text: str) -> tuple[list[str], str]:
     """The parts of a list, set or union (without brackets), tuple or interval (with them); none of a single answer."""
-    items = _split(without_text_commands(text))
+    items = split_list(without_text_commands(text))
     if len(items) == 1 and text.startswith("\\{") and text.endswith("\\}"):
-        items = _split(text[2:-2])
-        return [case for item in items for case in _signs(item)], ""
+        items = split_list(text[2:-2])
+        return [case for item in items for case in signs(item)], ""
     if len(items) > 1 or "\\pm" in text:
-        items = [case for item in items for case in _signs(item)]
+        items = [case for item in items for case in signs(item)]
         return (items, "") if len(items) > 1 else ([], "")
     if text[:1] in ("(", "[") and text[-1:] in (")", "]"):
-        items = _split(text[1:-1])
+        items = split_list(text[1:-1])
         return (items, text[0] + text[-1]) if len(items) > 1 else ([], "")
     return [], ""
-
-
-def _split(text: str) -> list[str]:
-    """The texts between the separators outside all brackets; the text alone where brackets do not close."""
-    items, depth, start, position = [], 0, 0, 0
-    while position < len(text):
-        separator = _SEPARATOR.match(text, position) if depth == 0 else None
-        if separator:
-            items.append(text[start:position])
-            start = position = separator.end()
-            continue
-        depth += (text[position] in "([{") - (text[position] in ")]}")
-        if depth < 0:
-            return [text]
-        position += 1
-    items = [item.strip() for item in [*items, text[start:]]]
-    return [item for item in items if item] if depth == 0 else [text]
-
-
-def _signs(text: str) -> list[str]:
-    return [re.sub(r"\\pm ?", sign, text) for sign in ("+", "-")] if "\\pm" in text else [text]
 
 
 def _value(key: str) -> tuple[str | None, complex]:
