@@ -165,8 +165,8 @@ def test_a_worker_is_killed_while_its_thread_stops_it(grader):
 
 def test_a_hard_answer_times_out():
     with GraderPool(1, timeout_s=4.0) as pool:
-        tower = GradeRequest("math500", "\\boxed{9^{9^{9^{9}}}+x}", "x")
-        assert pool.grade([tower, GradeRequest("math500", "\\boxed{2x}", "x+x")]) == [None, 1.0]
+        integral = GradeRequest("math500", "\\boxed{\\int \\frac{dx}{x^5+x+1}}", "x")
+        assert pool.grade([integral, GradeRequest("math500", "\\boxed{2x}", "x+x")]) == [None, 1.0]
         assert pool.failures == {"timeout": 1}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from xbai.grading.boxed import final_answer, last_boxed
+from xbai.grading.boxed import final_answer, last_boxed, stated_value
 from xbai.grading.collection import Collection, as_tuple, closes_brackets, split_list
 from xbai.grading.latex import clean, compact, in_radians, in_words, without_separators, without_text_commands
 from xbai.grading.named import Named, as_tuples, is_point, read_solutions, rows_as_list, same_solutions, without_names
@@ -23,8 +23,8 @@ _RELATION = re.compile(r"[=<>]|\\[lg]e(?![A-Za-z])")
 
 def grade_math(response: str, truth: str) -> bool:
     """Whether the boxed final answer of `response` means the same as `truth`. Without a box it is wrong."""
-    answer = final_answer(response)
-    return answer is not None and same_answer(answer, last_boxed(truth) or truth)
+    answer, truth = final_answer(response), last_boxed(truth) or truth
+    return answer is not None and same_answer(answer, stated_value(truth) or truth)
 
 
 def same_answer(answer: str, truth: str) -> bool:
