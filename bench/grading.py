@@ -46,7 +46,7 @@ def _answer(rng: random.Random, kind: int, right: bool) -> GradeRequest:
         ]
         answer, truth = rng.choice(forms)
     else:
-        forms = [(f"({a}, {b + off})", f"({a},{b})"), (rf"[{a}, \infty{']' if off else ')'}", rf"[{a},\infty)")]
+        forms = [(f"({a}, {b + off})", f"({a},{b})"), (rf"{'(' if off else '['}{a}, \infty)", rf"[{a},\infty)")]
         forms.append((rf"\text{{{'odd' if off else 'Even'}}}", r"\text{even}"))
         answer, truth = rng.choice(forms)
         if rng.random() < 0.25:

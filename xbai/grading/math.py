@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from xbai.grading.boxed import final_answer, last_boxed, stated_value
-from xbai.grading.collection import Collection, as_tuple, closes_brackets, split_list
+from xbai.grading.collection import Collection, as_tuple, closes_brackets, split, split_list
 from xbai.grading.latex import clean, compact, in_radians, in_words, without_separators, without_text_commands
 from xbai.grading.named import Named, as_tuples, is_point, read_solutions, rows_as_list, same_solutions, without_names
 from xbai.grading.option import Option, option_letter
@@ -18,6 +18,7 @@ _SET_OF_REALS = re.compile(
     re.IGNORECASE,
 )
 _PRIMES = re.compile(r"(?<=[A-Za-z})])'+")
+_EQUALS = re.compile("=")
 _RELATION = re.compile(r"[=<>]|\\[lg]e(?![A-Za-z])")
 
 
@@ -148,7 +149,7 @@ def _same_expressions(answer: str, truth: str) -> bool:
     if _ON_THE_HOUR.fullmatch(truth):  # To computer algebra it is a ratio to zero.
         return answer.lstrip("0") == truth.lstrip("0")
     if "=" in answer and "=" not in truth:
-        answer = answer.rpartition("=")[-1]
+        answer = split(answer, _EQUALS)[0][-1]
     if sorted(_PRIMES.findall(answer)) != sorted(_PRIMES.findall(truth)):  # The parser leaves them out.
         return False
     if not answer or not truth or not closes_brackets(answer):

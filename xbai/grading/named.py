@@ -129,7 +129,7 @@ def is_point(text: str) -> bool:
 
 
 def _point(text: str, other: str) -> Named | None:
-    """`C(5,2)` is a point beside another one, and else a number of combinations."""
+    """A point with its name (`P(3,-1)`), which stands beside another one."""
     found, beside = _POINT.fullmatch(text), _POINT.fullmatch(other.rpartition("=")[-1].strip())
     return Named(found["name"], found["value"]) if found and found["name"] and beside else None
 
