@@ -13,7 +13,7 @@ class UserError(Exception):
     """Something the user can put right: one line naming the key, file or line, and what would be right."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What an error of a library says."""
     return " ".join(str(error).split())
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from xbai.errors import UserError
+from xbai.errors import UserError, one_line
 
 _REMEDIES = {
     errno.ENOSPC: "make room or choose another folder",
@@ -29,7 +29,7 @@ def why_not_written(error: BaseException) -> str:
     """Why something could not be written, in one line, with what to do about it where the system's error says so."""
     if isinstance(error, UserError):
         return str(error)
-    text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    text = f"{type(error).__name__}: {one_line(error)[:300]}"
     remedy = _REMEDIES.get(error.errno) if isinstance(error, OSError) else None
     return text if remedy is None else f"{text}; {remedy}"
 
