@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl.trainer.overrides import read_overrides
 from verl.trainer.upstream_keys import upstream_key
-from xbai.errors import UserError
+from xbai.errors import UserError, one_line
 
 CONFIG_FOLDER = Path(__file__).parent.resolve() / "config"
 
@@ -45,7 +45,7 @@ def _one_line(name: str, error: Exception) -> str:
         return f"{error.override!r} is not a valid override: {_reason(error)}"
     unknown = re.search(r"is not in struct\s+full_key: (\S+)", str(error.__cause__))
     if unknown is None:
-        return " ".join(str(error).split())
+        return one_line(error)
     if (upstream := upstream_key(unknown[1])) is not None:
         return f"{unknown[1]} cannot act here: {upstream.instead}"
     near = difflib.get_close_matches(unknown[1], _as_written(compose(name)), n=1)

@@ -20,7 +20,7 @@ import fsspec
 from fsspec.core import split_protocol, url_to_fs
 
 from verl.trainer.ppo.checkpoint_folder import LATEST_FILE, CheckpointFolder, step_name, step_of, steps_among, surplus
-from xbai.errors import UserError
+from xbai.errors import UserError, one_line
 from xbai.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -208,7 +208,7 @@ class RemoteFolder:
             self._files.rm(folder, recursive=True)
 
     def _unusable(self, error: Exception) -> UserError:
-        text = " ".join(str(error).split())
+        text = one_line(error)
         return UserError(f"{self._key}={self.url} cannot be used: {type(error).__name__}: {text[:300]}")
 
 
@@ -264,7 +264,7 @@ class Uploads:
             try:
                 self._remote.upload(checkpoint)
             except Exception as error:
-                text = " ".join(str(error).split())[:300]
+                text = one_line(error)[:300]
                 logger.warning(
                     "copying %s to %s: %s: %s", checkpoint.name, self._remote.url, type(error).__name__, text
                 )

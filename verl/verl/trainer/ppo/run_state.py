@@ -23,7 +23,7 @@ from verl.trainer.ppo.remote_folder import RemoteFolder, Uploads, is_folder, is_
 from verl.utils.checkpoint import HUGGINGFACE_FOLDER, rng_state, set_rng_state
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from xbai.engine.files import read_config
-from xbai.errors import UserError
+from xbai.errors import UserError, one_line
 from xbai.files import check_room, why_not_written
 from xbai.sprm.head import SPRM_CONFIG_FILE, SPRMConfig, load_sprm_config
 
@@ -215,7 +215,7 @@ class RunState:
         except TimeoutError:
             logger.warning("a checkpoint was still being written and is lost; the latest one whole stays")
         except Exception as error:
-            logger.warning("a checkpoint could not be written: %s", " ".join(str(error).split())[:300])
+            logger.warning("a checkpoint could not be written: %s", one_line(error)[:300])
         self._saving = None
         self._thread.shutdown(wait=False)
 
