@@ -18,6 +18,7 @@ from verl.single_controller import RayClassWithInitArgs, RayResourcePool, RayWor
 from verl.trainer.auto_config import resolve_auto
 from verl.trainer.config_check import DEFAULTS_FILE
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, group_sizes
+from xbai.sprm import ScoreObjective
 from xbai.sprm.head import SPRM_CONFIG_FILE
 
 pytestmark = pytest.mark.slow
@@ -32,7 +33,16 @@ WAYS = {
         "actor.ulysses_sequence_parallel_size": 2,
         "ref.ulysses_sequence_parallel_size": 1,
     },
+    "compared": {"score.loss": "both", "score.aggregation": "soft_min"},
+    "compared_shared": {
+        "score.loss": "both",
+        "score.aggregation": "soft_min",
+        "model.use_remove_padding": True,
+        "actor.ulysses_sequence_parallel_size": 2,
+    },
 }
+REFERENCES = {"compared_shared": "compared"}
+"""What a way is compared with, where that is not the padded one."""
 
 
 def make_config(model: Path, overrides: dict[str, object]) -> DictConfig:
@@ -90,6 +100,10 @@ def train(group: RayWorkerGroup, config: DictConfig, batch: DataProto) -> tuple[
     group.group_sizes = group_sizes(config)
     for compute in (group.compute_log_prob, group.compute_ref_log_prob):
         batch.batch.update(compute(batch).batch)
+    objective = ScoreObjective.from_config(config.score)
+    columns = (batch.batch[name] for name in ("old_step_logits", "step_feature_mask", "correct", "graded"))
+    # The rows of two prompts, four of each.
+    batch.batch["rival_scores"] = objective.rivals(*columns, [row // 4 for row in range(ROWS)])
     metrics = group.update_actor(batch).meta_info["metrics"]
     batch.batch["log_probs_after"] = group.compute_log_prob(batch).batch["old_log_probs"]
     return batch, metrics
@@ -121,9 +135,9 @@ def results(model: Path, tiny_tokenizer) -> Iterator[dict[str, tuple[DataProto, 
     ray.shutdown()
 
 
-@pytest.mark.parametrize("way", ["packed", "shared", "shared_policy"])
+@pytest.mark.parametrize("way", ["packed", "shared", "shared_policy", "compared_shared"])
 def test_the_result_is_that_of_padded_rows(way: str, results: dict) -> None:
-    (batch, metrics), (expected, expected_metrics) = results[way], results["padded"]
+    (batch, metrics), (expected, expected_metrics) = results[way], results[REFERENCES.get(way, "padded")]
     assert int(expected.batch["step_feature_mask"].sum()) > 10
     for name in ("old_log_probs", "entropys", "old_step_logits", "ref_log_prob"):
         torch.testing.assert_close(batch.batch[name], expected.batch[name], rtol=1e-5, atol=1e-5)
@@ -134,6 +148,12 @@ def test_the_result_is_that_of_padded_rows(way: str, results: dict) -> None:
     )
     # Adam's first step is nearly the sign of the gradient, and rounding has a say in that of the smallest ones.
     torch.testing.assert_close(batch.batch["log_probs_after"], expected.batch["log_probs_after"], rtol=0, atol=1e-3)
+
+
+def test_comparing_responses_is_another_loss(results: dict) -> None:
+    (_, metrics), (_, plain) = results["compared"], results["padded"]
+    assert metrics["score/counted_paired"] == ROWS - 1, "all but the row that is too short for a step"
+    assert metrics["score/loss"] > plain["score/loss"] + 0.1
 
 
 def test_micro_batches_are_filled_by_real_tokens(results: dict) -> None:

@@ -10,6 +10,7 @@ from xbai.sprm.loss import (
     sprm_loss,
     sprm_metrics,
 )
+from xbai.sprm.objective import ScoreObjective, ScoreTotals
 from xbai.sprm.score import AGGREGATIONS, aggregate, trajectory_scores
 from xbai.sprm.steps import StepRule, split_response, step_feature_mask
 from xbai.sprm.tap import HiddenStateTap
@@ -19,6 +20,8 @@ __all__ = [
     "HiddenStateTap",
     "SPRMConfig",
     "ScoreHead",
+    "ScoreObjective",
+    "ScoreTotals",
     "StepCounts",
     "StepRule",
     "aggregate",

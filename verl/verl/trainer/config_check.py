@@ -36,6 +36,7 @@ from verl.utils.tracking import check_backends
 from verl.workers.reward_manager import REWARD_MANAGERS
 from xbai.engine.files import DTYPES, check_model_folder
 from xbai.errors import UserError
+from xbai.sprm.objective import LOSSES, TRAINED_AGGREGATIONS
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", ListConfig: "a list"}
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -49,6 +50,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "data.truncation": ("error", "left", "right"),
     "actor_rollout_ref.model.head_dtype": (None, "float32", "model"),
     "actor_rollout_ref.score.lang": (None, "en", "zh"),
+    "actor_rollout_ref.score.loss": LOSSES,
+    "actor_rollout_ref.score.aggregation": TRAINED_AGGREGATIONS,
     "actor_rollout_ref.score.optim.name": _OPTIMIZERS,
     "actor_rollout_ref.score.optim.warmup_style": _WARMUPS,
     "actor_rollout_ref.actor.strategy": ("fsdp", "fsdp2"),

@@ -88,6 +88,20 @@ class TokenLayout:
         """[K] what a column [B, T] (or [B, 1]) says of each step feature of this rank."""
         return self._moved(column.expand(-1, self._width)[self._steps])
 
+    def gather_steps(self, values: Tensor) -> Tensor:
+        """`restore_steps` on the device, through which gradients flow back to `values` of this rank.
+
+        A loss of whole rows is computed by every rank that shares them: each adds 1 / (number of those ranks) of it.
+        """
+        whole = values.new_zeros(self._shape[0], self._width)
+        whole = whole.index_put(tuple(self._moved(place) for place in self._steps), values)
+        return whole if self._sp_group is None else _SumOfRanks.apply(whole, self._sp_group)
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks share these rows."""
+        return 1 if self._sp_group is None else dist.get_world_size(self._sp_group)
+
     def restore_tokens(self, values: Tensor) -> Tensor:
         """[B, R] with `values` [M] at the response tokens and 0 elsewhere; those of all ranks that share the rows."""
         return self._restored(values, self._tokens, self._shape[1])
@@ -103,6 +117,21 @@ class TokenLayout:
         if self._sp_group is not None:
             dist.all_reduce(whole, group=self._sp_group)
         return whole
+
+
+class _SumOfRanks(torch.autograd.Function):
+    """The sum over ranks that go on with it alike; each rank's gradient then is the same part of the whole."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.ranks = dist.get_world_size(group)
+        total = values.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.ranks, None
 
 
 def padded_layout(batch: Batch, device: torch.device | None = None) -> TokenLayout:

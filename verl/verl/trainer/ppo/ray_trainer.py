@@ -83,7 +83,8 @@ class RayPPOTrainer:
         self.step = self._run_state.step
         self._reward_manager = REWARD_MANAGERS[config.reward_model.reward_manager](self.tokenizer, config)
         self._needs_old_log_probs = needs_old_log_probs(config)
-        self._update_keys = LossConfig.from_config(config.actor_rollout_ref).batch_keys(self._needs_old_log_probs)
+        self._loss = LossConfig.from_config(config.actor_rollout_ref)
+        self._update_keys = self._loss.batch_keys(self._needs_old_log_probs)
         self._workers: RayWorkerGroup | None = None
         self._critic: RayWorkerGroup | None = None
         self._utilisation: Utilisation | None = None
@@ -201,6 +202,8 @@ class RayPPOTrainer:
         if baseline is not None:
             self._add_baseline(batch, baseline.result(), metrics)
         self._add_advantages(batch)
+        if "rival_scores" in self._update_keys:
+            self._add_rivals(batch)
         metrics |= train_metrics(batch, self._end_token_ids, self._tis_imp_ratio_cap)
         self._dump(batch, reward)
         if self._critic is not None:
@@ -345,6 +348,12 @@ class RayPPOTrainer:
             columns.get("baselines"),
         )
         columns["advantages"], columns["returns"] = compute_advantages(inputs, self.config.algorithm)
+
+    def _add_rivals(self, batch: DataProto) -> None:
+        """Give each response its rivals' scores here, where the responses to a prompt are together."""
+        names = ("old_step_logits", "step_feature_mask", "correct", "graded")
+        columns = (batch.batch[name] for name in names)
+        batch.batch["rival_scores"] = self._loss.score.rivals(*columns, batch.non_tensor_batch["uid"])
 
     def _validate_batch(self, prompts: DataProto, n: int) -> ValidationResult:
         batch = self._generate(prompts, n, {}, validate=True)

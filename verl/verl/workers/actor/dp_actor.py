@@ -153,7 +153,10 @@ class DataParallelPPOActor:
         if self._loss_config.uses_full_kl:
             self._reference.release()
         if self._loss_config.use_score:
-            metrics |= {"counted_right": totals.steps.positive, "counted_wrong": totals.steps.negative}
+            score = totals.score
+            metrics |= {"counted_right": score.steps.positive, "counted_wrong": score.steps.negative}
+            if self._loss_config.score.compares:
+                metrics["counted_paired"] = score.paired
         return metrics | self.optimizer.step(self._grad_clip, metrics["loss"])
 
     def _forward_backward(self, batch: Batch, totals: Totals) -> dict[str, Tensor]:
@@ -178,6 +181,7 @@ METRIC_NAMES = {
     "score_loss": "score/loss",
     "counted_right": "score/counted_right",
     "counted_wrong": "score/counted_wrong",
+    "counted_paired": "score/counted_paired",
     "grad_norm/policy": "actor/grad_norm",
     "grad_norm/score": "score/grad_norm",
     "lr/policy": "actor/lr",

@@ -24,7 +24,7 @@ from verl.trainer.ppo.core_algos import (
 )
 from verl.utils.packing import Batch, TokenLayout
 from verl.workers.actor.joint_model import JointOutput
-from xbai.sprm import StepCounts, count_by_class, counted_steps, sprm_loss
+from xbai.sprm import ScoreObjective, ScoreTotals, sprm_loss
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ class LossConfig:
     use_score: bool
     score_loss_coef: float
     backbone_grad_scale: float
-    agreement_weighting: bool
-    class_balance: bool
+    score: ScoreObjective
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LossConfig:
@@ -64,8 +63,7 @@ class LossConfig:
             use_score=config.get("use_score", False),
             score_loss_coef=score.get("loss_coef", 1.0),
             backbone_grad_scale=score.get("backbone_grad_scale", 1e-4),
-            agreement_weighting=score.get("agreement_weighting", True),
-            class_balance=score.get("class_balance", True),
+            score=ScoreObjective.from_config(score),
         )
 
     @property
@@ -84,6 +82,8 @@ class LossConfig:
             keys.append("rollout_log_probs")
         if self.use_score:
             keys += ["correct", "step_feature_mask", "old_step_logits"]
+            if self.score.compares:
+                keys.append("rival_scores")
         return keys
 
 
@@ -92,13 +92,12 @@ class Totals:
     """What the loss of the global mini-batch is divided by."""
 
     denominators: Denominators
-    steps: StepCounts
+    score: ScoreTotals
 
     @classmethod
     def from_tensor(cls, totals: Tensor) -> Totals:
         """From the sum of `local_totals` over ranks."""
-        tokens, sequences, positive, negative = totals.tolist()
-        return cls(Denominators(tokens, sequences), StepCounts(positive, negative))
+        return cls(Denominators(*totals[:2].tolist()), ScoreTotals.from_tensor(totals[2:]))
 
 
 def loss_mask(batch: Batch) -> Tensor:
@@ -109,19 +108,18 @@ def loss_mask(batch: Batch) -> Tensor:
 def steps_that_count(batch: Batch, config: LossConfig) -> Tensor:
     """[B, T] bool: the steps with w_n = 1, by the logits before the update."""
     features = batch["step_feature_mask"].bool()
-    return counted_steps(
-        batch["old_step_logits"], features, batch["correct"], batch["graded"], config.agreement_weighting
-    )
+    return config.score.counted_steps(batch["old_step_logits"], features, batch["correct"], batch["graded"])
 
 
 def local_totals(batch: Batch, config: LossConfig) -> Tensor:
-    """[4] float64: tokens, responses, positive and negative steps of this rank that count; to be summed over ranks."""
+    """[7] float64: what counts of this rank, tokens and responses, and in the score loss; to be summed over ranks."""
     mask = loss_mask(batch)
-    classes = torch.zeros(2)
+    policy, score = torch.stack([mask.sum(), mask.any(-1).sum()]), torch.zeros(ScoreTotals.SIZE)
     if config.use_score:
-        classes = count_by_class(steps_that_count(batch, config), batch["correct"])
-    policy = torch.stack([mask.sum(), mask.any(-1).sum()])
-    return torch.cat([policy.double(), classes.to(policy.device).double()])
+        columns = (batch[name] for name in ("correct", "graded"))
+        features, rivals = batch["step_feature_mask"].bool(), batch.get("rival_scores")
+        score = config.score.local_totals(steps_that_count(batch, config), features, *columns, rivals)
+    return torch.cat([policy.double(), score.to(policy.device).double()])
 
 
 def joint_loss(
@@ -173,15 +171,24 @@ def joint_loss(
         metrics["kl_loss"] = (weights * kl).sum()
         loss = loss + config.kl_loss_coef * metrics["kl_loss"]
     if config.use_score:
-        metrics["score_loss"] = _score_loss(output.step_logits, layout, batch, totals.steps, config)
+        metrics["score_loss"] = _score_loss(output.step_logits, layout, batch, totals.score, config)
         loss = loss + config.score_loss_coef * metrics["score_loss"]
     metrics["loss"] = loss
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
 def _score_loss(
-    step_logits: Tensor, layout: TokenLayout, batch: Batch, counts: StepCounts, config: LossConfig
+    step_logits: Tensor, layout: TokenLayout, batch: Batch, totals: ScoreTotals, config: LossConfig
 ) -> Tensor:
-    counted, labels = layout.steps(steps_that_count(batch, config)), layout.steps(batch["correct"][:, None])
-    # To the loss of the head a flat step is a trajectory of one.
-    return sprm_loss(step_logits[:, None], counted[:, None], labels, counts, config.class_balance)
+    objective, loss = config.score, step_logits.new_zeros(())
+    if objective.judges_steps:
+        counted, labels = layout.steps(steps_that_count(batch, config)), layout.steps(batch["correct"][:, None])
+        # To the loss of the head a flat step is a trajectory of one.
+        loss = sprm_loss(step_logits[:, None], counted[:, None], labels, totals.steps, objective.class_balance)
+    if objective.judges_responses:
+        whole = layout.gather_steps(step_logits)
+        names = ("step_feature_mask", "correct", "graded", "rival_scores")
+        columns = [batch[name].to(whole.device, non_blocking=True) if name in batch else None for name in names]
+        features, *rest = columns
+        loss = loss + objective.response_loss(whole, features.bool(), *rest, totals) / layout.ranks
+    return loss

@@ -1,0 +1,243 @@
+"""What the score loss asks of the head: of every step, of a whole response, or of a response against its rivals.
+
+The published loss (`xbai.sprm.loss`) gives each step the label of its response. It can be lowered by telling easy
+prompts from hard ones, which is no help in choosing among the responses to one prompt. The losses here look at a whole
+response, through the aggregation by which responses are chosen, so that one bad step can sink it: against its label
+(`outcome_loss`, multiple-instance learning: a response is right when all of its steps are), or against the responses to
+the same prompt with the other label (`pairwise_loss`, Bradley and Terry's model), where the prompt cancels out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xbai.sprm.loss import StepCounts, count_by_class, counted_steps, sprm_loss
+
+LOSSES = ("step_bce", "outcome_bce", "pairwise", "both")
+TRAINED_AGGREGATIONS = ("geometric", "product", "soft_min")
+
+
+def log_scores(step_logits: Tensor, feature_mask: Tensor, aggregation: str = "geometric") -> Tensor:
+    """The logarithm of each row's aggregated score, in float32 and with useful gradients at every step.
+
+    `geometric` is the mean of the steps' log-scores, `product` their sum, and `soft_min` the log-score of the
+    soft minimum of the logits, -log(mean(exp(-logit))).
+
+    Args:
+        step_logits: [batch, time] raw head outputs; values off the mask are ignored.
+        feature_mask: [batch, time] bool, True at the steps.
+        aggregation: one of `TRAINED_AGGREGATIONS`.
+
+    Returns:
+        [batch] at most 0; 0 for a row without a step, which no loss may count.
+    """
+    steps = feature_mask.sum(-1)
+    logits = step_logits.float().masked_fill(~feature_mask, 0.0)
+    if aggregation == "soft_min":
+        # A row without a step would be the logarithm of 0, whose gradient is nan wherever it is multiplied by 0.
+        open_mask = feature_mask | (steps == 0)[:, None]
+        lowest = steps.clamp(min=1).log() - (-logits).masked_fill(~open_mask, -torch.inf).logsumexp(-1)
+        return F.logsigmoid(lowest).where(steps > 0, 0.0)
+    total = F.logsigmoid(logits).masked_fill(~feature_mask, 0.0).sum(-1)
+    return total if aggregation == "product" else total / steps.clamp(min=1)
+
+
+def outcome_loss(log_score: Tensor, labels: Tensor, counted: Tensor, counts: StepCounts, class_balance: bool) -> Tensor:
+    """This micro-batch's share of the class-balanced mean of BCE(aggregated score, y), one term a response.
+
+    Args:
+        log_score: [batch] from `log_scores`.
+        labels: [batch], 1 right, 0 wrong.
+        counted: [batch] bool, the responses that count.
+        counts: responses of each class that count in the global mini-batch.
+        class_balance: weigh the classes by their frequency, as the step loss does.
+    """
+    positive, negative = counts.class_weights(class_balance)
+    right = labels > 0.5
+    # log(1 - p) of p = exp(log_score); p = 1 has no finite loss, nor would it move again.
+    log_complement = torch.log(-torch.expm1(log_score.clamp(max=-1e-6)))
+    per_response = -torch.where(right, log_score, log_complement)
+    weights = torch.where(right, positive, negative) * counted
+    total = positive * counts.positive + negative * counts.negative
+    return (per_response * weights).sum() / (total or 1.0)
+
+
+def rival_scores(scores: Tensor, labels: Tensor, counted: Tensor, groups: Sequence[Any]) -> Tensor:
+    """The scores of each response's rivals: the counted responses to the same prompt that have the other label.
+
+    Args:
+        scores: [batch], before the update.
+        labels: [batch], 1 right, 0 wrong.
+        counted: [batch] bool; responses that could not be graded, or have no step, are nobody's rivals.
+        groups: [batch] hashable, the same for the responses to one prompt.
+
+    Returns:
+        [batch, m], m the size of the largest group; nan where there is no such rival, and all nan for rows that do not
+        count.
+    """
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    of_row = torch.tensor([numbers[group] for group in groups], device=scores.device)
+    members = [torch.nonzero(of_row == number)[:, 0] for number in range(len(numbers))]
+    right = labels > 0.5
+    rivals = scores.new_full((len(scores), max(map(len, members))), torch.nan)
+    for rows in members:
+        others = (right[rows][:, None] != right[rows][None]) & counted[rows][:, None] & counted[rows][None]
+        rivals[rows, : len(rows)] = scores[rows].expand(len(rows), -1).where(others, torch.nan)
+    return rivals
+
+
+def has_rivals(rivals: Tensor) -> Tensor:
+    """[batch] bool: the responses that a pairwise loss counts."""
+    return ~rivals.isnan().all(-1)
+
+
+def pairwise_loss(log_score: Tensor, labels: Tensor, counted: Tensor, rivals: Tensor, total: float) -> Tensor:
+    """This micro-batch's share of the mean, over responses with rivals, of -log P(the right one of a pair is chosen).
+
+    A response is compared with what its rivals scored **before** the update, as PPO's ratio is with the log-probs
+    before it: the loss of a response then needs no other response, whichever rank computes that one, and at the first
+    update its gradient is that of the pairs themselves.
+
+    Args:
+        log_score: [batch] from `log_scores`.
+        labels: [batch], 1 right, 0 wrong.
+        counted: [batch] bool, the responses that count.
+        rivals: [batch, m] from `rival_scores`, of the same aggregation.
+        total: responses with rivals in the global mini-batch.
+    """
+    there = ~rivals.isnan() & counted[:, None]
+    sign = torch.where(labels > 0.5, 1.0, -1.0)
+    margins = sign[:, None] * (log_score[:, None] - rivals.nan_to_num())
+    per_response = (F.softplus(-margins) * there).sum(-1) / there.sum(-1).clamp(min=1)
+    return per_response.sum() / (total or 1.0)
+
+
+@dataclass(frozen=True)
+class ScoreTotals:
+    """What counts in the score loss of a global mini-batch: its denominators.
+
+    Attributes:
+        steps: with w_n = 1, by class.
+        responses: graded ones with steps, by class.
+        paired: those that have rivals.
+    """
+
+    steps: StepCounts
+    responses: StepCounts
+    paired: float
+
+    SIZE = 5
+
+    @classmethod
+    def from_tensor(cls, totals: Tensor) -> ScoreTotals:
+        """From the sum over ranks of `ScoreObjective.local_totals`."""
+        step_right, step_wrong, right, wrong, paired = totals.tolist()
+        return cls(StepCounts(step_right, step_wrong), StepCounts(right, wrong), paired)
+
+
+@dataclass(frozen=True)
+class ScoreObjective:
+    """Which losses are added up, and over what; the defaults are the published form.
+
+    Attributes:
+        loss: `step_bce` (published), `outcome_bce`, `pairwise`, or `both` (`step_bce` and `pairwise`).
+        aggregation: of the losses that look at whole responses.
+        agreement_weighting: `step_bce` counts only the steps where the head agrees with the label.
+        class_balance: `step_bce` and `outcome_bce` weigh right and wrong by their frequency.
+    """
+
+    loss: str = "step_bce"
+    aggregation: str = "geometric"
+    agreement_weighting: bool = True
+    class_balance: bool = True
+
+    @classmethod
+    def from_config(cls, section: Mapping[str, Any]) -> ScoreObjective:
+        """Read `loss`, `aggregation`, `agreement_weighting` and `class_balance` of a `score` section."""
+        return cls(**{name: section[name] for name in cls.__dataclass_fields__ if name in section})
+
+    @property
+    def judges_steps(self) -> bool:
+        """Some of the loss is the steps'."""
+        return self.loss in ("step_bce", "both")
+
+    @property
+    def judges_responses(self) -> bool:
+        """Some of the loss is that of whole responses."""
+        return self.loss != "step_bce"
+
+    @property
+    def compares(self) -> bool:
+        """Some of the loss compares a response with its rivals."""
+        return self.loss in ("pairwise", "both")
+
+    def counted_steps(self, logits_before: Tensor, feature_mask: Tensor, labels: Tensor, graded: Tensor) -> Tensor:
+        """[batch, time] bool: the steps with w_n = 1, by the logits before the update."""
+        return counted_steps(logits_before, feature_mask, labels, graded, self.agreement_weighting)
+
+    def rivals(
+        self, logits_before: Tensor, feature_mask: Tensor, labels: Tensor, graded: Tensor, groups: Sequence[Any]
+    ) -> Tensor:
+        """`rival_scores` by the logits before the update."""
+        before = log_scores(logits_before, feature_mask, self.aggregation)
+        return rival_scores(before, labels, counted_responses(feature_mask, graded), groups)
+
+    def local_totals(
+        self, counted: Tensor, feature_mask: Tensor, labels: Tensor, graded: Tensor, rivals: Tensor | None
+    ) -> Tensor:
+        """[5] float32, to be summed over ranks: see `ScoreTotals`."""
+        responses = counted_responses(feature_mask, graded)
+        paired = torch.zeros(1, device=labels.device) if rivals is None else has_rivals(rivals).sum()[None].float()
+        return torch.cat(
+            [count_by_class(counted, labels), count_by_class(responses[:, None], labels), paired.to(labels.device)]
+        )
+
+    def response_loss(
+        self,
+        step_logits: Tensor,
+        feature_mask: Tensor,
+        labels: Tensor,
+        graded: Tensor,
+        rivals: Tensor | None,
+        totals: ScoreTotals,
+    ) -> Tensor:
+        """This micro-batch's share of the loss of whole responses; shapes as in `xbai.sprm.loss`."""
+        log_score = log_scores(step_logits, feature_mask, self.aggregation)
+        counted = counted_responses(feature_mask, graded)
+        if self.compares:
+            return pairwise_loss(log_score, labels, counted, rivals, totals.paired)
+        return outcome_loss(log_score, labels, counted, totals.responses, self.class_balance)
+
+    def __call__(
+        self, step_logits: Tensor, feature_mask: Tensor, labels: Tensor, graded: Tensor, groups: Sequence[Any]
+    ) -> Tensor:
+        """The loss of a batch that holds its prompts' responses whole, by its own logits before the update.
+
+        Args:
+            step_logits: [batch, time].
+            feature_mask: [batch, time] bool.
+            labels: [batch], 1 right, 0 wrong.
+            graded: [batch] bool.
+            groups: [batch] hashable, the same for the responses to one prompt.
+        """
+        before = step_logits.detach()
+        counted = self.counted_steps(before, feature_mask, labels, graded)
+        rivals = self.rivals(before, feature_mask, labels, graded, groups) if self.compares else None
+        totals = ScoreTotals.from_tensor(self.local_totals(counted, feature_mask, labels, graded, rivals))
+        loss = step_logits.new_zeros(())
+        if self.judges_steps:
+            loss = loss + sprm_loss(step_logits, counted, labels, totals.steps, self.class_balance)
+        if self.judges_responses:
+            loss = loss + self.response_loss(step_logits, feature_mask, labels, graded, rivals, totals)
+        return loss
+
+
+def counted_responses(feature_mask: Tensor, graded: Tensor) -> Tensor:
+    """[batch] bool: graded, and with a step to judge."""
+    return graded.bool() & feature_mask.any(-1)
