@@ -1,5 +1,6 @@
 """The self-supervised process reward model: head, step rule, score and loss, in pure torch."""
 
+from xbai.sprm.groups import best_of_n_gain, within_prompt_auc
 from xbai.sprm.head import ScoreHead, SPRMConfig, load_score_head, load_sprm_config, save_score_head
 from xbai.sprm.loss import (
     StepCounts,
@@ -12,11 +13,22 @@ from xbai.sprm.loss import (
 )
 from xbai.sprm.objective import ScoreObjective, ScoreTotals
 from xbai.sprm.score import AGGREGATIONS, aggregate, trajectory_scores
+from xbai.sprm.standardize import (
+    MIN_FEATURES,
+    FeatureMoments,
+    observed_inputs,
+    shift_head,
+    standardize_head,
+    start_shift,
+    start_totals,
+)
 from xbai.sprm.steps import StepRule, split_response, step_feature_mask
 from xbai.sprm.tap import HiddenStateTap
 
 __all__ = [
     "AGGREGATIONS",
+    "MIN_FEATURES",
+    "FeatureMoments",
     "HiddenStateTap",
     "SPRMConfig",
     "ScoreHead",
@@ -26,15 +38,22 @@ __all__ = [
     "StepRule",
     "aggregate",
     "auc",
+    "best_of_n_gain",
     "count_by_class",
     "counted_steps",
     "load_score_head",
     "load_sprm_config",
+    "observed_inputs",
     "save_score_head",
     "scale_gradient",
+    "shift_head",
     "split_response",
     "sprm_loss",
     "sprm_metrics",
+    "standardize_head",
+    "start_shift",
+    "start_totals",
     "step_feature_mask",
     "trajectory_scores",
+    "within_prompt_auc",
 ]

@@ -125,11 +125,16 @@ def build_joint_model(
         raise UserError(f"actor_rollout_ref.score.channel={channel}, but the hidden size of {path} is {hidden_size}")
     if sprm_config is None:
         head = None
-    elif score_model_path is None and not (Path(path) / SCORE_MODULE_FILE).exists():
-        head = _fresh_head(hidden_size, sprm_config)
-    else:
+    elif has_score_head(path, score_model_path):
         head = load_score_head(score_model_path or path, hidden_size, sprm_config)
+    else:
+        head = _fresh_head(hidden_size, sprm_config)
     return JointModel(lm, head, fused_kernels=fused_kernels, logits_dtype=logits_dtype)
+
+
+def has_score_head(path: str | Path, score_model_path: str | Path | None) -> bool:
+    """Whether there is a head to load, be it the model folder's own; otherwise a fresh one is made."""
+    return score_model_path is not None or (Path(path) / SCORE_MODULE_FILE).exists()
 
 
 def load_transformer(

@@ -12,6 +12,7 @@ from torch import Tensor
 from verl import DataProto
 from verl.single_controller import Dispatch, register
 from verl.utils.fsdp import init_distributed, local_device, named_full_tensors
+from verl.utils.head_start import standardize_features
 from verl.utils.model import build_joint_model, load_tokenizer, loading_dtype
 from verl.utils.optim import JointOptimizer
 from verl.utils.ulysses import sequence_parallel_group
@@ -26,7 +27,7 @@ from verl.workers.placed_model import Dtypes, PlacedModel
 from verl.workers.rollout import EngineRollout
 from xbai.engine.files import resolve_head_dtype
 from xbai.model_files import ModelFiles
-from xbai.sprm import SPRMConfig, load_sprm_config, step_feature_mask
+from xbai.sprm import SPRMConfig, load_sprm_config, shift_head, step_feature_mask
 
 __all__ = ["ActorRolloutRefWorker", "CriticWorker", "group_sizes"]
 
@@ -133,18 +134,30 @@ class ActorRolloutRefWorker(CheckpointedWorker):
 
         `meta_info["full_kl"]=True` adds `ref_kl` [B, R], the KL to the reference summed over the vocabulary.
         """
-        columns: dict[str, Tensor] = {}
-        if self._sprm_config is not None:
-            prompt_columns = torch.zeros_like(data.batch["prompts"], dtype=torch.bool)
-            in_response = torch.cat([prompt_columns, data.batch["response_mask"].bool()], dim=1)
-            columns["step_feature_mask"] = step_feature_mask(
-                data.batch["input_ids"], in_response, self._sprm_config.step_rule
-            )
+        columns = {} if self._sprm_config is None else self._step_columns(data)
         full_kl = data.meta_info.get("full_kl", False)
         with measure_phase("old_log_prob") as metrics, self._policy.on_device(), self._reference_on_device(full_kl):
             metrics["tokens"] = tokens_of_rank(data, group_sizes(self.config)["train"])
             columns |= self._actor.compute_log_prob({**dict(data.batch.items()), **columns}, compute_kl=full_kl)
         return DataProto.from_dict(columns, meta_info={"metrics": metrics})
+
+    @register(Dispatch.DP_COMPUTE_METRIC, group="train")
+    def standardize_score_head(self, data: DataProto) -> DataProto:
+        """See `standardize_features`; `meta_info["metrics"]` has the number of steps of `data` as `steps`."""
+        batch = {**dict(data.batch.items()), **self._step_columns(data)}
+        with measure_phase("head_start") as metrics, self._policy.on_device():
+            steps = standardize_features(
+                self._policy.model, lambda: self._actor.compute_log_prob(batch, compute_entropy=False)
+            )
+        self._rollout.policy_has_changed()
+        return DataProto(meta_info={"metrics": {"steps": float(steps)} | metrics})
+
+    @register(Dispatch.ONE_TO_ALL)
+    def shift_step_logits(self, shift: float) -> None:
+        """Add `shift` to every logit of the score head, by its bias."""
+        with self._policy.on_device():
+            shift_head(self._policy.model.score_head, shift)
+        self._rollout.policy_has_changed()
 
     @register(Dispatch.DP_COMPUTE_PROTO, group="reference")
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
@@ -181,6 +194,12 @@ class ActorRolloutRefWorker(CheckpointedWorker):
         """
         super().load_checkpoint(folder)
         self._rollout.policy_has_changed()
+
+    def _step_columns(self, data: DataProto) -> dict[str, Tensor]:
+        prompt_columns = torch.zeros_like(data.batch["prompts"], dtype=torch.bool)
+        in_response = torch.cat([prompt_columns, data.batch["response_mask"].bool()], dim=1)
+        rule = self._sprm_config.step_rule
+        return {"step_feature_mask": step_feature_mask(data.batch["input_ids"], in_response, rule)}
 
     def _build_model(self, fsdp_config: DictConfig, sprm_config: SPRMConfig | None) -> JointModel:
         config, dtypes = self.config, Dtypes.from_config(fsdp_config)

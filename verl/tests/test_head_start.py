@@ -1,0 +1,182 @@
+"""The standardised start on real ranks is that of one process; and in whole runs, fresh heads alone get it.
+
+This file is also the program that the ranks run (see `launch`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from tiny import PROMPT, RESPONSE, ROWS, padded_rows, tiny_lm
+from torch import Tensor
+from torch.nn.functional import pad
+
+from verl.utils.fsdp import create_mesh, init_distributed, named_full_tensors, shard_model
+from verl.utils.head_start import standardize_features
+from verl.utils.model import attention_for
+from verl.utils.ulysses import sequence_parallel_group
+from verl.workers.actor.dp_actor import DataParallelPPOActor
+from verl.workers.actor.joint_model import JointModel
+from xbai.sprm import ScoreHead, save_score_head, shift_head
+from xbai.sprm.head import SCORE_MODULE_FILE, SPRM_CONFIG_FILE
+
+RANKS = 2
+WAYS = ("padded", "packed", "shared", "replicated")
+"""How they compute; in `shared` both have the same rows, in `replicated` each has the whole head."""
+HEAD = ("score_head.0.weight", "score_head.0.bias", "score_head.3.weight", "score_head.3.bias")
+
+
+def make_model(packed: bool = False) -> JointModel:
+    """One coordinate of its residual stream is huge."""
+    lm = tiny_lm()
+    lm.model.embed_tokens.weight.data[:, 5] += 8.0
+    lm.set_attn_implementation(attention_for(torch.float32, packed))
+    return JointModel(lm, ScoreHead(32))
+
+
+def make_batch() -> dict[str, Tensor]:
+    """The second half of the rows, which is that of rank 1, has a single step."""
+    generator = torch.Generator().manual_seed(1)
+    rows = padded_rows(generator)
+    features = torch.rand(ROWS, PROMPT + RESPONSE, generator=generator) < 0.5
+    features &= pad(rows["response_mask"], (PROMPT, 0))
+    features[ROWS // 2 :] = False
+    features[-1, PROMPT + 1] = True
+    return {**rows, "step_feature_mask": features}
+
+
+def run_rank(output: Path) -> None:
+    """Standardise, shift, and write the head that came out."""
+    init_distributed()
+    rank, groups, results = dist.get_rank(), {size: sequence_parallel_group(size) for size in (1, RANKS)}, {}
+    for way in WAYS:
+        packed, sp_size = way in ("packed", "shared"), RANKS if way == "shared" else 1
+        rollout = {"n": 4, "temperature": 1.0, "log_prob_micro_batch_size_per_gpu": 3}
+        config = OmegaConf.create({"model": {"use_remove_padding": packed}, "rollout": rollout})
+        model = shard_model(make_model(packed), create_mesh(1 if way == "replicated" else -1), {})
+        actor = DataParallelPPOActor(config, model, sp_group=groups[sp_size])
+        half = slice(rank * ROWS // RANKS, (rank + 1) * ROWS // RANKS)
+        mine = slice(None) if way == "shared" else half
+        batch = {name: column[mine] for name, column in make_batch().items()}
+        steps = standardize_features(model, partial(actor.compute_log_prob, batch, compute_entropy=False))
+        shift_head(model.score_head, 0.25)
+        weights = {name: tensor.clone() for name, tensor in named_full_tensors(model) if name in HEAD}
+        results[way] = {"steps": steps, "weights": weights}
+    if rank == 0:
+        torch.save(results, output)
+    dist.destroy_process_group()
+
+
+def launch(folder: Path) -> dict[str, dict[str, Any]]:
+    output = folder / "heads.pt"
+    command = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(RANKS), __file__, str(output)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(output, weights_only=False)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_start_is_that_of_plain_features(tmp_path: Path) -> None:
+    batch, model = make_batch(), make_model().eval()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    features = model.lm(**inputs, output_hidden_states=True).hidden_states[-2][batch["step_feature_mask"]]
+    mean, deviation = features.double().mean(0), features.double().std(0, correction=0)
+    assert mean.abs().max() > 20 * deviation[mean.abs().argmax()]
+    plain = ScoreHead(32).eval()
+    for way, result in launch(tmp_path).items():
+        assert result["steps"] == len(features) > 10
+        weights = {name.removeprefix("score_head."): weight for name, weight in result["weights"].items()}
+        plain.load_state_dict(weights)
+        # Which folded head this is follows from its rows: those of the unstandardised one over the deviation.
+        unfolded = (weights["0.weight"] * deviation).float()
+        torch.testing.assert_close(unfolded, model.score_head[0].weight, rtol=1e-4, atol=1e-5)
+        standardized = ((features - mean) / deviation).float()
+        expected = model.score_head(standardized) + 0.25
+        torch.testing.assert_close(plain(features), expected, rtol=1e-4, atol=1e-4, msg=way)
+
+
+@pytest.fixture(scope="module")
+def model_without_head(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every third token of random text ends a step."""
+    folder = tmp_path_factory.mktemp("model") / "without_head"
+    shutil.copytree(tiny_model_dir, folder)
+    (folder / SCORE_MODULE_FILE).unlink()
+    config = json.loads((folder / SPRM_CONFIG_FILE).read_text())
+    config["step_rule"] |= {"step_ids": list(range(80)), "think_open_id": None, "think_close_id": None}
+    (folder / SPRM_CONFIG_FILE).write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def published(small_run: list[str], model_without_head: Path) -> list[str]:
+    """One process, with the published setting of the score loss."""
+    return [
+        *(key for key in small_run if "agreement_weighting" not in key),
+        f"actor_rollout_ref.model.path={model_without_head}",
+        "data.val_files=null",
+        "trainer.n_gpus_per_node=1",
+    ]
+
+
+def said_by(run: Any) -> str:
+    return " ".join(run.log().split())
+
+
+@pytest.mark.slow
+def test_a_fresh_head_starts_undecided(published: list[str], start_run: Callable[..., Any], tmp_path: Path) -> None:
+    run = start_run(tmp_path, [*published, "trainer.total_training_steps=2"]).finish()
+    assert "the fresh score head starts on features standardised by" in said_by(run)
+    metrics = run.metrics()
+    assert metrics[1]["score/one_sided"] < 0.7
+    assert "timing_s/head_start" in metrics[1] and "timing_s/head_start" not in metrics[2]
+    for row in metrics.values():
+        assert row["score/counted_right"] > 0 and row["score/counted_wrong"] > 0
+        assert {"score/within_prompt_auc", "score/best_of_n_gain"} <= row.keys()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_resumed_head_goes_on_and_a_healthy_one_is_not_warned_of(
+    published: list[str], start_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    published = [*published, "trainer.save_freq=6"]
+    assert "one-sided" not in said_by(start_run(tmp_path, [*published, "trainer.total_training_steps=6"]).finish())
+    resumed = start_run(tmp_path, [*published, "trainer.total_training_steps=7"]).finish()
+    assert "standardised" not in resumed.log().partition("going on from")[2]
+    metrics = resumed.metrics()
+    assert sorted(metrics) == [1, 2, 3, 4, 5, 6, 7] and "timing_s/head_start" not in metrics[7]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_one_sided_head_that_was_loaded_is_left_alone_and_warned_of(
+    published: list[str], start_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    head = ScoreHead(64)
+    torch.nn.init.constant_(head[3].bias, -9.0)
+    save_score_head(tmp_path, head.state_dict(), None)
+    loaded = [f"actor_rollout_ref.score.model_path={tmp_path}", "trainer.total_training_steps=6"]
+    run = start_run(tmp_path / "run", [*published, *loaded]).finish()
+    said = said_by(run)
+    assert "standardised by" not in said
+    assert said.count("the score head is one-sided: for 5 updates no step of a right answer counted") == 1
+    assert "Go on with actor_rollout_ref.score.agreement_weighting=false" in said
+    for row in run.metrics().values():
+        assert row["score/one_sided"] == 1.0 and row["score/counted_right"] == 0 and row["score/loss"] == 0
+
+
+if __name__ == "__main__":
+    run_rank(Path(sys.argv[1]))

@@ -1,0 +1,66 @@
+"""The standardised start of a score head that is sharded over ranks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+
+from verl.utils.fsdp import local_device, reshard
+from verl.utils.packing import Batch
+from verl.workers.actor.joint_model import JointModel
+from xbai.sprm import (
+    MIN_FEATURES,
+    ScoreObjective,
+    observed_inputs,
+    shift_head,
+    standardize_head,
+    start_shift,
+    start_totals,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def standardize_features(model: JointModel, compute: Callable[[], object]) -> int:
+    """Standardise what the score head sees by the step features of all ranks. A collective.
+
+    Args:
+        model: sharded or plain, with a score head.
+        compute: runs forward passes; of a sequence-parallel group each rank's see other steps.
+
+    Returns:
+        How many steps there were; with fewer than `MIN_FEATURES` the head stays as it is.
+    """
+    with observed_inputs(model.score_head, local_device()) as moments:
+        compute()
+    reshard(model)
+    dist.all_reduce(moments.totals)
+    if moments.count >= MIN_FEATURES:
+        standardize_head(model.score_head, moments)
+    return moments.count
+
+
+def start_head(
+    model: JointModel, batches: Sequence[Batch], evaluate: Callable[[Batch], Tensor], objective: ScoreObjective
+) -> None:
+    """Standardise the features of a fresh head by rows whose grades are known, and set its bias. A collective.
+
+    Args:
+        model: sharded or plain, with a score head.
+        batches: as many on every rank, with `step_feature_mask [B, T]`, `correct` and `graded [B]`.
+        evaluate: a batch's step logits [B, T] in evaluation mode.
+        objective: of the training that follows.
+    """
+    steps = standardize_features(model, lambda: [evaluate(batch) for batch in batches])
+    if steps < MIN_FEATURES:
+        logger.warning("the score head starts as it is: there are %d steps to standardise its features by", steps)
+        return
+    names = ("step_feature_mask", "correct", "graded")
+    totals = sum(start_totals(evaluate(batch), *(batch[name] for name in names)) for batch in batches)
+    reshard(model)
+    dist.all_reduce(totals)
+    shift_head(model.score_head, start_shift(totals, objective))
+    logger.info("the fresh score head starts on features standardised by %d steps", steps)

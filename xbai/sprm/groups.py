@@ -1,0 +1,50 @@
+"""Does the score choose well among the responses to one prompt? The question that Best-of-N asks, and AUC does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xbai.sprm.loss import auc
+
+
+def within_prompt_auc(scores: Tensor, labels: Tensor, prompts: Sequence[str | int] | np.ndarray) -> float:
+    """`auc` of the responses to each prompt that has right and wrong ones, averaged over these prompts.
+
+    An AUC over all responses rewards a head that knows which questions are easy, which chooses nothing.
+
+    Args:
+        scores: [n] of the responses.
+        labels: [n] in {0, 1}.
+        prompts: [n] what each answers.
+
+    Returns:
+        nan where no prompt has both.
+    """
+    values = [auc(scores[rows], labels[rows]) for rows in _groups(prompts)]
+    return _mean([value for value in values if not np.isnan(value)])
+
+
+def best_of_n_gain(scores: Tensor, labels: Tensor, prompts: Sequence[str | int] | np.ndarray) -> float:
+    """How much more often the response with its prompt's highest score is right than any response to it.
+
+    Arguments as of `within_prompt_auc`; of tied responses each is chosen as often. The mean over prompts; nan without.
+    """
+    gains = []
+    for rows in _groups(prompts):
+        right = (labels[rows] > 0.5).double()
+        gains.append(float(right[scores[rows] == scores[rows].max()].mean() - right.mean()))
+    return _mean(gains)
+
+
+def _groups(prompts: Sequence[str | int] | np.ndarray) -> Iterator[Tensor]:
+    _, group_of = np.unique(np.asarray(prompts), return_inverse=True)
+    order = torch.from_numpy(group_of.argsort(kind="stable"))
+    return iter(order.split(np.bincount(group_of).tolist())) if len(order) else iter(())
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else float("nan")

@@ -1,0 +1,143 @@
+"""How a fresh score head starts: on standardised features, and on neither side.
+
+Some coordinates of a residual stream are huge in every token (massive activations, arXiv 2402.17762). Through random
+weights they put the logits of all steps on one side, whatever else the features say. Mean and deviation of the features
+are folded into the first layer, so that the head keeps its published form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from xbai.sprm.head import ScoreHead
+from xbai.sprm.loss import POSITIVE_CLASS_WEIGHT
+from xbai.sprm.objective import ScoreObjective
+
+DEVIATION_FLOOR = 0.1
+"""Of the median coordinate's deviation: one that hardly moves in the first responses may move later."""
+MIN_FEATURES = 2
+"""What a deviation needs."""
+MOST_CERTAIN = 0.95
+"""How far from one half a start may lie, at most, where nearly all first answers are right, or wrong."""
+
+
+class FeatureMoments:
+    """Count, sums and sums of squares of feature vectors, in float64: those of micro-batches and of ranks add up.
+
+    Args:
+        hidden_size: c.
+        device: where `totals` are.
+
+    Attributes:
+        totals: [1 + 2c]; to be summed over ranks.
+    """
+
+    def __init__(self, hidden_size: int, device: torch.device | None = None) -> None:
+        self.totals = torch.zeros(1 + 2 * hidden_size, dtype=torch.float64, device=device)
+
+    def add(self, features: Tensor) -> None:
+        """Count in features [..., c]."""
+        rows = features.detach().flatten(0, -2).to(self.totals)
+        self.totals += torch.cat([rows.new_full((1,), len(rows)), rows.sum(0), rows.square().sum(0)])
+
+    @property
+    def count(self) -> int:
+        """How many vectors."""
+        return int(self.totals[0])
+
+    @property
+    def mean(self) -> Tensor:
+        """[c] float64."""
+        return self.totals[1:].chunk(2)[0] / self.totals[0]
+
+    @property
+    def deviation(self) -> Tensor:
+        """[c] float64, none of it below `DEVIATION_FLOOR` of the median; 1 where nothing moves at all."""
+        mean_square = self.totals[1:].chunk(2)[1] / self.totals[0]
+        # Rounding makes a little of what is nothing.
+        variance = mean_square - self.mean.square()
+        moves = variance > 1e-12 * mean_square
+        deviation = torch.where(moves, variance, 0.0).sqrt()
+        if not moves.any():
+            return torch.ones_like(deviation)
+        return deviation.clamp(min=DEVIATION_FLOOR * deviation[moves].median())
+
+
+@contextmanager
+def observed_inputs(head: ScoreHead, device: torch.device | None = None) -> Iterator[FeatureMoments]:
+    """Moments of all that the head's first layer is given inside: features as the head sees them."""
+    moments = FeatureMoments(head.hidden_size, device)
+    hook = head[0].register_forward_pre_hook(lambda _, inputs: moments.add(inputs[0]))
+    try:
+        yield moments
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def standardize_head(head: ScoreHead, moments: FeatureMoments) -> None:
+    """Make of W x + b, in place, W (x - mean) / deviation + b; of a head whose rows are sharded, this rank's rows.
+
+    Args:
+        head: as it was initialised, in evaluation or training mode; what an optimiser knows of it is stale afterwards.
+        moments: of at least `MIN_FEATURES` inputs of its first layer.
+    """
+    weight, bias = map(_shard, head[0].parameters())
+    weight.copy_(weight / moments.deviation.to(weight.device))
+    # By the weight as it was rounded: at the mean nothing is left of it.
+    bias.sub_(weight.double() @ moments.mean.to(weight.device))
+
+
+@torch.no_grad()
+def shift_head(head: ScoreHead, shift: float) -> None:
+    """Add `shift` to every logit of the head, in place."""
+    _shard(head[3].bias).add_(shift)
+
+
+def start_totals(step_logits: Tensor, feature_mask: Tensor, labels: Tensor, graded: Tensor) -> Tensor:
+    """What `start_shift` needs, to be summed over ranks.
+
+    Args:
+        step_logits: [batch, time] of the standardised head in evaluation mode.
+        feature_mask: [batch, time] bool, True at the steps.
+        labels, graded: [batch], see `counted_steps`.
+
+    Returns:
+        [4] float64: sum of the logits, number of steps, of graded steps, and of steps of right answers.
+    """
+    steps = feature_mask.sum(-1).double()
+    graded_steps = steps * graded
+    logits = step_logits.double().masked_fill(~feature_mask, 0.0)
+    return torch.stack([logits.sum(), steps.sum(), graded_steps.sum(), (graded_steps * (labels > 0.5)).sum()])
+
+
+def start_shift(totals: Tensor, objective: ScoreObjective) -> float:
+    """What to add to the logits, so that their mean is the logit of `starting_score`."""
+    logits, steps, graded, right = totals.tolist()
+    score = starting_score((right + 1) / (graded + 2), objective)
+    return math.log(score / (1 - score)) - logits / max(steps, 1.0)
+
+
+def starting_score(share_right: float, objective: ScoreObjective) -> float:
+    """What the loss would have a head say of every step that cannot tell them apart.
+
+    Without switches that is the share of steps that are of right answers; class balance makes right steps weigh
+    1.5 times as much together as wrong ones, so 0.6, whatever the share. With agreement weighting a class counts by its
+    steps on the right side of 0.5: from any other start than 0.5, all steps of one class may be left out for good. To a
+    loss that only compares all starts are alike.
+    """
+    if objective.loss == "pairwise" or (objective.judges_steps and objective.agreement_weighting):
+        return 0.5
+    if objective.class_balance:
+        return POSITIVE_CLASS_WEIGHT / (1 + POSITIVE_CLASS_WEIGHT)
+    return min(max(share_right, 1 - MOST_CERTAIN), MOST_CERTAIN)
+
+
+def _shard(parameter: nn.Parameter) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
