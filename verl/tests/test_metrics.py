@@ -9,6 +9,7 @@ import torch
 from verl.trainer.ppo.metrics import (
     ValidationResult,
     best_of_n,
+    choice_metrics,
     explained_variance,
     importance_metrics,
     is_truncated,
@@ -57,6 +58,18 @@ def test_validation_over_several_batches_and_sources():
     found = validation_metrics(parts, n=2)
     assert found["val/pass@1"] == 0.25 and found["val/a/pass@1"] == 0.5 and found["val/b/pass@1"] == 0.0
     assert found["val/auc"] == 1.0 and found["val/best_of_2"] == 0.5 and found["val/response_length"] == 5.0
+    assert found["val/within_prompt_auc"] == 1.0
+    assert list(found).index("val/within_prompt_auc") < list(found).index("val/auc")
+    assert "val/within_prompt_auc" not in validation_metrics(parts, n=1)
+
+
+def test_choice_within_a_prompt_leaves_out_what_has_no_grade_and_counts_no_score_as_the_last_choice():
+    scores = torch.tensor([0.9, 0.2, 0.8, 0.0, 0.3, 0.6, 0.7])
+    correct = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0])
+    graded = torch.tensor([False, True, True, True, True, True, True])
+    found = choice_metrics(scores, correct, graded, ["a", "a", "a", "a", "b", "b", "b"])
+    # a: .8 over .2; b: .7 over .6, but not .3. Chosen are .8, of three with two right, and .7, of three with two.
+    assert found == pytest.approx({"within_prompt_auc": (1 + 0.5) / 2, "best_of_n_gain": 1 / 3})
 
 
 def test_importance_metrics_against_plain_numbers():

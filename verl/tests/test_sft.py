@@ -1,6 +1,7 @@
 """Supervised fine-tuning: its rows, its batches, its command line, and one rank against four."""
 
 import json
+import logging
 import random
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from xbai.benchmarks.make10 import Teacher, sample_problems, sft_row
 from xbai.benchmarks.tiny_model import make_tokenizer, write_tiny_model
 from xbai.errors import UserError
 from xbai.files import check_room
-from xbai.sprm import load_score_head, load_sprm_config
+from xbai.sprm import ScoreHead, load_score_head, load_sprm_config, save_score_head
 
 DATA = OmegaConf.create({"prompt_key": "prompt", "response_key": "response", "label_key": "correct", "max_length": 512})
 CHAT = [{"role": "user", "content": "Make 10 from 7 3"}]
@@ -280,10 +281,10 @@ def test_replicas_of_two_shards_train_as_one_rank_and_the_result_loads(tmp_path)
     assert f"trainer.output_dir={output} exists already" in again.stderr
 
 
-def sft_alone(monkeypatch, folder, *overrides):
+def sft_alone(monkeypatch, folder, *overrides, rows=({"prompt": CHAT, "response": "7+3"},) * 10):
     """Two steps in this process over ten rows of tokens."""
     common = [
-        f"data.train_files={write_rows(folder / 'sft.parquet', [{'prompt': CHAT, 'response': '7+3'}] * 10)}",
+        f"data.train_files={write_rows(folder / 'sft.parquet', rows)}",
         f"model.path={folder / 'base'}",
         f"trainer.output_dir={folder / 'out'}",
         "trainer.logger=[console]",
@@ -294,6 +295,33 @@ def sft_alone(monkeypatch, folder, *overrides):
     for variable, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(variable, value)
     main_sft.main()
+
+
+LABELLED = [{"prompt": CHAT, "response": "So 7+3.\n\nIt is 10.\n\nYes", "correct": i % 2 == 0} for i in range(10)]
+
+
+def one_sided_base(folder):
+    """A model whose head puts every step below 0.5."""
+    write_tiny_model(folder)
+    head = ScoreHead(128)
+    torch.nn.init.constant_(head[3].bias, -9.0)
+    save_score_head(folder, head.state_dict(), None)
+
+
+def test_a_fresh_head_starts_undecided_and_a_loaded_one_as_it_is(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    for base, fresh in (("fresh", True), ("loaded", False)):
+        caplog.clear()
+        folder = tmp_path / base
+        folder.mkdir()
+        (write_tiny_model if fresh else one_sided_base)(folder / "base")
+        sft_alone(monkeypatch, folder, "trainer.total_training_steps=6", "trainer.logger=[file]", rows=LABELLED)
+        records = [json.loads(line) for line in (folder / "out_logs" / "metrics.jsonl").read_text().splitlines()]
+        assert ("the fresh score head starts on features standardised by 20 steps" in caplog.text) == fresh
+        warnings = [message for message in caplog.messages if "the score head is one-sided" in message]
+        assert len(warnings) == (not fresh)
+        assert all("score.agreement_weighting=false" in warning for warning in warnings)
+        assert (records[-1]["score/one_sided"] < 1) == (records[-1]["score/loss"] > 0) == fresh
 
 
 GENERATION_CONFIG = b'{"eos_token_id": 2, "pad_token_id": 0,\n "temperature": 0.6, "top_p": 0.95}'

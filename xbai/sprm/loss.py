@@ -120,6 +120,7 @@ def sprm_metrics(step_logits: Tensor, feature_mask: Tensor, labels: Tensor, grad
     """How well the head tells right from wrong on a whole batch ([batch, time] and [batch], see `counted_steps`).
 
     Returns:
+        `one_sided` (share of steps on the side of 0.5 that has more of them: at 1 the head says the same of all),
         `steps_agree` (share of steps whose score falls on the label's side of 0.5), `score_right`, `score_wrong` (mean
         trajectory scores), `score_gap` (their difference), `auc`, `steps_per_response`. A value that the batch cannot
         define (no right trajectory, say) is nan.
@@ -130,7 +131,9 @@ def sprm_metrics(step_logits: Tensor, feature_mask: Tensor, labels: Tensor, grad
     agreeing = counted_steps(step_logits, feature_mask, labels, torch.ones_like(labels, dtype=torch.bool), True)
     scores, right = trajectory_scores(step_logits, feature_mask), labels > 0.5
     score_right, score_wrong = float(scores[right].mean()), float(scores[~right].mean())
+    positive = float((step_logits[feature_mask] > 0).float().mean())
     return {
+        "one_sided": max(positive, 1 - positive),
         "steps_agree": float(agreeing.sum() / steps.sum()),
         "steps_per_response": float(steps.sum(-1).float().mean()),
         "score_right": score_right,

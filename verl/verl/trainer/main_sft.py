@@ -26,11 +26,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from verl.trainer.compose import compose_config
+from verl.trainer.score_watch import Classes, UncountedClassWatch
 from verl.utils.dataset.sft_dataset import SFTDataset, SFTExample, collate_examples, length_grouped_batches
 from verl.utils.fsdp import all_reduce_last, create_mesh, init_distributed, named_full_tensors, shard_model
+from verl.utils.head_start import start_head
 from verl.utils.model import (
     build_joint_model,
     dtype_name,
+    has_score_head,
     load_tokenizer,
     loading_dtype,
     torch_dtype,
@@ -45,6 +48,7 @@ from xbai.errors import UserError, exit_on_user_error
 from xbai.files import atomic_directory, check_room, why_not_written
 from xbai.model_files import ModelFiles
 from xbai.sprm import (
+    ScoreObjective,
     SPRMConfig,
     StepCounts,
     auc,
@@ -61,6 +65,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_RANK_GRACE_S = 2.0
 HEAD_PREFIX = "score_head."
+START_ROWS = 512
+"""How many rows a fresh score head's features are standardised by."""
 
 
 class SFTTrainer:
@@ -89,6 +95,11 @@ class SFTTrainer:
             )
         steps = config.trainer.total_training_steps
         self.total_steps = steps or config.trainer.total_epochs * self.batches_per_epoch
+        score = config.score
+        self._starts_head = (
+            self.sprm_config is not None and score.standardized_start and not has_score_head(config.model.path, None)
+        )
+        self._score_watch = UncountedClassWatch("score")
         self.model = self._build_model()
         self.optimizer = JointOptimizer(
             self.model, self._with_total(config.optim), self._with_total(config.score.optim)
@@ -140,6 +151,8 @@ class SFTTrainer:
         window = MetricsWindow(self.device)
         with self._tracking() as tracking, self._progress() as progress:
             task = progress.add_task("SFT", total=self.total_steps)
+            if self._starts_head:
+                self._start_head()
             for step, rows in enumerate(self._batches(), start=1):
                 metrics = self.update([self.dataset[row] for row in rows], window)
                 if step % self.config.trainer.log_freq == 0 or step == self.total_steps:
@@ -223,18 +236,32 @@ class SFTTrainer:
         return self.model(layout, backbone_grad_scale=self.config.score.backbone_grad_scale)
 
     def _steps_that_count(self, micro_batches: list[dict[str, Tensor]]) -> tuple[list[Tensor | None], StepCounts]:
-        """The steps with w_n = 1 of each micro-batch, by the head in evaluation mode, and their global number."""
+        """The steps with w_n = 1 of each micro-batch, by the head in evaluation mode, and their global number, which
+        the watch sees."""
         if self.sprm_config is None:
             return [None] * len(micro_batches), StepCounts(0.0, 0.0)
         agreement = self.config.score.agreement_weighting
-        counted = []
+        counted, counts = [], torch.zeros(2, 2, device=self.device)
         for batch in micro_batches:
             logits = self._evaluate(batch) if agreement else torch.zeros_like(batch["input_ids"], dtype=torch.float)
-            features = batch["step_feature_mask"]
-            counted.append(counted_steps(logits, features, batch["correct"], batch["graded"], agreement))
-        counts = sum(count_by_class(mask, batch["correct"]) for mask, batch in zip(counted, micro_batches))
+            steps = batch["step_feature_mask"], batch["correct"], batch["graded"]
+            counted.append(counted_steps(logits, *steps, agreement))
+            graded = counted_steps(logits, *steps, agreement_weighting=False)
+            counts += torch.stack([count_by_class(mask, batch["correct"]) for mask in (counted[-1], graded)])
         dist.all_reduce(counts)
-        return counted, StepCounts(*counts.tolist())
+        of_loss, of_all = counts.tolist()
+        if self.rank == 0:
+            self._score_watch.observe(Classes(*of_loss), Classes(*of_all))
+        return counted, StepCounts(*of_loss)
+
+    def _start_head(self) -> None:
+        """See `start_head`; by some of the rows. A collective."""
+        order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(self.config.trainer.seed))
+        rows = order[: min(START_ROWS, len(order)) // self.world_size * self.world_size].tolist()
+        mine, size = rows[self.rank :: self.world_size], self.config.data.micro_batch_size_per_gpu
+        parts = [[self.dataset[row] for row in mine[i : i + size]] for i in range(0, len(mine), size)]
+        batches, objective = list(map(self._batch, parts)), ScoreObjective.from_config(self.config.score)
+        start_head(self.model, batches, self._evaluate, objective)
 
     @torch.no_grad()
     def _evaluate(self, batch: dict[str, Tensor]) -> Tensor:
@@ -297,6 +324,7 @@ class MetricsWindow:
 
     def _reset(self) -> None:
         self._losses = torch.zeros(2, dtype=torch.double, device=self._device)
+        self._sides = torch.zeros(2, dtype=torch.double, device=self._device)
         self._scores: list[float] = []
         self._labels: list[float] = []
         self._steps = self._tokens = 0
@@ -306,8 +334,10 @@ class MetricsWindow:
         self._losses += torch.stack([lm_loss, score_loss]).detach().double()
 
     def add_scores(self, step_logits: Tensor, batch: dict[str, Tensor]) -> None:
-        """Trajectory scores of one micro-batch's graded rows."""
+        """Trajectory scores of one micro-batch's graded rows, and on which side of 0.5 their steps are."""
         graded = batch["graded"]
+        logits = step_logits.detach()[batch["step_feature_mask"] & graded[:, None]]
+        self._sides += torch.stack([(logits > 0).sum(), (logits <= 0).sum()])
         self._scores += trajectory_scores(step_logits.detach(), batch["step_feature_mask"])[graded].tolist()
         self._labels += batch["correct"][graded].tolist()
 
@@ -319,13 +349,15 @@ class MetricsWindow:
     def flush(self) -> dict[str, float]:
         """Means over the window; the same on every rank. A collective."""
         dist.all_reduce(self._losses)
+        dist.all_reduce(self._sides)
         gathered: list[tuple[list[float], list[float]]] = [([], [])] * dist.get_world_size()
         dist.all_gather_object(gathered, (self._scores, self._labels))
         scores, labels = (torch.tensor(list(chain.from_iterable(parts))) for parts in zip(*gathered))
         lm_loss, score_loss = (self._losses / self._steps).tolist()
         metrics = {"sft/loss": lm_loss, "sft/tokens": float(self._tokens)}
         if len(scores):
-            metrics |= {"score/loss": score_loss, "score/auc": auc(scores, labels)}
+            one_sided = float(self._sides.max() / self._sides.sum())
+            metrics |= {"score/loss": score_loss, "score/one_sided": one_sided, "score/auc": auc(scores, labels)}
         self._reset()
         return metrics
 

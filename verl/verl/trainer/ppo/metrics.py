@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from verl.protocol import DataProto
-from xbai.sprm import auc, sprm_metrics
+from verl.trainer.score_watch import Classes
+from xbai.sprm import auc, best_of_n_gain, count_by_class, sprm_metrics, trajectory_scores, within_prompt_auc
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> float:
@@ -53,18 +54,40 @@ def train_metrics(
         metrics["actor/ref_kl"] = masked_mean(columns["ref_kl"], mask)
     elif "ref_log_prob" in columns and "old_log_probs" in columns:
         metrics["actor/ref_kl"] = masked_mean(columns["old_log_probs"] - columns["ref_log_prob"], mask)
+    uids = batch.non_tensor_batch["uid"]
     if "old_step_logits" in columns:
-        measured = sprm_metrics(columns["old_step_logits"], columns["step_feature_mask"], correct, graded)
+        logits, steps = columns["old_step_logits"], columns["step_feature_mask"]
+        measured = choice_metrics(trajectory_scores(logits, steps), correct, graded, uids)
+        measured |= sprm_metrics(logits, steps, correct, graded)
         metrics |= {f"score/{name}": value for name, value in measured.items()}
     if "rollout_scores" in columns:
-        # Without a step there is no score, which 0 stands for.
         scores = columns["rollout_scores"]
+        measured = choice_metrics(scores, correct, graded, uids)
+        metrics |= {f"rollout/{name}": value for name, value in measured.items()}
         judged = graded & (scores > 0)
         metrics |= {
             "rollout/score_mean": masked_mean(scores, judged),
             "rollout/score_auc": auc(scores[judged], correct[judged]),
         }
     return metrics
+
+
+def choice_metrics(scores: Tensor, correct: Tensor, graded: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+    """How well scores choose among the responses to a prompt; all [B]. A score of 0 stands for none, without a step:
+    Best-of-N takes such a response last, and an AUC does not count it."""
+    judged = graded & (scores > 0)
+    prompts = np.asarray(prompts)
+    return {
+        "within_prompt_auc": within_prompt_auc(scores[judged], correct[judged], prompts[judged.numpy()]),
+        "best_of_n_gain": best_of_n_gain(scores[graded], correct[graded], prompts[graded.numpy()]),
+    }
+
+
+def steps_by_class(batch: DataProto) -> Classes:
+    """The steps of right and of wrong responses that could be graded."""
+    columns = batch.batch
+    steps = columns["step_feature_mask"] & columns["graded"][:, None]
+    return Classes(*count_by_class(steps, columns["correct"]).tolist())
 
 
 def _spread(values: Tensor) -> dict[str, float]:
@@ -141,7 +164,7 @@ class ValidationResult(NamedTuple):
 
 def validation_metrics(parts: Sequence[ValidationResult], n: int) -> dict[str, float]:
     """pass@1 (where there are several data sources, for each too); with a score head the AUC of its trajectory scores
-    and, for `n` > 1 responses a prompt, the accuracy of Best-of-n."""
+    and, for `n` > 1 responses a prompt, their AUC within a prompt and the accuracy of Best-of-n."""
     sources = np.concatenate([part.sources for part in parts])
     correct, graded, lengths = (torch.cat([part[column] for part in parts]) for column in (1, 2, 3))
     metrics = {
@@ -154,9 +177,11 @@ def validation_metrics(parts: Sequence[ValidationResult], n: int) -> dict[str, f
             metrics[f"val/{name}/pass@1"] = masked_mean(correct, graded & torch.as_tensor(sources == name))
     if parts[0].scores is not None:
         scores = torch.cat([part.scores for part in parts])
-        metrics["val/auc"] = auc(scores[graded], correct[graded])
         if n > 1:
+            prompts = (torch.arange(len(scores)) // n)[graded].numpy()
+            metrics["val/within_prompt_auc"] = within_prompt_auc(scores[graded], correct[graded], prompts)
             metrics[f"val/best_of_{n}"] = best_of_n(scores, correct, graded, n)
+        metrics["val/auc"] = auc(scores[graded], correct[graded])
     return metrics
 
 

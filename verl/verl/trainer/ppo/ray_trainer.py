@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,11 +24,13 @@ from verl.trainer.critic_config import critic_config
 from verl.trainer.old_log_prob_use import needs_old_log_probs
 from verl.trainer.ppo.cluster import check_shared_folder, lost_head, start_ray, worker_env
 from verl.trainer.ppo.core_algos import AdvantageInputs, compute_advantages, get_kl_controller, kl_penalty
-from verl.trainer.ppo.metrics import ValidationResult, masked_mean, train_metrics, validation_metrics
+from verl.trainer.ppo.head_start import HeadStart
+from verl.trainer.ppo.metrics import ValidationResult, masked_mean, steps_by_class, train_metrics, validation_metrics
 from verl.trainer.ppo.reward import check_gradable
 from verl.trainer.ppo.run_state import RunState
 from verl.trainer.ppo.utilisation import Utilisation
 from verl.trainer.reference_use import ReferenceUse
+from verl.trainer.score_watch import Classes, UncountedClassWatch
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, create_dataloader
 from verl.utils.model import load_tokenizer
 from verl.utils.seqlen_balancing import rows_by_rank
@@ -81,6 +84,8 @@ class RayPPOTrainer:
         self._kl_controller = get_kl_controller(config.algorithm.kl_ctrl)
         self._run_state = RunState(config, self._train_data, self._loader, self._kl_controller, fetches)
         self.step = self._run_state.step
+        self._head_start = HeadStart(config.actor_rollout_ref, is_new_run=self._run_state.checkpoint is None)
+        self._score_watch = UncountedClassWatch("actor_rollout_ref.score")
         self._reward_manager = REWARD_MANAGERS[config.reward_model.reward_manager](self.tokenizer, config)
         self._needs_old_log_probs = needs_old_log_probs(config)
         self._loss = LossConfig.from_config(config.actor_rollout_ref)
@@ -190,6 +195,9 @@ class RayPPOTrainer:
             batch = self._generate(prompts, self._rollout.n, metrics, stay_awake=needs_baseline)
         pending = self._launch_grading(batch)
         baseline = self._launch_baseline(prompts, metrics) if needs_baseline else None
+        starts_head = self._head_start.is_due and self._head_start.standardize(
+            self._workers, DataProto(batch.batch.select(*MODEL_INPUT_KEYS)), metrics
+        )
         if self._needs_old_log_probs:
             self._compute(self._workers.compute_log_prob, batch, metrics, full_kl=self._reference_use.full_kl_in_reward)
         if self._reference_use.log_probs:
@@ -201,6 +209,8 @@ class RayPPOTrainer:
         self._add_reward(batch, reward, metrics)
         if baseline is not None:
             self._add_baseline(batch, baseline.result(), metrics)
+        if starts_head:
+            self._head_start.set_bias(self._workers, batch)
         self._add_advantages(batch)
         if "rival_scores" in self._update_keys:
             self._add_rivals(batch)
@@ -212,6 +222,9 @@ class RayPPOTrainer:
         if self.step > self.config.trainer.critic_warmup:
             rows = self.config.actor_rollout_ref.actor.ppo_mini_batch_size * self._rollout.n
             self._update(self._workers.update_actor, batch.select(self._update_keys, []), rows, metrics)
+            if self._loss.use_score and self._loss.score.judges_steps:
+                counted = Classes(metrics["score/counted_right"], metrics["score/counted_wrong"])
+                self._score_watch.observe(counted, steps_by_class(batch))
         tokens, seconds = float(batch.batch["attention_mask"].sum()), time.perf_counter() - start
         metrics |= {"timing_s/step": seconds, "perf/tokens_per_s": tokens / seconds}
         return metrics | self._utilisation.metrics(batch, metrics)
@@ -423,6 +436,8 @@ class RayPPOTrainer:
 
             def report(metrics: dict[str, float]) -> None:
                 text = f"reward {metrics['reward/mean']:.3f}  {metrics['timing_s/step']:.1f} s/step"
+                if math.isfinite(value := metrics.get("score/within_prompt_auc", math.nan)):
+                    text = f"within-prompt AUC {value:.2f}  {text}"
                 progress.update(task, completed=self.step, description=text)
 
             yield report
