@@ -241,8 +241,10 @@ def served_then_posts(urls: str, count: int) -> tuple[ServedModel, list]:
 
 def test_one_copy_that_is_ready_is_enough(serve_app: Callable[[FastAPI], str]) -> None:
     model, _ = served_then_posts(f"{serve_app(Script().app)},{dead_url()}", 0)
-    assert model == ServedModel("m:1a", None, scores=True, is_ours=True)
-    assert served_then_posts(serve_app(FastAPI()), 0)[0] == ServedModel(None, None, scores=False, is_ours=False)
+    assert model == ServedModel("m:1a", None, scores=True, log_probs=False, is_ours=True)
+    assert served_then_posts(serve_app(FastAPI()), 0)[0] == ServedModel(
+        None, None, scores=False, log_probs=False, is_ours=False
+    )
     with pytest.raises(ServiceUnavailableError, match="start it first"):
         served_then_posts(dead_url(), 0)
 

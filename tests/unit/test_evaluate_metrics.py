@@ -11,20 +11,13 @@ import pytest
 from matplotlib import image
 
 from xbai.errors import UserError
+from xbai.evaluate.estimate import Estimate
 from xbai.evaluate.graded import GradedQuestion
 from xbai.evaluate.metric_command import MetricOptions, run_metric
-from xbai.evaluate.metrics import (
-    Estimate,
-    Report,
-    candidate_counts,
-    compare,
-    measure,
-    possible_strategies,
-    repeated_accuracy,
-    report_files,
-)
+from xbai.evaluate.metrics import Report, compare, measure, repeated_accuracy, report_files
 from xbai.evaluate.plots import plot_accuracy, plot_results
 from xbai.evaluate.step_curve import step_curve
+from xbai.evaluate.strategies import candidate_counts, possible_strategies
 from xbai.evaluate.summary import build_summary
 from xbai.evaluate.tables import STRATEGY_NAMES, accuracy_grid, comparison_grid, quality_grid, show
 from xbai.evaluate.training_plot import plot_training
@@ -42,6 +35,7 @@ def question(scores: list[float], correct: list[float], name: str = "p", length:
         step_scores=[[score, score] if np.isfinite(score) else None for score in scores],
         token_counts=[length] * count,
         finish_reasons=["stop"] * count,
+        mean_log_probs=np.full(count, -np.inf),
     )
 
 
@@ -50,7 +44,9 @@ def random_questions(count: int, samples: int, seed: int = 0) -> list[GradedQues
     made = []
     for i in range(count):
         correct = (rng.random(samples) < 0.4).astype(float)
-        made.append(question(list(0.3 * rng.random(samples) + 0.2 * correct + 0.3), list(correct), f"p{i}"))
+        scored = question(list(0.3 * rng.random(samples) + 0.2 * correct + 0.3), list(correct), f"p{i}")
+        log_probs = 0.1 * correct - rng.random(samples)
+        made.append(replace(scored, mean_log_probs=log_probs, combined=log_probs + scored.scores))
     return made
 
 
@@ -96,7 +92,7 @@ def test_step_scores_stand_in_for_a_missing_score(tmp_path: Path) -> None:
 def test_without_scores_nothing_is_chosen_by_score() -> None:
     unscored = [question([-np.inf] * 4, [1.0, 1.0, 0.0, 0.0])]
     report = measure(unscored)
-    assert set(report.curves) == {"majority", "oracle", "random"}
+    assert set(report.curves) == {"majority", "oracle", "random", "shortest"}
     assert report.unscored == 4 and np.isnan(report.auc) and report.reliability == []
     assert repeated_accuracy(unscored, 1) == [1.0, 1.0, 0.0, 0.0]
     assert repeated_accuracy(unscored, 2, "majority") == [1.0, 0.0]

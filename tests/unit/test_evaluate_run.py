@@ -56,12 +56,19 @@ def test_without_scores_in_every_copy_the_score_service_is_asked() -> None:
             fused(source, policy, None)
 
 
+def test_log_probs_are_asked_for_where_every_copy_returns_them() -> None:
+    able = READY | {"log_probs": True}
+    assert served(able, able).log_probs
+    assert not served(able, READY).log_probs, "an older service of this project would refuse the field"
+    assert not served(able, {}).log_probs
+
+
 def test_copies_of_different_models_are_refused() -> None:
     with pytest.raises(UserError, match=r"--response_api_url http://policy: .*different models \(m:1a, other:2b\)"):
         served(READY, OTHER)
     with pytest.raises(UserError, match=r"different rules \(en, zh\)"):
         served(READY, READY | {"lang": "zh"})
-    assert served({}, READY) == ServedModel("m:1a", "en", scores=False, is_ours=False), (
+    assert served({}, READY) == ServedModel("m:1a", "en", scores=False, log_probs=False, is_ours=False), (
         "one that does not say goes with any"
     )
 

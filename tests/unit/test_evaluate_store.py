@@ -110,6 +110,28 @@ def test_a_finished_file_is_extended_and_retried(tmp_path: Path) -> None:
     assert next(iter(read_result_lines(path))).scores == [0.6, 0.3, 0.1]
 
 
+def test_log_probs_are_kept_and_older_files_have_none(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with store(path) as results:
+        results.add(replace(sample(0, 0, 0.1), mean_log_prob=-0.25))
+        results.add(sample(0, 1, 0.2))
+    lines = results.journal_path.read_bytes().splitlines(keepends=True)
+    of_before = {name: value for name, value in json.loads(lines[2]).items() if name != "mean_log_prob"}
+    results.journal_path.write_bytes(lines[0] + lines[1] + json.dumps(of_before).encode() + b"\n")
+    with store(path) as results:
+        results.add(replace(sample(0, 2, 0.3), mean_log_prob=-0.75))
+        results.write_results()
+    (line, *_) = read_result_lines(path)
+    assert line.mean_log_probs == [-0.25, None, -0.75]
+    assert [each.mean_log_prob for each in line.samples()] == line.mean_log_probs
+    with store(path) as results:
+        assert results.get((0, 2)) == replace(sample(0, 2, 0.3), mean_log_prob=-0.75)
+    old = line.to_dict()
+    del old["output"]["mean_log_prob_lst"]
+    path.write_text(json.dumps(old) + "\n")
+    assert next(read_result_lines(path)).mean_log_probs == [None] * 3
+
+
 def test_parts_share_a_file_one_after_the_other(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     for part in (QUESTIONS[:1], QUESTIONS[1:]):

@@ -125,7 +125,21 @@ def test_trajectory_score_neither_under_nor_overflows():
 def test_aggregations():
     scores = [0.5, 0.25, 0.75]
     expected = {"arithmetic": 0.5, "product": 0.09375, "min": 0.25, "last": 0.75, "geometric": 0.09375 ** (1 / 3)}
+    expected |= {"lowest_third": 0.25, "soft_min": 3 / (2 + 4 + 4 / 3)}
     assert {how: aggregate(scores, how) for how in AGGREGATIONS} == pytest.approx(expected)
+    assert aggregate([0.9, 0.1, 0.3, 0.8, 0.7, 0.6], "lowest_third") == pytest.approx(0.2)
+    assert aggregate([0.3, 0.1], "lowest_third") == 0.1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(1e-6, 1 - 1e-6), min_size=1, max_size=40))
+def test_the_soft_minimum_is_one_in_log_odds_and_in_log_space(scores):
+    values = torch.tensor(scores, dtype=torch.float64)
+    found = aggregate(scores, "soft_min")
+    for space, back in ((torch.logit, torch.sigmoid), (torch.log, torch.exp)):
+        negative_mean_exp = torch.logsumexp(-space(values), 0) - math.log(len(scores))
+        assert found == pytest.approx(back(-negative_mean_exp).item(), rel=1e-6)
+    assert min(scores) * (1 - 1e-9) <= found <= aggregate(scores) * (1 + 1e-9)
 
 
 @settings(max_examples=60, deadline=None)

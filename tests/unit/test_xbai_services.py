@@ -10,10 +10,12 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
+from transformers import AutoModelForCausalLM
 
-from xbai.engine import load_engine
+from xbai.engine import SamplingParams, load_engine
 from xbai.engine.scorer import Scorer
 from xbai.errors import UserError
 from xbai.evaluate import replicas
@@ -266,3 +268,53 @@ def test_xbais_client_is_served(our_services: tuple[str, str], path: str, stop: 
     body = {"text": texts[0] + ".\n\nSo.\n\n", "return_all_scores": True}
     answer = httpx.post(f"{score_url}/score", json=body, timeout=60).raise_for_status().json()
     assert answer.keys() == {"value", "all_scores", "token_ids", "score_positions"}
+
+
+def plain_mean_log_probs(
+    folder: Path, prompt: str, sampling: dict[str, Any], temperature: float
+) -> tuple[list[str], list[float]]:
+    """Texts of the engine's samples, and the mean log-probs of their tokens by a plain transformers model."""
+    engine = load_engine("hf", folder)
+    prompt_ids = engine.tokenizer.encode(prompt, add_special_tokens=False)
+    (completions,) = engine.generate([prompt_ids], SamplingParams(temperature=temperature, **sampling))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    means = []
+    for ids in (completion.token_ids for completion in completions):
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt_ids + ids])).logits[0, len(prompt_ids) - 1 : -1]
+        log_probs = (logits / (temperature or 1.0)).log_softmax(-1)
+        means.append(log_probs.gather(1, torch.tensor(ids)[:, None]).mean().item())
+    return [completion.text for completion in completions], means
+
+
+@pytest.mark.parametrize("temperature", [0.7, 0.0])
+def test_mean_log_probs_are_those_of_a_plain_model(
+    our_services: tuple[str, str], tiny_model_dir: Path, temperature: float
+) -> None:
+    sampling = {"max_tokens": 8, "top_p": 0.9, "repetition_penalty": 1.05, "seed": 3}
+    body = {"prefix_prompt": "Make 10", "response_num": 3, "temperature": temperature, **sampling}
+    plain = httpx.post(f"{our_services[0]}/generate", json=body, timeout=60).json()
+    assert plain.keys() == {"results", "finish_reasons", "token_counts"}
+    answer = httpx.post(f"{our_services[0]}/generate", json=body | {"return_log_probs": True}, timeout=60).json()
+    assert {name: answer[name] for name in plain} == plain, "asking changes no sample"
+    texts, expected = plain_mean_log_probs(tiny_model_dir, "Make 10", {**sampling, "n": 3}, temperature)
+    assert answer["results"] == texts
+    assert answer["mean_log_probs"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_driver_keeps_the_log_probs_of_services_that_have_them(
+    serve_app: ServeApp, our_services: tuple[str, str], options: RunOptions
+) -> None:
+    policy, score = our_services
+    ours = {"response_api_url": policy, "score_api_url": score, "max_tokens": 8}
+    theirs = XBaiServices(serve_app, FORBIDS)
+    for changes in (ours, {**ours, "n_samples": 3}, {**ours, "n_samples": 3, "score_source": "service"}):
+        run(on(theirs, options, **changes))
+        means = [line["output"]["mean_log_prob_lst"] for line in lines(options)]
+        assert [len(each) for each in means] == [4 * changes.get("n_samples", 2)] * 2
+        assert all(-20 < mean < 0 for each in means for mean in each)
+    assert "best_of_n_log_prob" in report_files("make10", [options.output_file])[0].curves
+    theirs_path = f"{options.output_file}.theirs"
+    run(on(theirs, options, output_file=theirs_path))
+    report, _ = report_files("make10", [theirs_path])
+    assert "best_of_n" in report.curves and "best_of_n_log_prob" not in report.curves

@@ -28,12 +28,14 @@ class Services:
         policy: `POST /generate`.
         scorer: `POST /score`; None where the score service is not asked.
         fused: the policy service returns the scores.
+        log_probs: the policy service returns mean log-probs.
         names_prompt: the score service is told where the prompt ends.
     """
 
     policy: ServicePool
     scorer: ServicePool | None
     fused: bool
+    log_probs: bool = False
     names_prompt: bool = True
 
 
@@ -111,6 +113,7 @@ class Driver:
             "response_num": request.count,
             **({} if seed is None else {"seed": seed}),
             **({"return_scores": True} if self._services.fused else {}),
+            **({"return_log_probs": True} if self._services.log_probs else {}),
             **self._sampling,
         }
 
@@ -146,10 +149,10 @@ class Driver:
 
 
 def _samples(request: GenerationRequest, answer: dict[str, Any], seconds: float) -> Iterator[Sample]:
-    columns = "finish_reasons", "token_counts", "scores", "step_scores"
+    columns = "finish_reasons", "token_counts", "scores", "step_scores", "mean_log_probs"
     responses = read_responses(answer, request.count, *columns)
     for sample in request.missing:
-        text, reason, tokens, score, steps = responses[sample - request.first_sample]
+        text, reason, tokens, score, steps, mean_log_prob = responses[sample - request.first_sample]
         yield Sample(
             request.question.index,
             sample,
@@ -159,4 +162,5 @@ def _samples(request: GenerationRequest, answer: dict[str, Any], seconds: float)
             seconds=round(seconds, 3),
             score=score,
             step_scores=steps,
+            mean_log_prob=mean_log_prob,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ class GradedQuestion:
         correct: [K] 1.0, 0.0, or nan where it could not be graded.
         keys: the answer each votes for, the same for equal ones (see `AnswerGroups`); None where it has none.
         step_scores, token_counts, finish_reasons: per candidate; None where not known.
+        mean_log_probs: [K] mean log-prob of the tokens, -inf where not known.
+        combined: [K] score and log-prob together, -inf where one of them is missing; None without a calibration.
     """
 
     key: QuestionKey
@@ -39,6 +41,18 @@ class GradedQuestion:
     step_scores: list[list[float] | None]
     token_counts: list[int | None]
     finish_reasons: list[str | None]
+    mean_log_probs: np.ndarray
+    combined: np.ndarray | None = None
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """[K] generated tokens, inf where not known."""
+        return np.array([np.inf if count is None else count for count in self.token_counts], dtype=np.float64)
+
+    @property
+    def is_refused(self) -> np.ndarray:
+        """[K] bool: the service refused to make it."""
+        return np.array([reason == REFUSED for reason in self.finish_reasons], dtype=bool)
 
     @property
     def votes(self) -> np.ndarray:
@@ -61,14 +75,16 @@ class GradedQuestion:
         def pick(values: list) -> list:
             return [values[i] for i in kept]
 
-        return GradedQuestion(
-            self.key,
-            self.scores[kept],
-            self.correct[kept],
-            pick(self.keys),
-            pick(self.step_scores),
-            pick(self.token_counts),
-            pick(self.finish_reasons),
+        return replace(
+            self,
+            scores=self.scores[kept],
+            correct=self.correct[kept],
+            keys=pick(self.keys),
+            step_scores=pick(self.step_scores),
+            token_counts=pick(self.token_counts),
+            finish_reasons=pick(self.finish_reasons),
+            mean_log_probs=self.mean_log_probs[kept],
+            combined=None if self.combined is None else self.combined[kept],
         )
 
 
@@ -126,9 +142,10 @@ def _graded_question(
         step_scores=step_scores,
         token_counts=column(lambda line: line.token_counts),
         finish_reasons=column(lambda line: line.finish_reasons),
+        mean_log_probs=sortable_scores(column(lambda line: line.mean_log_probs)),
     )
 
 
 def refused_count(questions: Sequence[GradedQuestion]) -> int:
     """How many candidates are empty because the service refused to make them; they count as wrong."""
-    return sum(reason == REFUSED for question in questions for reason in question.finish_reasons)
+    return int(sum(question.is_refused.sum() for question in questions))

@@ -3,83 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from xbai.errors import UserError
 from xbai.evaluate.calibration import Bin, expected_calibration_error, reliability
-from xbai.evaluate.estimators import (
-    best_of_n_groups,
-    expected_best_of_n,
-    expected_oracle,
-    expected_vote,
-    subset_masks,
-    vote_groups,
-)
+from xbai.evaluate.differences import paired_differences
+from xbai.evaluate.estimate import Curves, Estimate
+from xbai.evaluate.estimators import best_of_n_groups, vote_groups
 from xbai.evaluate.graded import GradedQuestion, QuestionKey, grade_lines, refused_count
+from xbai.evaluate.length_bands import LengthBand, length_bands
 from xbai.evaluate.result_set import read_lines, result_files
+from xbai.evaluate.separation import Separation, separation
 from xbai.evaluate.settings import differing_settings
-from xbai.sprm import auc
+from xbai.evaluate.strategies import SIGNALS, accuracies, candidate_counts, possible_strategies
 
 logger = logging.getLogger(__name__)
 
 PERCENTILES = (50, 90, 99)
-
-AtN = Callable[[int, int], float]
-"""(N, seed) -> probability that the choice among N candidates of one question is right."""
-
-Strategy = Callable[[GradedQuestion], AtN]
-"""A way of choosing: looks at a question once, whatever the N."""
-
-
-def _best_of_n(scores: np.ndarray, question: GradedQuestion) -> AtN:
-    return lambda n, _: expected_best_of_n(scores, question.correct, n)
-
-
-def _best_by(aggregation: str) -> Strategy:
-    return lambda question: _best_of_n(question.scores_by(aggregation), question)
-
-
-def _vote(question: GradedQuestion, weights: np.ndarray | None = None) -> AtN:
-    votes, correct = question.votes, question.correct
-    return lambda n, seed: expected_vote(votes, correct, subset_masks(len(correct), n, seed), weights)
-
-
-AGGREGATED = {f"best_of_n_{how}": _best_by(how) for how in ("arithmetic", "product", "min", "last")}
-"""Best-of-N by other aggregations of the step scores than the geometric mean, which is `best_of_n`."""
-
-STRATEGIES: dict[str, Strategy] = {
-    "best_of_n": lambda question: _best_of_n(question.scores, question),
-    **AGGREGATED,
-    "majority": _vote,
-    "weighted_vote": lambda question: _vote(question, question.vote_weights),
-    "oracle": lambda question: lambda n, _: expected_oracle(question.correct, n),
-    "random": lambda question: lambda *_: float(question.correct.mean()),
-}
-"""Every way of choosing among N candidates."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over questions and its standard error (nan with one question)."""
-
-    mean: float
-    standard_error: float
-
-    @classmethod
-    def over(cls, values: Sequence[float] | np.ndarray) -> Estimate:
-        """The mean of one value a question."""
-        array = np.asarray(values, dtype=np.float64)
-        error = array.std(ddof=1) / np.sqrt(len(array)) if len(array) > 1 else np.nan
-        return cls(float(array.mean()), float(error))
-
-
-Curves = dict[str, dict[int, Estimate]]
-"""By strategy and N."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +56,12 @@ class Report:
             nan when not known.
         mean_at_1: accuracy of a single candidate.
         curves: accuracy of each strategy that the results allow; those by score need scores.
-        auc: of score against correctness over all candidates; nan when undefined.
-        within_prompt_auc: the same within each question that has right and wrong candidates, averaged.
+        differences: of two strategies' accuracies, paired by question.
+        within_prompt_auc, within_prompt_auc_standard_error, auc: of the score, as in `signals`; nan when undefined.
+        signals: how well each strategy's signal tells right from wrong, for the strategies that have one.
         calibration_error: expected distance of score and accuracy; nan without scores.
         reliability: accuracy by score.
+        by_length: how well the score does on short, middling and long responses; empty where it or they are unknown.
         lengths: of the candidates.
         settings: how the candidates were made; None when the files do not say.
     """
@@ -131,10 +77,14 @@ class Report:
     truncated_rate: float
     mean_at_1: Estimate
     curves: Curves
-    auc: float
+    differences: Curves
     within_prompt_auc: float
+    within_prompt_auc_standard_error: float
+    auc: float
+    signals: dict[str, Separation]
     calibration_error: float
     reliability: list[Bin]
+    by_length: list[LengthBand]
     lengths: Lengths
     settings: dict[str, Any] | None
 
@@ -173,49 +123,6 @@ def json_ready(value: Any) -> Any:
     return None if isinstance(value, float) and np.isnan(value) else value
 
 
-def candidate_counts(samples: int) -> list[int]:
-    """The N to report for that many samples: powers of two, and all of them."""
-    powers = [2**exponent for exponent in range(samples.bit_length()) if 2**exponent <= samples]
-    return powers if powers[-1] == samples else [*powers, samples]
-
-
-def possible_strategies(questions: Sequence[GradedQuestion]) -> list[str]:
-    """The strategies for which the candidates have what it takes: scores, step scores with each score, answers."""
-    scored = any(np.isfinite(question.scores).any() for question in questions)
-    with_steps = scored and all(
-        steps is not None or not np.isfinite(score)
-        for question in questions
-        for steps, score in zip(question.step_scores, question.scores)
-    )
-    answered = any(key is not None for question in questions for key in question.keys)
-    impossible = {
-        *(() if scored else ("best_of_n",)),
-        *(() if with_steps else AGGREGATED),
-        *(() if answered else ("majority",)),
-        *(() if answered and scored else ("weighted_vote",)),
-    }
-    return [name for name in STRATEGIES if name not in impossible]
-
-
-def accuracies(
-    questions: Sequence[GradedQuestion], strategies: Sequence[str], counts: Sequence[int], seed: int = 0
-) -> dict[str, dict[int, np.ndarray]]:
-    """Accuracy [questions] of each strategy at each N.
-
-    Where ungraded candidates leave a question fewer than N, its estimate is that of all it has. `seed` draws the
-    subsets of the votes. A question without any candidate is wrong.
-    """
-    graded = [question.graded() for question in questions]
-    found = {}
-    for name in strategies:
-        choices = [(STRATEGIES[name](question), len(question.correct)) for question in graded]
-        found[name] = {
-            n: np.array([choice(min(n, samples), seed) if samples else 0.0 for choice, samples in choices])
-            for n in counts
-        }
-    return found
-
-
 def measure(questions: Sequence[GradedQuestion], settings: dict[str, Any] | None = None, seed: int = 0) -> Report:
     """Measure graded candidates.
 
@@ -230,6 +137,8 @@ def measure(questions: Sequence[GradedQuestion], settings: dict[str, Any] | None
     question_of = np.repeat(np.arange(len(questions)), per_question)
     judged = np.isfinite(scores) & ~np.isnan(correct)
     curve = reliability(scores[judged], correct[judged], question_of[judged])
+    found = accuracies(usable, possible_strategies(usable), candidate_counts(fewest), seed)
+    of_score = _separation("best_of_n", questions)
     finishes = [reason for question in questions for reason in question.finish_reasons if reason is not None]
     return Report(
         questions=len(questions),
@@ -241,17 +150,16 @@ def measure(questions: Sequence[GradedQuestion], settings: dict[str, Any] | None
         refused=refused_count(questions),
         ungraded_rate=float(np.isnan(correct).mean()),
         truncated_rate=_mean(np.array([reason == "length" for reason in finishes])),
-        mean_at_1=Estimate.over(accuracies(usable, ["random"], [1])["random"][1]),
-        curves={
-            name: {n: Estimate.over(values) for n, values in by_count.items()}
-            for name, by_count in accuracies(
-                usable, possible_strategies(usable), candidate_counts(fewest), seed
-            ).items()
-        },
-        auc=_auc(scores[judged], correct[judged]),
-        within_prompt_auc=_mean_defined([_auc(scores[of], correct[of]) for of in _members(question_of, judged)]),
+        mean_at_1=Estimate.over(found["random"][1]),
+        curves={name: {n: Estimate.over(values) for n, values in by_count.items()} for name, by_count in found.items()},
+        differences=paired_differences(found),
+        within_prompt_auc=of_score.within_prompt_auc.mean,
+        within_prompt_auc_standard_error=of_score.within_prompt_auc.standard_error,
+        auc=of_score.auc,
+        signals={name: _separation(name, questions) for name in found if name in SIGNALS},
         calibration_error=expected_calibration_error(curve),
         reliability=curve,
+        by_length=length_bands(questions),
         lengths=_lengths(questions, correct),
         settings=settings,
     )
@@ -365,12 +273,9 @@ def _usable(questions: Sequence[GradedQuestion]) -> list[GradedQuestion]:
     return usable
 
 
-def _members(question_of: np.ndarray, judged: np.ndarray) -> list[np.ndarray]:
-    return [judged & (question_of == number) for number in np.unique(question_of)]
-
-
-def _auc(scores: np.ndarray, correct: np.ndarray) -> float:
-    return auc(torch.from_numpy(scores), torch.from_numpy(correct))
+def _separation(name: str, questions: Sequence[GradedQuestion]) -> Separation:
+    signal = SIGNALS[name]
+    return separation([signal(question) for question in questions], [question.correct for question in questions])
 
 
 def _lengths(questions: Sequence[GradedQuestion], correct: np.ndarray) -> Lengths:

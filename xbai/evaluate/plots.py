@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
+from xbai.evaluate.estimate import Estimate
 from xbai.evaluate.figure import (
     BLUE,
     GREEN,
@@ -18,6 +19,7 @@ from xbai.evaluate.figure import (
     LIGHT_GREY,
     ORANGE,
     PURPLE,
+    RED,
     RIGHT,
     STYLE,
     WRONG,
@@ -26,13 +28,15 @@ from xbai.evaluate.figure import (
     save_figure,
 )
 from xbai.evaluate.graded import GradedQuestion
-from xbai.evaluate.metrics import Estimate, Report
+from xbai.evaluate.metrics import Report
 from xbai.evaluate.settings import choice_of
 from xbai.evaluate.step_curve import StepCurve, step_curve
 
 STRATEGY_LINES = {
     "oracle": Line("oracle (any is right)", LIGHT_GREY, "-", None, width=9.0),
+    "best_of_n_combined": Line("by score and log-prob", RED, "-.", "^"),
     "best_of_n": Line("Best-of-N", BLUE),
+    "best_of_n_log_prob": Line("by mean log-prob", PURPLE, "--", "D"),
     "weighted_vote": Line("score-weighted vote", GREEN, "-", None, width=5.0),
     "majority": Line("majority vote", ORANGE, "-", "s"),
     "random": Line("pass@1", GREY, ":", None),

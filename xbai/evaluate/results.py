@@ -40,6 +40,7 @@ class Sample:
         score: trajectory score; None when it is not known (yet).
         step_scores: scores of its steps; None when not known.
         error: why the service refused.
+        mean_log_prob: mean log-prob of its tokens at the sampling temperature; None when not known, and of a search.
     """
 
     question: int
@@ -51,6 +52,7 @@ class Sample:
     score: float | None = None
     step_scores: list[float] | None = None
     error: str | None = None
+    mean_log_prob: float | None = None
 
     @property
     def key(self) -> SampleKey:
@@ -81,6 +83,7 @@ class ResultLine:
     step_scores: list[list[float] | None]
     seconds: list[float]
     errors: list[str | None]
+    mean_log_probs: list[float | None]
 
     @property
     def responses(self) -> list[str]:
@@ -100,6 +103,7 @@ class ResultLine:
                 score=self.scores[i],
                 step_scores=self.step_scores[i],
                 error=self.errors[i],
+                mean_log_prob=self.mean_log_probs[i],
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,6 +122,7 @@ class ResultLine:
                 "step_score_lst": self.step_scores,
                 "seconds_lst": self.seconds,
                 "error_lst": self.errors,
+                "mean_log_prob_lst": self.mean_log_probs,
             },
             "index": self.index,
             "meta": self.meta,
@@ -150,6 +155,7 @@ class ResultLine:
             step_scores=output.get("step_score_lst") or unknown,
             seconds=output.get("seconds_lst") or [0.0] * len(solutions),
             errors=output.get("error_lst") or unknown,
+            mean_log_probs=output.get("mean_log_prob_lst") or unknown,
         )
 
 

@@ -168,7 +168,13 @@ class Inference:
         for model in (policy_model if fused else None, scorer_model):
             if model is not None:
                 store.record(scorer=model.identity, lang=model.lang)
-        return Services(policy, scorer, fused, names_prompt=scorer_model is not None and scorer_model.is_ours)
+        return Services(
+            policy,
+            scorer,
+            fused,
+            log_probs=policy_model is not None and policy_model.log_probs,
+            names_prompt=scorer_model is not None and scorer_model.is_ours,
+        )
 
     def _asks_scorer(self, requests: Sequence[GenerationRequest]) -> bool:
         if self.options.score_source == "none":

@@ -18,12 +18,14 @@ class ServedModel:
         identity: of the model; None where no copy says.
         lang: the rule by which they find steps; None where they find none.
         scores: every copy returns scores.
+        log_probs: every copy returns mean log-probs.
         is_ours: every copy says what it is: a service of this project, which knows more than the published interface.
     """
 
     identity: str | None
     lang: str | None
     scores: bool
+    log_probs: bool
     is_ours: bool
 
     @classmethod
@@ -44,6 +46,7 @@ class ServedModel:
             identity=identities[0] if identities else None,
             lang=langs[0] if langs else None,
             scores=all(copy.get("scores") for copy in described),
+            log_probs=all(copy.get("log_probs") for copy in described),
             is_ours=all(copy.get("identity") for copy in described),
         )
 

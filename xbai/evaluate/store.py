@@ -172,6 +172,7 @@ class ResultStore:
             step_scores=[sample.step_scores for sample in samples],
             seconds=[sample.seconds for sample in samples],
             errors=[sample.error for sample in samples],
+            mean_log_probs=[sample.mean_log_prob for sample in samples],
         )
 
     def _remember(self, sample: Sample, offset: int, length: int) -> None:

@@ -10,15 +10,21 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from xbai.evaluate.metrics import Comparison, Curves, Estimate, Report
+from xbai.evaluate.estimate import Curves, Estimate
+from xbai.evaluate.metrics import Comparison, Report
 from xbai.evaluate.settings import search_of
 
 STRATEGY_NAMES = {
     "best_of_n": "Best-of-N",
     "best_of_n_arithmetic": "… by arithmetic mean",
     "best_of_n_product": "… by product",
+    "best_of_n_lowest_third": "… by lowest third of the steps",
+    "best_of_n_soft_min": "… by soft minimum",
     "best_of_n_min": "… by lowest step",
     "best_of_n_last": "… by last step",
+    "best_of_n_combined": "Best-of-N by score and log-prob",
+    "best_of_n_log_prob": "Best-of-N by mean log-prob",
+    "shortest": "shortest response",
     "majority": "majority vote",
     "weighted_vote": "score-weighted vote",
     "oracle": "oracle (pass@N)",
@@ -74,13 +80,76 @@ def show(grids: Sequence[Grid]) -> None:
 
 def report_grids(reports: Mapping[str, Report]) -> list[Grid]:
     """Everything measured on each named set of results."""
-    return [accuracy_grid(reports), quality_grid(reports)]
+    grids = [
+        accuracy_grid(reports),
+        differences_grid(reports),
+        signals_grid(reports),
+        length_grid(reports),
+        quality_grid(reports),
+    ]
+    return [grid for grid in grids if grid.sections]
 
 
 def accuracy_grid(reports: Mapping[str, Report]) -> Grid:
     """Accuracy (with its standard error over questions) of each way of choosing at each N."""
     curves = {name: report.curves for name, report in reports.items()}
-    return _curves_grid("Accuracy in % ± standard error over questions", curves, _percent)
+    return _curves_grid("Accuracy in % ± standard error over questions", curves, STRATEGY_NAMES, _percent)
+
+
+def differences_grid(reports: Mapping[str, Report]) -> Grid:
+    """How much better one way of choosing is than another, at each N."""
+    title = "Differences in points ± standard error, paired by question"
+    differences = {name: report.differences for name, report in reports.items() if report.differences}
+    names = {name: _difference_name(name) for curves in differences.values() for name in curves}
+    return _curves_grid(title, differences, names, _points)
+
+
+def _difference_name(name: str) -> str:
+    one, other = name.split(" - ")
+    other, _, count = other.partition(" at ")
+    return f"{STRATEGY_NAMES[one]} less {f'the same at N={count}' if count else STRATEGY_NAMES[other]}"
+
+
+def signals_grid(reports: Mapping[str, Report]) -> Grid:
+    """How well that by which candidates are chosen tells right from wrong."""
+    sections = [
+        _labelled(
+            name,
+            [
+                [STRATEGY_NAMES[signal], _fraction(found.within_prompt_auc), _number(found.auc, 3)]
+                for signal, found in report.signals.items()
+            ],
+        )
+        for name, report in reports.items()
+        if report.signals
+    ]
+    header = ["", "", "within a question ± standard error", "over all responses"]
+    return Grid("AUC: the chance that a right response is ranked above a wrong one", header, sections, labels=2)
+
+
+def length_grid(reports: Mapping[str, Report]) -> Grid:
+    """How the score does on short, middling and long responses."""
+    sections = [
+        _labelled(
+            name,
+            [
+                [
+                    f"{band.low:,} to {band.high:,}",
+                    *(f"{100 * value:.1f}" for value in (band.share, band.accuracy, band.chosen)),
+                    _fraction(band.within_prompt_auc),
+                ]
+                for band in report.by_length
+            ],
+        )
+        for name, report in reports.items()
+        if report.by_length
+    ]
+    header = ["", "tokens", "responses (%)", "right (%)", "choices of Best-of-8 (%)", "AUC within a question"]
+    return Grid("By length of the response", header, sections, labels=2)
+
+
+def _labelled(name: str, rows: list[list[str]]) -> list[list[str]]:
+    return [[name if number == 0 else "", *row] for number, row in enumerate(rows)]
 
 
 def comparison_grid(comparison: Comparison, name: str, base: str) -> Grid:
@@ -91,20 +160,20 @@ def comparison_grid(comparison: Comparison, name: str, base: str) -> Grid:
     title += f", {comparison.unpaired:,} unpaired)" if comparison.unpaired else ")"
     if comparison.differing_settings:
         title += f"; other {', '.join(comparison.differing_settings)}"
-    return _curves_grid(title, {name: comparison.curves}, _points)
+    return _curves_grid(title, {name: comparison.curves}, STRATEGY_NAMES, _points)
 
 
-def _curves_grid(title: str, curves_of: Mapping[str, Curves], cell: Callable[[Estimate], str]) -> Grid:
-    counts = sorted({n for curves in curves_of.values() for n in curves["random"]})
-    sections = []
-    for name, curves in curves_of.items():
-        names = [name] + [""] * (len(curves) - 1)
-        sections.append(
-            [
-                [first, STRATEGY_NAMES[strategy], *(cell(curve[n]) if n in curve else "" for n in counts)]
-                for first, (strategy, curve) in zip(names, curves.items())
-            ]
+def _curves_grid(
+    title: str, curves_of: Mapping[str, Curves], names: Mapping[str, str], cell: Callable[[Estimate], str]
+) -> Grid:
+    counts = sorted({n for curves in curves_of.values() for curve in curves.values() for n in curve})
+    sections = [
+        _labelled(
+            label,
+            [[names[name], *(cell(curve[n]) if n in curve else "" for n in counts)] for name, curve in curves.items()],
         )
+        for label, curves in curves_of.items()
+    ]
     return Grid(title, ["", "", *(f"N={n}" for n in counts)], sections, labels=2)
 
 
@@ -121,8 +190,8 @@ def _quality(report: Report) -> dict[str, str]:
         "questions": f"{report.questions:,}",
         "samples of each": f"{report.samples:,}",
         "search": _search(report),
+        "AUC within a question": _fraction(Estimate(report.within_prompt_auc, report.within_prompt_auc_standard_error)),
         "AUC of the score": _number(report.auc, 3),
-        "AUC within a question": _number(report.within_prompt_auc, 3),
         "calibration error": _number(report.calibration_error, 3),
         "tokens, mean": _number(report.lengths.mean, 1),
         **percentiles,
@@ -151,6 +220,11 @@ def _percent(estimate: Estimate) -> str:
 
 def _points(estimate: Estimate) -> str:
     return f"{'+' if estimate.mean >= 0 else ''}{_percent(estimate)}"
+
+
+def _fraction(estimate: Estimate) -> str:
+    error = "" if np.isnan(estimate.standard_error) else f" ±{estimate.standard_error:.3f}"
+    return f"{_number(estimate.mean, 3)}{error}"
 
 
 def _number(value: float, digits: int, unit: str = "") -> str:

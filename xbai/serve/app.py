@@ -45,13 +45,26 @@ NOT_READY = {503: {"model": ErrorResponse, "description": "not so"}}
 class Service:
     """One service's FastAPI app around a model thread.
 
+    Args:
+        title, model_name, thread, limits: what it is called, serves, runs and bears.
+        routes: those that metrics name, beside the ones of every service.
+        log_probs: it returns mean log-probs.
+
     Attributes:
         app: the ASGI application; routes are added to it by `policy.py` and `score.py`.
         admission: the bounded queue.
         metrics: the Prometheus metrics.
     """
 
-    def __init__(self, title: str, model_name: str, thread: ModelThread, limits: Limits, routes: list[str]) -> None:
+    def __init__(
+        self,
+        title: str,
+        model_name: str,
+        thread: ModelThread,
+        limits: Limits,
+        routes: list[str],
+        log_probs: bool = False,
+    ) -> None:
         self.thread = thread
         self.limits = limits
         self.admission = Admission(limits.max_pending)
@@ -61,6 +74,7 @@ class Service:
         )
         self._deadline: float | None = None
         self._model_name = model_name
+        self._log_probs = log_probs
         self._identity = model_identity(model_name)
         # One worker: a fast tokenizer is not safe to encode with from several threads at once.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
@@ -140,9 +154,13 @@ class Service:
 
     def _state(self, status: str) -> StateResponse:
         rule = self.thread.model.step_rule if self.thread.ready else None
-        lang = None if rule is None else rule.lang
         return StateResponse(
-            status=status, model=self._model_name, identity=self._identity, scores=rule is not None, lang=lang
+            status=status,
+            model=self._model_name,
+            identity=self._identity,
+            scores=rule is not None,
+            lang=None if rule is None else rule.lang,
+            log_probs=self._log_probs,
         )
 
     def _add_state_routes(self) -> None:

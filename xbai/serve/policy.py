@@ -15,7 +15,7 @@ from xbai.sprm import aggregate
 
 def create_policy_app(thread: EngineThread, model_name: str, limits: Limits) -> FastAPI:
     """The ASGI application; it starts and stops `thread`."""
-    service = Service("XBai policy service", model_name, thread, limits, ["/generate", "/score"])
+    service = Service("XBai policy service", model_name, thread, limits, ["/generate", "/score"], log_probs=True)
     service.metrics.watch("xbai_engine_samples_waiting", "Samples before the engine", lambda: thread.samples_waiting)
     service.metrics.watch("xbai_engine_samples_begun", "Samples in the engine", lambda: thread.samples_begun)
 
@@ -42,7 +42,7 @@ async def _generate(service: Service, body: GenerateRequest, request: Request) -
         )
     client = request.client.host if request.client else ""
     completions = await thread.generate(prompt_ids, _sampling_params(body, room), body.return_scores, client)
-    response = _response(completions, body.return_scores)
+    response = _response(completions, body.return_scores, body.return_log_probs)
     generated = sum(response.token_counts)
     request.state.log |= {"responses": body.response_num, "prompt_tokens": len(prompt_ids), "tokens": generated}
     service.metrics.prompt_tokens.inc(len(prompt_ids))
@@ -64,10 +64,11 @@ def _sampling_params(body: GenerateRequest, room: int) -> SamplingParams:
         stop=body.stop_texts(),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         seed=body.seed,
+        log_probs=body.return_log_probs,
     )
 
 
-def _response(completions: list[Completion], return_scores: bool) -> GenerateResponse:
+def _response(completions: list[Completion], return_scores: bool, return_log_probs: bool) -> GenerateResponse:
     step_scores = [completion.step_scores or [] for completion in completions] if return_scores else None
     return GenerateResponse(
         results=[completion.text for completion in completions],
@@ -75,4 +76,9 @@ def _response(completions: list[Completion], return_scores: bool) -> GenerateRes
         token_counts=[len(completion.token_ids) for completion in completions],
         scores=None if step_scores is None else [aggregate(scores) for scores in step_scores],
         step_scores=step_scores,
+        mean_log_probs=[_mean(completion.log_probs) for completion in completions] if return_log_probs else None,
     )
+
+
+def _mean(log_probs: list[float]) -> float | None:
+    return sum(log_probs) / len(log_probs) if log_probs else None

@@ -49,6 +49,7 @@ class GenerateRequest(WireModel):
     top_k: int = Field(-1, ge=-1, le=2**31 - 1, description="-1 or 0: no limit.")
     repetition_penalty: float = Field(1.05, ge=0.01, le=10)
     return_scores: bool = Field(False, description="Also return trajectory and step scores.")
+    return_log_probs: bool = Field(False, description="Also return each response's mean log-prob.")
 
     def stop_texts(self) -> tuple[str, ...]:
         """`stop` in its long form."""
@@ -58,13 +59,18 @@ class GenerateRequest(WireModel):
 
 
 class GenerateResponse(WireModel):
-    """Answer of `POST /generate`; item i of every list belongs to response i. The scores come only when asked for."""
+    """Answer of `POST /generate`; item i of every list belongs to response i. Scores and log-probs come when asked for.
+
+    A mean log-prob is over the generated tokens, each under softmax(logits / temperature), before penalties, top-k and
+    top-p; null for a response without a token.
+    """
 
     results: list[str]
     finish_reasons: list[str]
     token_counts: list[int]
     scores: list[float] | None = None
     step_scores: list[list[float]] | None = None
+    mean_log_probs: list[float | None] | None = None
 
 
 class ScoreRequest(WireModel):
@@ -119,3 +125,4 @@ class StateResponse(BaseModel):
     identity: str = Field(description="Folder name and digest of the weights, of which the digest tells models apart.")
     scores: bool = Field(description="Whether this service returns scores.")
     lang: str | None = Field(description="The rule by which it finds the steps that it scores.")
+    log_probs: bool = Field(description="Whether this service returns mean log-probs.")
