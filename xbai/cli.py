@@ -1,4 +1,4 @@
-"""The command line: `xbai serve-policy | serve-score | infer | metric | plot | summary`.
+"""The command line: `xbai serve-policy | serve-score | infer | metric | calibrate | plot | summary`.
 
 The scripts under `test/` are these commands under the names that users of XBai o4 know.
 """
@@ -295,6 +295,10 @@ def infer(
     )
 
 
+CalibrationPath = Annotated[
+    Path | None,
+    typer.Option("--calibration", help="Model folder (or file) of xbai calibrate: choose by score and log-prob too."),
+]
 Task = Annotated[str, typer.Option("--task", help="The benchmark, which knows how its answers are graded.")]
 
 
@@ -319,6 +323,7 @@ def metric(
         Path | None, typer.Option("--markdown", help="Write the tables here; - for the terminal, likewise.")
     ] = None,
     plot_path: Annotated[Path | None, typer.Option("--plot", help="Draw the figure here: .png, .pdf or .svg.")] = None,
+    calibration: CalibrationPath = None,
 ) -> None:
     """Grade results: pass@1 of Best-of-N over all disjoint groups of N, then every strategy at every N."""
     from xbai.evaluate.metric_command import MetricOptions, run_metric
@@ -332,8 +337,24 @@ def metric(
             json_path=json_path,
             markdown_path=markdown_path,
             plot_path=plot_path,
+            calibration=calibration,
         )
     )
+
+
+@_command("calibrate")
+def calibrate(
+    results: Annotated[
+        list[str],
+        typer.Argument(metavar="RESULTS", help="Results of validation questions, with scores and log-probs; globs."),
+    ],
+    task: Task,
+    model_path: ModelPath,
+) -> None:
+    """Learn how to choose by score and log-prob together; writes sprm_calibration.json beside the model's head."""
+    from xbai.evaluate.calibrate_command import run_calibrate
+
+    run_calibrate(task, results, model_path)
 
 
 @_command("plot")
@@ -357,23 +378,36 @@ def summary(
     base_results: Annotated[str, typer.Option("--base_results", help="Results of the model before RL; a glob.")],
     rl_results: Annotated[str, typer.Option("--rl_results", help="Results of the model after RL; a glob.")],
     output: Annotated[Path, typer.Option("--output", help="The JSON file to write.")],
+    held_out: Annotated[
+        str | None,
+        typer.Option("--held_out", help="Results of the model after RL on other kinds of questions."),
+    ] = None,
+    held_out_base: Annotated[
+        str | None, typer.Option("--held_out_base", help="Results of the model before RL on those.")
+    ] = None,
+    calibration: CalibrationPath = None,
+    score_setting: Annotated[
+        Path | None, typer.Option("--score_setting", help="A JSON object that says how the score was trained.")
+    ] = None,
     plot_output: Annotated[Path | None, typer.Option("--plot", help="Also draw accuracy against N here.")] = None,
     seconds_total: Annotated[
         float | None, typer.Option("--seconds_total", min=0, help="Time of the whole run.")
     ] = None,
 ) -> None:
     """Compare a model before and after RL."""
-    from xbai.evaluate.metrics import report_files
-    from xbai.evaluate.summary import build_summary, write_json
-    from xbai.evaluate.tables import report_grids, show
+    from xbai.evaluate.summary_command import SummaryOptions, run_summary
 
-    base, _ = report_files(task, [base_results])
-    rl, _ = report_files(task, [rl_results])
-    write_json(build_summary(base, rl, seconds_total), output)
-    reports = {"Before RL": base, "After RL": rl}
-    if plot_output is not None:
-        from xbai.evaluate.plots import plot_accuracy
-
-        plot_accuracy(reports, plot_output)
-    show(report_grids(reports))
-    typer.echo(f"wrote {output}")
+    run_summary(
+        SummaryOptions(
+            task=task,
+            base_results=base_results,
+            rl_results=rl_results,
+            output=output,
+            held_out=held_out,
+            held_out_base=held_out_base,
+            calibration=calibration,
+            score_setting=score_setting,
+            plot_output=plot_output,
+            seconds_total=seconds_total,
+        )
+    )

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import safe_open
 
 from xbai.engine.files import check_model_folder
+from xbai.sprm.calibration import SPRM_CALIBRATION_FILE
 from xbai.sprm.head import SPRM_CONFIG_FILE
 
 CONFIG_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer_config.json", "tokenizer.json"
@@ -24,7 +25,7 @@ class ModelFiles:
 
     They are kept as they were read, byte for byte, but for what transformers 5 spells in another way than 4 and those
     who read its files (vLLM among them): that is written in both spellings, so that either loads the same model.
-    The score head's configuration is no part of them: it belongs to the head.
+    The score head's configuration and calibration are no part of them: they belong to the head.
 
     Attributes:
         contents: of the files.
@@ -120,7 +121,8 @@ def _only(names: set[str]) -> str | None:
 
 
 def _travels(path: Path) -> bool:
-    excluded = path.name == SPRM_CONFIG_FILE or path.name.endswith(".index.json") or path.name.startswith(".")
+    of_head = path.name in (SPRM_CONFIG_FILE, SPRM_CALIBRATION_FILE)
+    excluded = of_head or path.name.endswith(".index.json") or path.name.startswith(".")
     return path.is_file() and path.suffix in SUFFIXES and not excluded
 
 

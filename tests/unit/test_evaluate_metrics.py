@@ -189,6 +189,46 @@ def test_summary_has_what_the_acceptance_reads() -> None:
         assert (part["auc"], part["within_prompt_auc"]) == (report.auc, report.within_prompt_auc)
 
 
+def test_summary_says_what_is_free_where_the_files_do() -> None:
+    base, rl = reports()
+    summary = build_summary(base, rl, score_setting={"loss": "pairwise"})
+    assert summary["score_setting"] == {"loss": "pairwise"}
+    for part, report in ((summary, rl), (summary["base_model"], base)):
+        for name, curve in (("mean_log_prob", "best_of_n_log_prob"), ("shortest", "shortest")):
+            curve = {str(n): report.curves[curve][n] for n in (2, 8, 32)}
+            assert part["free_baselines"][name] == {n: estimate.mean for n, estimate in curve.items()}
+            assert part["standard_errors"][name] == {n: estimate.standard_error for n, estimate in curve.items()}
+        assert part["standard_errors"]["best_of_n"]["8"] == report.curves["best_of_n"][8].standard_error
+        found = part["differences"]["best_of_n - majority"]
+        assert set(found) == {"2", "8", "32"}
+        assert found["8"]["mean"] == pytest.approx(part["best_of_n"]["8"] - part["majority"]["8"])
+        assert list(part["differences"]["best_of_n - best_of_n at 8"]) == ["32"]
+        assert part["within_prompt_auc_standard_error"] == report.within_prompt_auc_standard_error
+    bare = [replace(each, mean_log_probs=np.full(32, -np.inf), combined=None) for each in random_questions(3, 32)]
+    summary = build_summary(measure(bare, settings()), measure(bare, settings()))
+    for part in (summary, summary["base_model"]):
+        assert not {"free_baselines", "best_of_n_combined"} & set(part)
+        assert not any("log_prob" in name for name in part["differences"])
+
+
+def test_summary_of_held_out_questions_has_the_same_keys() -> None:
+    base, rl = reports()
+    others = [measure(random_questions(5, 32, seed), settings(questions="held out")) for seed in (2, 3)]
+    summary = build_summary(base, rl, None, others[0], others[1])
+    run_only = {"seconds_total", "samples", "temperature", "held_out"}
+    assert set(summary["held_out"]) == set(summary) - run_only
+    assert set(summary["held_out"]["base_model"]) == set(summary["base_model"])
+    assert summary["held_out"]["problems"] == 5
+    assert summary["held_out"]["best_of_n"]["8"] == others[0].curves["best_of_n"][8].mean
+    assert summary["held_out"]["pass_at_1"] == {"rl": others[0].mean_at_1.mean, "base": others[1].mean_at_1.mean}
+    alone = build_summary(base, rl, None, others[0])["held_out"]
+    assert "base_model" not in alone and set(alone["pass_at_1"]) == {"rl"}
+    other_model = measure(random_questions(5, 32), settings(questions="held out", policy="m:2"))
+    theirs = measure(random_questions(12, 32), settings(policy="m:1"))
+    with pytest.raises(UserError, match=r"--held_out and the results of the same model differ in policy"):
+        build_summary(base, theirs, None, other_model)
+
+
 def test_summary_refuses_unlike_runs() -> None:
     base = measure(random_questions(3, 32), settings())
     with pytest.raises(UserError, match=r"differ in temperature \(1.0, 0.7\)"):

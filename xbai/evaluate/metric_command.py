@@ -18,6 +18,7 @@ from xbai.evaluate.settings import choice_of
 from xbai.evaluate.summary import write_json
 from xbai.evaluate.tables import STRATEGY_NAMES, Grid, comparison_grid, report_grids, show
 from xbai.files import atomic_write
+from xbai.sprm.calibration import Calibration
 
 TERMINAL = Path("-")
 
@@ -33,6 +34,7 @@ class MetricOptions:
         base_patterns: results to compare with; none when empty.
         json_path, markdown_path: where to write the numbers, the tables; `-` is the terminal, which then shows no more.
         plot_path: where to draw the figure.
+        calibration: model folder or file of a calibration, to choose by score and log-prob together as well.
     """
 
     task: str
@@ -42,6 +44,7 @@ class MetricOptions:
     json_path: Path | None = None
     markdown_path: Path | None = None
     plot_path: Path | None = None
+    calibration: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ def run_metric(options: MetricOptions) -> None:
     """
     if options.plot_path is not None:
         check_format(options.plot_path)
-    report, questions = report_files(options.task, options.patterns)
+    calibration = None if options.calibration is None else Calibration.read(options.calibration)
+    report, questions = report_files(options.task, options.patterns, calibration)
     strategy = choice_of(report.settings)
     repeated = RepeatedTest(strategy, options.n, repeated_accuracy(questions, options.n, strategy))
     name, base_name = _names(options)

@@ -11,6 +11,7 @@ import numpy as np
 
 from xbai.errors import UserError
 from xbai.evaluate.calibration import Bin, expected_calibration_error, reliability
+from xbai.evaluate.combined_fit import with_combined
 from xbai.evaluate.differences import paired_differences
 from xbai.evaluate.estimate import Curves, Estimate
 from xbai.evaluate.estimators import best_of_n_groups, vote_groups
@@ -18,8 +19,9 @@ from xbai.evaluate.graded import GradedQuestion, QuestionKey, grade_lines, refus
 from xbai.evaluate.length_bands import LengthBand, length_bands
 from xbai.evaluate.result_set import read_lines, result_files
 from xbai.evaluate.separation import Separation, separation
-from xbai.evaluate.settings import differing_settings
+from xbai.evaluate.settings import check_calibration, differing_settings
 from xbai.evaluate.strategies import SIGNALS, accuracies, candidate_counts, possible_strategies
+from xbai.sprm.calibration import Calibration
 
 logger = logging.getLogger(__name__)
 
@@ -234,16 +236,33 @@ def _group_picks(question: GradedQuestion, n: int, strategy: str) -> np.ndarray:
     return vote_groups(question.votes, question.correct, n, weights)
 
 
-def report_files(task: str, patterns: Sequence[str]) -> tuple[Report, list[GradedQuestion]]:
+def report_files(
+    task: str, patterns: Sequence[str], calibration: Calibration | None = None
+) -> tuple[Report, list[GradedQuestion]]:
     """Read, grade and measure result files.
 
+    Args:
+        task: the benchmark.
+        patterns: paths and globs of files that belong together.
+        calibration: of the model that made them, to choose by score and log-prob together as well.
+
     Raises:
-        UserError: no such files, files that are not results, or that do not belong together.
+        UserError: no such files, files that are not results, that do not belong together, or to which the calibration
+            does not apply.
     """
     lines = read_lines(result_files(patterns), task)
-    questions = grade_lines(task, lines)
     settings = next((line.settings for line in lines if line.settings is not None), None)
+    if calibration is not None:
+        check_calibration(calibration, settings, " ".join(patterns))
+    questions = grade_lines(task, lines)
+    if calibration is not None:
+        questions = [with_combined(question, calibration.combined) for question in questions]
     report = measure(questions, settings)
+    if calibration is not None and "best_of_n_combined" not in report.curves:
+        raise UserError(
+            f"{' '.join(patterns)}: --calibration needs scores and log-probs of all responses, which are not there; "
+            "leave it out, or sample again from a policy service that returns both"
+        )
     if report.missing:
         logger.warning(
             "%s: %d samples are missing; N ends at %d, which every question has that has any",

@@ -17,8 +17,12 @@ from xbai.evaluate.store import JOURNAL_SUFFIX
 logger = logging.getLogger(__name__)
 
 
-def result_files(patterns: Sequence[str]) -> list[Path]:
+def result_files(patterns: Sequence[str], option: str = "--result_paths") -> list[Path]:
     """The files that paths and globs name, each once, journals of unfinished runs left out.
+
+    Args:
+        patterns: paths and globs.
+        option: names them in errors.
 
     Raises:
         UserError: one of them names no file.
@@ -30,7 +34,7 @@ def result_files(patterns: Sequence[str]) -> list[Path]:
         paths = paths or [Path(pattern)]
         results = [path for path in paths if path.is_file() and path.suffix != JOURNAL_SUFFIX]
         if not results:
-            raise UserError(f"--result_paths {pattern}: no such file{_unfinished_hint(pattern)}")
+            raise UserError(f"{option} {pattern}: no such file{_unfinished_hint(pattern)}")
         found.update(dict.fromkeys(results))
     return list(found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 from xbai.errors import UserError
 from xbai.model_identity import is_same_model
 from xbai.search.strategy import CHOICES
+from xbai.sprm.calibration import Calibration
+
+logger = logging.getLogger(__name__)
 
 BEST_OF_N = {"name": "best_of_n"}
 MODELS = ("model", "policy", "scorer")
@@ -82,6 +86,36 @@ def _agree(name: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     if None in values:
         return values == (None, None) or name in RECORDED
     return is_same_model(*values) if name in MODELS else values[0] == values[1]
+
+
+def check_made_by(settings: Mapping[str, Any] | None, identity: str, place: str) -> None:
+    """Refuse results whose responses or scores are not known to be this model's, as a calibration has to.
+
+    Raises:
+        UserError: names what differs; `place` names the results.
+    """
+    for role, made in (("policy", "responses"), ("scorer", "scores")):
+        found = (settings or {}).get(role)
+        if found is None:
+            raise UserError(f"{place}: does not say which model made the {made}; a calibration is for one model")
+        if not is_same_model(found, identity):
+            raise UserError(f"{place}: the {made} are by the model {found}, but the calibration is for {identity}")
+
+
+def check_calibration(calibration: Calibration, settings: Mapping[str, Any] | None, place: str) -> None:
+    """Refuse results for which the calibration was not fitted; say so where it was fitted on these very questions.
+
+    Raises:
+        UserError: another model or temperature, or results that do not say by which they were made.
+    """
+    check_made_by(settings, calibration.identity, place)
+    if settings.get("temperature") != calibration.temperature:
+        raise UserError(
+            f"{place}: sampled at temperature {settings.get('temperature')}, but the calibration is for "
+            f"{calibration.temperature}; fit one by xbai calibrate on results of that temperature"
+        )
+    if settings.get("questions") == calibration.questions:
+        logger.warning("%s: the calibration was fitted on these questions; what it brings here flatters it", place)
 
 
 def search_of(settings: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -67,12 +67,14 @@ def possible_strategies(questions: Sequence[GradedQuestion]) -> list[str]:
         for question in questions
         for steps, score in zip(question.step_scores, question.scores)
     )
+    with_log_probs = _are_known(questions, SIGNALS["best_of_n_log_prob"])
+    calibrated = scored and with_log_probs and all(question.combined is not None for question in questions)
     answered = any(key is not None for question in questions for key in question.keys)
     impossible = {
         *(() if scored else ("best_of_n",)),
         *(() if with_steps else AGGREGATED),
-        *(() if scored and all(question.combined is not None for question in questions) else ("best_of_n_combined",)),
-        *(() if _are_known(questions, SIGNALS["best_of_n_log_prob"]) else ("best_of_n_log_prob",)),
+        *(() if calibrated else ("best_of_n_combined",)),
+        *(() if with_log_probs else ("best_of_n_log_prob",)),
         *(() if _are_known(questions, SIGNALS["shortest"]) else ("shortest",)),
         *(() if answered else ("majority",)),
         *(() if answered and scored else ("weighted_vote",)),

@@ -1,8 +1,12 @@
-"""One JSON file that says what training brought: the model before and after RL, side by side."""
+"""One JSON file that says what training brought: the model before and after RL, side by side.
+
+Where the files have log-probs, it also says what is free (`free_baselines`), so that a score can be held against it.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,59 +16,107 @@ from xbai.evaluate.settings import MODELS, differing_settings
 from xbai.files import atomic_write
 
 MAY_DIFFER = (*MODELS, "lang", "seed")
+HELD_OUT_MAY_DIFFER = ("questions", "seed")
 SUMMARY_COUNTS = (2, 8, 32)
 SUMMARY_STRATEGIES = ("best_of_n", "majority", "oracle", "random")
+OPTIONAL_STRATEGIES = ("best_of_n_combined",)
+FREE_BASELINES = {"mean_log_prob": "best_of_n_log_prob", "shortest": "shortest"}
+"""Ways of choosing that need neither a score head nor answers that can be compared."""
 
 
-def build_summary(base: Report, rl: Report, seconds_total: float | None = None) -> dict[str, Any]:
+def build_summary(
+    base: Report,
+    rl: Report,
+    seconds_total: float | None = None,
+    held_out: Report | None = None,
+    held_out_base: Report | None = None,
+    score_setting: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """The summary of a run; JSON-ready, undefined values are None.
 
     Args:
         base: results of the model before RL.
         rl: results of the model after it, on the same questions with the same sampling.
         seconds_total: wall time of the whole run.
+        held_out: results of the model after RL on questions of another kind, with the same sampling.
+        held_out_base: of the model before RL on those.
+        score_setting: how the score was trained.
 
     Raises:
-        UserError: the two were not sampled alike, or with too few samples.
+        UserError: they were not sampled alike, or with too few samples.
     """
-    base_settings, rl_settings = base.settings or {}, rl.settings or {}
-    differing = {
-        name: (base_settings.get(name), rl_settings.get(name))
-        for name in differing_settings(base.settings, rl.settings)
-        if name not in MAY_DIFFER
-    }
-    if base.questions != rl.questions:
-        differing["the number of questions"] = base.questions, rl.questions
-    if differing:
-        differences = "; ".join(f"{name} ({one!r}, {other!r})" for name, (one, other) in differing.items())
-        raise UserError(f"the two result files differ in {differences}: evaluate both models alike")
-    base_model, rl_model = base.to_dict(), rl.to_dict()
+    _check_alike(base, rl, "the two result files", MAY_DIFFER, same_number=True)
+    for name, other, of in (("--held_out", held_out, rl), ("--held_out_base", held_out_base, base)):
+        if other is not None:
+            _check_alike(of, other, f"{name} and the results of the same model", HELD_OUT_MAY_DIFFER)
+    if held_out is not None and held_out_base is not None:
+        _check_alike(held_out_base, held_out, "--held_out_base and --held_out", MAY_DIFFER, same_number=True)
     return {
         "seconds_total": seconds_total,
-        "problems": rl.questions,
+        **({} if score_setting is None else {"score_setting": dict(score_setting)}),
         "samples": rl.samples,
-        "temperature": rl_settings.get("temperature"),
-        "pass_at_1": {"base": base.mean_at_1.mean, "rl": rl.mean_at_1.mean},
-        "pass_at_1_standard_error": {
-            "base": base_model["mean_at_1"]["standard_error"],
-            "rl": rl_model["mean_at_1"]["standard_error"],
-        },
-        **_accuracies(rl_model),
-        "base_model": _accuracies(base_model),
+        "temperature": (rl.settings or {}).get("temperature"),
+        **_both_models(base, rl),
+        **({} if held_out is None else {"held_out": _both_models(held_out_base, held_out)}),
+    }
+
+
+def _check_alike(one: Report, other: Report, what: str, may_differ: Sequence[str], same_number: bool = False) -> None:
+    settings = one.settings or {}, other.settings or {}
+    differing = {
+        name: tuple(each.get(name) for each in settings)
+        for name in differing_settings(one.settings, other.settings)
+        if name not in may_differ
+    }
+    if same_number and one.questions != other.questions:
+        differing["the number of questions"] = one.questions, other.questions
+    if differing:
+        differences = "; ".join(f"{name} ({first!r}, {second!r})" for name, (first, second) in differing.items())
+        raise UserError(f"{what} differ in {differences}: evaluate both alike")
+
+
+def _both_models(base: Report | None, rl: Report) -> dict[str, Any]:
+    """Accuracies on one set of questions, of the model after RL and, where measured, before."""
+    models = {"base": base, "rl": rl} if base is not None else {"rl": rl}
+    at_1 = {name: report.to_dict()["mean_at_1"] for name, report in models.items()}
+    return {
+        "problems": rl.questions,
+        "pass_at_1": {name: estimate["mean"] for name, estimate in at_1.items()},
+        "pass_at_1_standard_error": {name: estimate["standard_error"] for name, estimate in at_1.items()},
+        **_accuracies(rl.to_dict()),
+        **({} if base is None else {"base_model": _accuracies(base.to_dict())}),
     }
 
 
 def _accuracies(report: dict[str, Any]) -> dict[str, Any]:
-    missing = [n for n in SUMMARY_COUNTS if str(n) not in report["curves"]["random"]]
+    curves = report["curves"]
+    missing = [n for n in SUMMARY_COUNTS if str(n) not in curves["random"]]
     if missing:
         raise UserError(f"the summary needs N={missing[0]}, but a question has only {report['samples']} samples")
-    if "best_of_n" not in report["curves"]:
+    if "best_of_n" not in curves:
         raise UserError("the summary needs scores: run inference again with scores")
-    curves = {
-        strategy: {str(n): report["curves"][strategy][str(n)]["mean"] for n in SUMMARY_COUNTS}
-        for strategy in SUMMARY_STRATEGIES
+    strategies = (*SUMMARY_STRATEGIES, *(name for name in OPTIONAL_STRATEGIES if name in curves))
+    has_log_probs = FREE_BASELINES["mean_log_prob"] in curves
+    free = {name: curve for name, curve in FREE_BASELINES.items() if has_log_probs and curve in curves}
+    free_accuracies = {name: _at_counts(curves[curve], "mean") for name, curve in free.items()}
+    errors = {**{name: name for name in strategies}, **free}
+    return {
+        **{name: _at_counts(curves[name], "mean") for name in strategies},
+        **({"free_baselines": free_accuracies} if free else {}),
+        "standard_errors": {name: _at_counts(curves[curve], "standard_error") for name, curve in errors.items()},
+        "differences": {
+            name: {n: value for n, value in curve.items() if int(n) in SUMMARY_COUNTS}
+            for name, curve in report["differences"].items()
+        },
+        "within_prompt_auc": report["within_prompt_auc"],
+        "within_prompt_auc_standard_error": report["within_prompt_auc_standard_error"],
+        "auc": report["auc"],
+        "signals": report["signals"],
     }
-    return {**curves, "auc": report["auc"], "within_prompt_auc": report["within_prompt_auc"]}
+
+
+def _at_counts(curve: Mapping[str, Any], key: str) -> dict[str, float | None]:
+    return {str(n): curve[str(n)][key] for n in SUMMARY_COUNTS}
 
 
 def write_json(value: dict[str, Any], path: Path) -> None:

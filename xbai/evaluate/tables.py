@@ -116,7 +116,7 @@ def signals_grid(reports: Mapping[str, Report]) -> Grid:
         _labelled(
             name,
             [
-                [STRATEGY_NAMES[signal], _fraction(found.within_prompt_auc), _number(found.auc, 3)]
+                [STRATEGY_NAMES[signal], fraction(found.within_prompt_auc), _number(found.auc, 3)]
                 for signal, found in report.signals.items()
             ],
         )
@@ -136,7 +136,7 @@ def length_grid(reports: Mapping[str, Report]) -> Grid:
                 [
                     f"{band.low:,} to {band.high:,}",
                     *(f"{100 * value:.1f}" for value in (band.share, band.accuracy, band.chosen)),
-                    _fraction(band.within_prompt_auc),
+                    fraction(band.within_prompt_auc),
                 ]
                 for band in report.by_length
             ],
@@ -190,7 +190,7 @@ def _quality(report: Report) -> dict[str, str]:
         "questions": f"{report.questions:,}",
         "samples of each": f"{report.samples:,}",
         "search": _search(report),
-        "AUC within a question": _fraction(Estimate(report.within_prompt_auc, report.within_prompt_auc_standard_error)),
+        "AUC within a question": fraction(Estimate(report.within_prompt_auc, report.within_prompt_auc_standard_error)),
         "AUC of the score": _number(report.auc, 3),
         "calibration error": _number(report.calibration_error, 3),
         "tokens, mean": _number(report.lengths.mean, 1),
@@ -222,7 +222,8 @@ def _points(estimate: Estimate) -> str:
     return f"{'+' if estimate.mean >= 0 else ''}{_percent(estimate)}"
 
 
-def _fraction(estimate: Estimate) -> str:
+def fraction(estimate: Estimate) -> str:
+    """A value in [0, 1] with its standard error, as words."""
     error = "" if np.isnan(estimate.standard_error) else f" ±{estimate.standard_error:.3f}"
     return f"{_number(estimate.mean, 3)}{error}"
 

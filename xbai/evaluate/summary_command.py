@@ -1,0 +1,88 @@
+"""`xbai summary`: what it reads, and where it writes what it finds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from xbai.errors import UserError
+from xbai.evaluate.figure import check_format
+from xbai.evaluate.metrics import Report, report_files
+from xbai.evaluate.plots import plot_accuracy
+from xbai.evaluate.summary import build_summary, write_json
+from xbai.evaluate.tables import report_grids, show
+from xbai.sprm.calibration import Calibration
+
+
+@dataclass(frozen=True)
+class SummaryOptions:
+    """What to compare.
+
+    Attributes:
+        task: the benchmark.
+        base_results, rl_results: globs of the results before and after RL.
+        output: the JSON file.
+        held_out, held_out_base: globs of the results after and before RL on other kinds of questions.
+        calibration: of the model after RL: its folder, or the file.
+        score_setting: a JSON file that says how the score was trained.
+        plot_output: the figure.
+        seconds_total: time of the whole run.
+    """
+
+    task: str
+    base_results: str
+    rl_results: str
+    output: Path
+    held_out: str | None = None
+    held_out_base: str | None = None
+    calibration: Path | None = None
+    score_setting: Path | None = None
+    plot_output: Path | None = None
+    seconds_total: float | None = None
+
+
+def run_summary(options: SummaryOptions) -> None:
+    """Measure, compare and write.
+
+    Raises:
+        UserError: files that are missing, are no results, do not belong together, or were not sampled alike.
+    """
+    if options.held_out_base is not None and options.held_out is None:
+        raise UserError("--held_out_base: there is nothing to compare it with; give --held_out too")
+    if options.plot_output is not None:
+        check_format(options.plot_output)
+    score_setting = None if options.score_setting is None else _read_object(options.score_setting)
+    calibration = None if options.calibration is None else Calibration.read(options.calibration)
+
+    def measured(pattern: str | None, calibration: Calibration | None = None) -> Report | None:
+        return None if pattern is None else report_files(options.task, [pattern], calibration)[0]
+
+    base, rl = measured(options.base_results), measured(options.rl_results, calibration)
+    held_out_base, held_out = measured(options.held_out_base), measured(options.held_out, calibration)
+    summary = build_summary(base, rl, options.seconds_total, held_out, held_out_base, score_setting)
+    named = {
+        "Before RL": base,
+        "After RL": rl,
+        "Before RL, held-out kinds": held_out_base,
+        "After RL, held-out kinds": held_out,
+    }
+    reports = {name: report for name, report in named.items() if report is not None}
+    write_json(summary, options.output)
+    if options.plot_output is not None:
+        plot_accuracy(reports, options.plot_output)
+    show(report_grids(reports))
+    typer.echo(f"wrote {options.output}")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--score_setting {path}: not a JSON file that can be read ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"--score_setting {path}: holds no JSON object, but {type(value).__name__}")
+    return value
