@@ -31,8 +31,8 @@ COLUMNS = {
     "Best-of-32": ("best_of_n", "32"),
     "maj@8": ("majority", "8"),
     "oracle@8": ("oracle", "8"),
-    "AUC": ("auc",),
     "AUC within a prompt": ("within_prompt_auc",),
+    "AUC": ("auc",),
 }
 SAMPLING = ("temperature", "top_p", "repetition_penalty", "max_tokens")
 
