@@ -95,12 +95,12 @@ def row_of(variant: Variant, summary: dict[str, Any]) -> dict[str, Any]:
 def to_markdown(rows: list[dict[str, Any]]) -> str:
     """The table of docs/results.md: percentages."""
     lines = [
-        "| setting | pass@1 | Best-of-2 / 8 / 32 | maj@8 | AUC | AUC within a prompt |",
+        "| setting | pass@1 | Best-of-2 / 8 / 32 | maj@8 | AUC within a prompt | AUC |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
         best = " / ".join(_percent(row["best_of_n"][n]) for n in ("2", "8", "32"))
-        others = map(_percent, (row["majority"]["8"], row["auc"], row["within_prompt_auc"]))
+        others = map(_percent, (row["majority"]["8"], row["within_prompt_auc"], row["auc"]))
         lines.append(f"| {row['title']} | {_percent(row['pass_at_1'])} | {best} | {' | '.join(others)} |")
     return "\n".join(lines)
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from xbai.errors import UserError
-from xbai.evaluate.figure import BLUE, GREEN, ORANGE, RIGHT, STYLE, WRONG, Line, draw_line, save_figure
+from xbai.evaluate.figure import BLUE, GREEN, ORANGE, PURPLE, RIGHT, STYLE, WRONG, Line, draw_line, save_figure
 
 SMOOTHING_POINTS = 30
 
@@ -41,7 +41,12 @@ TRAINING_PANELS = (
     Panel("Response length (tokens)", {"response_length/mean": Line("mean", BLUE)}),
     Panel(
         "Score AUC",
-        {"score/auc": Line("training samples", BLUE), "val/auc": Line("validation", ORANGE)},
+        {
+            "score/within_prompt_auc": Line("training, within a prompt", BLUE),
+            "val/within_prompt_auc": Line("validation, within a prompt", ORANGE),
+            "score/auc": Line("training, all samples", PURPLE),
+            "val/auc": Line("validation, all samples", GREEN),
+        },
         percent=True,
     ),
     Panel("Score of a response", {"score/score_right": RIGHT, "score/score_wrong": WRONG}),
