@@ -5,8 +5,9 @@
 Models: the tiny one, and one of the shape of Qwen2.5-0.5B; on a GPU the latter in bfloat16, else float32.
 
 - generate: time of `Engine.generate` with fused scores (`return_scores=True`) over that of an engine without a score
-  head, and of the latter with `Scorer.score` of the finished responses after it. Two processes have an engine each and
-  take turns. All ways generate the same tokens from the same seeds.
+  head, and of the latter with `Scorer.score` of the finished responses after it; and of fused scores with log-probs
+  over those without. Two processes have an engine each and take turns. All ways generate the same tokens from the same
+  seeds.
 - score service: texts per second of `xbai serve-score` over those of `reference_score_service.py`, which passes one
   text after the other through the whole model, as public code does. Both run all the while, and take turns in rounds of
   the same texts.
@@ -97,6 +98,7 @@ def measure_engine(subject: Subject) -> dict[str, Any]:
     each = [
         SamplingParams(max_tokens=sizes.response_tokens, ignore_eos=True, seed=seed) for seed in range(len(prompts))
     ]
+    with_log_probs = [replace(params, log_probs=True) for params in each]
     with (
         EngineProcess(subject.engine, subject.folder, with_head=False, options=options) as plain,
         EngineProcess(subject.engine, subject.folder, with_head=True, options=options) as fused,
@@ -106,6 +108,7 @@ def measure_engine(subject: Subject) -> dict[str, Any]:
         arms = {
             "plain": lambda: plain.generate(prompts, each).seconds,
             "fused": lambda: fused.generate(prompts, each, fused_scores=True).seconds,
+            "fused_log_probs": lambda: fused.generate(prompts, with_log_probs, fused_scores=True).seconds,
             "second_pass": lambda: plain.generate(prompts, each, second_pass=True).seconds,
         }
         seconds = take_turns(arms, sizes.repeats, WARM_UPS)
@@ -114,10 +117,12 @@ def measure_engine(subject: Subject) -> dict[str, Any]:
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "largest_score_difference": difference,
     }
-    ratios = {name: Ratio.of(seconds[name], seconds["plain"]) for name in ("fused", "second_pass")}
-    rows = [[name, f"{found['seconds'][name]:.3f}", str(ratios.get(name, ""))] for name in seconds]
-    show(f"{subject.name}: {found['tokens']} tokens by {subject.engine}", ["generate", "seconds", "over plain"], rows)
-    return found | {f"{name}_over_plain": asdict(ratio) for name, ratio in ratios.items()}
+    bases = {"fused": "plain", "fused_log_probs": "fused", "second_pass": "plain"}
+    ratios = {name: Ratio.of(seconds[name], seconds[base]) for name, base in bases.items()}
+    over = {name: f"{ratio} over {bases[name]}" for name, ratio in ratios.items()}
+    rows = [[name, f"{found['seconds'][name]:.3f}", over.get(name, "")] for name in seconds]
+    show(f"{subject.name}: {found['tokens']} tokens by {subject.engine}", ["generate", "seconds", "ratio"], rows)
+    return found | {f"{name}_over_{bases[name]}": asdict(ratio) for name, ratio in ratios.items()}
 
 
 def _cache_bytes(subject: Subject) -> int:

@@ -46,6 +46,7 @@ def test_the_serving_benchmark_compares_what_gives_the_same_scores(tmp_path: Pat
     assert result["score_service_over_reference"].keys() == {"1", "3"}
     figures = result["models"]["tiny"]
     assert figures["generate"]["fused_over_plain"]["low"] <= result["fused_over_plain"]
+    assert figures["generate"]["fused_log_probs_over_fused"]["ratio"] > 0
     assert figures["score_service"]["largest_score_difference"] < 1e-4
     assert figures["score_service"]["clients"]["3"]["texts"] == 6
     for clients, load in figures["policy_service"]["clients"].items():
