@@ -20,7 +20,7 @@ from xbai.evaluate.metrics import measure, report_files
 from xbai.evaluate.results import REFUSED
 from xbai.evaluate.separation import separation
 from xbai.evaluate.strategies import possible_strategies
-from xbai.evaluate.tables import differences_grid, length_grid, report_grids, signals_grid
+from xbai.evaluate.tables import differences_grid, length_grid, report_grids, show, signals_grid
 
 LEVELS = st.sampled_from([-np.inf, 0.1, 0.2, 0.3])
 GRADES = st.sampled_from([0.0, 1.0, np.nan])
@@ -188,8 +188,29 @@ def test_tables_of_differences_signals_and_lengths(questions: list[GradedQuestio
     report = measure(questions)
     differences = differences_grid({"a": report}).to_markdown()
     found = report.differences["best_of_n - majority"][2]
-    assert f"Best-of-N less majority vote | {100 * found.mean:+.1f} ±{100 * found.standard_error:.1f} |" in differences
-    assert "| Best-of-N less the same at N=8 |  |  |  |" in differences
+    assert f"| score less majority | {100 * found.mean:+.1f} ±{100 * found.standard_error:.1f} |" in differences
+    assert "| score less the same at N=8 |  |  |  |" in differences
     assert len(signals_grid({"a": report, "b": report}).sections) == 2
     (rows,) = length_grid({"a": report}).sections
     assert [row[0] for row in rows] == ["a", "", ""]
+
+
+def test_no_cell_is_cut_where_there_is_no_terminal(
+    questions: list[GradedQuestion], capsys: pytest.CaptureFixture
+) -> None:
+    combined = [replace(question, combined=question.scores) for question in questions]
+    repeated = [
+        replace(
+            question,
+            **{
+                name: np.tile(getattr(question, name), 3)
+                for name in ("scores", "correct", "mean_log_probs", "combined")
+            },
+            **{name: getattr(question, name) * 3 for name in ("keys", "step_scores", "token_counts", "finish_reasons")},
+        )
+        for question in combined
+    ]
+    show(report_grids({"Before RL, held out": measure(repeated)}))
+    shown = capsys.readouterr().out
+    assert "score and log-prob less log-prob" in shown and "less the same at N=8" in shown
+    assert "…" not in shown.replace("… by ", "")

@@ -67,8 +67,8 @@ def run_summary(options: SummaryOptions) -> None:
     named = {
         "Before RL": base,
         "After RL": rl,
-        "Before RL, held-out kinds": held_out_base,
-        "After RL, held-out kinds": held_out,
+        "Before RL, held out": held_out_base,
+        "After RL, held out": held_out,
     }
     reports = {name: report for name, report in named.items() if report is not None}
     write_json(summary, options.output)

@@ -30,7 +30,16 @@ STRATEGY_NAMES = {
     "oracle": "oracle (pass@N)",
     "random": "pass@1",
 }
-MIN_WIDTH = 120
+CHOICE_NAMES = {
+    "best_of_n": "score",
+    "best_of_n_combined": "score and log-prob",
+    "best_of_n_log_prob": "log-prob",
+    "majority": "majority",
+    "random": "pass@1",
+}
+"""Short names of what differences are of."""
+
+MIN_WIDTH = 200
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,7 @@ def accuracy_grid(reports: Mapping[str, Report]) -> Grid:
 
 def differences_grid(reports: Mapping[str, Report]) -> Grid:
     """How much better one way of choosing is than another, at each N."""
-    title = "Differences in points ± standard error, paired by question"
+    title = "Differences of ways to choose in points ± standard error, paired by question"
     differences = {name: report.differences for name, report in reports.items() if report.differences}
     names = {name: _difference_name(name) for curves in differences.values() for name in curves}
     return _curves_grid(title, differences, names, _points)
@@ -107,7 +116,7 @@ def differences_grid(reports: Mapping[str, Report]) -> Grid:
 def _difference_name(name: str) -> str:
     one, other = name.split(" - ")
     other, _, count = other.partition(" at ")
-    return f"{STRATEGY_NAMES[one]} less {f'the same at N={count}' if count else STRATEGY_NAMES[other]}"
+    return f"{CHOICE_NAMES[one]} less {f'the same at N={count}' if count else CHOICE_NAMES[other]}"
 
 
 def signals_grid(reports: Mapping[str, Report]) -> Grid:
