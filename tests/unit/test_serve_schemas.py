@@ -22,6 +22,7 @@ def test_generate_defaults_are_the_published_ones() -> None:
         "top_k": -1,
         "repetition_penalty": 1.05,
         "return_scores": False,
+        "return_log_probs": False,
     }
 
 
