@@ -115,7 +115,6 @@ stage_data() {
 }
 
 stage_sft() {
-    rm -rf "$out/base" "$out/base_logs"
     torchrun --standalone --nproc_per_node "$ranks" -m verl.trainer.main_sft --config-name make10_sft \
         model.path="$out/tiny" data.train_files="$out/data/make10_sft.parquet" \
         trainer.output_dir="$out/base" trainer.seed="$seed" "${sft_args[@]}"

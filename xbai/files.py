@@ -6,6 +6,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import IO
 
@@ -41,7 +42,7 @@ def check_room(folder: Path, needed: int) -> None:
     """
     disk = shutil.disk_usage(folder)
     if disk.total and needed > disk.free:
-        raise OSError(errno.ENOSPC, f"{needed / 1e6:,.0f} MB of weights, {disk.free / 1e6:,.0f} MB are free")
+        raise OSError(errno.ENOSPC, f"{needed / 1e6:,.0f} MB are needed, {disk.free / 1e6:,.0f} MB are free")
 
 
 def fsync_path(path: Path) -> None:
@@ -59,6 +60,12 @@ def fsync_tree(folder: Path) -> None:
         for name in files:
             fsync_path(Path(root) / name)
         fsync_path(Path(root))
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete the temporary siblings of `path` that its writers left behind when they were killed."""
+    for leftover in path.parent.glob(f".{escape(path.name)}.????????.tmp"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def _temporary_sibling(path: Path) -> Path:

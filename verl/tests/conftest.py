@@ -68,14 +68,19 @@ def small_run(training_files: Path, tiny_model_dir: Path) -> list[str]:
 
 
 class TrainerRun:
-    """One start of the trainer, in a process group of its own."""
+    """One start of a trainer, in a process group of its own.
 
-    def __init__(self, folder: Path, overrides: list[str]) -> None:
+    Args:
+        folder: of checkpoints, metrics and log.
+        command: the module and its arguments, as `python -m` takes them.
+    """
+
+    def __init__(self, folder: Path, command: list[str]) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._log = (folder / "log.txt").open("a")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "verl.trainer.main_ppo", *overrides, f"trainer.default_local_dir={folder}"],
+            [sys.executable, "-m", *command],
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -112,6 +117,22 @@ class TrainerRun:
 
 
 @pytest.fixture(scope="session")
-def start_run() -> type[TrainerRun]:
-    """`start_run(folder, overrides)` starts the trainer."""
-    return TrainerRun
+def start_run() -> Callable[[Path, list[str]], TrainerRun]:
+    """`start_run(folder, overrides)` starts the RL trainer."""
+
+    def start(folder: Path, overrides: list[str]) -> TrainerRun:
+        return TrainerRun(folder, ["verl.trainer.main_ppo", *overrides, f"trainer.default_local_dir={folder}"])
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def start_sft() -> Callable[[Path, list[str]], TrainerRun]:
+    """`start_sft(folder, overrides, ranks=2)` starts supervised fine-tuning by torchrun; its output is `folder/out`."""
+
+    def start(folder: Path, overrides: list[str], ranks: int = 2) -> TrainerRun:
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", "verl.trainer.main_sft"]
+        places = {"default_local_dir": folder, "log_dir": folder, "output_dir": folder / "out"}
+        return TrainerRun(folder, [*launcher, *overrides, *(f"trainer.{key}={path}" for key, path in places.items())])
+
+    return start

@@ -330,7 +330,7 @@ WHAT_FAILS = {
     "worker": (FailingWorkers, r"rank 3: PermissionError: .*; choose a folder that can be written\)$"),
     "room": (
         HugeWorkers,
-        r"1,000,000,000,000 MB of weights, .* MB are free; make room or choose another folder",
+        r"1,000,000,000,000 MB are needed, .* MB are free; make room or choose another folder",
     ),
 }
 
@@ -368,7 +368,7 @@ def test_a_failed_save_says_why_and_gives_no_advice_of_another_failure(config: D
 
     state = start(config)
     state.restore({})
-    monkeypatch.setattr(run_state, "_write_state", refuse)
+    monkeypatch.setattr(run_state, "write_state", refuse)
     with pytest.raises(UserError, match=r"step 1 was not saved \(OSError: \[Errno 5\] Input/output error\)") as caught:
         state.save(1, {})
         state.finish()

@@ -23,6 +23,8 @@ from xbai.errors import UserError
 logger = logging.getLogger(__name__)
 
 MAX_NONFINITE = 10
+STATE_BYTES = {"AdamW": 8, "Muon": 4, **dict.fromkeys(EIGHT_BIT_OPTIMIZERS, 2)}
+"""What an optimiser keeps of one float32 parameter, at least."""
 
 
 def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: Mapping[str, Any]) -> Optimizer:
@@ -109,11 +111,20 @@ class Optimizers:
         self, parts: Mapping[str, tuple[nn.Module, Mapping[str, Any]]], max_nonfinite: int = MAX_NONFINITE
     ) -> None:
         self._max_nonfinite, self._nonfinite_in_a_row = max_nonfinite, 0
+        self._names = {part: config.get("name", "AdamW") for part, (_, config) in parts.items()}
         self._parameters = {name: list(module.parameters()) for name, (module, _) in parts.items()}
         self.optimizers = {
             name: build_optimizer(module.named_parameters(), config) for name, (module, config) in parts.items()
         }
         self.schedules = {name: build_schedule(self.optimizers[name], config) for name, (_, config) in parts.items()}
+
+    @property
+    def least_state_bytes(self) -> int:
+        """What the optimisers of all ranks keep once they have stepped, at least."""
+        return sum(
+            STATE_BYTES[name] * sum(parameter.numel() for parameter in self._parameters[part])
+            for part, name in self._names.items()
+        )
 
     def zero_grad(self) -> None:
         """Drop all gradients."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 import shutil
@@ -9,6 +10,9 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
 
 from verl.utils.verl_shards import has_verl_shards
 from xbai.errors import UserError
@@ -147,6 +151,14 @@ def surplus(steps: Collection[int], latest: int, max_to_keep: int) -> list[int]:
     """Which of `steps` to delete so that `max_to_keep` up to `latest` stay. Later ones are of a run before this one."""
     earlier = sorted(step for step in steps if step < latest)
     return earlier[: max(0, len(earlier) + 1 - max_to_keep)]
+
+
+def write_state(state: dict[str, Any], path: Path) -> None:
+    """Write what `torch.load` reads."""
+    # By way of memory: torch's own writing to a file hides why it failed.
+    content = io.BytesIO()
+    torch.save(state, content)
+    path.write_bytes(content.getvalue())
 
 
 def _checked(checkpoint: Path, named_by: str) -> Path:

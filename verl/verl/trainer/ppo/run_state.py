@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -11,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
 from verl.single_controller import RayWorkerGroup
-from verl.trainer.ppo.checkpoint_folder import TRAINER_STATE_FILE, CheckpointFolder, step_name, step_of
+from verl.trainer.ppo.checkpoint_folder import TRAINER_STATE_FILE, CheckpointFolder, step_name, step_of, write_state
 from verl.trainer.ppo.core_algos import KLController
 from verl.trainer.ppo.data_identity import data_identity, differences
 from verl.trainer.ppo.remote_folder import RemoteFolder, Uploads, is_folder, is_url
 from verl.utils.checkpoint import HUGGINGFACE_FOLDER, rng_state, set_rng_state
-from verl.utils.dataset.rl_dataset import RLHFDataset
+from verl.utils.dataset.rl_dataset import RLHFDataset, file_list
 from xbai.engine.files import read_config
 from xbai.errors import UserError, one_line
 from xbai.files import check_room, why_not_written
@@ -33,6 +32,9 @@ POLL_S = 0.2
 """How often to ask the workers whether a save in the background is done."""
 CLOSE_TIMEOUT_S = 30.0
 """How long a run that ends by an error waits for a save under way."""
+ORDER_KEYS = ("data.train_batch_size", "data.shuffle", "data.dataloader_num_workers")
+"""What decides the order of the data."""
+OTHER_PROMPTS = "other prompts pass data.max_prompt_length (or its filter, or the tokenizer)"
 MODEL_SHAPE = (
     "model_type",
     "hidden_size",
@@ -86,7 +88,11 @@ class RunState:
         elif copies is not None:
             self._remote = RemoteFolder(copies, trainer.max_actor_ckpt_to_keep)
             self._uploads = Uploads(self._remote)
-        self._identity = data_identity(config, dataset)
+        self._identity = data_identity(
+            file_list(config.data.train_files),
+            {key: OmegaConf.select(config, key) for key in ORDER_KEYS},
+            (int(row).to_bytes(8, "little") for row in dataset.values("row_index")),
+        )
         self.checkpoint = self._newest = self._find(fetches)
         self._state: dict[str, Any] | None = None
         self._keeps_place = True
@@ -95,7 +101,7 @@ class RunState:
             self._check_model(self.checkpoint, dataset.tokenizer)
             self._state = torch.load(self.checkpoint / TRAINER_STATE_FILE, weights_only=False)
             if "data" not in self._state:
-                raise UserError(f"{self.checkpoint} was written by an earlier version of this trainer; {_ANEW}")
+                raise UserError(f"{self.checkpoint} is not of this trainer, or of an earlier version of it; {_ANEW}")
             self._check_data(self._state["data"])
         self.step = step_of(self.checkpoint) if self.checkpoint is not None else 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
@@ -119,7 +125,7 @@ class RunState:
             return
         try:
             with self._folder.rehearse() as folder:
-                _write_state({"rng": rng_state(), "data": self._identity}, folder / TRAINER_STATE_FILE)
+                write_state({"rng": rng_state(), "data": self._identity}, folder / TRAINER_STATE_FILE)
                 parts = [group.try_saving(str(folder.resolve() / part))[0] for part, group in groups.items()]
                 check_room(folder, sum(parts))
         except (OSError, UserError) as error:
@@ -236,7 +242,7 @@ class RunState:
         start = time.perf_counter()
         try:
             with self._folder.write(step) as folder:
-                _write_state(state, folder / TRAINER_STATE_FILE)
+                write_state(state, folder / TRAINER_STATE_FILE)
                 background = self._config.trainer.async_save
                 for part, group in groups.items():
                     group.save_checkpoint(str(folder.resolve() / part), background=background)
@@ -320,7 +326,7 @@ class RunState:
                 )
 
     def _check_data(self, then: dict[str, Any]) -> None:
-        changes = differences(then, self._identity)
+        changes = differences(then, self._identity, OTHER_PROMPTS)
         self._keeps_place = not changes
         if not changes:
             return
@@ -346,10 +352,3 @@ _ANEW = "start anew with trainer.resume_mode=disable"
 def _fields(config: SPRMConfig) -> dict[str, Any]:
     fields = config.to_dict()
     return fields.pop("step_rule") | fields
-
-
-def _write_state(state: dict[str, Any], path: Path) -> None:
-    # By way of memory: torch's own writing to a file hides why it failed.
-    content = io.BytesIO()
-    torch.save(state, content)
-    path.write_bytes(content.getvalue())

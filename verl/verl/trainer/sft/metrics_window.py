@@ -1,0 +1,85 @@
+"""What is measured over several steps, and becomes one record."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from xbai.sprm import auc, trajectory_scores
+
+
+class WindowTotals(NamedTuple):
+    """Of all ranks since the last record, in plain values, as a checkpoint holds them.
+
+    Attributes:
+        lm_loss, score_loss: sums over the steps.
+        scores, labels: of each graded trajectory, and whether its answer was right.
+        steps, tokens: how many; tokens of responses.
+    """
+
+    lm_loss: float
+    score_loss: float
+    scores: list[float]
+    labels: list[float]
+    steps: int
+    tokens: int
+
+
+class MetricsWindow:
+    """Sums over the steps since the last record, of this rank until all ranks are added up."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._reset()
+
+    def _reset(self) -> None:
+        self._losses = torch.zeros(2, dtype=torch.double, device=self._device)
+        self._scores: list[float] = []
+        self._labels: list[float] = []
+        self._steps = self._tokens = 0
+
+    def add_losses(self, lm_loss: Tensor, score_loss: Tensor) -> None:
+        """Shares of one micro-batch."""
+        self._losses += torch.stack([lm_loss, score_loss]).detach().double()
+
+    def add_scores(self, step_logits: Tensor, batch: dict[str, Tensor]) -> None:
+        """Trajectory scores of one micro-batch's graded rows."""
+        graded = batch["graded"]
+        self._scores += trajectory_scores(step_logits.detach(), batch["step_feature_mask"])[graded].tolist()
+        self._labels += batch["correct"][graded].tolist()
+
+    def end_step(self, tokens: int) -> None:
+        """Count one step of `tokens` response tokens over all ranks."""
+        self._steps += 1
+        self._tokens += tokens
+
+    def totals(self) -> WindowTotals:
+        """Of all ranks; the same on every rank. A collective."""
+        losses = self._losses.clone()
+        dist.all_reduce(losses)
+        gathered: list[tuple[list[float], list[float]]] = [([], [])] * dist.get_world_size()
+        dist.all_gather_object(gathered, (self._scores, self._labels))
+        scores, labels = (list(chain.from_iterable(parts)) for parts in zip(*gathered))
+        return WindowTotals(*losses.tolist(), scores, labels, self._steps, self._tokens)
+
+    def go_on_from(self, totals: WindowTotals) -> None:
+        """Begin where a window with these totals was. The first rank takes over what all ranks had."""
+        self._reset()
+        self._steps, self._tokens = totals.steps, totals.tokens
+        if dist.get_rank() == 0:
+            self._losses += self._losses.new_tensor([totals.lm_loss, totals.score_loss])
+            self._scores, self._labels = list(totals.scores), list(totals.labels)
+
+    def flush(self) -> dict[str, float]:
+        """Means over the window, which begins anew; the same on every rank. A collective."""
+        totals = self.totals()
+        metrics = {"sft/loss": totals.lm_loss / totals.steps, "sft/tokens": float(totals.tokens)}
+        if totals.scores:
+            score_auc = auc(torch.tensor(totals.scores), torch.tensor(totals.labels))
+            metrics |= {"score/loss": totals.score_loss / totals.steps, "score/auc": score_auc}
+        self._reset()
+        return metrics

@@ -1,0 +1,117 @@
+"""The folder of the trained model: it appears whole at the end, and says which run it is of."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from verl.trainer.sft.run_identity import what_changed, what_forbids_going_on
+from verl.utils.first_rank import on_first_rank
+from verl.utils.fsdp import named_full_tensors
+from verl.utils.model import dtype_name
+from verl.utils.weight_files import write_weights
+from verl.workers.actor.joint_model import JointModel
+from xbai.errors import UserError
+from xbai.files import atomic_directory, check_room, remove_leftovers
+from xbai.model_files import ModelFiles
+from xbai.sprm import SPRMConfig, save_score_head
+
+logger = logging.getLogger(__name__)
+
+HEAD_PREFIX = "score_head."
+IDENTITY_FILE = ".sft_run.json"
+"""Hidden, so that it does not travel on with the model."""
+
+
+class ModelOutput:
+    """`trainer.output_dir`: the model with tokenizer, head and step rule.
+
+    Args:
+        folder: which must not exist before the end.
+        dtype: of the weights there.
+        files: of the model that training began with.
+        sprm_config: of its head; None without one.
+        identity: of the run, from `run_identity`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        files: ModelFiles,
+        sprm_config: SPRMConfig | None,
+        identity: dict[str, Any],
+    ) -> None:
+        self._folder, self._dtype, self._files = folder, dtype, files
+        self._sprm_config, self._identity = sprm_config, identity
+
+    def is_finished(self, model_path: str) -> bool:
+        """Whether this run has written it, before now. A collective.
+
+        Raises:
+            UserError: it is there and of another run.
+        """
+        return on_first_rank(lambda: self._is_own(model_path))
+
+    def _is_own(self, model_path: str) -> bool:
+        if not self._folder.exists():
+            return False
+        then = json.loads((self._folder / IDENTITY_FILE).read_text())
+        changes = what_forbids_going_on(then, self._identity, model_path) + what_changed(then, self._identity)
+        if changes:
+            raise UserError(f"{taken(self._folder)}: it is of a run from which this one differs ({changes[0]})")
+        return True
+
+    def write(self, model: JointModel) -> None:
+        """Write the trained model. A collective."""
+        # Every rank gathers, one tensor at a time; only the one that writes keeps them.
+        weights = {name: tensor.cpu() for name, tensor in named_full_tensors(model) if dist.get_rank() == 0}
+        head = {name.removeprefix(HEAD_PREFIX): w for name, w in weights.items() if name.startswith(HEAD_PREFIX)}
+        policy = {name: weight for name, weight in weights.items() if not name.startswith(HEAD_PREFIX)}
+
+        def write() -> None:
+            with atomic_directory(self._folder) as folder:
+                self._fill(folder, policy, head)
+
+        self._on_first_rank(write)
+        logger.info("wrote %s in %s", self._folder, dtype_name(self._dtype))
+
+    def try_writing(self, model: JointModel) -> None:
+        """Write everything but the weights, and remove it: what would fail after training fails here. A collective."""
+        needed = sum(weight.numel() for weight in model.lm.parameters()) * self._dtype.itemsize
+        parent, few = self._folder.parent, {"few": torch.zeros(1)}
+
+        def write() -> None:
+            parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self._folder)
+            with TemporaryDirectory(prefix=f".{self._folder.name}.", suffix=".tmp", dir=parent) as folder:
+                self._fill(Path(folder), few, few if self._sprm_config is not None else {})
+                check_room(Path(folder), needed)
+
+        self._on_first_rank(write)
+
+    def _on_first_rank(self, write: Callable[[], None]) -> None:
+        try:
+            on_first_rank(write)
+        except UserError as error:
+            raise UserError(f"trainer.output_dir={self._folder}: the model cannot be written ({error})") from error
+
+    def _fill(self, folder: Path, policy: dict[str, Tensor], head: dict[str, Tensor]) -> None:
+        self._files.write(folder, dtype_name(self._dtype))
+        write_weights(folder, policy, self._dtype, lambda names: {name: policy[name] for name in names})
+        if head:
+            save_score_head(folder, head, self._sprm_config)
+        (folder / IDENTITY_FILE).write_text(json.dumps(self._identity))
+
+
+def taken(folder: Path) -> str:
+    """How to say that an output folder is in the way."""
+    return f"trainer.output_dir={folder} exists already; remove it or name another"
