@@ -17,12 +17,15 @@ class WindowTotals(NamedTuple):
 
     Attributes:
         lm_loss, score_loss: sums over the steps.
+        right_side, wrong_side: graded steps whose score is above 0.5, and the others.
         scores, labels: of each graded trajectory, and whether its answer was right.
         steps, tokens: how many; tokens of responses.
     """
 
     lm_loss: float
     score_loss: float
+    right_side: float
+    wrong_side: float
     scores: list[float]
     labels: list[float]
     steps: int
@@ -38,6 +41,7 @@ class MetricsWindow:
 
     def _reset(self) -> None:
         self._losses = torch.zeros(2, dtype=torch.double, device=self._device)
+        self._sides = torch.zeros(2, dtype=torch.double, device=self._device)
         self._scores: list[float] = []
         self._labels: list[float] = []
         self._steps = self._tokens = 0
@@ -47,8 +51,10 @@ class MetricsWindow:
         self._losses += torch.stack([lm_loss, score_loss]).detach().double()
 
     def add_scores(self, step_logits: Tensor, batch: dict[str, Tensor]) -> None:
-        """Trajectory scores of one micro-batch's graded rows."""
+        """Trajectory scores of one micro-batch's graded rows, and on which side of 0.5 their steps are."""
         graded = batch["graded"]
+        logits = step_logits.detach()[batch["step_feature_mask"] & graded[:, None]]
+        self._sides += torch.stack([(logits > 0).sum(), (logits <= 0).sum()])
         self._scores += trajectory_scores(step_logits.detach(), batch["step_feature_mask"])[graded].tolist()
         self._labels += batch["correct"][graded].tolist()
 
@@ -59,12 +65,12 @@ class MetricsWindow:
 
     def totals(self) -> WindowTotals:
         """Of all ranks; the same on every rank. A collective."""
-        losses = self._losses.clone()
-        dist.all_reduce(losses)
+        sums = torch.cat([self._losses, self._sides])
+        dist.all_reduce(sums)
         gathered: list[tuple[list[float], list[float]]] = [([], [])] * dist.get_world_size()
         dist.all_gather_object(gathered, (self._scores, self._labels))
         scores, labels = (list(chain.from_iterable(parts)) for parts in zip(*gathered))
-        return WindowTotals(*losses.tolist(), scores, labels, self._steps, self._tokens)
+        return WindowTotals(*sums.tolist(), scores, labels, self._steps, self._tokens)
 
     def go_on_from(self, totals: WindowTotals) -> None:
         """Begin where a window with these totals was. The first rank takes over what all ranks had."""
@@ -72,6 +78,7 @@ class MetricsWindow:
         self._steps, self._tokens = totals.steps, totals.tokens
         if dist.get_rank() == 0:
             self._losses += self._losses.new_tensor([totals.lm_loss, totals.score_loss])
+            self._sides += self._sides.new_tensor([totals.right_side, totals.wrong_side])
             self._scores, self._labels = list(totals.scores), list(totals.labels)
 
     def flush(self) -> dict[str, float]:
@@ -80,6 +87,11 @@ class MetricsWindow:
         metrics = {"sft/loss": totals.lm_loss / totals.steps, "sft/tokens": float(totals.tokens)}
         if totals.scores:
             score_auc = auc(torch.tensor(totals.scores), torch.tensor(totals.labels))
-            metrics |= {"score/loss": totals.score_loss / totals.steps, "score/auc": score_auc}
+            sides = totals.right_side, totals.wrong_side
+            metrics |= {
+                "score/loss": totals.score_loss / totals.steps,
+                "score/one_sided": max(sides) / sum(sides),
+                "score/auc": score_auc,
+            }
         self._reset()
         return metrics

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from verl.trainer.score_watch import Classes, UncountedClassWatch
 from verl.trainer.sft.metrics_window import MetricsWindow
 from verl.trainer.sft.model_output import ModelOutput
 from verl.trainer.sft.run_identity import run_identity
@@ -20,7 +21,15 @@ from verl.trainer.sft.run_state import RunState
 from verl.utils.dataset.sft_dataset import SFTDataset, SFTExample, collate_examples, length_grouped_batches
 from verl.utils.first_rank import on_first_rank
 from verl.utils.fsdp import all_reduce_last, create_mesh, shard_model
-from verl.utils.model import build_joint_model, load_tokenizer, loading_dtype, torch_dtype, trained_dtype
+from verl.utils.head_start import start_head
+from verl.utils.model import (
+    build_joint_model,
+    has_score_head,
+    load_tokenizer,
+    loading_dtype,
+    torch_dtype,
+    trained_dtype,
+)
 from verl.utils.optim import JointOptimizer
 from verl.utils.packing import TokenLayout, padded_layout
 from verl.utils.tracking import Tracking
@@ -28,6 +37,7 @@ from verl.workers.actor.joint_model import JointOutput
 from xbai.errors import UserError
 from xbai.model_files import ModelFiles
 from xbai.sprm import (
+    ScoreObjective,
     SPRMConfig,
     StepCounts,
     count_by_class,
@@ -38,6 +48,9 @@ from xbai.sprm import (
 )
 
 logger = logging.getLogger(__name__)
+
+START_ROWS = 512
+"""How many rows a fresh score head's features are standardised by."""
 
 
 class SFTTrainer:
@@ -70,6 +83,7 @@ class SFTTrainer:
         steps = config.trainer.total_training_steps
         self.total_steps = steps or config.trainer.total_epochs * self.batches_per_epoch
         self.sprm_config = self._sprm_config() if self.dataset.has_labels else None
+        self._score_watch = UncountedClassWatch("score")
         files = ModelFiles.read(config.model.path)
         identity = on_first_rank(lambda: run_identity(config, self.dataset, self.sprm_config, self.total_steps))
         self._output = ModelOutput(
@@ -127,6 +141,8 @@ class SFTTrainer:
             window.go_on_from(state.window)
         with self._tracking() as tracking, self._progress() as progress:
             task = progress.add_task("SFT", total=self.total_steps, completed=state.step)
+            if state.step == 0 and self._has_fresh_head:
+                self._start_head()
             for step, rows in enumerate(self._batches(state.step), start=state.step + 1):
                 metrics = self.update([self.dataset[row] for row in rows], window)
                 if self._is_due(step, self.config.trainer.log_freq):
@@ -138,6 +154,11 @@ class SFTTrainer:
                     state.save(step, window.totals(), self.model, self.optimizer)
                 progress.advance(task)
         self._output.write(self.model)
+
+    @property
+    def _has_fresh_head(self) -> bool:
+        standardized = self.config.score.standardized_start
+        return self.sprm_config is not None and standardized and not has_score_head(self.config.model.path, None)
 
     def _is_due(self, step: int, every: int) -> bool:
         return every > 0 and (step % every == 0 or step == self.total_steps)
@@ -214,18 +235,32 @@ class SFTTrainer:
         return self.model(layout, backbone_grad_scale=self.config.score.backbone_grad_scale)
 
     def _steps_that_count(self, micro_batches: list[dict[str, Tensor]]) -> tuple[list[Tensor | None], StepCounts]:
-        """The steps with w_n = 1 of each micro-batch, by the head in evaluation mode, and their global number."""
+        """The steps with w_n = 1 of each micro-batch, by the head in evaluation mode, and their global number, which
+        the watch sees."""
         if self.sprm_config is None:
             return [None] * len(micro_batches), StepCounts(0.0, 0.0)
         agreement = self.config.score.agreement_weighting
-        counted = []
+        counted, counts = [], torch.zeros(2, 2, device=self.device)
         for batch in micro_batches:
             logits = self._evaluate(batch) if agreement else torch.zeros_like(batch["input_ids"], dtype=torch.float)
-            features = batch["step_feature_mask"]
-            counted.append(counted_steps(logits, features, batch["correct"], batch["graded"], agreement))
-        counts = sum(count_by_class(mask, batch["correct"]) for mask, batch in zip(counted, micro_batches))
+            steps = batch["step_feature_mask"], batch["correct"], batch["graded"]
+            counted.append(counted_steps(logits, *steps, agreement))
+            graded = counted_steps(logits, *steps, agreement_weighting=False)
+            counts += torch.stack([count_by_class(mask, batch["correct"]) for mask in (counted[-1], graded)])
         dist.all_reduce(counts)
-        return counted, StepCounts(*counts.tolist())
+        of_loss, of_all = counts.tolist()
+        if self.rank == 0:
+            self._score_watch.observe(Classes(*of_loss), Classes(*of_all))
+        return counted, StepCounts(*of_loss)
+
+    def _start_head(self) -> None:
+        """See `start_head`; by some of the rows. A collective."""
+        order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(self.config.trainer.seed))
+        rows = order[: min(START_ROWS, len(order)) // self.world_size * self.world_size].tolist()
+        mine, size = rows[self.rank :: self.world_size], self.config.data.micro_batch_size_per_gpu
+        parts = [[self.dataset[row] for row in mine[i : i + size]] for i in range(0, len(mine), size)]
+        batches, objective = list(map(self._batch, parts)), ScoreObjective.from_config(self.config.score)
+        start_head(self.model, batches, self._evaluate, objective, self.optimizer)
 
     @torch.no_grad()
     def _evaluate(self, batch: dict[str, Tensor]) -> Tensor:
