@@ -1,4 +1,4 @@
-"""The command line: `xbai serve-policy | serve-score | infer | metric | calibrate | plot | summary`.
+"""The command line: `xbai serve-policy | serve-score | infer | metric | calibrate | plot | summary | features`.
 
 The scripts under `test/` are these commands under the names that users of XBai o4 know.
 """
@@ -411,3 +411,51 @@ def summary(
             seconds_total=seconds_total,
         )
     )
+
+
+@_command("features")
+def features(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE", help="Graded responses: result files, or a training's rollouts; globs, folders."
+        ),
+    ],
+    model_path: ModelPath,
+    output: Annotated[Path, typer.Option("--output", help="Folder for the features, a file for each of FILE.")],
+    task: Annotated[str | None, typer.Option("--task", help="The benchmark by which result files are graded.")] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option("--layers", help="Decoder layers from 0, as 8,16,22; by default the one that a head reads."),
+    ] = None,
+    lang: Annotated[
+        str | None, typer.Option("--lang", help="Step rule: en or zh; by default the one that travels with the model.")
+    ] = None,
+    dtype: Dtype = "auto",
+    max_batch_tokens: Annotated[
+        int | None, typer.Option("--max_batch_tokens", min=1, help="Most tokens of one forward pass.")
+    ] = None,
+) -> None:
+    """Keep what a score head sees of graded responses, to train and compare heads without the model."""
+    from xbai.evaluate.feature_files import FeatureFiles, FeatureOptions
+    from xbai.evaluate.graded_responses import response_files
+
+    options = FeatureOptions(
+        model_path=model_path,
+        task=task,
+        layers=_numbers("--layers", layers),
+        lang=lang,
+        dtype=dtype,
+        max_batch_tokens=max_batch_tokens,
+    )
+    paths = response_files(files)
+    made = FeatureFiles(options, output)
+    for path in paths:
+        typer.echo(made.of(path))
+
+
+def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    try:
+        return None if text is None else tuple(map(int, text.split(",")))
+    except ValueError:
+        raise UserError(f"{option} {text}: whole numbers with commas between them") from None

@@ -6,19 +6,25 @@ import hashlib
 from pathlib import Path
 
 DIGEST_BYTES = 1 << 16
-WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "score_module.pt", "config.json")
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "config.json")
+SCORE_HEAD = "score_module.pt"
 
 
-def model_identity(model_path: str | Path) -> str:
+def model_identity(model_path: str | Path, with_head: bool = True) -> str:
     """`name:digest`: the folder's name, and a digest of its configuration and weights (size, head, tail of each file).
 
     The digest is the same for copies of a folder, whatever their names. What is no folder is its own identity.
+
+    Args:
+        model_path: the folder.
+        with_head: whether a score head in it counts.
     """
     folder = Path(model_path)
     if not folder.is_dir():
         return str(model_path)
+    patterns = (*WEIGHT_PATTERNS, SCORE_HEAD) if with_head else WEIGHT_PATTERNS
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in WEIGHT_PATTERNS for path in folder.glob(pattern)}):
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         digest.update(f"{path.name}:{path.stat().st_size}".encode())
         with path.open("rb") as stream:
             digest.update(stream.read(DIGEST_BYTES))

@@ -72,6 +72,8 @@ def test_every_metric_is_logged_and_engine_agrees_with_actor(uninterrupted):
     assert {"val/pass@1", "val/auc", "val/best_of_2"} <= set(rows[5])
     samples = [json.loads(line) for line in (uninterrupted.folder / "samples" / "3.jsonl").read_text().splitlines()]
     assert len(samples) == 16
+    assert samples[0]["prompt"].startswith("<|im_start|>user\nMake 10 from")
+    assert samples[0]["prompt"].endswith("<|im_end|>\n<|im_start|>assistant\n")
     assert sum(sample["correct"] for sample in samples) / 16 == rows[3]["reward/pass_rate"]
 
 

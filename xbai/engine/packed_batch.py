@@ -66,8 +66,15 @@ class PackedBatch:
         """How many tokens are computed."""
         return len(self._token_ids)
 
-    def inputs(self, device: torch.device) -> dict[str, Any]:
-        """The decoder's keyword arguments: one row, which a sequence of zeros fills up."""
+    def inputs(self, device: torch.device, packed: bool = True) -> dict[str, Any]:
+        """The decoder's keyword arguments: one row, which a sequence of zeros fills up.
+
+        Args:
+            device: of the model.
+            packed: whether it computes packed sequences; where it does not, the batch must hold a single one.
+        """
+        if not packed:
+            return {"input_ids": torch.tensor([self._token_ids], device=device)}
         from xbai.engine.packed_attention import Packing, SharedPrefixPacking
 
         def extents(lengths: list[int]) -> tuple[torch.Tensor, int]:

@@ -102,8 +102,6 @@ class Scorer:
     def __init__(
         self, backbone: PreTrainedModel, head: ScoreHead, step_rule: StepRule, max_batch_tokens: int | None = None
     ) -> None:
-        from xbai.engine.packed_attention import PACKED_ATTENTION, why_not_packed
-
         self.backbone = backbone.eval()
         self.device = backbone.device
         self.head = head.to(self.device).eval()
@@ -111,15 +109,7 @@ class Scorer:
         self.max_model_len: int = backbone.config.max_position_embeddings
         self._max_batch_tokens = max_batch_tokens or DEFAULT_MAX_BATCH_TOKENS[self.device.type]
         self._parameters = dict(backbone.named_parameters())
-        reason = why_not_packed(backbone)
-        self._packs = reason is None
-        if self._packs:
-            backbone.set_attn_implementation(PACKED_ATTENTION)
-        else:
-            logger.warning("%s scores one text at a time: no packed sequences, %s", type(backbone).__name__, reason)
-        use_onednn(backbone)
-        for layer in backbone.layers:
-            layer.mlp.forward = partial(_by_chunks, layer.mlp.forward)
+        self._packs = prepare_for_packing(backbone)
 
     @classmethod
     def from_folder(
@@ -199,10 +189,7 @@ class Scorer:
 
     def _step_logits(self, batch: ScoreBatch) -> Tensor:
         """[K] float32 on the CPU, of all steps of all sequences."""
-        inputs = batch.packed.inputs(self.device)
-        if not self._packs:
-            inputs = {"input_ids": inputs["input_ids"][:, : len(batch.packed)]}
-        hidden = self.backbone(**inputs, use_cache=False).last_hidden_state[0]
+        hidden = self.backbone(**batch.packed.inputs(self.device, self._packs), use_cache=False).last_hidden_state[0]
         steps = [
             path[i] for path, positions in zip(batch.packed.paths, batch.positions, strict=True) for i in positions
         ]
@@ -227,6 +214,21 @@ class Scorer:
                     f"score: {len(ids)} tokens, but the model's context holds {self.max_model_len} "
                     "(max_position_embeddings in config.json)"
                 )
+
+
+def prepare_for_packing(model: PreTrainedModel) -> bool:
+    """Make a model, or its backbone, compute packed sequences, and fast; False where it takes one at a time."""
+    from xbai.engine.packed_attention import PACKED_ATTENTION, why_not_packed
+
+    reason = why_not_packed(model)
+    if reason is None:
+        model.set_attn_implementation(PACKED_ATTENTION)
+    else:
+        logger.warning("%s computes one text at a time: no packed sequences, %s", type(model).__name__, reason)
+    use_onednn(model)
+    for layer in model.base_model.layers:
+        layer.mlp.forward = partial(_by_chunks, layer.mlp.forward)
+    return reason is None
 
 
 def head_shapes(head: ScoreHead) -> dict[str, torch.Size]:

@@ -93,8 +93,12 @@ def question_key(line: ResultLine) -> QuestionKey:
     return line.index, line.meta.get("question", line.prompt)
 
 
-def grade_lines(task: str, lines: Sequence[ResultLine], workers: int | None = None) -> list[GradedQuestion]:
-    """Grade every candidate, equal responses to a question once; lines of the same question are put together."""
+Grades = dict[tuple[int, str], float | None]
+"""By number of the line and response; None where it could not be graded."""
+
+
+def grade_responses(task: str, lines: Sequence[ResultLine], workers: int | None = None) -> Grades:
+    """Grade every candidate, equal responses of a line once."""
     benchmark = get_benchmark(task)
     requests = {}
     for number, line in enumerate(lines):
@@ -103,11 +107,16 @@ def grade_lines(task: str, lines: Sequence[ResultLine], workers: int | None = No
         for response in line.responses:
             requests.setdefault((number, response), benchmark.grade_request(question, response))
     with GraderPool(workers) as pool:
-        grades = dict(zip(requests, pool.grade(list(requests.values())), strict=True))
+        return dict(zip(requests, pool.grade(list(requests.values())), strict=True))
+
+
+def grade_lines(task: str, lines: Sequence[ResultLine], workers: int | None = None) -> list[GradedQuestion]:
+    """Grade every candidate; lines of the same question are put together."""
+    grades = grade_responses(task, lines, workers)
     by_question: dict[QuestionKey, list[int]] = {}
     for number, line in enumerate(lines):
         by_question.setdefault(question_key(line), []).append(number)
-    with AnswerGroups(benchmark.data_source, workers) as groups:
+    with AnswerGroups(get_benchmark(task).data_source, workers) as groups:
         votes = groups.of(
             [[r for number in numbers for r in lines[number].responses] for numbers in by_question.values()]
         )
@@ -120,7 +129,7 @@ def _graded_question(
     key: QuestionKey,
     lines: Sequence[ResultLine],
     numbers: list[int],
-    grades: dict[tuple[int, str], float | None],
+    grades: Grades,
     keys: list[str | None],
 ) -> GradedQuestion:
     def column(get: Callable[[ResultLine], list]) -> list[Any]:

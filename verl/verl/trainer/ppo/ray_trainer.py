@@ -386,10 +386,12 @@ class RayPPOTrainer:
         folder = self.config.trainer.rollout_data_dir
         if folder is None:
             return
-        columns, detokenize = batch.batch, Detokenizer(self.tokenizer)
+        columns = batch.batch
+        is_prompt = columns["attention_mask"][:, : columns["prompts"].shape[1]].bool()
         texts = {
-            "prompt": list(map(detokenize, columns["prompts"].tolist())),
-            "response": list(map(detokenize, columns["responses"].tolist())),
+            # With the template's special tokens: whoever reads the samples gives a model the prompt that it had.
+            "prompt": [self.tokenizer.decode(ids[mask]) for ids, mask in zip(columns["prompts"], is_prompt)],
+            "response": list(map(Detokenizer(self.tokenizer), columns["responses"].tolist())),
         }
         values = {
             "reward": reward.reward_tensor.sum(-1),

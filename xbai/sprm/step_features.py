@@ -1,0 +1,190 @@
+"""Features of the steps of graded responses, on disk: what heads are trained and judged on without the model.
+
+A safetensors file, which is mapped into memory for writing and reading: neither takes memory for all features.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from xbai.errors import UserError
+from xbai.files import atomic_write
+from xbai.sprm.steps import StepRule
+
+FORMAT = "xbai step features 1"
+SUFFIX = ".safetensors"
+_DTYPE_NAMES = {
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class FeatureSource:
+    """What decides the features of given responses.
+
+    Attributes:
+        model: `model_identity` of the model, without its score head.
+        step_rule: which positions are steps.
+        layers: the decoder layers, counted from 0, after which the residual stream was read.
+        dtype: in which the model computed.
+    """
+
+    model: str
+    step_rule: StepRule
+    layers: tuple[int, ...]
+    dtype: torch.dtype
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "model": self.model,
+            "step_rule": self.step_rule.to_dict(),
+            "layers": list(self.layers),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> FeatureSource:
+        """The inverse of `to_dict`."""
+        rule, dtype = StepRule.from_dict(value["step_rule"]), getattr(torch, value["dtype"])
+        return cls(value["model"], rule, tuple(value["layers"]), dtype)
+
+
+@dataclass(frozen=True)
+class StepFeatures:
+    """K steps of R responses; the steps of a response are consecutive, in the order of the responses.
+
+    Attributes:
+        source: what they came from.
+        features: [K, layers, c] in the model's dtype.
+        steps: [R] int64, how many each response has.
+        questions: [R] int64, equal for responses to the same prompt, in every file.
+        correct: [R] float32 in [0, 1]; 0 where not graded.
+        graded: [R] bool.
+        tokens: [R] int64, of the response's text.
+        mean_log_prob: [R] float32, of those tokens at temperature 1; nan where there is none.
+    """
+
+    source: FeatureSource
+    features: Tensor
+    steps: Tensor
+    questions: Tensor
+    correct: Tensor
+    graded: Tensor
+    tokens: Tensor
+    mean_log_prob: Tensor
+
+    @classmethod
+    def open(cls, path: str | Path) -> StepFeatures:
+        """Features of a file, which are read when they are used.
+
+        Raises:
+            UserError: there is no such file, or it is another kind of file.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as stored:
+                metadata = stored.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise UserError(f"{path}: no step features, which `xbai features` writes")
+                columns = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: no step features can be read ({error})") from None
+        return cls(FeatureSource.from_dict(json.loads(metadata["source"])), **columns)
+
+    @classmethod
+    @contextmanager
+    def create(
+        cls, path: str | Path, source: FeatureSource, steps: Sequence[int], hidden_size: int
+    ) -> Iterator[StepFeatures]:
+        """Zeros to be filled in in place; the file takes its name when the context ends well.
+
+        Args:
+            path: the file.
+            source: what they will come from.
+            steps: how many steps each response has.
+            hidden_size: c.
+
+        Raises:
+            OSError: the disk has no room for it.
+        """
+        columns = {
+            "steps": (torch.int64, [len(steps)]),
+            "questions": (torch.int64, [len(steps)]),
+            "tokens": (torch.int64, [len(steps)]),
+            "correct": (torch.float32, [len(steps)]),
+            "mean_log_prob": (torch.float32, [len(steps)]),
+            "features": (source.dtype, [sum(steps), len(source.layers), hidden_size]),
+            "graded": (torch.bool, [len(steps)]),
+        }
+        header, places = _layout(columns, {"format": FORMAT, "source": json.dumps(source.to_dict())})
+        size = len(header) + max(end for _, end in places.values())
+        with atomic_write(path, "w+b") as stream:
+            stream.write(header)
+            stream.flush()
+            # Without room, writing to a mapped file would end the process.
+            os.posix_fallocate(stream.fileno(), 0, size)
+            mapped = mmap.mmap(stream.fileno(), size)
+            tensors = {
+                name: _mapped_tensor(mapped, dtype, shape, len(header) + places[name][0])
+                for name, (dtype, shape) in columns.items()
+            }
+            tensors["steps"].copy_(torch.tensor(steps, dtype=torch.int64))
+            yield cls(source, **tensors)
+            mapped.flush()
+
+    @property
+    def starts(self) -> Tensor:
+        """[R] where the steps of each response begin."""
+        return self.steps.cumsum(0) - self.steps
+
+    def of_layer(self, layer: int) -> Tensor:
+        """[K, c] after one decoder layer, counted from 0.
+
+        Raises:
+            UserError: it was not kept.
+        """
+        if layer not in self.source.layers:
+            kept = ", ".join(map(str, self.source.layers))
+            raise UserError(f"step features: layer {layer} was not kept, only {kept}; make them again with --layers")
+        return self.features[:, self.source.layers.index(layer)]
+
+
+def _layout(
+    columns: dict[str, tuple[torch.dtype, list[int]]], metadata: dict[str, str]
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The header of a safetensors file, and where behind it each tensor begins and ends.
+
+    The columns of wide numbers come first, so that all are aligned; the format allows no gaps.
+    """
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    places, end = {}, 0
+    for name, (dtype, shape) in columns.items():
+        places[name] = end, end + math.prod(shape) * dtype.itemsize
+        end = places[name][1]
+        entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": list(places[name])}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, places
+
+
+def _mapped_tensor(mapped: mmap.mmap, dtype: torch.dtype, shape: list[int], offset: int) -> Tensor:
+    count = math.prod(shape)
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset).view(shape)
