@@ -16,7 +16,7 @@ from xbai.cli import app
 from xbai.engine import Scorer
 from xbai.errors import UserError
 from xbai.evaluate.feature_files import FeatureFiles, FeatureOptions, encode_response
-from xbai.evaluate.graded_responses import GradedResponse
+from xbai.evaluate.graded_responses import GradedResponse, response_files
 from xbai.model_identity import model_identity
 from xbai.sprm import ScoreHead, StepRule, load_score_head, save_score_head, trajectory_scores
 from xbai.sprm.step_features import FeatureSource, StepFeatures
@@ -200,6 +200,7 @@ def test_command(tiny_model_dir: Path, rollouts: Path, tmp_path: Path) -> None:
     (path,) = (tmp_path / "features").glob("*.safetensors")
     assert str(path) in result.output.replace("\n", "")
     assert StepFeatures.open(path).source.layers == (1, 2)
+    assert response_files([str(tmp_path), str(path.parent), str(path)]) == [rollouts, path]
     assert CliRunner().invoke(app, [*command, "--layers", "4"]).exit_code == 2
     assert CliRunner().invoke(app, [*command, "--layers", "a"]).exit_code == 2
 

@@ -11,6 +11,7 @@ from xbai.errors import UserError
 from xbai.evaluate.graded import grade_responses
 from xbai.evaluate.result_set import read_lines, result_files
 from xbai.evaluate.results import REFUSED
+from xbai.sprm.step_features import SUFFIX
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,16 @@ class GradedResponse:
 
 
 def response_files(patterns: Sequence[str]) -> list[Path]:
-    """The files that paths, globs and folders (all `.jsonl` in them) name, each once.
+    """The files that paths, globs and folders (all `.jsonl` in them, or else all features) name, each once.
 
     Raises:
         UserError: one of them names no file.
     """
-    return result_files([f"{pattern}/*.jsonl" if Path(pattern).is_dir() else pattern for pattern in patterns])
+    return result_files([_in_folder(Path(pattern)) if Path(pattern).is_dir() else pattern for pattern in patterns])
+
+
+def _in_folder(folder: Path) -> str:
+    return str(folder / ("*.jsonl" if any(folder.glob("*.jsonl")) else f"*{SUFFIX}"))
 
 
 def read_graded_responses(path: Path, task: str | None = None) -> list[GradedResponse]:

@@ -50,13 +50,19 @@ TRAINING_PANELS = (
         percent=True,
     ),
     Panel("Score of a response", {"score/score_right": RIGHT, "score/score_wrong": WRONG}),
+    Panel("Score loss", {"score/loss": Line("training samples", BLUE)}),
     Panel("Policy entropy (nats a token)", {"actor/entropy": Line("entropy", BLUE)}),
     Panel("KL to the reference (nats a token)", {"actor/ref_kl": Line("KL", BLUE)}),
 )
 
 
-def plot_training(metrics_file: Path, path: Path) -> None:
+def plot_training(metrics_file: Path, path: Path, unit: str = "step") -> None:
     """The curves of a training run, from its `metrics.jsonl`; panels without data are left out.
+
+    Args:
+        metrics_file: one object a step.
+        path: the figure to write.
+        unit: what a step is.
 
     Raises:
         UserError: the file is missing, damaged, or holds none of the curves.
@@ -71,13 +77,13 @@ def plot_training(metrics_file: Path, path: Path) -> None:
         figure = Figure(figsize=(3.9 * columns, 2.9 * rows))
         axes = figure.subplots(rows, columns, squeeze=False)
         for axis, panel in zip(axes.flat, panels):
-            _draw_training(axis, panel, records)
+            _draw_training(axis, panel, records, unit)
         for axis in axes.flat[len(panels) :]:
             axis.set_visible(False)
         save_figure(figure, path)
 
 
-def _draw_training(axis: Axes, panel: Panel, records: Sequence[Mapping[str, float]]) -> None:
+def _draw_training(axis: Axes, panel: Panel, records: Sequence[Mapping[str, float]], unit: str) -> None:
     for name, line in panel.lines.items():
         steps, values = _series(records, name)
         if not len(steps):
@@ -91,7 +97,7 @@ def _draw_training(axis: Axes, panel: Panel, records: Sequence[Mapping[str, floa
         if smooth:
             axis.plot(steps, _smoothed(values), color=line.color, lw=1.8, label=line.label)
     axis.set_title(panel.title)
-    axis.set_xlabel("step")
+    axis.set_xlabel(unit)
     if panel.percent:
         axis.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))

@@ -215,7 +215,7 @@ def _check_known(config: DictConfig, defaults: DictConfig) -> None:
 def _check_values(config: DictConfig, defaults: DictConfig, not_found: Callable[[str], None]) -> None:
     default_of = dict(leaves(defaults))
     for key, value in leaves(config):
-        _check_kind(key, value, default_of.get(key))
+        check_kind(key, value, default_of.get(key), NULLABLE)
     for key, choices in CHOICES.items():
         if (value := OmegaConf.select(config, key)) not in choices:
             raise UserError(f"{key}={value} is unknown, use one of {', '.join(map(str, choices))}")
@@ -225,11 +225,12 @@ def _check_values(config: DictConfig, defaults: DictConfig, not_found: Callable[
     check_backends(config.trainer.logger, not_found)
 
 
-def _check_kind(key: str, value: Any, default: Any) -> None:
+def check_kind(key: str, value: Any, default: Any, nullable: Mapping[str, type]) -> None:
+    """Refuse a value of another kind than its default; `nullable` says what the keys may be that may be null."""
     if key in AUTO_KEYS:
         if value != "auto" and not _is(bool, value):
             raise UserError(f"{key}={value} must be true, false or auto")
-    elif (kind := NULLABLE.get(key)) is not None:
+    elif (kind := nullable.get(key)) is not None:
         is_number = kind in (int, float)
         if value is not None and not (_is(kind, value) and (not is_number or value > 0)):
             raise UserError(f"{key}={value} must be {KINDS[kind]}{' above 0' if is_number else ''}, or null")

@@ -1,0 +1,248 @@
+"""Training a score head alone, on graded responses of any reasoning model: a judge for it.
+
+    python -m verl.trainer.main_score model.path=MODEL data.train_files=ROLLOUTS data.val_files=OTHERS \
+        trainer.output_dir=OUT
+
+The model reads each response once, and what a head sees of it is kept in `trainer.features_dir`, which later runs use
+again; an epoch over those features takes seconds. The output folder appears whole at the end or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.logging import RichHandler
+from torch import nn
+
+from verl.trainer.compose import compose_config
+from verl.trainer.score_config import check_score_config
+from verl.utils.dataset.rl_dataset import file_list
+from verl.utils.dataset.step_dataset import StepDataset
+from verl.utils.fsdp import local_device
+from verl.utils.head_quality import HeadQuality, candidates, head_quality
+from verl.utils.optim import Optimizers
+from verl.utils.standardized_head import StandardizedHead
+from verl.utils.tracking import METRICS_FILE, Tracking
+from xbai.errors import UserError, exit_on_user_error
+from xbai.evaluate.feature_files import FeatureFiles, FeatureOptions
+from xbai.evaluate.graded_responses import response_files
+from xbai.evaluate.metrics import measure
+from xbai.evaluate.tables import report_grids, show
+from xbai.evaluate.training_plot import plot_training
+from xbai.files import atomic_directory, why_not_written
+from xbai.sprm import ScoreHead, ScoreObjective, SPRMConfig, save_score_head
+from xbai.sprm.head import save_sprm_config
+from xbai.sprm.standardize import shift_head, start_shift, start_totals
+from xbai.sprm.step_features import StepFeatures
+
+logger = logging.getLogger(__name__)
+
+PLOT_FILE = "training.png"
+
+
+class ScoreTrainer:
+    """One process; the head learns on the GPU where there is one.
+
+    Args:
+        config: `score_trainer.yaml`, resolved.
+
+    Raises:
+        UserError: a configuration that cannot act, or files without responses to learn from.
+    """
+
+    def __init__(self, config: DictConfig) -> None:
+        self.config, self.device = config, local_device()
+        check_score_config(config)
+        self.objective = ScoreObjective.from_config(config.score)
+        self.output_dir, self.log_dir = Path(config.trainer.output_dir), Path(config.trainer.log_dir)
+        self._try_saving()
+        self.files = FeatureFiles(self._feature_options(), Path(config.trainer.features_dir))
+        travelling = self.files.sprm_config
+        self.sprm_config = SPRMConfig(travelling.step_rule, config.score.dropout, config.score.normalize_features)
+        self.train_data = self._dataset("data.train_files", config.data.train_files)
+        self.val_data = self._dataset("data.val_files", config.data.val_files) if config.data.val_files else None
+        self._check_overlap()
+        torch.manual_seed(config.trainer.seed)
+        self.model = self._fresh_model().to(self.device)
+        steps_per_epoch = -(-len(self.train_data.groups) // config.data.train_batch_size)
+        total_steps = config.trainer.total_epochs * steps_per_epoch
+        section = OmegaConf.create({**config.score.optim, "total_training_steps": total_steps})
+        self.optimizer = Optimizers({"score": (self.model, section)})
+
+    def _feature_options(self) -> FeatureOptions:
+        model = self.config.model
+        return FeatureOptions(
+            model_path=model.path,
+            task=self.config.data.task,
+            lang=self.config.score.lang,
+            dtype=model.dtype,
+            max_batch_tokens=model.max_batch_tokens,
+            trust_remote_code=model.trust_remote_code,
+        )
+
+    def _dataset(self, key: str, patterns: str | Sequence[str]) -> StepDataset:
+        paths = response_files(file_list(patterns))
+        (layer,) = self.files.source.layers
+        data = StepDataset([StepFeatures.open(self.files.of(path)) for path in paths], layer)
+        graded, steps, mixed = int(data.graded.sum()), int(data.steps.sum()), data.mixed_groups
+        if not graded:
+            raise UserError(f"{key}: none of the {len(data)} responses could be graded")
+        if not steps:
+            raise UserError(
+                f"{key}: the {len(data)} responses have no step (lang={self.sprm_config.step_rule.lang}): the model "
+                "must end its steps as the rule says, and score.lang=zh takes every line and full stop for one"
+            )
+        if not mixed:
+            raise UserError(
+                f"{key}: none of the {len(data.groups)} prompts has both a right and a wrong response, so nothing says "
+                "which of two to choose: sample more of each, or easier or harder prompts"
+            )
+        logger.info(
+            "%s: %d responses to %d prompts, %d of them with right and wrong ones; %.1f steps a response",
+            key, len(data), len(data.groups), mixed, steps / len(data),
+        )  # fmt: skip
+        return data
+
+    def _check_overlap(self) -> None:
+        if self.val_data is None:
+            return
+        seen = int(torch.isin(self.val_data.questions, self.train_data.questions).sum())
+        if seen:
+            logger.warning(
+                "%d of the %d prompts of data.val_files are in data.train_files too: it says little about others",
+                seen, len(self.val_data.questions),
+            )  # fmt: skip
+
+    @torch.no_grad()
+    def _fresh_model(self) -> StandardizedHead:
+        model = StandardizedHead(self.files.hidden_size, self.sprm_config).eval()
+        if self.config.score.standardize:
+            model.standardize(batch.features for batch in self.train_data.in_order())
+            totals = sum(
+                start_totals(batch.rows(model(batch.features)), batch.mask, batch.labels, batch.graded)
+                for batch in self.train_data.in_order()
+            )
+            shift_head(model.head, start_shift(totals, self.objective))
+        return model
+
+    def fit(self) -> None:
+        """Train, and write the head of the epoch that validation found best."""
+        trainer, best = self.config.trainer, BestEpoch(self.model)
+        with self._tracking() as tracking:
+            for epoch in range(1, trainer.total_epochs + 1):
+                metrics = self._epoch(epoch)
+                if self.val_data is not None:
+                    metrics |= (quality := head_quality(self.model, self.val_data, self.device)).metrics()
+                    best.offer(epoch, quality, self.model)
+                tracking.log(metrics, epoch)
+                logger.info("epoch %d of %d: %s", epoch, trainer.total_epochs, _shown(metrics))
+                if (
+                    trainer.patience is not None
+                    and self.val_data is not None
+                    and epoch - best.epoch >= trainer.patience
+                ):
+                    logger.info("no better epoch than %d in the last %d: training ends", best.epoch, trainer.patience)
+                    break
+        if self.val_data is not None:
+            best.restore(self.model)
+        self._finish(best.epoch if self.val_data is not None else epoch)
+
+    def _epoch(self, epoch: int) -> dict[str, float]:
+        """One pass over the training data; means over its updates."""
+        started, updates = time.perf_counter(), []
+        self.model.train()
+        for batch in self.train_data.epoch(self.config.data.train_batch_size, self.config.trainer.seed + epoch):
+            batch = batch.to(self.device)
+            logits = batch.rows(self.model(batch.features))
+            loss = self.objective(logits, batch.mask, batch.labels, batch.graded, batch.groups.tolist())
+            loss.backward()
+            update = {"loss": loss.item(), **self.optimizer.step(self.config.score.grad_clip, loss.item())}
+            updates.append(update | self.optimizer.advance_schedules())
+        means = {f"score/{name}": sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+        return means | {"timing_s/epoch": time.perf_counter() - started}
+
+    def _finish(self, epoch: int) -> None:
+        head = self.model.folded()
+        data, name = (self.val_data, "validation") if self.val_data is not None else (self.train_data, "training data")
+        show(report_grids({f"{name}, epoch {epoch}": measure(candidates(head, data, torch.device("cpu")))}))
+        if "file" in self.config.trainer.logger:
+            plot_training(self.log_dir / METRICS_FILE, self.log_dir / PLOT_FILE, unit="epoch")
+        self._save(head)
+        logger.info(
+            "wrote the head of epoch %d into %s; metrics and curves are in %s", epoch, self.output_dir, self.log_dir
+        )
+
+    def _save(self, head: ScoreHead) -> None:
+        try:
+            if self.output_dir.exists():
+                # Beside the model: what says that there is a head comes last.
+                save_sprm_config(self.output_dir, self.sprm_config)
+                save_score_head(self.output_dir, head.state_dict(), None)
+            else:
+                with atomic_directory(self.output_dir) as folder:
+                    save_score_head(folder, head.state_dict(), self.sprm_config)
+        except OSError as error:
+            raise UserError(self._not_written(error)) from None
+
+    def _try_saving(self) -> None:
+        parent = self.output_dir if self.output_dir.exists() else self.output_dir.parent
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(prefix=".score_head_try_", suffix=".tmp", dir=parent):
+                pass
+        except OSError as error:
+            raise UserError(self._not_written(error)) from None
+
+    def _not_written(self, error: OSError) -> str:
+        return f"trainer.output_dir={self.output_dir}: the head cannot be written ({why_not_written(error)})"
+
+    def _tracking(self) -> Tracking:
+        trainer = self.config.trainer
+        recorded = OmegaConf.to_container(self.config)
+        return Tracking(trainer.project_name, trainer.experiment_name, trainer.logger, self.log_dir, recorded)
+
+
+class BestEpoch:
+    """The weights of the epoch that chose best among the responses to a validation prompt."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.epoch = 0
+        self._value = float("-inf")
+        self._weights: dict[str, Any] = copy.deepcopy(model.state_dict())
+
+    def offer(self, epoch: int, quality: HeadQuality, model: nn.Module) -> None:
+        """Take the weights of an epoch where they are better than any before."""
+        if quality.within_prompt_auc > self._value:
+            self.epoch, self._value, self._weights = epoch, quality.within_prompt_auc, copy.deepcopy(model.state_dict())
+
+    def restore(self, model: nn.Module) -> None:
+        """Put them back."""
+        model.load_state_dict(self._weights)
+
+
+def _shown(metrics: dict[str, float]) -> str:
+    names = ("score/loss", *(name for name in metrics if name.startswith("val/")), "timing_s/epoch")
+    return ", ".join(f"{name} {metrics[name]:.3f}" for name in names)
+
+
+@exit_on_user_error
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides of score_trainer.yaml")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    ScoreTrainer(compose_config("score_trainer", arguments.overrides)).fit()
+
+
+if __name__ == "__main__":
+    main()

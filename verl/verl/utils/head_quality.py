@@ -1,0 +1,82 @@
+"""How well a head judges responses whose features are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from verl.utils.dataset.step_dataset import StepDataset
+from xbai.evaluate.estimate import Estimate
+from xbai.evaluate.graded import GradedQuestion
+from xbai.evaluate.separation import separation
+from xbai.evaluate.strategies import accuracies
+from xbai.sprm import trajectory_scores
+
+EFFORTS = (2, 8, 32)
+"""Numbers of candidates: low, medium, high."""
+
+
+@dataclass(frozen=True)
+class HeadQuality:
+    """Means over prompts.
+
+    Attributes:
+        within_prompt_auc: the chance that of two responses to a prompt the right one is scored higher.
+        auc: the same of any two responses.
+        best_of_n: accuracy by number of candidates; 1 is that of a single response.
+    """
+
+    within_prompt_auc: float
+    auc: float
+    best_of_n: dict[int, float]
+
+    def metrics(self) -> dict[str, float]:
+        """By the names of the trainer's validation."""
+        chosen = {f"val/best_of_{n}": value for n, value in self.best_of_n.items() if n > 1}
+        of_scores = {"val/within_prompt_auc": self.within_prompt_auc, **chosen, "val/auc": self.auc}
+        return of_scores | {"val/pass@1": self.best_of_n[1]}
+
+
+def head_quality(head: nn.Module, data: StepDataset, device: torch.device) -> HeadQuality:
+    """Of a head on all responses of `data`, by their geometric means, which services rank by."""
+    questions = candidates(head, data, device)
+    separated = separation([q.scores for q in questions], [q.correct for q in questions])
+    fewest = min(len(question.correct) for question in questions)
+    counts = [1, *(n for n in EFFORTS if n <= fewest)]
+    chosen = accuracies(questions, ["best_of_n"], counts)["best_of_n"]
+    best_of_n = {n: Estimate.over(values).mean for n, values in chosen.items()}
+    return HeadQuality(separated.within_prompt_auc.mean, separated.auc, best_of_n)
+
+
+@torch.no_grad()
+def candidates(head: nn.Module, data: StepDataset, device: torch.device) -> list[GradedQuestion]:
+    """All responses with their scores, prompt by prompt, as measures take them; but prompts without any grade."""
+    was_training = head.training
+    head.eval()
+    step_scores: list[list[float]] = []
+    scores: list[float] = []
+    for batch in data.in_order():
+        rows = batch.rows(head(batch.features.to(device)).cpu())
+        scores += trajectory_scores(rows, batch.mask).tolist()
+        counts = batch.mask.sum(-1).tolist()
+        step_scores += [row[:count].tolist() for row, count in zip(rows.sigmoid(), counts, strict=True)]
+    head.train(was_training)
+    correct = torch.where(data.graded, data.correct, torch.nan).double().numpy()
+    log_probs = data.mean_log_prob.double().nan_to_num(nan=-torch.inf).numpy()
+    return [
+        GradedQuestion(
+            key=(number, ""),
+            scores=np.array([scores[i] for i in group]),
+            correct=correct[group],
+            keys=[None] * len(group),
+            step_scores=[step_scores[i] for i in group],
+            token_counts=data.tokens[group].tolist(),
+            finish_reasons=[None] * len(group),
+            mean_log_probs=log_probs[group],
+        )
+        for number, group in enumerate(data.groups)
+        if not np.isnan(correct[group]).all()
+    ]
