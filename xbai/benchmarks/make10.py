@@ -7,19 +7,17 @@ that about half of its answers are wrong and there is something for the score he
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import pandas as pd
 import typer
 
 from xbai.benchmarks.base import Benchmark
+from xbai.benchmarks.rows import training_row, write_jsonl, write_parquet
 from xbai.errors import UserError
-from xbai.files import atomic_write
 from xbai.grading.make10 import TARGET, grade_make10
 
 DATA_SOURCE = "make10"
@@ -155,20 +153,15 @@ def sample_problems(count: int, rng: random.Random, length: int = 5) -> list[Num
     raise UserError(f"make10: cannot find {count} different problems of {length} numbers; ask for fewer or longer ones")
 
 
-def training_row(numbers: Numbers, split: str, index: int) -> dict[str, Any]:
+def problem_row(numbers: Numbers, split: str, index: int) -> dict[str, Any]:
     """One problem in the trainer's row layout; the ground truth is the numbers."""
-    return {
-        "data_source": DATA_SOURCE,
-        "prompt": [{"role": "user", "content": question_text(numbers)}],
-        "ability": "arithmetic",
-        "reward_model": {"style": "rule", "ground_truth": " ".join(map(str, numbers))},
-        "extra_info": {"split": split, "index": index},
-    }
+    prompt = [{"role": "user", "content": question_text(numbers)}]
+    return training_row(DATA_SOURCE, prompt, " ".join(map(str, numbers)), "arithmetic", split=split, index=index)
 
 
 def sft_row(numbers: Numbers, teacher: Teacher, rng: random.Random, index: int) -> dict[str, Any]:
     """One problem with a response of the teacher and whether its answer is right."""
-    row = training_row(numbers, "sft", index)
+    row = problem_row(numbers, "sft", index)
     response = teacher.solve(numbers, rng)
     return {**row, "response": response, "correct": grade_make10(response, row["reward_model"]["ground_truth"])}
 
@@ -211,19 +204,12 @@ def write_splits(out_dir: str | Path, seed: int = 0, sizes: SplitSizes | None = 
     sft, train, validation, test = ([next(problems) for _ in range(count)] for count in counts)
 
     teacher = Teacher()
-    _write_parquet(files.sft, [sft_row(sft[i % len(sft)], teacher, rng, i) for i in range(sizes.sft)])
-    _write_parquet(files.train, [training_row(numbers, "train", i) for i, numbers in enumerate(train)])
-    _write_parquet(files.validation, [training_row(numbers, "val", i) for i, numbers in enumerate(validation)])
-    with atomic_write(files.test, "w") as stream:
-        for numbers in test:
-            line = {"prompt": question_text(numbers), "answer": " ".join(map(str, numbers))}
-            stream.write(json.dumps(line) + "\n")
+    write_parquet(files.sft, [sft_row(sft[i % len(sft)], teacher, rng, i) for i in range(sizes.sft)])
+    write_parquet(files.train, [problem_row(numbers, "train", i) for i, numbers in enumerate(train)])
+    write_parquet(files.validation, [problem_row(numbers, "val", i) for i, numbers in enumerate(validation)])
+    lines = [{"prompt": question_text(numbers), "answer": " ".join(map(str, numbers))} for numbers in test]
+    write_jsonl(files.test, lines)
     return files
-
-
-def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
-    with atomic_write(path) as stream:
-        pd.DataFrame(rows).to_parquet(stream)
 
 
 def main(out: Annotated[Path, typer.Option(help="folder for the files")], seed: int = 0, length: int = 5) -> None:

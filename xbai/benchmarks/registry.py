@@ -14,6 +14,7 @@ BENCHMARKS = {
     "ceval": "xbai.benchmarks.ceval:CEval",
     "livecodebench": "xbai.benchmarks.livecodebench:LiveCodeBench",
     "make10": "xbai.benchmarks.make10:Make10",
+    "stories": "xbai.benchmarks.stories:Stories",
 }
 
 

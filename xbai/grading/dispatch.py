@@ -20,6 +20,7 @@ ANSWER_CHECKS = {
     "aime": "xbai.grading.math:grade_math",
     "math": "xbai.grading.math:grade_math",
     "gsm8k": "xbai.grading.math:grade_math",
+    "stories": "xbai.grading.math:grade_math",
     "deepscaler": "xbai.grading.math:grade_math",
     "numina": "xbai.grading.math:grade_math",
     "openr1": "xbai.grading.math:grade_math",
