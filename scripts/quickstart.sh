@@ -20,93 +20,21 @@ ranks=${RANKS:-2}
 response_length=256
 temperature=0.7 # of all evaluation; training samples at 1.0
 export DEVICE=cpu
-source scripts/environment.sh
-bin=$(realpath -m "$venv")/bin
-export PATH=$bin:$PATH
-# Small models run faster on one thread a process, and a spinning second thread can cost a factor of ten.
-export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
-export HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0
-mkdir -p "$out/stages" "$out/logs"
+total_stages=9
+source scripts/stages.sh
+begin "$out" "SEED=$seed PROBLEMS=$problems RANKS=$ranks SFT_ARGS=${SFT_ARGS:-} RL_ARGS=${RL_ARGS:-}"
 absolute_out=$(cd "$out" && pwd)
-
-# A finished stage is only worth skipping when it was made with the same settings.
-settings="SEED=$seed PROBLEMS=$problems RANKS=$ranks SFT_ARGS=${SFT_ARGS:-} RL_ARGS=${RL_ARGS:-}"
-[[ -f $out/settings ]] || echo "$settings" >"$out/settings"
-[[ -f $out/commit ]] || git describe --always --dirty >"$out/commit" 2>/dev/null || rm -f "$out/commit"
-if [[ $(cat "$out/settings") != "$settings" ]]; then
-    echo "error: $out was begun with $(cat "$out/settings"); set OUT to another folder, or remove it" >&2
-    exit 2
-fi
-
-services=()
-stop_services() {
-    local pid
-    for pid in "${services[@]}"; do kill "$pid" 2>/dev/null || true; done
-    for pid in "${services[@]}"; do wait "$pid" 2>/dev/null || true; done
-    services=()
-}
-trap stop_services EXIT
-
-say() { printf '\n\033[1m[%s] %s\033[0m\n' "$(date +%H:%M:%S)" "$*"; }
-
-# run NAME TITLE OUTPUT: call stage_NAME unless an earlier run finished it, and remember how long it took.
-total_stages=9 stage_number=0
-run() {
-    local name=$1 title=$2 output=$3 started
-    stage_number=$((stage_number + 1))
-    if [[ -f $out/stages/$name ]]; then
-        say "$stage_number/$total_stages $title: finished earlier ($output)"
-        return
-    fi
-    say "$stage_number/$total_stages $title → $output"
-    started=$(date +%s)
-    "stage_$name"
-    echo $(($(date +%s) - started)) >"$out/stages/.$name"
-    mv "$out/stages/.$name" "$out/stages/$name"
-    say "$title took $(cat "$out/stages/$name") s"
-}
-
-free_port() {
-    python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
-}
-
-# wait_ready NAME URL PID LOG
-wait_ready() {
-    until python -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=2)' "$2/ready" 2>/dev/null; do
-        kill -0 "$3" 2>/dev/null || { tail -n 20 "$4" >&2; echo "error: the $1 service ended, see $4" >&2; exit 1; }
-        sleep 0.5
-    done
-}
-
-# serve LOG COMMAND...: start a service in the background; `service` is its process id.
-serve() {
-    local log=$1
-    shift
-    "$@" >"$log" 2>&1 &
-    service=$!
-    services+=("$service")
-}
 
 # evaluate NAME MODEL: both services, 32 samples of every held-out problem, and the services down again.
 evaluate() {
-    local name=$1 model=$2 policy score policy_log score_log policy_pid
-    policy=$(free_port) score=$(free_port)
-    policy_log=$out/logs/policy_$name.log score_log=$out/logs/score_$name.log
-    serve "$policy_log" python test/policy_model_queue.py --model_path "$model" --ip 127.0.0.1 --port "$policy"
-    policy_pid=$service
-    serve "$score_log" python test/score_model_queue.py --model_path "$model" --score_model_dim 128 --lang en \
-        --ip 127.0.0.1 --port "$score"
-    wait_ready score "http://127.0.0.1:$score" "$service" "$score_log"
-    wait_ready policy "http://127.0.0.1:$policy" "$policy_pid" "$policy_log"
-    python test/inference.py --task make10 --input_file "$out/data/make10_test.jsonl" \
-        --output_file "$out/results/$name.jsonl" --n_samples 1 --branch 32 --model_dir "$model" \
-        --score_api_url "http://127.0.0.1:$score/score" --response_api_url "http://127.0.0.1:$policy/generate" \
-        --temperature "$temperature" --top_p 1.0 --repetition_penalty 1.0 \
-        --max_tokens "$response_length" --response_num 32 --seed "$seed" --max_questions "$problems"
+    local name=$1 model=$2
+    serve policy "$name" python test/policy_model_queue.py --model_path "$model"
+    serve score "$name" python test/score_model_queue.py --model_path "$model" --score_model_dim 128 --lang en
+    wait_ready score policy
+    infer "$out/data/make10_test.jsonl" "$out/results/$name.jsonl" "$model" --task make10 \
+        --score_api_url "${url[score]}/score" --max_questions "$problems"
     stop_services
 }
-
-stage_setup() { bash scripts/setup.sh; }
 
 stage_data() {
     python -m xbai.benchmarks.make10 --out "$out/data" --seed "$seed"
@@ -162,16 +90,14 @@ stage_metrics() {
 }
 
 stage_report() {
-    local seconds stage
-    seconds=0
-    for stage in "$out"/stages/*; do seconds=$((seconds + $(cat "$stage"))); done
+    local seconds
+    seconds=$(seconds_of "$out")
     xbai plot training --metrics_file "$out/rl/metrics.jsonl" --output "$out/training.png"
     xbai summary --task make10 --base_results "$out/results/base.jsonl" --rl_results "$out/results/rl.jsonl" \
         --output "$out/summary.json" --plot "$out/accuracy.png" --seconds_total "$seconds"
     say "Done in $seconds s. Table: $out/summary.json; figures: $out/training.png, $out/accuracy.png"
 }
 
-[[ -x $bin/python ]] || rm -f "$out/stages/setup"
 run setup "Set-up" "$venv"
 run data "Data: Make 10 puzzles and a tiny model from scratch" "$out/data"
 run sft "Supervised training of the tiny base" "$out/base"

@@ -64,7 +64,9 @@ class Benchmark(ABC):
         Raises:
             UserError: no such file, another kind of file, or a row without prompt or answer (with its place).
         """
-        questions = [self.question_from_row(index, row, place) for index, (row, place) in enumerate(_rows(Path(path)))]
+        questions = [
+            self.question_from_row(index, row, place) for index, (row, place) in enumerate(read_rows(Path(path)))
+        ]
         if not questions:
             raise UserError(f"{path}: holds no questions")
         return questions
@@ -109,7 +111,12 @@ class MathBenchmark(Benchmark):
     instruction_marks = ("\\boxed",)
 
 
-def _rows(path: Path) -> Iterator[tuple[Row, str]]:
+def read_rows(path: Path) -> Iterator[tuple[Row, str]]:
+    """The objects of a .jsonl, .json or .parquet file, each with its place for errors.
+
+    Raises:
+        UserError: no such file, another kind of file, or one that holds something else.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if path.suffix not in _READERS:

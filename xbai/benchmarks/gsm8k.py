@@ -1,13 +1,37 @@
-"""GSM8K (Cobbe et al., arXiv 2110.14168): school word problems with integer answers."""
+"""GSM8K (Cobbe et al., arXiv 2110.14168): school word problems with integer answers.
 
-from xbai.benchmarks.base import MathBenchmark, Row
+    python -m xbai.benchmarks.gsm8k --source FOLDER --out DIR
+
+makes training files of its published ones, as `python -m xbai.benchmarks.stories` makes them of generated problems.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Annotated
+
+import typer
+
+from xbai.benchmarks.base import MathBenchmark, Row, read_rows
+from xbai.benchmarks.rows import training_row, worked_response, write_jsonl, write_parquet
+from xbai.errors import UserError, exit_on_user_error
 
 ANSWER_MARK = "####"
+CALCULATION = re.compile(r"<<.*?>>")
+SUFFIXES = (".jsonl", ".json", ".parquet")
+VALIDATION_ROWS = 100
 
 
 def final_answer(solution: str) -> str:
     """What follows `####`, where the published solutions give the answer; the whole text without it."""
     return solution.rpartition(ANSWER_MARK)[-1].strip()
+
+
+def solution_steps(solution: str) -> list[str]:
+    """The lines before `####`, without the calculator's `<<1+1=2>>` and without full stops."""
+    lines = CALCULATION.sub("", solution.rpartition(ANSWER_MARK)[0]).splitlines()
+    return [step for line in lines if (step := line.strip().rstrip("."))]
 
 
 class GSM8K(MathBenchmark):
@@ -19,3 +43,94 @@ class GSM8K(MathBenchmark):
         """The final answer alone."""
         answer = super().answer_from_row(row, place)
         return final_answer(answer) if isinstance(answer, str) else answer
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question as the benchmark puts it, with its worked solution."""
+
+    prompt: list[dict[str, str]]
+    answer: str
+    solution: str
+
+    def training_row(self, split: str, index: int) -> Row:
+        """In the trainer's layout."""
+        return training_row(GSM8K.data_source, self.prompt, self.answer, "math", split=split, index=index)
+
+    def sft_row(self, index: int) -> Row:
+        """The same with a response to learn."""
+        return {
+            **self.training_row("sft", index),
+            "response": worked_response(solution_steps(self.solution), self.answer),
+        }
+
+
+def read_problems(path: Path) -> list[Problem]:
+    """The problems of a file in the published layout.
+
+    Raises:
+        UserError: the file cannot be read, or a row has no worked solution.
+    """
+    benchmark, problems = GSM8K(), []
+    for index, (row, place) in enumerate(read_rows(path)):
+        solution = row.get("answer")
+        if not isinstance(solution, str) or not solution_steps(solution):
+            raise UserError(f"{place}: 'answer' must be a worked solution that ends in '{ANSWER_MARK} NUMBER'")
+        question = benchmark.question_from_row(index, row, place)
+        problems.append(Problem(benchmark.messages(question), str(question.answer), solution))
+    return problems
+
+
+def find_file(folder: Path, split: str) -> Path:
+    """The one file of a split, such as `train.jsonl` or `train-00000-of-00001.parquet`.
+
+    Raises:
+        UserError: there is none, or there are several.
+    """
+    found = [path for path in sorted(folder.glob(f"{split}*")) if path.suffix in SUFFIXES]
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise UserError(f"{folder}: needs one file {split}*{{{','.join(SUFFIXES)}}} of GSM8K, found {names}")
+    return found[0]
+
+
+def write_splits(source: Path, out_dir: Path, seed: int = 0) -> list[Path]:
+    """Write `gsm8k_{sft,train,val}.parquet`, disjoint parts of the published training set, and `gsm8k_test.jsonl`.
+
+    Args:
+        source: folder with one file `train*` and one `test*`.
+        out_dir: folder for the files.
+        seed: decides which problem goes where: a hundred to validation (at most a tenth), half of the others to
+            fine-tuning, half to RL.
+
+    Returns:
+        The paths written.
+    """
+    train_file, test_file = (find_file(source, split) for split in ("train", "test"))
+    problems = read_problems(train_file)
+    Random(seed).shuffle(problems)
+    held = min(VALIDATION_ROWS, len(problems) // 10)
+    validation, rest = problems[:held], problems[held:]
+    sft, train = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+    paths = [out_dir / f"gsm8k_{name}" for name in ("sft.parquet", "train.parquet", "val.parquet", "test.jsonl")]
+    write_parquet(paths[0], [problem.sft_row(index) for index, problem in enumerate(sft)])
+    write_parquet(paths[1], [problem.training_row("train", index) for index, problem in enumerate(train)])
+    write_parquet(paths[2], [problem.training_row("val", index) for index, problem in enumerate(validation)])
+    questions = GSM8K().read(test_file)
+    write_jsonl(paths[3], ({"prompt": question.prompt, "answer": question.answer} for question in questions))
+    return paths
+
+
+@exit_on_user_error
+def main(
+    source: Annotated[Path, typer.Option(help="folder with the published files")],
+    out: Annotated[Path, typer.Option(help="folder for the files")],
+    seed: int = 0,
+) -> None:
+    """Write training and test files of the published ones."""
+    for path in write_splits(source, out, seed):
+        typer.echo(path)
+
+
+if __name__ == "__main__":
+    typer.run(main)
