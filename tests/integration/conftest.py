@@ -20,6 +20,7 @@ import torch
 REPOSITORY = Path(__file__).parents[2]
 SETTINGS_OF_SCRIPTS = (
     *("OUT", "SEED", "PROBLEMS", "RANKS", "SFT_ARGS", "RL_ARGS", "MODEL", "TRAIN_FILES", "VAL_FILES", "NNODES"),
+    *("SETTING", "TASK", "LANGUAGE_MODEL", "GSM8K", "QUESTIONS"),
     *("RAY_ADDRESS", "HOSTS_FILE", "LOCAL_DIR", "TARGET_DIR", "PYTEST_ADDOPTS"),
 )
 # pip only says what it would install, and fails when something is missing from the environment.

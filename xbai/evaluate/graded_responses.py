@@ -37,7 +37,8 @@ def response_files(patterns: Sequence[str]) -> list[Path]:
     Raises:
         UserError: one of them names no file.
     """
-    return result_files([_in_folder(Path(pattern)) if Path(pattern).is_dir() else pattern for pattern in patterns])
+    patterns = [_in_folder(Path(pattern)) if Path(pattern).is_dir() else pattern for pattern in patterns]
+    return result_files(patterns, "responses")
 
 
 def _in_folder(folder: Path) -> str:
