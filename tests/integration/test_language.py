@@ -11,10 +11,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from xbai.engine.files import load_tokenizer
+
 COMMAND = "bash scripts/language.sh"
 SHARED_STAGES = {"setup", "convert", "data", "sft", "sample_base"}
 ARM_STAGES = {"rl", "merge", "sample_rl", "metrics", "report"}
-QUESTIONS = 4
+QUESTIONS = 2
 # Of a tokenizer of bytes, prompts are longer than those of the recipe.
 MINIATURE = {
     "QUESTIONS": str(QUESTIONS),
@@ -118,24 +120,46 @@ def test_another_model_needs_another_folder(language, tmp_path):
     )
 
 
+def modified(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.mark.slow
-def test_both_settings_run_whole_in_one_folder_and_are_skipped_the_second_time(language, tmp_path):
+def test_finished_stages_are_skipped_and_shared_by_the_settings(language, tmp_path):
     out = tmp_path / "out"
+    # What is left is to convert, to make the data and to fine-tune.
+    finish_stages(out, "setup", "sample_base")
+    for setting in ("recommended", "published"):
+        finish_stages(out / setting, *ARM_STAGES)
     status, output = language()
     assert status == 0, output[-4000:]
     assert {path.name for path in (out / "stages").iterdir()} == SHARED_STAGES
-    assert {path.name for path in (out / "recommended/stages").iterdir()} == ARM_STAGES
-    results = {path.name for folder in (out, out / "recommended") for path in (folder / "results").glob("*.jsonl")}
-    assert results == {"base.jsonl", "base_heldout.jsonl", "rl.jsonl", "rl_heldout.jsonl"}
-    summary = json.loads((out / "recommended/summary.json").read_text())
-    assert (summary["problems"], summary["held_out"]["problems"]) == (QUESTIONS, QUESTIONS // 2)
-    assert {"base", "rl"} == set(summary["pass_at_1"])
-    assert "actor_rollout_ref.score.agreement_weighting=false" in summary["score_setting"]["overrides"]
-    spent = sum(int(path.read_text()) for path in out.glob("**/stages/*") if path.name != "report")
-    assert summary["seconds_total"] == spent
+    assert load_tokenizer(out / "base").tokenize("So 7.\n\n")[-1] == ".\n\n"
 
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    status, output = language()
-    assert status == 0, output
-    assert output.count("finished earlier") == len(SHARED_STAGES | ARM_STAGES)
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
+    before = modified(out)
+    for setting in ("recommended", "published"):
+        status, output = language(SETTING=setting)
+        assert status == 0, output
+        assert output.count("finished earlier") == len(SHARED_STAGES | ARM_STAGES)
+        assert f"{setting} setting: finished earlier" in output
+    added = modified(out).keys() - before.keys()
+    assert added == {out / "published/settings"}
+    assert modified(out).items() >= before.items()
+
+
+@pytest.mark.long
+def test_both_settings_run_whole_in_one_folder(language, tmp_path):
+    out = tmp_path / "out"
+    for setting in ("recommended", "published"):
+        status, output = language(SETTING=setting)
+        assert status == 0, output[-4000:]
+        assert output.count("finished earlier") == (0 if setting == "recommended" else len(SHARED_STAGES))
+        assert {path.name for path in (out / setting / "stages").iterdir()} == ARM_STAGES
+        summary = json.loads((out / setting / "summary.json").read_text())
+        assert (summary["problems"], summary["held_out"]["problems"]) == (QUESTIONS, QUESTIONS // 2)
+        assert {"base", "rl"} == set(summary["pass_at_1"])
+        changed = [key for key in summary["score_setting"]["overrides"] if ".score." in key]
+        assert bool(changed) == (setting == "recommended")
+        spent = sum(int(path.read_text()) for at in (out, out / setting) for path in (at / "stages").iterdir())
+        assert summary["seconds_total"] == spent - int((out / setting / "stages/report").read_text())
+    assert {path.name for path in (out / "results").glob("*.jsonl")} == {"base.jsonl", "base_heldout.jsonl"}
