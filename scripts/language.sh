@@ -116,14 +116,15 @@ stage_rl() {
         actor_rollout_ref.actor.ppo_mini_batch_size=8 \
         actor_rollout_ref.actor.ulysses_sequence_parallel_size=1 \
         actor_rollout_ref.actor.entropy_coeff=0 \
-        actor_rollout_ref.actor.ppo_max_token_len_per_gpu=4096 \
+        actor_rollout_ref.actor.ppo_max_token_len_per_gpu=2048 \
         actor_rollout_ref.actor.fsdp_config.compute_dtype=bfloat16 \
         actor_rollout_ref.actor.optim.lr=1e-5 \
         actor_rollout_ref.score.optim.lr=1e-3 \
-        actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=8192 \
+        actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=4096 \
         actor_rollout_ref.ref.fsdp_config.compute_dtype=bfloat16 \
-        actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=8192 \
-        actor_rollout_ref.rollout.dtype=bfloat16 actor_rollout_ref.rollout.temperature=1.0 \
+        actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=4096 \
+        actor_rollout_ref.rollout.dtype=bfloat16 actor_rollout_ref.rollout.max_num_seqs=64 \
+        actor_rollout_ref.rollout.temperature=1.0 \
         actor_rollout_ref.rollout.val_kwargs.n=1 actor_rollout_ref.rollout.val_kwargs.temperature="$temperature" \
         trainer.val_before_train=true "${score_setting[@]}" "${rl_args[@]}"
 }
