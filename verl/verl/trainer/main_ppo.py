@@ -14,12 +14,12 @@ from pathlib import Path
 
 import datasets
 from omegaconf import DictConfig, OmegaConf
-from rich.logging import RichHandler
 
 from verl.trainer.auto_config import resolve_auto, smallest_gpu
 from verl.trainer.compose import compose_config
 from verl.trainer.config_check import DEFAULTS_FILE, check_config
 from verl.trainer.dry_run import dry_run
+from verl.utils.console import log_to_console
 from xbai.errors import UserError, exit_on_user_error
 
 logger = logging.getLogger(__name__)
@@ -57,12 +57,8 @@ def _make_paths_absolute(config: DictConfig) -> None:
             OmegaConf.update(config, key, str(Path(path).absolute()))
 
 
-def _log_to_console() -> None:
-    """Through rich on a terminal, where records must not tear the progress bar; plain lines in a file or pipe."""
-    if sys.stdout.isatty():
-        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
-    else:
-        logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
+def _set_up_console() -> None:
+    log_to_console()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
 
@@ -70,7 +66,7 @@ def _log_to_console() -> None:
 @exit_on_user_error
 def main() -> None:
     """Entry point."""
-    _log_to_console()
+    _set_up_console()
     arguments = sys.argv[1:]
     overrides = [argument for argument in arguments if argument not in ("--cfg", "--dry-run")]
     config = compose_config(DEFAULTS_FILE.stem, overrides)

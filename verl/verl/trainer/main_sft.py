@@ -19,11 +19,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
-from rich.logging import RichHandler
 
 from verl.trainer.compose import compose_config
 from verl.trainer.sft.config_check import check_config
 from verl.trainer.sft.trainer import SFTTrainer
+from verl.utils.console import log_to_console
 from verl.utils.fsdp import init_distributed
 from xbai.errors import UserError, exit_on_user_error
 from xbai.sandbox.libc import PR_SET_PDEATHSIG, prctl
@@ -63,8 +63,7 @@ def main() -> None:
     for variable, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         os.environ.setdefault(variable, value)
     end_with_torchrun()
-    level = logging.INFO if os.environ["RANK"] == "0" else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    log_to_console(logging.INFO if os.environ["RANK"] == "0" else logging.WARNING)
     config = compose_config(arguments.config_name, arguments.overrides)
     check_config(config)
     device = init_distributed(config.trainer.nccl_timeout)
