@@ -20,14 +20,17 @@ from torch import Tensor
 from xbai.sprm.loss import StepCounts, count_by_class, counted_steps, sprm_loss
 
 LOSSES = ("step_bce", "outcome_bce", "pairwise", "both")
-TRAINED_AGGREGATIONS = ("geometric", "product", "soft_min")
+SMALLEST_LOSS = 1e-6
+"""Of a response: a score nearer to 1 counts as this near, beyond which float32 has no odds."""
+TRAINED_AGGREGATIONS = ("geometric", "mean_logit", "product", "soft_min")
 
 
-def log_scores(step_logits: Tensor, feature_mask: Tensor, aggregation: str = "geometric") -> Tensor:
-    """The logarithm of each row's aggregated score, in float32 and with useful gradients at every step.
+def log_odds(step_logits: Tensor, feature_mask: Tensor, aggregation: str = "geometric") -> Tensor:
+    """The log-odds of each row's aggregated score, in float32 and with useful gradients at every step.
 
-    `geometric` is the mean of the steps' log-scores, `product` their sum, and `soft_min` the log-score of the
-    soft minimum of the logits, -log(mean(exp(-logit))).
+    Of the score p that is, with `geometric`, the geometric mean of the steps' scores and with `product` their product;
+    with `mean_logit` they are the mean of the steps' logits, and with `soft_min` its soft minimum,
+    -log(mean(exp(-logit))).
 
     Args:
         step_logits: [batch, time] raw head outputs; values off the mask are ignored.
@@ -35,37 +38,36 @@ def log_scores(step_logits: Tensor, feature_mask: Tensor, aggregation: str = "ge
         aggregation: one of `TRAINED_AGGREGATIONS`.
 
     Returns:
-        [batch] at most 0; 0 for a row without a step, which no loss may count.
+        [batch]; 0 for a row without a step, which no loss may count.
     """
     steps = feature_mask.sum(-1)
     logits = step_logits.float().masked_fill(~feature_mask, 0.0)
     if aggregation == "soft_min":
         # A row without a step would be the logarithm of 0, whose gradient is nan wherever it is multiplied by 0.
         open_mask = feature_mask | (steps == 0)[:, None]
-        lowest = steps.clamp(min=1).log() - (-logits).masked_fill(~open_mask, -torch.inf).logsumexp(-1)
-        return F.logsigmoid(lowest).where(steps > 0, 0.0)
-    total = F.logsigmoid(logits).masked_fill(~feature_mask, 0.0).sum(-1)
-    return total if aggregation == "product" else total / steps.clamp(min=1)
+        odds = steps.clamp(min=1).log() - (-logits).masked_fill(~open_mask, -torch.inf).logsumexp(-1)
+    elif aggregation == "mean_logit":
+        odds = logits.sum(-1) / steps.clamp(min=1)
+    else:
+        log_score = F.logsigmoid(logits).masked_fill(~feature_mask, 0.0).sum(-1)
+        if aggregation == "geometric":
+            log_score = log_score / steps.clamp(min=1)
+        log_score = log_score.clamp(max=-SMALLEST_LOSS)
+        odds = log_score - torch.log(-torch.expm1(log_score))
+    return odds.where(steps > 0, 0.0)
 
 
-def outcome_loss(log_score: Tensor, labels: Tensor, counted: Tensor, counts: StepCounts, class_balance: bool) -> Tensor:
+def outcome_loss(odds: Tensor, labels: Tensor, counted: Tensor, counts: StepCounts, class_balance: bool) -> Tensor:
     """This micro-batch's share of the class-balanced mean of BCE(aggregated score, y), one term a response.
 
     Args:
-        log_score: [batch] from `log_scores`.
+        odds: [batch] from `log_odds`.
         labels: [batch], 1 right, 0 wrong.
         counted: [batch] bool, the responses that count.
         counts: responses of each class that count in the global mini-batch.
         class_balance: weigh the classes by their frequency, as the step loss does.
     """
-    positive, negative = counts.class_weights(class_balance)
-    right = labels > 0.5
-    # log(1 - p) of p = exp(log_score); p = 1 has no finite loss, nor would it move again.
-    log_complement = torch.log(-torch.expm1(log_score.clamp(max=-1e-6)))
-    per_response = -torch.where(right, log_score, log_complement)
-    weights = torch.where(right, positive, negative) * counted
-    total = positive * counts.positive + negative * counts.negative
-    return (per_response * weights).sum() / (total or 1.0)
+    return sprm_loss(odds[:, None], counted[:, None], labels, counts, class_balance)
 
 
 def rival_scores(scores: Tensor, labels: Tensor, counted: Tensor, groups: Sequence[Any]) -> Tensor:
@@ -97,7 +99,7 @@ def has_rivals(rivals: Tensor) -> Tensor:
     return ~rivals.isnan().all(-1)
 
 
-def pairwise_loss(log_score: Tensor, labels: Tensor, counted: Tensor, rivals: Tensor, total: float) -> Tensor:
+def pairwise_loss(odds: Tensor, labels: Tensor, counted: Tensor, rivals: Tensor, total: float) -> Tensor:
     """This micro-batch's share of the mean, over responses with rivals, of -log P(the right one of a pair is chosen).
 
     A response is compared with what its rivals scored **before** the update, as PPO's ratio is with the log-probs
@@ -105,7 +107,7 @@ def pairwise_loss(log_score: Tensor, labels: Tensor, counted: Tensor, rivals: Te
     update its gradient is that of the pairs themselves.
 
     Args:
-        log_score: [batch] from `log_scores`.
+        odds: [batch] from `log_odds`.
         labels: [batch], 1 right, 0 wrong.
         counted: [batch] bool, the responses that count.
         rivals: [batch, m] from `rival_scores`, of the same aggregation.
@@ -113,7 +115,7 @@ def pairwise_loss(log_score: Tensor, labels: Tensor, counted: Tensor, rivals: Te
     """
     there = ~rivals.isnan() & counted[:, None]
     sign = torch.where(labels > 0.5, 1.0, -1.0)
-    margins = sign[:, None] * (log_score[:, None] - rivals.nan_to_num())
+    margins = sign[:, None] * (odds[:, None] - rivals.nan_to_num())
     per_response = (F.softplus(-margins) * there).sum(-1) / there.sum(-1).clamp(min=1)
     return per_response.sum() / (total or 1.0)
 
@@ -184,8 +186,8 @@ class ScoreObjective:
     def rivals(
         self, logits_before: Tensor, feature_mask: Tensor, labels: Tensor, graded: Tensor, groups: Sequence[Any]
     ) -> Tensor:
-        """`rival_scores` by the logits before the update."""
-        before = log_scores(logits_before, feature_mask, self.aggregation)
+        """`rival_scores` by the log-odds before the update."""
+        before = log_odds(logits_before, feature_mask, self.aggregation)
         return rival_scores(before, labels, counted_responses(feature_mask, graded), groups)
 
     def local_totals(
@@ -208,11 +210,11 @@ class ScoreObjective:
         totals: ScoreTotals,
     ) -> Tensor:
         """This micro-batch's share of the loss of whole responses; shapes as in `xbai.sprm.loss`."""
-        log_score = log_scores(step_logits, feature_mask, self.aggregation)
+        odds = log_odds(step_logits, feature_mask, self.aggregation)
         counted = counted_responses(feature_mask, graded)
         if self.compares:
-            return pairwise_loss(log_score, labels, counted, rivals, totals.paired)
-        return outcome_loss(log_score, labels, counted, totals.responses, self.class_balance)
+            return pairwise_loss(odds, labels, counted, rivals, totals.paired)
+        return outcome_loss(odds, labels, counted, totals.responses, self.class_balance)
 
     def __call__(
         self, step_logits: Tensor, feature_mask: Tensor, labels: Tensor, graded: Tensor, groups: Sequence[Any]
