@@ -48,8 +48,6 @@ from xbai.sprm.head import save_sprm_config
 logger = logging.getLogger(__name__)
 
 HUGGINGFACE_FOLDER = "huggingface"
-HEAD_INPUTS = "score_head_inputs"
-"""What a head that started on standardised features is trained in the coordinates of."""
 
 
 def save_checkpoint(
@@ -159,12 +157,8 @@ def load_checkpoint(
     if not (folder / ".metadata").exists():
         raise UserError(f"{folder}: no checkpoint here (no .metadata); resume from a global_step_N folder that has one")
     reshard(model)
-    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     state = _state(model, optimizer if load_optimizer else None)
-    if load_optimizer and f"{HEAD_INPUTS}.mean" in saved:
-        size = saved[f"{HEAD_INPUTS}.mean"].size
-        state[HEAD_INPUTS] = {name: torch.empty(size, dtype=torch.float64) for name in ("mean", "deviation")}
-    saved_by = sum(key.startswith("rng.") for key in saved)
+    saved_by = sum(key.startswith("rng.") for key in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
     if saved_by == dist.get_world_size():
         state["rng"] = {_rank_key(): b""}
     try:
@@ -176,8 +170,6 @@ def load_checkpoint(
         for name, part in optimizer.optimizers.items():
             _load_optimizer(model, part, state[f"{name}_optimizer"])
             _load_schedule(name, optimizer.schedules[name], state[f"{name}_schedule"])
-        if HEAD_INPUTS in state:
-            optimizer.standardize_head(**state[HEAD_INPUTS])
     if "rng" in state:
         set_rng_state(torch.load(io.BytesIO(state["rng"][_rank_key()]), weights_only=False))
     else:
@@ -237,8 +229,6 @@ def _state(model: nn.Module, optimizer: Optimizers | None) -> dict[str, Any]:
             state[f"{name}_optimizer"] = get_optimizer_state_dict(model, part)
         for name, schedule in optimizer.schedules.items():
             state[f"{name}_schedule"] = schedule.state_dict()
-        if (layer := getattr(optimizer, "head_layer", None)) is not None:
-            state[HEAD_INPUTS] = {"mean": layer.mean, "deviation": layer.deviation}
     return state
 
 

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from verl.utils.fsdp import local_device, reshard
-from verl.utils.optim import JointOptimizer
 from verl.utils.packing import Batch
 from verl.workers.actor.joint_model import JointModel
 from xbai.sprm import (
@@ -25,15 +24,12 @@ from xbai.sprm import (
 logger = logging.getLogger(__name__)
 
 
-def standardize_features(
-    model: JointModel, compute: Callable[[], object], optimizer: JointOptimizer | None = None
-) -> int:
+def standardize_features(model: JointModel, compute: Callable[[], object]) -> int:
     """Standardise what the score head sees by the step features of all ranks. A collective.
 
     Args:
         model: sharded or plain, with a score head.
         compute: runs forward passes; of a sequence-parallel group each rank's see other steps.
-        optimizer: goes on in the coordinates of what the head sees.
 
     Returns:
         How many steps there were; with fewer than `MIN_FEATURES` the head stays as it is.
@@ -44,17 +40,11 @@ def standardize_features(
     dist.all_reduce(moments.totals)
     if moments.count >= MIN_FEATURES:
         standardize_head(model.score_head, moments)
-        if optimizer is not None:
-            optimizer.standardize_head(moments.mean.cpu(), moments.deviation.cpu())
     return moments.count
 
 
 def start_head(
-    model: JointModel,
-    batches: Sequence[Batch],
-    evaluate: Callable[[Batch], Tensor],
-    objective: ScoreObjective,
-    optimizer: JointOptimizer,
+    model: JointModel, batches: Sequence[Batch], evaluate: Callable[[Batch], Tensor], objective: ScoreObjective
 ) -> None:
     """Standardise the features of a fresh head by rows whose grades are known, and set its bias. A collective.
 
@@ -63,9 +53,8 @@ def start_head(
         batches: as many on every rank, with `step_feature_mask [B, T]`, `correct` and `graded [B]`.
         evaluate: a batch's step logits [B, T] in evaluation mode.
         objective: of the training that follows.
-        optimizer: of that training.
     """
-    steps = standardize_features(model, lambda: [evaluate(batch) for batch in batches], optimizer)
+    steps = standardize_features(model, lambda: [evaluate(batch) for batch in batches])
     if steps < MIN_FEATURES:
         logger.warning("the score head starts as it is: there are %d steps to standardise its features by", steps)
         return

@@ -5,18 +5,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from verl.utils.eight_bit_adam import EIGHT_BIT_OPTIMIZERS, EightBitAdam, check_eight_bit
 from verl.utils.fsdp import clip_gradients, grad_norm, local_device
 from verl.utils.muon import Muon
-from verl.utils.standardized_layer import StandardizedLayer
 from verl.workers.actor.joint_model import JointModel
 from xbai.errors import UserError
 
@@ -150,13 +148,10 @@ class Optimizers:
         if finite:
             for name, norm in norms.items():
                 clip_gradients(self._parameters[name], max_norm, norm)
-                self._update(name)
+                self.optimizers[name].step()
         self.zero_grad()
         self._count_nonfinite(finite, {"loss": loss, **metrics})
         return metrics | {"skipped": float(not finite)}
-
-    def _update(self, name: str) -> None:
-        self.optimizers[name].step()
 
     def _count_nonfinite(self, finite: bool, values: dict[str, float]) -> None:
         if finite:
@@ -188,9 +183,6 @@ class JointOptimizer(Optimizers):
         policy_config: `actor.optim`.
         score_config: `score.optim`; required when the model has a head.
         max_nonfinite: `actor.max_nonfinite_updates`.
-
-    Attributes:
-        head_layer: the head's first layer, where it is trained in other coordinates than it is stored in.
     """
 
     def __init__(
@@ -204,19 +196,3 @@ class JointOptimizer(Optimizers):
         if model.score_head is not None:
             parts["score"] = (model.score_head, score_config)
         super().__init__(parts, max_nonfinite)
-        self._score_head = model.score_head
-        self.head_layer: StandardizedLayer | None = None
-
-    def standardize_head(self, mean: Tensor, deviation: Tensor) -> None:
-        """From here on train the head's first layer in coordinates of standardised inputs."""
-        self.head_layer = StandardizedLayer(self._score_head[0], mean, deviation)
-
-    def step(self, max_norm: float, loss: float = 0.0) -> dict[str, float]:
-        """See `Optimizers.step`; the score head's gradient norm is that in the coordinates it is trained in."""
-        if self.head_layer is not None:
-            self.head_layer.transform_gradient()
-        return super().step(max_norm, loss)
-
-    def _update(self, name: str) -> None:
-        with self.head_layer.coordinates() if name == "score" and self.head_layer is not None else nullcontext():
-            super()._update(name)

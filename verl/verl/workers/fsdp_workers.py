@@ -147,9 +147,7 @@ class ActorRolloutRefWorker(CheckpointedWorker):
         batch = {**dict(data.batch.items()), **self._step_columns(data)}
         with measure_phase("head_start") as metrics, self._policy.on_device():
             steps = standardize_features(
-                self._policy.model,
-                lambda: self._actor.compute_log_prob(batch, compute_entropy=False),
-                self._policy.optimizer,
+                self._policy.model, lambda: self._actor.compute_log_prob(batch, compute_entropy=False)
             )
         self._rollout.policy_has_changed()
         return DataProto(meta_info={"metrics": {"steps": float(steps)} | metrics})

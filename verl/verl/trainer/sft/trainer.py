@@ -260,7 +260,7 @@ class SFTTrainer:
         mine, size = rows[self.rank :: self.world_size], self.config.data.micro_batch_size_per_gpu
         parts = [[self.dataset[row] for row in mine[i : i + size]] for i in range(0, len(mine), size)]
         batches, objective = list(map(self._batch, parts)), ScoreObjective.from_config(self.config.score)
-        start_head(self.model, batches, self._evaluate, objective, self.optimizer)
+        start_head(self.model, batches, self._evaluate, objective)
 
     @torch.no_grad()
     def _evaluate(self, batch: dict[str, Tensor]) -> Tensor:
