@@ -21,7 +21,19 @@ from transformers import (
 
 from xbai.engine import Engine, SamplingParams, Scorer, load_engine
 from xbai.errors import UserError
-from xbai.sprm import ScoreHead, SPRMConfig, StepRule, aggregate, save_score_head
+from xbai.sprm import (
+    HiddenStateTap,
+    ScoreHead,
+    SPRMConfig,
+    StepRule,
+    aggregate,
+    load_score_head,
+    load_sprm_config,
+    observed_inputs,
+    save_score_head,
+    shift_head,
+    standardize_head,
+)
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
@@ -147,6 +159,28 @@ def test_scores_of_a_crowded_engine_are_those_of_a_second_pass(
     # Of a sequence that was not generated, by a scorer that begins with the weights the engine has now.
     sequence = list(range(5, 200))
     assert engine.score([sequence], [3])[0].step_scores == pytest.approx(scorer.score([sequence], [3])[0].step_scores)
+    engine.close()
+
+
+def test_a_standardised_head_scores_alike_in_engine_and_scorer(make_model: Callable[..., Path]) -> None:
+    """Of a model that has a huge coordinate, by a head that makes up for it."""
+    folder = make_model(Qwen3Config)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.model.embed_tokens.weight.data[:, 7] += 40.0
+    model.save_pretrained(folder)
+    config = load_sprm_config(folder, None)
+    head = load_score_head(folder, 64, config)
+    ids = torch.randint(5, 200, (4, 100), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), HiddenStateTap(model) as tap, observed_inputs(head) as moments:
+        model.model(input_ids=ids)
+        features = tap.take()
+        assert ((before := head(features)) > 0).all() or (before < 0).all()
+    assert moments.mean[7] > 20 * moments.deviation[7]
+    standardize_head(head, moments)
+    shift_head(head, -float(head(features).mean()))
+    save_score_head(folder, head.state_dict(), config)
+    engine = crowded_engine(folder)
+    assert max(differences(engine, Scorer.from_folder(folder), requests=6, most_tokens=60)) < 1e-4
     engine.close()
 
 

@@ -12,12 +12,14 @@ from xbai.sprm import (
     ScoreHead,
     ScoreObjective,
     StepCounts,
+    count_by_class,
     observed_inputs,
     shift_head,
     sprm_loss,
     standardize_head,
     start_shift,
     start_totals,
+    unfolded,
 )
 from xbai.sprm.standardize import MOST_CERTAIN, starting_score
 
@@ -90,6 +92,55 @@ def test_the_head_computes_what_it_did_on_standardised_features(normalize_featur
     standardize_head(head, moments)
     torch.testing.assert_close(head(features), expected, rtol=1e-4, atol=2e-4)
     assert list(head.state_dict()) == ["0.weight", "0.bias", "3.weight", "3.bias"]
+
+
+@pytest.mark.parametrize("normalize_features", [False, True])
+def test_an_optimiser_learns_as_behind_a_fixed_standardisation(normalize_features):
+    features = steps_with_a_huge_coordinate(300, 0)
+    labels = (features[:, 3] > 0).float()
+    seen = torch.nn.functional.rms_norm(features, (HIDDEN,), eps=1e-6) if normalize_features else features
+    head, plain = fresh_head(0, normalize_features), fresh_head()
+    with observed_inputs(head) as moments:
+        head(features)
+    standardize_head(head, moments)
+    standardized = ((seen.double() - moments.mean) / moments.deviation).float()
+    optimizers = [torch.optim.AdamW(one.parameters(), lr=1e-2, weight_decay=0.1) for one in (head, plain)]
+    for _ in range(30):
+        for one, optimizer, inputs in zip((head, plain), optimizers, (features, standardized)):
+            torch.nn.functional.binary_cross_entropy_with_logits(one(inputs), labels).backward()
+            with unfolded(one):
+                torch.nn.utils.clip_grad_norm_(one.parameters(), 0.1)
+                optimizer.step()
+                optimizer.zero_grad()
+    assert ((plain(standardized) > 0) == (labels > 0.5)).float().mean() > 0.9
+    difference = head(features) - plain(standardized)
+    assert difference.abs().mean() < 0.01 * plain(standardized).std()
+    assert list(head.state_dict()) == ["0.weight", "0.bias", "3.weight", "3.bias"]
+
+
+@pytest.mark.parametrize(("standardized", "dead"), [(False, True), (True, False)])
+def test_what_a_huge_coordinate_does_to_a_head_that_learns_on_it(standardized, dead):
+    """The fold alone does not keep it alive: all logits move together, by the weights of that coordinate.
+
+    In a head so small those are few; ten times the published learning rate makes up for it.
+    """
+    objective, generator = ScoreObjective(), torch.Generator().manual_seed(0)
+    rows = torch.ones(300, dtype=torch.bool)
+    labels = (torch.rand(300, generator=generator) < 0.4).float()
+    head = fresh_head()
+    start(head, steps_with_a_huge_coordinate(300, 0))
+    if not standardized:
+        head.standardization = None
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
+    for update in range(30):
+        logits = head(steps_with_a_huge_coordinate(300, update))[:, None]
+        counted = objective.counted_steps(logits.detach(), rows[:, None], labels, rows)
+        counts = StepCounts(*count_by_class(counted, labels).tolist())
+        sprm_loss(logits, counted, labels, counts).backward()
+        with unfolded(head):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert (min(counts.positive, counts.negative) == 0) == dead
 
 
 def test_features_that_do_not_move_are_safe():

@@ -23,19 +23,22 @@ from tiny import PROMPT, RESPONSE, ROWS, padded_rows, tiny_lm
 from torch import Tensor
 from torch.nn.functional import pad
 
+from verl.utils.checkpoint import load_checkpoint, save_checkpoint
 from verl.utils.fsdp import create_mesh, init_distributed, named_full_tensors, shard_model
 from verl.utils.head_start import standardize_features
-from verl.utils.model import attention_for
+from verl.utils.model import attention_for, build_joint_model, load_tokenizer
+from verl.utils.optim import JointOptimizer
 from verl.utils.ulysses import sequence_parallel_group
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.actor.joint_model import JointModel
-from xbai.sprm import ScoreHead, save_score_head, shift_head
+from xbai.model_files import ModelFiles
+from xbai.sprm import FeatureMoments, ScoreHead, load_sprm_config, save_score_head, shift_head, standardize_head
 from xbai.sprm.head import SCORE_MODULE_FILE, SPRM_CONFIG_FILE
 
 RANKS = 2
 WAYS = ("padded", "packed", "shared", "replicated")
 """How they compute; in `shared` both have the same rows, in `replicated` each has the whole head."""
-HEAD = ("score_head.0.weight", "score_head.0.bias", "score_head.3.weight", "score_head.3.bias")
+OPTIM = {"name": "AdamW", "lr": 1e-2, "weight_decay": 0.01}
 
 
 def make_model(packed: bool = False) -> JointModel:
@@ -57,8 +60,13 @@ def make_batch() -> dict[str, Tensor]:
     return {**rows, "step_feature_mask": features}
 
 
+def head_of(model: JointModel) -> dict[str, Tensor]:
+    tensors = named_full_tensors(model)
+    return {name.removeprefix("score_head."): w.clone() for name, w in tensors if name.startswith("score_head.")}
+
+
 def run_rank(output: Path) -> None:
-    """Standardise, shift, and write the head that came out."""
+    """Standardise, shift, and let the optimiser make a step whose gradient is the weights; rank 0 writes the heads."""
     init_distributed()
     rank, groups, results = dist.get_rank(), {size: sequence_parallel_group(size) for size in (1, RANKS)}, {}
     for way in WAYS:
@@ -66,14 +74,18 @@ def run_rank(output: Path) -> None:
         rollout = {"n": 4, "temperature": 1.0, "log_prob_micro_batch_size_per_gpu": 3}
         config = OmegaConf.create({"model": {"use_remove_padding": packed}, "rollout": rollout})
         model = shard_model(make_model(packed), create_mesh(1 if way == "replicated" else -1), {})
+        optimizer = JointOptimizer(model, OPTIM, OPTIM)
         actor = DataParallelPPOActor(config, model, sp_group=groups[sp_size])
         half = slice(rank * ROWS // RANKS, (rank + 1) * ROWS // RANKS)
         mine = slice(None) if way == "shared" else half
         batch = {name: column[mine] for name, column in make_batch().items()}
         steps = standardize_features(model, partial(actor.compute_log_prob, batch, compute_entropy=False))
         shift_head(model.score_head, 0.25)
-        weights = {name: tensor.clone() for name, tensor in named_full_tensors(model) if name in HEAD}
-        results[way] = {"steps": steps, "weights": weights}
+        started = head_of(model)
+        for parameter in model.score_head.parameters():
+            parameter.grad = parameter.detach().clone()
+        optimizer.step(max_norm=1.0)
+        results[way] = {"steps": steps, "started": started, "updated": head_of(model)}
     if rank == 0:
         torch.save(results, output)
     dist.destroy_process_group()
@@ -95,17 +107,43 @@ def test_the_start_is_that_of_plain_features(tmp_path: Path) -> None:
     features = model.lm(**inputs, output_hidden_states=True).hidden_states[-2][batch["step_feature_mask"]]
     mean, deviation = features.double().mean(0), features.double().std(0, correction=0)
     assert mean.abs().max() > 20 * deviation[mean.abs().argmax()]
-    plain = ScoreHead(32).eval()
+    started = model.score_head(((features - mean) / deviation).float()) + 0.25
+    moments = FeatureMoments(32)
+    moments.add(features)
+    standardize_head(model.score_head, moments)
+    shift_head(model.score_head, 0.25)
+    optimizer = JointOptimizer(model, OPTIM, OPTIM)
+    for parameter in model.score_head.parameters():
+        parameter.grad = parameter.clone()
+    optimizer.step(max_norm=1.0)
+    found = ScoreHead(32).eval()
     for way, result in launch(tmp_path).items():
         assert result["steps"] == len(features) > 10
-        weights = {name.removeprefix("score_head."): weight for name, weight in result["weights"].items()}
-        plain.load_state_dict(weights)
-        # Which folded head this is follows from its rows: those of the unstandardised one over the deviation.
-        unfolded = (weights["0.weight"] * deviation).float()
-        torch.testing.assert_close(unfolded, model.score_head[0].weight, rtol=1e-4, atol=1e-5)
-        standardized = ((features - mean) / deviation).float()
-        expected = model.score_head(standardized) + 0.25
-        torch.testing.assert_close(plain(features), expected, rtol=1e-4, atol=1e-4, msg=way)
+        found.load_state_dict(result["started"])
+        torch.testing.assert_close(found(features), started, rtol=1e-4, atol=1e-4, msg=way)
+        found.load_state_dict(result["updated"])
+        torch.testing.assert_close(found(features), model.score_head(features), rtol=1e-3, atol=1e-3, msg=way)
+        assert (found(features) - started).abs().mean() > 0.05
+
+
+def test_a_checkpoint_keeps_what_a_head_was_standardised_by(tiny_model_dir: Path, tmp_path: Path) -> None:
+    files, config = ModelFiles.read(tiny_model_dir), load_sprm_config(tiny_model_dir, load_tokenizer(tiny_model_dir))
+    moments = FeatureMoments(64)
+    moments.add(torch.randn(50, 64) + 3)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        models = [shard_model(build_joint_model(tiny_model_dir, sprm_config=config), create_mesh(), {}) for _ in "ab"]
+        optimizers = [JointOptimizer(model, OPTIM, OPTIM) for model in models]
+        save_checkpoint(tmp_path / "published", models[0], optimizers[0], files, config)
+        standardize_head(models[0].score_head, moments)
+        save_checkpoint(tmp_path / "standardized", models[0], optimizers[0], files, config)
+        load_checkpoint(tmp_path / "published", models[1], optimizers[1])
+        assert models[1].score_head.standardization is None
+        load_checkpoint(tmp_path / "standardized", models[1], optimizers[1])
+        assert all(map(torch.equal, models[1].score_head.standardization, (moments.mean, moments.deviation)))
+        assert all(map(torch.equal, *(head_of(model).values() for model in models)))
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

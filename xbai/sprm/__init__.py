@@ -1,7 +1,7 @@
 """The self-supervised process reward model: head, step rule, score and loss, in pure torch."""
 
 from xbai.sprm.groups import best_of_n_gain, within_prompt_auc
-from xbai.sprm.head import ScoreHead, SPRMConfig, load_score_head, load_sprm_config, save_score_head
+from xbai.sprm.head import ScoreHead, SPRMConfig, Standardization, load_score_head, load_sprm_config, save_score_head
 from xbai.sprm.loss import (
     StepCounts,
     auc,
@@ -21,6 +21,7 @@ from xbai.sprm.standardize import (
     standardize_head,
     start_shift,
     start_totals,
+    unfolded,
 )
 from xbai.sprm.steps import StepRule, split_response, step_feature_mask
 from xbai.sprm.tap import HiddenStateTap
@@ -34,6 +35,7 @@ __all__ = [
     "ScoreHead",
     "ScoreObjective",
     "ScoreTotals",
+    "Standardization",
     "StepCounts",
     "StepRule",
     "aggregate",
@@ -55,5 +57,6 @@ __all__ = [
     "start_totals",
     "step_feature_mask",
     "trajectory_scores",
+    "unfolded",
     "within_prompt_auc",
 ]

@@ -6,7 +6,7 @@ import json
 import pickle
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +45,19 @@ class SPRMConfig:
         return cls(**{**value, "step_rule": StepRule.from_dict(value["step_rule"])})
 
 
+class Standardization(NamedTuple):
+    """What makes features standardised: less `mean`, over `deviation`; [c] float64 each."""
+
+    mean: Tensor
+    deviation: Tensor
+
+
 class ScoreHead(nn.Sequential):
-    """Linear(c, 2c), ReLU, Dropout, Linear(2c, 1), in float32; state-dict keys `0.*` and `3.*` as published."""
+    """Linear(c, 2c), ReLU, Dropout, Linear(2c, 1), in float32; state-dict keys `0.*` and `3.*` as published.
+
+    Attributes:
+        standardization: folded into the first layer, which optimisers see without it; no part of the state dict.
+    """
 
     def __init__(self, hidden_size: int, dropout: float = 0.5, normalize_features: bool = False) -> None:
         super().__init__(
@@ -57,6 +68,7 @@ class ScoreHead(nn.Sequential):
         )
         self.hidden_size = hidden_size
         self.normalize_features = normalize_features
+        self.standardization: Standardization | None = None
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [..., c] to step logits [...]; their sigmoid is the step score."""

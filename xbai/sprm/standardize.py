@@ -1,8 +1,10 @@
 """How a fresh score head starts: on standardised features, and on neither side.
 
 Some coordinates of a residual stream are huge in every token (massive activations, arXiv 2402.17762). Through random
-weights they put the logits of all steps on one side, whatever else the features say. Mean and deviation of the features
-are folded into the first layer, so that the head keeps its published form.
+weights they put the logits of all steps on one side, whatever else the features say; and an optimiser that moves every
+weight by as much as the others moves all logits together by the weights of those coordinates. Mean and deviation of the
+features are folded into the first layer, so that the head keeps its published form, and optimisers see that layer as it
+is of standardised features.
 """
 
 from __future__ import annotations
@@ -12,10 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from xbai.sprm.head import ScoreHead
+from xbai.sprm.head import ScoreHead, Standardization
 from xbai.sprm.loss import POSITIVE_CLASS_WEIGHT
 from xbai.sprm.objective import ScoreObjective
 
@@ -82,16 +84,45 @@ def observed_inputs(head: ScoreHead, device: torch.device | None = None) -> Iter
 
 @torch.no_grad()
 def standardize_head(head: ScoreHead, moments: FeatureMoments) -> None:
-    """Make of W x + b, in place, W (x - mean) / deviation + b; of a head whose rows are sharded, this rank's rows.
+    """Make of W x + b, in place, W (x - mean) / deviation + b, and remember mean and deviation.
 
     Args:
-        head: as it was initialised, in evaluation or training mode; what an optimiser knows of it is stale afterwards.
+        head: as it was initialised; of one that is sharded, this rank's rows are changed.
         moments: of at least `MIN_FEATURES` inputs of its first layer.
     """
+    head.standardization = Standardization(moments.mean, moments.deviation)
+    _fold(head)
+
+
+@contextmanager
+@torch.no_grad()
+def unfolded(head: ScoreHead) -> Iterator[None]:
+    """Inside, the first layer and its gradient are those of standardised features, where the head was standardised.
+
+    An optimiser's step there is the one that it would make of a head with fixed standardisation before it.
+    """
+    if head.standardization is None:
+        yield
+        return
     weight, bias = map(_shard, head[0].parameters())
-    weight.copy_(weight / moments.deviation.to(weight.device))
+    mean, deviation = (values.to(weight.device) for values in head.standardization)
+    bias.add_(weight.double() @ mean)
+    weight.mul_(deviation)
+    if head[0].weight.grad is not None:
+        of_weight, of_bias = (_shard(parameter.grad) for parameter in head[0].parameters())
+        of_weight.addr_(of_bias, mean.to(of_bias.dtype), alpha=-1).div_(deviation)
+    try:
+        yield
+    finally:
+        _fold(head)
+
+
+def _fold(head: ScoreHead) -> None:
+    weight, bias = map(_shard, head[0].parameters())
+    mean, deviation = (values.to(weight.device) for values in head.standardization)
+    weight.div_(deviation)
     # By the weight as it was rounded: at the mean nothing is left of it.
-    bias.sub_(weight.double() @ moments.mean.to(weight.device))
+    bias.sub_(weight.double() @ mean)
 
 
 @torch.no_grad()
@@ -139,5 +170,5 @@ def starting_score(share_right: float, objective: ScoreObjective) -> float:
     return min(max(share_right, 1 - MOST_CERTAIN), MOST_CERTAIN)
 
 
-def _shard(parameter: nn.Parameter) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+def _shard(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

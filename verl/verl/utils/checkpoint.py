@@ -1,7 +1,8 @@
 """Sharded checkpoints of one training process group (`global_step_N/{actor,critic}/`), loadable at another world size.
 
     actor/
-      *.distcp .metadata     model, optimisers, schedules and each rank's random states (torch.distributed.checkpoint)
+      *.distcp .metadata     model, optimisers, schedules and each rank's random states (torch.distributed.checkpoint);
+                             mean and deviation by which a score head was standardised
       huggingface/           config, tokenizer and sprm_config.json, for the model merger
 
 Model keys in it are `model.<name in the module>`, so the policy's `model.lm.<Hugging Face name>` and
@@ -42,12 +43,13 @@ from verl.utils.optim import Optimizers
 from xbai.errors import UserError
 from xbai.files import fsync_tree, why_not_written
 from xbai.model_files import ModelFiles
-from xbai.sprm import SPRMConfig
+from xbai.sprm import SPRMConfig, Standardization
 from xbai.sprm.head import save_sprm_config
 
 logger = logging.getLogger(__name__)
 
 HUGGINGFACE_FOLDER = "huggingface"
+STANDARDIZATION = "score_standardization"
 
 
 def save_checkpoint(
@@ -157,8 +159,12 @@ def load_checkpoint(
     if not (folder / ".metadata").exists():
         raise UserError(f"{folder}: no checkpoint here (no .metadata); resume from a global_step_N folder that has one")
     reshard(model)
+    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    if f"{STANDARDIZATION}.mean" in saved:
+        zeros = torch.zeros(model.score_head.hidden_size, dtype=torch.float64)
+        model.score_head.standardization = Standardization(zeros, zeros.clone())
     state = _state(model, optimizer if load_optimizer else None)
-    saved_by = sum(key.startswith("rng.") for key in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+    saved_by = sum(key.startswith("rng.") for key in saved)
     if saved_by == dist.get_world_size():
         state["rng"] = {_rank_key(): b""}
     try:
@@ -224,6 +230,9 @@ def _save(state: dict[str, Any], folder: str | Path, files: ModelFiles, sprm_con
 
 def _state(model: nn.Module, optimizer: Optimizers | None) -> dict[str, Any]:
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    head = getattr(model, "score_head", None)
+    if head is not None and head.standardization is not None:
+        state[STANDARDIZATION] = head.standardization._asdict()
     if optimizer is not None:
         for name, part in optimizer.optimizers.items():
             state[f"{name}_optimizer"] = get_optimizer_state_dict(model, part)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from verl.utils.fsdp import clip_gradients, grad_norm, local_device
 from verl.utils.muon import Muon
 from verl.workers.actor.joint_model import JointModel
 from xbai.errors import UserError
+from xbai.sprm import unfolded
 
 logger = logging.getLogger(__name__)
 
@@ -196,3 +198,9 @@ class JointOptimizer(Optimizers):
         if model.score_head is not None:
             parts["score"] = (model.score_head, score_config)
         super().__init__(parts, max_nonfinite)
+        self._head = model.score_head
+
+    def step(self, max_norm: float, loss: float = 0.0) -> dict[str, float]:
+        """See `Optimizers.step`; a standardised head's step, and its gradient's norm, are those on such features."""
+        with nullcontext() if self._head is None else unfolded(self._head):
+            return super().step(max_norm, loss)
