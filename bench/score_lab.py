@@ -22,18 +22,17 @@ import numpy as np
 import torch
 import typer
 from rich.progress import track
-from torch import nn
+from torch import Tensor, nn
 
 from verl.utils.dataset.step_dataset import StepDataset
 from verl.utils.head_quality import candidates
-from verl.utils.standardized_head import StandardizedHead
 from xbai.errors import UserError, exit_on_user_error
 from xbai.evaluate.estimate import Estimate
 from xbai.evaluate.graded import GradedQuestion
 from xbai.evaluate.graded_responses import response_files
 from xbai.evaluate.separation import separation
 from xbai.evaluate.strategies import accuracies
-from xbai.sprm import ScoreObjective, SPRMConfig
+from xbai.sprm import FeatureMoments, ScoreHead, ScoreObjective
 from xbai.sprm.step_features import StepFeatures
 
 CPU = torch.device("cpu")
@@ -123,16 +122,35 @@ class Row:
         }
 
 
-def train(variant: Variant, data: StepDataset, hidden_size: int, config: SPRMConfig, seed: int) -> nn.Module:
+class Standardized(nn.Module):
+    """A head on features less their mean, over their deviation."""
+
+    def __init__(self, head: nn.Module, moments: FeatureMoments | None) -> None:
+        super().__init__()
+        self.head = head
+        self.mean, self.deviation = (0.0, 1.0) if moments is None else (moments.mean.float(), moments.deviation.float())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [K, c] to logits [K]."""
+        return self.head((features - self.mean) / self.deviation)
+
+
+def fresh_head(variant: Variant, data: StepDataset, hidden_size: int) -> nn.Module:
+    """As it is before its first update."""
+    head = nn.Sequential(nn.Linear(hidden_size, 1), nn.Flatten(0)) if variant.linear else ScoreHead(hidden_size)
+    if not variant.standardize:
+        return Standardized(head, None)
+    moments = FeatureMoments(hidden_size)
+    for batch in data.in_order():
+        moments.add(batch.features)
+    return Standardized(head, moments)
+
+
+def train(variant: Variant, data: StepDataset, hidden_size: int, seed: int) -> nn.Module:
     """A head trained from its start; batches are 16 whole groups."""
     torch.manual_seed(seed)
-    model = StandardizedHead(hidden_size, config)
-    if variant.linear:
-        model.head = nn.Sequential(nn.Linear(hidden_size, 1), nn.Flatten(0))
-    if variant.standardize:
-        model.standardize(batch.features for batch in data.in_order())
+    model = fresh_head(variant, data, hidden_size).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=variant.lr, weight_decay=0.01)
-    model.train()
     for epoch in range(round(variant.epochs / variant.share)):
         for batch in data.epoch(16, seed=1000 * seed + epoch):
             logits = batch.rows(model(batch.features))
@@ -173,10 +191,10 @@ def main(
     rows = [row for row in variants(layers) if only is None or row.title in only]
     if not rows:
         raise UserError(f"--only: there are {', '.join(row.title for row in variants(layers))}")
-    config, hidden_size = SPRMConfig(store.source.step_rule), store.features.shape[-1]
+    hidden_size = store.features.shape[-1]
     measured: list[Row] = []
     test = dataset(test_folder, layers[-1])
-    questions = candidates(StandardizedHead(hidden_size, config), test, CPU)
+    questions = candidates(ScoreHead(hidden_size), test, CPU)
     log_probs = standardized(question.mean_log_probs for question in questions)
     free = Row("mean log-prob")
     free.add(questions, log_probs)
@@ -187,7 +205,7 @@ def main(
         of_train, of_test = dataset(train_folder, layer, variant.share), dataset(test_folder, layer)
         alone, together = Row(variant.title), Row(f"{variant.title} + log-prob")
         for seed in range(seeds):
-            head = train(variant, of_train, hidden_size, config, seed)
+            head = train(variant, of_train, hidden_size, seed)
             judged = candidates(head, of_test, CPU)
             scores = standardized(np.log(np.maximum(question.scores, 1e-12)) for question in judged)
             alone.add(judged, scores)

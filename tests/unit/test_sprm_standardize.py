@@ -1,5 +1,6 @@
 """The start of a fresh score head, against the plain formula and over many random heads."""
 
+import copy
 import math
 
 import pytest
@@ -141,6 +142,15 @@ def test_what_a_huge_coordinate_does_to_a_head_that_learns_on_it(standardized, d
             optimizer.step()
             optimizer.zero_grad()
     assert (min(counts.positive, counts.negative) == 0) == dead
+
+
+def test_a_step_that_is_left_out_changes_nothing():
+    head = fresh_head()
+    start(head, steps_with_a_huge_coordinate(300, 0))
+    before = copy.deepcopy(head.state_dict())
+    with unfolded(head):
+        assert not torch.equal(head[0].weight, before["0.weight"])
+    assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
 
 
 def test_features_that_do_not_move_are_safe():

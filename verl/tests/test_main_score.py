@@ -14,12 +14,11 @@ from verl.trainer.compose import compose_config
 from verl.trainer.main_score import ScoreTrainer
 from verl.utils.dataset.step_dataset import StepDataset
 from verl.utils.head_quality import candidates, head_quality
-from verl.utils.standardized_head import StandardizedHead
 from xbai.engine import Scorer
 from xbai.errors import UserError
 from xbai.evaluate.feature_files import FeatureFiles, FeatureOptions, encode_response
 from xbai.evaluate.graded_responses import read_graded_responses
-from xbai.sprm import ScoreHead, SPRMConfig, StepRule, load_score_head, load_sprm_config
+from xbai.sprm import StepRule, load_score_head, load_sprm_config
 from xbai.sprm.step_features import FeatureSource, StepFeatures
 
 RULE = StepRule("en", (5,))
@@ -74,7 +73,7 @@ def test_a_head_learns_what_the_features_hold(
     training = trainer(
         model, tmp_path, f"data.train_files={train}", f"data.val_files=[{val}]", "score.optim.lr=2e-3", *changes
     )
-    before = head_quality(training.model, training.val_data, torch.device("cpu"))
+    before = head_quality(training.head, training.val_data, torch.device("cpu"))
     training.fit()
     head = load_score_head(tmp_path / "head", CHANNELS, load_sprm_config(tmp_path / "head", training.files.tokenizer))
     after = head_quality(head, training.val_data, torch.device("cpu"))
@@ -145,8 +144,8 @@ def test_the_service_gives_the_scores_that_training_saw(
     training.fit()
     assert load_sprm_config(folder, training.files.tokenizer).normalize_features
     scorer = Scorer.from_folder(folder, dtype="float32")
-    found = candidates(training.model, training.train_data, torch.device("cpu"))
-    assert head_quality(training.model, training.train_data, torch.device("cpu")).within_prompt_auc == 1.0
+    found = candidates(training.head, training.train_data, torch.device("cpu"))
+    assert head_quality(training.head, training.train_data, torch.device("cpu")).within_prompt_auc == 1.0
     responses = [response for step in (1, 2) for response in read_graded_responses(rollouts / f"{step}.jsonl")]
     encoded = [encode_response(training.files.tokenizer, scorer.step_rule, response) for response in responses]
     served = scorer.score([list(e.ids) for e in encoded], [e.start for e in encoded])
@@ -179,20 +178,6 @@ def test_batches_are_whole_groups(source: FeatureSource, tmp_path: Path) -> None
     assert sorted(seen) == sorted(tuple(features[:, 5].tolist()) for _, features in rows)
     first, again, other = ([b.groups.tolist() for b in data.epoch(2, seed)] for seed in (3, 3, 4))
     assert first == again != other
-
-
-@pytest.mark.parametrize("normalize", [False, True])
-def test_a_folded_head_is_the_standardized_one(normalize: bool) -> None:
-    torch.manual_seed(0)
-    features = torch.randn(2000, CHANNELS) * torch.logspace(-2, 2, CHANNELS) + torch.linspace(-500, 3000, CHANNELS)
-    features[:, 3] = 7.0
-    model = StandardizedHead(CHANNELS, SPRMConfig(RULE, normalize_features=normalize))
-    model.standardize(features.split(300))
-    model.eval()
-    with torch.no_grad():
-        logits = model(features)
-        assert float(logits.std()) < 1 < float(ScoreHead(CHANNELS)(features).std())
-        torch.testing.assert_close(model.folded()(features), logits, rtol=1e-3, atol=1e-3)
 
 
 def ungraded(row: dict) -> dict:

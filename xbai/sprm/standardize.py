@@ -104,17 +104,24 @@ def unfolded(head: ScoreHead) -> Iterator[None]:
     if head.standardization is None:
         yield
         return
-    weight, bias = map(_shard, head[0].parameters())
+    layer = weight, bias = [_shard(parameter) for parameter in head[0].parameters()]
     mean, deviation = (values.to(weight.device) for values in head.standardization)
+    stored = [values.clone() for values in layer]
     bias.add_(weight.double() @ mean)
     weight.mul_(deviation)
+    begun = [values.clone() for values in layer]
     if head[0].weight.grad is not None:
         of_weight, of_bias = (_shard(parameter.grad) for parameter in head[0].parameters())
         of_weight.addr_(of_bias, mean.to(of_bias.dtype), alpha=-1).div_(deviation)
     try:
         yield
     finally:
-        _fold(head)
+        if all(map(torch.equal, layer, begun)):
+            # A step that was left out changes nothing, not even by rounding.
+            for values, before in zip(layer, stored):
+                values.copy_(before)
+        else:
+            _fold(head)
 
 
 def _fold(head: ScoreHead) -> None:

@@ -30,7 +30,6 @@ from verl.utils.dataset.step_dataset import StepDataset
 from verl.utils.fsdp import local_device
 from verl.utils.head_quality import HeadQuality, candidates, head_quality
 from verl.utils.optim import Optimizers
-from verl.utils.standardized_head import StandardizedHead
 from verl.utils.tracking import METRICS_FILE, Tracking
 from xbai.errors import UserError, exit_on_user_error
 from xbai.evaluate.feature_files import FeatureFiles, FeatureOptions
@@ -39,9 +38,18 @@ from xbai.evaluate.metrics import measure
 from xbai.evaluate.tables import report_grids, show
 from xbai.evaluate.training_plot import plot_training
 from xbai.files import atomic_directory, why_not_written
-from xbai.sprm import ScoreHead, ScoreObjective, SPRMConfig, save_score_head
+from xbai.sprm import (
+    ScoreHead,
+    ScoreObjective,
+    SPRMConfig,
+    observed_inputs,
+    save_score_head,
+    shift_head,
+    standardize_head,
+    start_shift,
+    start_totals,
+)
 from xbai.sprm.head import save_sprm_config
-from xbai.sprm.standardize import shift_head, start_shift, start_totals
 from xbai.sprm.step_features import StepFeatures
 
 logger = logging.getLogger(__name__)
@@ -72,11 +80,11 @@ class ScoreTrainer:
         self.val_data = self._dataset("data.val_files", config.data.val_files) if config.data.val_files else None
         self._check_overlap()
         torch.manual_seed(config.trainer.seed)
-        self.model = self._fresh_model().to(self.device)
+        self.head = self._fresh_head().to(self.device)
         steps_per_epoch = -(-len(self.train_data.groups) // config.data.train_batch_size)
         total_steps = config.trainer.total_epochs * steps_per_epoch
         section = OmegaConf.create({**config.score.optim, "total_training_steps": total_steps})
-        self.optimizer = Optimizers({"score": (self.model, section)})
+        self.optimizer = Optimizers({"score": (self.head, section)})
 
     def _feature_options(self) -> FeatureOptions:
         model = self.config.model
@@ -123,26 +131,30 @@ class ScoreTrainer:
             )  # fmt: skip
 
     @torch.no_grad()
-    def _fresh_model(self) -> StandardizedHead:
-        model = StandardizedHead(self.files.hidden_size, self.sprm_config).eval()
+    def _fresh_head(self) -> ScoreHead:
+        config = self.sprm_config
+        head = ScoreHead(self.files.hidden_size, config.dropout, config.normalize_features).eval()
         if self.config.score.standardize:
-            model.standardize(batch.features for batch in self.train_data.in_order())
+            with observed_inputs(head) as moments:
+                for batch in self.train_data.in_order():
+                    head(batch.features)
+            standardize_head(head, moments)
             totals = sum(
-                start_totals(batch.rows(model(batch.features)), batch.mask, batch.labels, batch.graded)
+                start_totals(batch.rows(head(batch.features)), batch.mask, batch.labels, batch.graded)
                 for batch in self.train_data.in_order()
             )
-            shift_head(model.head, start_shift(totals, self.objective))
-        return model
+            shift_head(head, start_shift(totals, self.objective))
+        return head
 
     def fit(self) -> None:
         """Train, and write the head of the epoch that validation found best."""
-        trainer, best = self.config.trainer, BestEpoch(self.model)
+        trainer, best = self.config.trainer, BestEpoch(self.head)
         with self._tracking() as tracking:
             for epoch in range(1, trainer.total_epochs + 1):
                 metrics = self._epoch(epoch)
                 if self.val_data is not None:
-                    metrics |= (quality := head_quality(self.model, self.val_data, self.device)).metrics()
-                    best.offer(epoch, quality, self.model)
+                    metrics |= (quality := head_quality(self.head, self.val_data, self.device)).metrics()
+                    best.offer(epoch, quality, self.head)
                 tracking.log(metrics, epoch)
                 logger.info("epoch %d of %d: %s", epoch, trainer.total_epochs, _shown(metrics))
                 if (
@@ -153,16 +165,16 @@ class ScoreTrainer:
                     logger.info("no better epoch than %d in the last %d: training ends", best.epoch, trainer.patience)
                     break
         if self.val_data is not None:
-            best.restore(self.model)
+            best.restore(self.head)
         self._finish(best.epoch if self.val_data is not None else epoch)
 
     def _epoch(self, epoch: int) -> dict[str, float]:
         """One pass over the training data; means over its updates."""
         started, updates = time.perf_counter(), []
-        self.model.train()
+        self.head.train()
         for batch in self.train_data.epoch(self.config.data.train_batch_size, self.config.trainer.seed + epoch):
             batch = batch.to(self.device)
-            logits = batch.rows(self.model(batch.features))
+            logits = batch.rows(self.head(batch.features))
             loss = self.objective(logits, batch.mask, batch.labels, batch.graded, batch.groups.tolist())
             loss.backward()
             update = {"loss": loss.item(), **self.optimizer.step(self.config.score.grad_clip, loss.item())}
@@ -171,7 +183,7 @@ class ScoreTrainer:
         return means | {"timing_s/epoch": time.perf_counter() - started}
 
     def _finish(self, epoch: int) -> None:
-        head = self.model.folded()
+        head = self.head.cpu().eval()
         data, name = (self.val_data, "validation") if self.val_data is not None else (self.train_data, "training data")
         show(report_grids({f"{name}, epoch {epoch}": measure(candidates(head, data, torch.device("cpu")))}))
         if "file" in self.config.trainer.logger:

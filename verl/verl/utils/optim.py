@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from verl.utils.fsdp import clip_gradients, grad_norm, local_device
 from verl.utils.muon import Muon
 from verl.workers.actor.joint_model import JointModel
 from xbai.errors import UserError
-from xbai.sprm import unfolded
+from xbai.sprm import ScoreHead, unfolded
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +112,7 @@ class Optimizers:
     ) -> None:
         self._max_nonfinite, self._nonfinite_in_a_row = max_nonfinite, 0
         self._names = {part: config.get("name", "AdamW") for part, (_, config) in parts.items()}
+        self._heads = [module for module, _ in parts.values() if isinstance(module, ScoreHead)]
         self._parameters = {name: list(module.parameters()) for name, (module, _) in parts.items()}
         self.optimizers = {
             name: build_optimizer(module.named_parameters(), config) for name, (module, config) in parts.items()
@@ -134,6 +135,8 @@ class Optimizers:
     def step(self, max_norm: float, loss: float = 0.0) -> dict[str, float]:
         """Clip each part to `max_norm` and update all of them; where the loss or a gradient is not finite, none.
 
+        A standardised score head's step, and its gradient's norm, are those on standardised features.
+
         Args:
             max_norm: of a part's gradient over all ranks.
             loss: of the global mini-batch, the same on every rank.
@@ -144,6 +147,15 @@ class Optimizers:
         Raises:
             UserError: on every rank, after `max_nonfinite` updates in a row that were left out.
         """
+        with ExitStack() as stack:
+            for head in self._heads:
+                stack.enter_context(unfolded(head))
+            metrics = self._step(max_norm, loss)
+        self.zero_grad()
+        self._count_nonfinite(not metrics["skipped"], {"loss": loss, **metrics})
+        return metrics
+
+    def _step(self, max_norm: float, loss: float) -> dict[str, float]:
         norms = {name: grad_norm(parameters) for name, parameters in self._parameters.items()}
         metrics = {f"grad_norm/{name}": float(norm) for name, norm in norms.items()}
         finite = all(map(math.isfinite, (loss, *metrics.values())))
@@ -151,8 +163,6 @@ class Optimizers:
             for name, norm in norms.items():
                 clip_gradients(self._parameters[name], max_norm, norm)
                 self.optimizers[name].step()
-        self.zero_grad()
-        self._count_nonfinite(finite, {"loss": loss, **metrics})
         return metrics | {"skipped": float(not finite)}
 
     def _count_nonfinite(self, finite: bool, values: dict[str, float]) -> None:
@@ -198,9 +208,3 @@ class JointOptimizer(Optimizers):
         if model.score_head is not None:
             parts["score"] = (model.score_head, score_config)
         super().__init__(parts, max_nonfinite)
-        self._head = model.score_head
-
-    def step(self, max_norm: float, loss: float = 0.0) -> dict[str, float]:
-        """See `Optimizers.step`; a standardised head's step, and its gradient's norm, are those on such features."""
-        with nullcontext() if self._head is None else unfolded(self._head):
-            return super().step(max_norm, loss)
