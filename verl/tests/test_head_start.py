@@ -123,7 +123,7 @@ def test_the_start_is_that_of_plain_features(tmp_path: Path) -> None:
         torch.testing.assert_close(found(features), started, rtol=1e-4, atol=1e-4, msg=way)
         found.load_state_dict(result["updated"])
         torch.testing.assert_close(found(features), model.score_head(features), rtol=1e-3, atol=1e-3, msg=way)
-        assert (found(features) - started).abs().mean() > 0.05
+        assert (found(features) - started).abs().mean() > 0.01
 
 
 def test_a_checkpoint_keeps_what_a_head_was_standardised_by(tiny_model_dir: Path, tmp_path: Path) -> None:
