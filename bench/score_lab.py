@@ -173,7 +173,7 @@ def standardized(values: Iterable[np.ndarray]) -> list[np.ndarray]:
     """Over the candidates of all questions."""
     parts = list(values)
     whole = np.concatenate(parts)
-    return [(part - whole.mean()) / whole.std() for part in parts]
+    return [(part - whole.mean()) / (whole.std() or 1.0) for part in parts]
 
 
 @exit_on_user_error

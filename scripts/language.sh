@@ -28,15 +28,17 @@ read -ra rl_args <<<"${RL_ARGS:-}"
 arm=$out/$setting # what depends on the setting
 temperature=0.7   # of all evaluation; training samples at 1.0
 context=1024
-total_stages=11
-[[ -z $model ]] || total_stages=10
+total_stages=12
+[[ -z $model ]] || total_stages=11
 source scripts/stages.sh
 
-# What each setting changes of ppo_trainer.yaml, whose values are the published ones.
+# What each setting changes of ppo_trainer.yaml, whose values are the published ones. Why: docs/results.md.
 published_score=()
 recommended_score=(
     actor_rollout_ref.score.backbone_grad_scale=1.0
     actor_rollout_ref.score.agreement_weighting=false
+    actor_rollout_ref.score.loss=both
+    actor_rollout_ref.score.aggregation=mean_logit
 )
 [[ $setting == recommended || $setting == published ]] ||
     fail "SETTING=$setting is unknown, use recommended or published"
@@ -63,13 +65,17 @@ SFT_ARGS=${SFT_ARGS:-}"
 
 # sample NAME FOLDER MODEL SCORES: 32 samples of every question, scored (fused) or not (none), from one policy service.
 sample() {
-    local name=$1 results=$2/results model=$3 scores=$4 heldout=$out/data/${task}_heldout.jsonl
+    local name=$1 results=$2/results model=$3 scores=$4
+    local heldout=$out/data/${task}_heldout.jsonl validation=$out/data/${task}_val.jsonl
     serve policy "$name" python test/policy_model_queue.py --model_path "$model" --max_model_len "$context"
     wait_ready policy
     infer "$out/data/${task}_test.jsonl" "$results/$name.jsonl" "$model" --task "$task" --score_source "$scores" \
         --max_questions "$questions"
     [[ ! -f $heldout ]] || infer "$heldout" "$results/${name}_heldout.jsonl" "$model" --task "$task" \
         --score_source "$scores" --max_questions $(((questions + 1) / 2))
+    # What score and log-prob count together is learnt on questions that are reported nowhere.
+    [[ $scores == none || ! -f $validation ]] || infer "$validation" "$results/${name}_val.jsonl" "$model" \
+        --task "$task" --score_source "$scores" --max_questions "$questions" --branch 8 --response_num 8
     stop_services
 }
 
@@ -138,23 +144,32 @@ stage_merge() {
 
 stage_sample_rl() { sample rl "$arm" "$arm/model" fused; }
 
+stage_calibrate() {
+    local validation=$arm/results/rl_val.jsonl
+    [[ -f $validation ]] || return 0
+    xbai calibrate "$validation" --task "$task" --model_path "$arm/model" ||
+        say "No question has right and wrong responses to learn from: score and log-prob are not put together"
+}
+
 stage_metrics() {
     local results
-    for results in "$arm"/results/rl*.jsonl; do
+    for results in "$arm"/results/rl{,_heldout}.jsonl; do
+        [[ -f $results ]] || continue
         python test/compute_metric.py --task "$task" --result_paths "$results" --N 8
     done
 }
 
 stage_report() {
-    local seconds held_out=()
+    local seconds held_out=() calibration=()
     seconds=$(seconds_of "$out" "$arm")
     [[ ! -f $arm/results/rl_heldout.jsonl ]] || held_out=(--held_out "$arm/results/rl_heldout.jsonl"
         --held_out_base "$out/results/base_heldout.jsonl")
+    [[ ! -f $arm/model/sprm_calibration.json ]] || calibration=(--calibration "$arm/model")
     python -c 'import json, sys; print(json.dumps({"setting": sys.argv[1], "overrides": sys.argv[2:]}))' \
         "$setting" "${score_setting[@]}" "${rl_args[@]}" >"$arm/score_setting.json"
     xbai plot training --metrics_file "$arm/rl/metrics.jsonl" --output "$arm/training.png"
     xbai summary --task "$task" --base_results "$out/results/base.jsonl" --rl_results "$arm/results/rl.jsonl" \
-        "${held_out[@]}" --score_setting "$arm/score_setting.json" \
+        "${held_out[@]}" "${calibration[@]}" --score_setting "$arm/score_setting.json" \
         --output "$arm/summary.json" --plot "$arm/accuracy.png" --seconds_total "$seconds"
     say "Done in $seconds s. Table: $arm/summary.json; figures: $arm/training.png, $arm/accuracy.png"
 }
@@ -169,5 +184,6 @@ begin "$arm" "SETTING=$setting RL_ARGS=${RL_ARGS:-}"
 run rl "Reinforcement learning: GRPO + SPRM, $setting setting" "$arm/rl"
 run merge "Conversion to a Hugging Face folder" "$arm/model"
 run sample_rl "Serving and sampling the trained model" "$arm/results/rl.jsonl"
+run calibrate "Score and log-prob together" "$arm/model"
 run metrics "Metrics" "the terminal"
 run report "Table and figures" "$arm/summary.json"

@@ -15,7 +15,7 @@ from xbai.engine.files import load_tokenizer
 
 COMMAND = "bash scripts/language.sh"
 SHARED_STAGES = {"setup", "convert", "data", "sft", "sample_base"}
-ARM_STAGES = {"rl", "merge", "sample_rl", "metrics", "report"}
+ARM_STAGES = {"rl", "merge", "sample_rl", "calibrate", "metrics", "report"}
 QUESTIONS = 2
 # Of a tokenizer of bytes, prompts are longer than those of the recipe.
 MINIATURE = {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from xbai.evaluate.graded_responses import read_graded_responses
 from xbai.sprm import StepRule, load_score_head, load_sprm_config
 from xbai.sprm.step_features import FeatureSource, StepFeatures
 
+BENCH = Path(__file__).parents[2] / "bench"
 RULE = StepRule("en", (5,))
 CHANNELS = 64
 
@@ -244,3 +247,31 @@ def test_what_is_there_is_never_replaced(
     path = write_features(tmp_path / "foreign.safetensors", foreign, range(2))
     with pytest.raises(UserError, match="features of another model, other:0123, not of"):
         trainer(model, tmp_path / "new", f"data.train_files={path}")
+
+
+def test_the_laboratory_compares_heads_on_the_same_responses(source: FeatureSource, tmp_path: Path) -> None:
+    train = write_features(tmp_path / "train.safetensors", source, range(60), signal=2.0)
+    test = write_features(tmp_path / "test.safetensors", source, range(60, 90), signal=2.0, seed=1)
+    titles = ["pairwise, mean_logit", "pairwise, mean_logit, logistic regression"]
+    only = [part for title in titles for part in ("--only", title)]
+    command = [
+        sys.executable,
+        BENCH / "score_lab.py",
+        train,
+        test,
+        "--seeds",
+        "1",
+        "--out",
+        tmp_path / "lab.json",
+        *only,
+    ]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "lab.json").read_text())
+    free, *heads = result["rows"]
+    assert free["title"] == "mean log-prob" and free["within_prompt_auc"] == 0.5
+    assert [head["title"] for head in heads] == [f"{title}{end}" for title in titles for end in ("", " + log-prob")]
+    for head in heads[::2]:
+        assert head["within_prompt_auc"] > 0.95 > 0.7 > result["test"]["one_sample"]["mean"]
+        assert head["best_of_8_less"]["mean log-prob"]["mean"] > 0.3
+    assert f"| {titles[0]} |" in done.stdout
