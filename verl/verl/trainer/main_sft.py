@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -78,5 +79,18 @@ def main() -> None:
         dist.destroy_process_group()
 
 
+def leave() -> NoReturn:
+    """End this process, whose work is done, without taking the interpreter apart.
+
+    Threads of gloo that are about to let go of a tensor would meet the interpreter's end and abort the process:
+    https://github.com/pytorch/pytorch/issues/190489.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 if __name__ == "__main__":
     main()
+    leave()
