@@ -177,7 +177,8 @@ def test_a_standardised_head_scores_alike_in_engine_and_scorer(make_model: Calla
         assert ((before := head(features)) > 0).all() or (before < 0).all()
     assert moments.mean[7] > 20 * moments.deviation[7]
     standardize_head(head, moments)
-    shift_head(head, -float(head(features).mean()))
+    with torch.no_grad():
+        shift_head(head, -head(features).mean().item())
     save_score_head(folder, head.state_dict(), config)
     engine = crowded_engine(folder)
     assert max(differences(engine, Scorer.from_folder(folder), requests=6, most_tokens=60)) < 1e-4

@@ -28,6 +28,7 @@ from verl.utils.fsdp import create_mesh, init_distributed, named_full_tensors, s
 from verl.utils.head_start import standardize_features
 from verl.utils.model import attention_for, build_joint_model, load_tokenizer
 from verl.utils.optim import JointOptimizer
+from verl.utils.packing import padded_layout
 from verl.utils.ulysses import sequence_parallel_group
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.actor.joint_model import JointModel
@@ -124,6 +125,21 @@ def test_the_start_is_that_of_plain_features(tmp_path: Path) -> None:
         found.load_state_dict(result["updated"])
         torch.testing.assert_close(found(features), model.score_head(features), rtol=1e-3, atol=1e-3, msg=way)
         assert (found(features) - started).abs().mean() > 0.01
+
+
+@torch.no_grad()
+def test_a_loaded_head_scores_as_before_where_only_its_updates_are_standardised(tmp_path: Path) -> None:
+    model, batch = make_model().eval(), make_batch()
+    before = {name: weight.clone() for name, weight in model.score_head.state_dict().items()}
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        layout = padded_layout(batch)
+        standardize_features(model, lambda: model(layout), is_fresh=False)
+    finally:
+        dist.destroy_process_group()
+    assert all(map(torch.equal, before.values(), model.score_head.state_dict().values()))
+    mean, deviation = model.score_head.standardization
+    assert mean[5] > 20 * deviation[5] > 0
 
 
 def test_a_checkpoint_keeps_what_a_head_was_standardised_by(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -54,6 +54,11 @@ class FeatureMoments:
         return int(self.totals[0])
 
     @property
+    def standardization(self) -> Standardization:
+        """By these moments."""
+        return Standardization(self.mean, self.deviation)
+
+    @property
     def mean(self) -> Tensor:
         """[c] float64."""
         return self.totals[1:].chunk(2)[0] / self.totals[0]
@@ -90,7 +95,7 @@ def standardize_head(head: ScoreHead, moments: FeatureMoments) -> None:
         head: as it was initialised; of one that is sharded, this rank's rows are changed.
         moments: of at least `MIN_FEATURES` inputs of its first layer.
     """
-    head.standardization = Standardization(moments.mean, moments.deviation)
+    head.standardization = moments.standardization
     _fold(head)
 
 

@@ -24,12 +24,14 @@ from xbai.sprm import (
 logger = logging.getLogger(__name__)
 
 
-def standardize_features(model: JointModel, compute: Callable[[], object]) -> int:
+def standardize_features(model: JointModel, compute: Callable[[], object], is_fresh: bool = True) -> int:
     """Standardise what the score head sees by the step features of all ranks. A collective.
 
     Args:
         model: sharded or plain, with a score head.
         compute: runs forward passes; of a sequence-parallel group each rank's see other steps.
+        is_fresh: a fresh head gives standardised features the logits that it gave features as they are. Any other goes
+            on giving the same logits, and only its optimiser sees it on standardised features.
 
     Returns:
         How many steps there were; with fewer than `MIN_FEATURES` the head stays as it is.
@@ -39,7 +41,10 @@ def standardize_features(model: JointModel, compute: Callable[[], object]) -> in
     reshard(model)
     dist.all_reduce(moments.totals)
     if moments.count >= MIN_FEATURES:
-        standardize_head(model.score_head, moments)
+        if is_fresh:
+            standardize_head(model.score_head, moments)
+        else:
+            model.score_head.standardization = moments.standardization
     return moments.count
 
 

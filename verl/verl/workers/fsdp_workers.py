@@ -142,12 +142,12 @@ class ActorRolloutRefWorker(CheckpointedWorker):
         return DataProto.from_dict(columns, meta_info={"metrics": metrics})
 
     @register(Dispatch.DP_COMPUTE_METRIC, group="train")
-    def standardize_score_head(self, data: DataProto) -> DataProto:
+    def standardize_score_head(self, data: DataProto, is_fresh: bool) -> DataProto:
         """See `standardize_features`; `meta_info["metrics"]` has the number of steps of `data` as `steps`."""
         batch = {**dict(data.batch.items()), **self._step_columns(data)}
         with measure_phase("head_start") as metrics, self._policy.on_device():
             steps = standardize_features(
-                self._policy.model, lambda: self._actor.compute_log_prob(batch, compute_entropy=False)
+                self._policy.model, lambda: self._actor.compute_log_prob(batch, compute_entropy=False), is_fresh
             )
         self._rollout.policy_has_changed()
         return DataProto(meta_info={"metrics": {"steps": float(steps)} | metrics})

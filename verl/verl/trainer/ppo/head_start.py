@@ -1,4 +1,4 @@
-"""The start of a fresh score head, in the first step whose responses have steps."""
+"""The start of a score head, in the first step whose responses have steps."""
 
 from __future__ import annotations
 
@@ -15,30 +15,39 @@ logger = logging.getLogger(__name__)
 
 
 class HeadStart:
-    """Standardises a fresh head's features by the first rollouts, and sets its bias by their grades.
+    """Standardises features by the first rollouts, and sets a fresh head's bias by their grades.
 
     Args:
         config: the `actor_rollout_ref` section.
-        is_new_run: a resumed run's head is never touched, and nor is one that was loaded.
+        is_new_run: a resumed run's head goes on as it was.
+
+    Attributes:
+        is_due: the head waits for its start.
     """
 
     def __init__(self, config: DictConfig, is_new_run: bool) -> None:
         score = config.score
         self._objective = ScoreObjective.from_config(score)
-        is_fresh = config.use_score and not has_score_head(config.model.path, score.model_path)
-        self.is_due: bool = is_fresh and is_new_run and score.standardized_start
+        self._is_fresh = config.use_score and not has_score_head(config.model.path, score.model_path)
+        wanted = score.standardized_start if self._is_fresh else config.use_score and score.standardized_updates
+        self.is_due: bool = wanted and is_new_run
 
     def standardize(self, workers: RayWorkerGroup, inputs: DataProto, metrics: dict[str, float]) -> bool:
-        """Before the log-probs of a step: standardise by `inputs`; returns whether they had the steps for it."""
-        measured = workers.standardize_score_head(inputs).meta_info["metrics"]
+        """Before the log-probs of a step: standardise by `inputs`, where they have the steps for it.
+
+        Returns:
+            Whether `set_bias` is to follow.
+        """
+        measured = workers.standardize_score_head(inputs, self._is_fresh).meta_info["metrics"]
         steps = int(measured.pop("steps"))
         metrics |= measured
         if steps < MIN_FEATURES:
-            logger.info("the responses have %d steps: later ones will standardise the fresh score head's start", steps)
+            logger.info("the responses have %d steps: later ones will standardise the score head's features", steps)
             return False
-        logger.info("the fresh score head starts on features standardised by %d steps", steps)
         self.is_due = False
-        return True
+        which = "fresh score head starts" if self._is_fresh else "loaded score head is trained"
+        logger.info("the %s on features standardised by %d steps", which, steps)
+        return self._is_fresh
 
     def set_bias(self, workers: RayWorkerGroup, batch: DataProto) -> None:
         """After the grades of a step: the head's bias, and the `old_step_logits` of `batch` with it."""
