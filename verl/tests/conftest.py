@@ -87,6 +87,11 @@ class TrainerRun:
             env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"},
         )
 
+    @property
+    def pid(self) -> int:
+        """Of the process that was started."""
+        return self._process.pid
+
     def finish(self) -> TrainerRun:
         """Wait for a good end."""
         assert self._process.wait(timeout=600) == 0, self.log()

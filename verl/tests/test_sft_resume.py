@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -52,11 +53,11 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
-def fine_tune(folder: Path, overrides: list[str]) -> None:
+def fine_tune(folder: Path, overrides: list[str], config: str = "sft_trainer") -> None:
     """Run the command in this process, on one rank."""
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     places = {"default_local_dir": folder, "log_dir": folder, "output_dir": folder / "out"}
-    arguments = [*(f"trainer.{key}={path}" for key, path in places.items()), *overrides]
+    arguments = ["--config-name", config, *(f"trainer.{key}={path}" for key, path in places.items()), *overrides]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["main_sft", *arguments])
         for variable, value in rank.items():
@@ -263,10 +264,18 @@ def test_checkpoints_that_cannot_be_written_are_found_before_training(
 
 @pytest.mark.slow
 def test_a_killed_run_ends_as_one_that_was_not(start_sft: Callable[..., Any], overrides, tmp_path: Path) -> None:
-    folder, settings = tmp_path / "killed", ["--config-name", "make10_sft", *overrides, "score.dropout=0.5"]
+    folder, changes = tmp_path / "killed", [*overrides, "score.dropout=0.5"]
+    settings = ["--config-name", "make10_sft", *changes]
     whole = start_sft(tmp_path / "whole", settings).finish()
     run = start_sft(folder, settings)
-    run.kill_when(lambda: any(folder.glob(".global_step_3.*.tmp")))
+    ranks: list[psutil.Process] = []
+
+    def is_saving() -> bool:
+        ranks[:] = psutil.Process(run.pid).children()
+        return any(folder.glob(".global_step_3.*.tmp"))
+
+    run.kill_when(is_saving)
+    assert len(ranks) == 2 and not psutil.wait_procs(ranks, timeout=10)[1], "torchrun's ranks outlive it"
     assert not (folder / "global_step_3").exists() and not (folder / "out").exists()
     shutil.copytree(folder, tmp_path / "one")
     resumed = start_sft(folder, settings).finish()
@@ -274,7 +283,7 @@ def test_a_killed_run_ends_as_one_that_was_not(start_sft: Callable[..., Any], ov
     assert_same_run(folder, whole.folder)
 
     # On another number of ranks dropout differs; the language model does not feel the head's here.
-    fine_tune(tmp_path / "one", settings)
+    fine_tune(tmp_path / "one", changes, "make10_sft")
     one, two = metrics(tmp_path / "one"), metrics(folder)
     assert one[-1]["sft/loss"] == pytest.approx(two[-1]["sft/loss"], rel=1e-3)
     assert one[-1]["lr/policy"] == two[-1]["lr/policy"]
