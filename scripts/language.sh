@@ -101,7 +101,6 @@ stage_data() {
 }
 
 stage_sft() {
-    rm -rf "$out/base" "$out/base_logs"
     torchrun --standalone --nproc_per_node "$ranks" -m verl.trainer.main_sft --config-name stories_sft \
         model.path="$out/start" data.train_files="$out/data/${task}_sft.parquet" \
         trainer.output_dir="$out/base" trainer.seed="$seed" "${sft_args[@]}"
