@@ -229,6 +229,18 @@ def test_summary_of_held_out_questions_has_the_same_keys() -> None:
         build_summary(base, theirs, None, other_model)
 
 
+def test_summary_needs_scores_of_the_trained_model_alone() -> None:
+    scored = random_questions(6, 32)
+    bare = [replace(each, scores=np.full(32, -np.inf), combined=None) for each in scored]
+    summary = build_summary(measure(bare, settings()), measure(scored, settings()))
+    base = summary["base_model"]
+    assert "best_of_n" not in base and "best_of_n" in summary
+    for part in ("random", "majority", "oracle", "free_baselines"):
+        assert base[part] == summary[part], "the same responses"
+    with pytest.raises(UserError, match="the summary needs scores"):
+        build_summary(measure(scored, settings()), measure(bare, settings()))
+
+
 def test_summary_refuses_unlike_runs() -> None:
     base = measure(random_questions(3, 32), settings())
     with pytest.raises(UserError, match=r"differ in temperature \(1.0, 0.7\)"):

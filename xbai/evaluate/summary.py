@@ -35,7 +35,7 @@ def build_summary(
     """The summary of a run; JSON-ready, undefined values are None.
 
     Args:
-        base: results of the model before RL.
+        base: results of the model before RL; without scores where it had no head yet.
         rl: results of the model after it, on the same questions with the same sampling.
         seconds_total: wall time of the whole run.
         held_out: results of the model after RL on questions of another kind, with the same sampling.
@@ -84,18 +84,18 @@ def _both_models(base: Report | None, rl: Report) -> dict[str, Any]:
         "pass_at_1": {name: estimate["mean"] for name, estimate in at_1.items()},
         "pass_at_1_standard_error": {name: estimate["standard_error"] for name, estimate in at_1.items()},
         **_accuracies(rl.to_dict()),
-        **({} if base is None else {"base_model": _accuracies(base.to_dict())}),
+        **({} if base is None else {"base_model": _accuracies(base.to_dict(), needs_scores=False)}),
     }
 
 
-def _accuracies(report: dict[str, Any]) -> dict[str, Any]:
+def _accuracies(report: dict[str, Any], needs_scores: bool = True) -> dict[str, Any]:
     curves = report["curves"]
     missing = [n for n in SUMMARY_COUNTS if str(n) not in curves["random"]]
     if missing:
         raise UserError(f"the summary needs N={missing[0]}, but a question has only {report['samples']} samples")
-    if "best_of_n" not in curves:
+    if needs_scores and "best_of_n" not in curves:
         raise UserError("the summary needs scores: run inference again with scores")
-    strategies = (*SUMMARY_STRATEGIES, *(name for name in OPTIONAL_STRATEGIES if name in curves))
+    strategies = [name for name in (*SUMMARY_STRATEGIES, *OPTIONAL_STRATEGIES) if name in curves]
     has_log_probs = FREE_BASELINES["mean_log_prob"] in curves
     free = {name: curve for name, curve in FREE_BASELINES.items() if has_log_probs and curve in curves}
     free_accuracies = {name: _at_counts(curves[curve], "mean") for name, curve in free.items()}
