@@ -86,7 +86,7 @@ def variants(layers: Sequence[int]) -> list[Variant]:
         Variant("pairwise, mean_logit, half of the prompts", BEST, share=0.5),
         Variant("pairwise, mean_logit, a quarter", BEST, share=0.25),
         Variant("pairwise, mean_logit, 24 epochs", BEST, epochs=24),
-        Variant("pairwise, mean_logit, logistic regression", BEST, linear=True),
+        Variant("pairwise, mean_logit, logistic regression", BEST, linear=True, lr=1e-2),
     ]
 
 

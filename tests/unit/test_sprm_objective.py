@@ -49,14 +49,12 @@ def plain_scores(logits, mask, aggregation: str) -> list[float | None]:
 def plain_pairwise(logits, mask, labels, graded, groups, aggregation: str) -> float:
     scores = plain_scores(logits, mask, aggregation)
     kept = [row for row in range(ROWS) if graded[row] and scores[row] is not None]
-    terms = []
-    for row in kept:
-        rivals = [other for other in kept if groups[other] == groups[row] and labels[other] != labels[row]]
-        sign = 1 if labels[row] == 1 else -1
-        margins = [sign * (plain_log_odds(scores[row]) - plain_log_odds(scores[rival])) for rival in rivals]
-        if margins:
-            terms.append(sum(math.log1p(math.exp(-margin)) for margin in margins) / len(margins))
-    return sum(terms) / len(terms) if terms else 0.0
+    losses = []
+    for right, wrong in itertools.permutations(kept, 2):
+        if groups[right] == groups[wrong] and labels[right] > labels[wrong]:
+            margin = plain_log_odds(scores[right]) - plain_log_odds(scores[wrong])
+            losses.append(math.log1p(math.exp(-margin)))
+    return sum(losses) / len(losses) if losses else 0.0
 
 
 def plain_outcome(logits, mask, labels, graded, aggregation: str, class_balance: bool) -> float:
@@ -126,15 +124,18 @@ def test_shares_of_micro_batches_add_up_in_value_and_gradient(loss, aggregation,
 
 
 def test_the_pairwise_gradient_is_that_of_the_pairs_themselves():
-    """Comparing with rivals as they were before the update loses nothing at the first update."""
-    scores = torch.tensor([-0.5, -1.0, -0.2, -2.0], dtype=torch.float64, requires_grad=True)
-    labels, counted = torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.ones(4, dtype=torch.bool)
-    right, wrong = [0, 3], [1, 2]
+    """Comparing with rivals as they were before the update loses nothing at the first update, and nothing drifts."""
+    scores = torch.tensor([-0.5, -1.0, -0.2, -2.0, 0.7], dtype=torch.float64, requires_grad=True)
+    labels, counted = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0]), torch.ones(5, dtype=torch.bool)
+    right, wrong = [0, 4], [1, 2, 3]
     pairs = sum(torch.nn.functional.softplus(scores[j] - scores[i]) for i, j in itertools.product(right, wrong))
     (of_pairs,) = torch.autograd.grad(pairs, scores)
-    rivals = rival_scores(scores.detach(), labels, counted, ["a"] * 4)
-    pairwise_loss(scores, labels, counted, rivals, total=4).backward()
-    assert torch.allclose(scores.grad, of_pairs / 8)  # A mean over 4 responses of means over 2 rivals.
+    rivals = rival_scores(scores.detach(), labels, counted, ["a"] * 5)
+    loss = pairwise_loss(scores, labels, counted, rivals, total=12)
+    loss.backward()
+    assert loss.item() == pytest.approx(pairs.item() / 6)
+    assert torch.allclose(scores.grad, of_pairs / 12)
+    assert scores.grad.sum().abs() < 1e-12
 
 
 def test_rivals_are_of_the_same_prompt_and_the_other_label_and_count():

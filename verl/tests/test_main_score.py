@@ -272,6 +272,6 @@ def test_the_laboratory_compares_heads_on_the_same_responses(source: FeatureSour
     assert free["title"] == "mean log-prob" and free["within_prompt_auc"] == 0.5
     assert [head["title"] for head in heads] == [f"{title}{end}" for title in titles for end in ("", " + log-prob")]
     for head in heads[::2]:
-        assert head["within_prompt_auc"] > 0.85 > 0.7 > result["test"]["one_sample"]["mean"]
-        assert head["best_of_8_less"]["mean log-prob"]["mean"] > 0.3
+        assert head["within_prompt_auc"] > 0.75 > 0.7 > result["test"]["one_sample"]["mean"]
+        assert head["best_of_8_less"]["mean log-prob"]["mean"] > 0.2
     assert f"| {titles[0]} |" in done.stdout

@@ -94,30 +94,25 @@ def rival_scores(scores: Tensor, labels: Tensor, counted: Tensor, groups: Sequen
     return rivals
 
 
-def has_rivals(rivals: Tensor) -> Tensor:
-    """[batch] bool: the responses that a pairwise loss counts."""
-    return ~rivals.isnan().all(-1)
-
-
 def pairwise_loss(odds: Tensor, labels: Tensor, counted: Tensor, rivals: Tensor, total: float) -> Tensor:
-    """This micro-batch's share of the mean, over responses with rivals, of -log P(the right one of a pair is chosen).
+    """This micro-batch's share of the mean, over pairs of a response and a rival, of -log P(the right one is chosen).
 
     A response is compared with what its rivals scored **before** the update, as PPO's ratio is with the log-probs
-    before it: the loss of a response then needs no other response, whichever rank computes that one, and at the first
-    update its gradient is that of the pairs themselves.
+    before it: the loss of a response then needs no other response, whichever rank computes that one. Every pair counts
+    from both sides alike, so that at the first update the gradient is that of the pairs themselves. Were it a mean over
+    responses instead, the larger side would push harder, all scores would drift its way, and no rival stop them.
 
     Args:
         odds: [batch] from `log_odds`.
         labels: [batch], 1 right, 0 wrong.
         counted: [batch] bool, the responses that count.
         rivals: [batch, m] from `rival_scores`, of the same aggregation.
-        total: responses with rivals in the global mini-batch.
+        total: pairs in the global mini-batch, each counted from both sides.
     """
     there = ~rivals.isnan() & counted[:, None]
     sign = torch.where(labels > 0.5, 1.0, -1.0)
     margins = sign[:, None] * (odds[:, None] - rivals.nan_to_num())
-    per_response = (F.softplus(-margins) * there).sum(-1) / there.sum(-1).clamp(min=1)
-    return per_response.sum() / (total or 1.0)
+    return (F.softplus(-margins) * there).sum() / (total or 1.0)
 
 
 @dataclass(frozen=True)
@@ -127,20 +122,20 @@ class ScoreTotals:
     Attributes:
         steps: with w_n = 1, by class.
         responses: graded ones with steps, by class.
-        paired: those that have rivals.
+        pairs: of a response and a rival, each counted from both sides.
     """
 
     steps: StepCounts
     responses: StepCounts
-    paired: float
+    pairs: float
 
     SIZE = 5
 
     @classmethod
     def from_tensor(cls, totals: Tensor) -> ScoreTotals:
         """From the sum over ranks of `ScoreObjective.local_totals`."""
-        step_right, step_wrong, right, wrong, paired = totals.tolist()
-        return cls(StepCounts(step_right, step_wrong), StepCounts(right, wrong), paired)
+        step_right, step_wrong, right, wrong, pairs = totals.tolist()
+        return cls(StepCounts(step_right, step_wrong), StepCounts(right, wrong), pairs)
 
 
 @dataclass(frozen=True)
@@ -195,9 +190,9 @@ class ScoreObjective:
     ) -> Tensor:
         """[5] float32, to be summed over ranks: see `ScoreTotals`."""
         responses = counted_responses(feature_mask, graded)
-        paired = torch.zeros(1, device=labels.device) if rivals is None else has_rivals(rivals).sum()[None].float()
+        pairs = torch.zeros(1) if rivals is None else (~rivals.isnan()).sum()[None].float()
         return torch.cat(
-            [count_by_class(counted, labels), count_by_class(responses[:, None], labels), paired.to(labels.device)]
+            [count_by_class(counted, labels), count_by_class(responses[:, None], labels), pairs.to(labels.device)]
         )
 
     def response_loss(
@@ -213,7 +208,7 @@ class ScoreObjective:
         odds = log_odds(step_logits, feature_mask, self.aggregation)
         counted = counted_responses(feature_mask, graded)
         if self.compares:
-            return pairwise_loss(odds, labels, counted, rivals, totals.paired)
+            return pairwise_loss(odds, labels, counted, rivals, totals.pairs)
         return outcome_loss(odds, labels, counted, totals.responses, self.class_balance)
 
     def __call__(

@@ -156,7 +156,7 @@ class DataParallelPPOActor:
             score = totals.score
             metrics |= {"counted_right": score.steps.positive, "counted_wrong": score.steps.negative}
             if self._loss_config.score.compares:
-                metrics["counted_paired"] = score.paired
+                metrics["counted_pairs"] = score.pairs
         return metrics | self.optimizer.step(self._grad_clip, metrics["loss"])
 
     def _forward_backward(self, batch: Batch, totals: Totals) -> dict[str, Tensor]:
@@ -181,7 +181,7 @@ METRIC_NAMES = {
     "score_loss": "score/loss",
     "counted_right": "score/counted_right",
     "counted_wrong": "score/counted_wrong",
-    "counted_paired": "score/counted_paired",
+    "counted_pairs": "score/counted_pairs",
     "grad_norm/policy": "actor/grad_norm",
     "grad_norm/score": "score/grad_norm",
     "lr/policy": "actor/lr",
