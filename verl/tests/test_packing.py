@@ -30,7 +30,7 @@ from verl.workers.actor.joint_loss import LossConfig, Totals, joint_loss
 from verl.workers.actor.joint_model import JointModel, JointOutput
 from verl.workers.actor.micro_batches import MicroBatching, RowSizes
 from xbai.errors import UserError
-from xbai.sprm import ScoreHead, StepCounts
+from xbai.sprm import ScoreHead, ScoreTotals, StepCounts
 
 VOCABULARY, PROMPT = 40, 8
 SHAPE = {
@@ -187,7 +187,8 @@ def loss_of(
     )
     output = model(layout, temperature=0.7, compute_entropy=True, backbone_grad_scale=0.5)
     mask = batch["response_mask"]
-    totals = Totals(Denominators(float(mask.sum()), float(mask.any(-1).sum())), StepCounts(4.0, 6.0))
+    score = ScoreTotals(StepCounts(4.0, 6.0), StepCounts(2.0, 3.0), pairs=12.0)
+    totals = Totals(Denominators(float(mask.sum()), float(mask.any(-1).sum())), score)
     loss, _ = joint_loss(output, layout, batch, totals, config)
     model.zero_grad()
     loss.backward()
