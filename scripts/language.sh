@@ -32,12 +32,12 @@ total_stages=12
 [[ -z $model ]] || total_stages=11
 source scripts/stages.sh
 
-# What each setting changes of ppo_trainer.yaml, whose values are the published ones. Why: docs/results.md.
+# What each setting changes of ppo_trainer.yaml, whose values are the published ones.
 published_score=()
 recommended_score=(
     actor_rollout_ref.score.backbone_grad_scale=1.0
     actor_rollout_ref.score.agreement_weighting=false
-    actor_rollout_ref.score.loss=both
+    actor_rollout_ref.score.loss=pairwise
     actor_rollout_ref.score.aggregation=mean_logit
 )
 [[ $setting == recommended || $setting == published ]] ||
