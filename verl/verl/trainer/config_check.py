@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -185,7 +185,8 @@ def check_config(config: DictConfig, not_found: Callable[[str], None] | None = N
     defaults, on_this_machine = OmegaConf.load(DEFAULTS_FILE), not_found is None
     not_found = not_found or _raise
     _check_known(config, defaults)
-    _check_values(config, defaults, not_found)
+    check_values(config, defaults, NULLABLE, CHOICES, POSITIVE)
+    check_backends(config.trainer.logger, not_found)
     if on_this_machine:
         _check_machine(config)
     elif config.trainer.device == "auto":
@@ -212,20 +213,36 @@ def _check_known(config: DictConfig, defaults: DictConfig) -> None:
             raise UserError(f"{key} is not a key of this trainer (see {DEFAULTS_FILE.name})")
 
 
-def _check_values(config: DictConfig, defaults: DictConfig, not_found: Callable[[str], None]) -> None:
+def check_values(
+    config: DictConfig,
+    defaults: DictConfig,
+    nullable: Mapping[str, type],
+    choices_of: Mapping[str, tuple[Any, ...]],
+    positive: Sequence[str],
+    unchecked: Sequence[str] = (),
+) -> None:
+    """Refuse the first value that is not of its default's kind, not among its choices, or not above 0.
+
+    Args:
+        config, defaults: composed, of the same trainer.
+        nullable: what the keys may be that may be null.
+        choices_of: all that some keys may be.
+        positive: keys of numbers.
+        unchecked: keys that may be of several kinds.
+    """
     default_of = dict(leaves(defaults))
     for key, value in leaves(config):
-        check_kind(key, value, default_of.get(key), NULLABLE)
-    for key, choices in CHOICES.items():
+        if key not in unchecked:
+            _check_kind(key, value, default_of.get(key), nullable)
+    for key, choices in choices_of.items():
         if (value := OmegaConf.select(config, key)) not in choices:
             raise UserError(f"{key}={value} is unknown, use one of {', '.join(map(str, choices))}")
-    for key in POSITIVE:
+    for key in positive:
         if (value := OmegaConf.select(config, key)) <= 0:
             raise UserError(f"{key}={value} must be above 0")
-    check_backends(config.trainer.logger, not_found)
 
 
-def check_kind(key: str, value: Any, default: Any, nullable: Mapping[str, type]) -> None:
+def _check_kind(key: str, value: Any, default: Any, nullable: Mapping[str, type]) -> None:
     """Refuse a value of another kind than its default; `nullable` says what the keys may be that may be null."""
     if key in AUTO_KEYS:
         if value != "auto" and not _is(bool, value):

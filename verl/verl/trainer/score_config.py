@@ -6,8 +6,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl.trainer.compose import CONFIG_FOLDER, leaves
-from verl.trainer.config_check import check_kind
+from verl.trainer.compose import CONFIG_FOLDER
+from verl.trainer.config_check import check_values
 from verl.utils.tracking import check_backends
 from xbai.engine.files import DTYPES, check_model_folder
 from xbai.errors import UserError
@@ -37,16 +37,7 @@ def check_score_config(config: DictConfig) -> None:
     defaults = OmegaConf.load(CONFIG_FOLDER / "score_trainer.yaml")
     # Other defaults are made of it.
     defaults.trainer.output_dir = "OUT"
-    default_of = dict(leaves(defaults))
-    for key, value in leaves(config):
-        if key not in FILES:
-            check_kind(key, value, default_of.get(key), NULLABLE)
-    for key, choices in CHOICES.items():
-        if (value := OmegaConf.select(config, key)) not in choices:
-            raise UserError(f"{key}={value} is unknown, use one of {', '.join(map(str, choices))}")
-    for key in POSITIVE:
-        if (value := OmegaConf.select(config, key)) <= 0:
-            raise UserError(f"{key}={value} must be above 0")
+    check_values(config, defaults, NULLABLE, CHOICES, POSITIVE, unchecked=FILES)
     if not 0 <= config.score.dropout < 1:
         raise UserError(f"score.dropout={config.score.dropout} must be from 0 to below 1")
     check_backends(config.trainer.logger, _raise)
