@@ -4,8 +4,9 @@
 #
 #   bash scripts/language.sh
 #
-# Takes up to three hours on two CPU cores with 12 GB, minutes on a GPU, and no model hub: the model, SmolLM2-135M-Instruct,
-# is in a wheel. Interrupted and run again it goes on from the last finished stage. Settings by environment variable:
+# Sized for two CPU cores with 12 GB and at most three hours (by the cost of its steps: nobody has timed it whole yet). Needs no
+# model hub: the model, SmolLM2-135M-Instruct, is in a wheel. Interrupted and run again it goes on from the last finished stage.
+# Settings by environment variable:
 #   OUT             where everything goes (outputs/language)
 #   SETTING         of the score's loss: recommended (see below) or published; run again with the other one, both share the
 #                   data, the fine-tuned model and its samples
