@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import typer
 from rich.progress import track
+from score_losses import AgreementWithin, Loss, late_labels, soft_labels, trained_loss
 from torch import Tensor, nn
 
 from verl.utils.dataset.step_dataset import StepDataset
@@ -38,6 +39,7 @@ from xbai.sprm.step_features import StepFeatures
 CPU = torch.device("cpu")
 COUNTS = (2, 8, 32)
 EVERY_STEP = ScoreObjective(agreement_weighting=False)
+STEP_BCE = trained_loss(EVERY_STEP)
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ class Variant:
 
     Attributes:
         title: of the row.
-        objective: its loss.
+        loss: that it learns by.
+        warm_up: epochs by `STEP_BCE` before those.
+        chosen_by: how its step scores become the response's, one of `xbai.sprm.score.AGGREGATIONS`.
         layer: whose features it sees; None for the last that was kept below the top one, as the published head does.
         share: of the training prompts.
         epochs: over all training prompts; with a share of them as many updates.
@@ -56,7 +60,9 @@ class Variant:
     """
 
     title: str
-    objective: ScoreObjective = EVERY_STEP
+    loss: Loss = STEP_BCE
+    warm_up: int = 0
+    chosen_by: str = "geometric"
     layer: int | None = None
     share: float = 1.0
     epochs: int = 8
@@ -65,9 +71,9 @@ class Variant:
     linear: bool = False
 
 
-def compared(aggregation: str, loss: str = "pairwise") -> ScoreObjective:
+def compared(aggregation: str, loss: str = "pairwise") -> Loss:
     """A loss of whole responses."""
-    return replace(EVERY_STEP, loss=loss, aggregation=aggregation)
+    return trained_loss(replace(EVERY_STEP, loss=loss, aggregation=aggregation))
 
 
 BEST = compared("mean_logit")
@@ -75,10 +81,21 @@ BEST = compared("mean_logit")
 
 def variants(layers: Sequence[int]) -> list[Variant]:
     """All rows, for features of these layers."""
+    published = trained_loss(ScoreObjective())
     return [
-        Variant("published: agreement weighting, features as they are", ScoreObjective(), lr=1e-4, standardize=False),
-        Variant("agreement weighting, standardised", ScoreObjective()),
+        Variant("published: agreement weighting, features as they are", published, lr=1e-4, standardize=False),
+        Variant("agreement weighting, standardised", published),
+        Variant("agreement weighting after 2 epochs without", published, warm_up=2),
+        Variant("agreement weighting with a margin of 1", AgreementWithin(1.0)),
         Variant("step BCE"),
+        *(
+            Variant(f"step BCE, chosen by {how}", chosen_by=how)
+            for how in ("product", "lowest_third", "soft_min", "min")
+        ),
+        Variant("step BCE, a wrong response's steps from where it departs", late_labels),
+        Variant("the same, chosen by min", late_labels, chosen_by="min"),
+        Variant("step BCE, the group's rate as a label", soft_labels),
+        Variant("the same, chosen by last", soft_labels, chosen_by="last"),
         *(Variant(f"outcome BCE, {how}", compared(how, "outcome_bce")) for how in ("geometric", "product", "soft_min")),
         *(Variant(f"pairwise, {how}", compared(how)) for how in ("geometric", "product", "soft_min", "mean_logit")),
         Variant("step BCE + pairwise, mean_logit", compared("mean_logit", "both")),
@@ -151,10 +168,10 @@ def train(variant: Variant, data: StepDataset, hidden_size: int, seed: int) -> n
     torch.manual_seed(seed)
     model = fresh_head(variant, data, hidden_size).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=variant.lr, weight_decay=0.01)
-    for epoch in range(round(variant.epochs / variant.share)):
+    for epoch in range(variant.warm_up + round(variant.epochs / variant.share)):
+        loss_of = STEP_BCE if epoch < variant.warm_up else variant.loss
         for batch in data.epoch(16, seed=1000 * seed + epoch):
-            logits = batch.rows(model(batch.features))
-            loss = variant.objective(logits, batch.mask, batch.labels, batch.graded, batch.groups.tolist())
+            loss = loss_of(batch.rows(model(batch.features)), batch)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -207,7 +224,8 @@ def main(
         for seed in range(seeds):
             head = train(variant, of_train, hidden_size, seed)
             judged = candidates(head, of_test, CPU)
-            scores = standardized(np.log(np.maximum(question.scores, 1e-12)) for question in judged)
+            chosen_by = (question.scores_by(variant.chosen_by) for question in judged)
+            scores = standardized(np.log(np.maximum(score, 1e-12)) for score in chosen_by)
             alone.add(judged, scores)
             together.add(judged, [score + log_prob for score, log_prob in zip(scores, log_probs)])
         measured += [alone, together]

@@ -55,6 +55,7 @@ def test_what_is_written_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
     with StepFeatures.create(tmp_path / "a.safetensors", source, steps, hidden_size=5) as written:
         written.features.copy_(features)
         written.mean_log_prob[1] = math.nan
+        written.states.copy_(torch.arange(7) - 2**62)
         written.questions.copy_(torch.tensor([-(2**62), 2**62, 1]))
         written.graded[2] = True
         assert not (tmp_path / "a.safetensors").exists(), "the file has its name when it is whole"
@@ -65,6 +66,7 @@ def test_what_is_written_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
     assert read.steps.tolist() == steps and read.starts.tolist() == [0, 3, 3]
     assert read.questions.tolist() == [-(2**62), 2**62, 1]
     assert read.graded.tolist() == [False, False, True]
+    assert torch.equal(read.states, torch.arange(7) - 2**62)
     assert read.mean_log_prob.isnan().tolist() == [False, True, False]
     with pytest.raises(UserError, match="layer 2 was not kept, only 3, 1"):
         read.of_layer(2)
@@ -75,6 +77,17 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), StepFeatures.create(tmp_path / "a.safetensors", source, [1], 4):
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
+
+
+def test_steps_share_a_state_when_all_before_them_is_the_same(tiny_model_dir: Path, tmp_path: Path) -> None:
+    texts = ["One.\n\nTwo.\n\n", "One.\n\nTwo.\n\nThree.\n\n", "Zero.\n\nTwo.\n\n"]
+    rows = [{"prompt": prompt, "response": text, "correct": 1} for prompt in PROMPTS for text in texts]
+    path = tmp_path / "1.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stored = make(tiny_model_dir, path, tmp_path)
+    assert stored.steps.tolist() == [2, 3, 2] * 2
+    first, second = stored.states.reshape(2, 7).tolist()
+    assert first[:2] == first[2:4] and len({*first, *second}) == 10
 
 
 @pytest.mark.parametrize("max_batch_tokens", [None, 64, 1])

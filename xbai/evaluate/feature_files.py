@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -135,6 +136,7 @@ class FeatureFiles:
             found.correct.copy_(torch.tensor([response.correct for response in responses]))
             found.graded.copy_(torch.tensor([response.graded for response in responses]))
             found.tokens.copy_(torch.tensor([len(response.ids) - response.start for response in encoded]))
+            found.states.copy_(torch.tensor([state for response in encoded for state in _states(response)]))
             self._extract(path, encoded, found)
         logger.info(
             "%s: features of %d steps of %d responses to %d prompts",
@@ -198,7 +200,20 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, rule: StepRule, response
 
 
 def _question(prompt: str) -> int:
-    return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big", signed=True)
+    return _number(hashlib.sha256(prompt.encode()))
+
+
+def _states(response: EncodedResponse) -> Iterator[int]:
+    """Of each step a number of all tokens up to it."""
+    hashed, start = hashlib.sha256(), 0
+    for position in response.positions:
+        hashed.update(array("q", response.ids[start : position + 1]))
+        start = position + 1
+        yield _number(hashed)
+
+
+def _number(hashed: hashlib._Hash) -> int:
+    return int.from_bytes(hashed.digest()[:8], "big", signed=True)
 
 
 def _check_prompts(path: Path, responses: Sequence[GradedResponse], rule: StepRule) -> None:

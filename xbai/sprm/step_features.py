@@ -23,7 +23,7 @@ from xbai.errors import UserError
 from xbai.files import atomic_write
 from xbai.sprm.steps import StepRule
 
-FORMAT = "xbai step features 1"
+FORMAT = "xbai step features 2"
 SUFFIX = ".safetensors"
 _DTYPE_NAMES = {
     torch.int64: "I64",
@@ -79,6 +79,7 @@ class StepFeatures:
         graded: [R] bool.
         tokens: [R] int64, of the response's text.
         mean_log_prob: [R] float32, of those tokens at temperature 1; nan where there is none.
+        states: [K] int64, equal for steps before which, and up to which, the same was said to the same prompt.
     """
 
     source: FeatureSource
@@ -89,6 +90,7 @@ class StepFeatures:
     graded: Tensor
     tokens: Tensor
     mean_log_prob: Tensor
+    states: Tensor
 
     @classmethod
     def open(cls, path: str | Path) -> StepFeatures:
@@ -127,6 +129,7 @@ class StepFeatures:
             "steps": (torch.int64, [len(steps)]),
             "questions": (torch.int64, [len(steps)]),
             "tokens": (torch.int64, [len(steps)]),
+            "states": (torch.int64, [sum(steps)]),
             "correct": (torch.float32, [len(steps)]),
             "mean_log_prob": (torch.float32, [len(steps)]),
             "features": (source.dtype, [sum(steps), len(source.layers), hidden_size]),

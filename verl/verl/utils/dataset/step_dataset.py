@@ -21,6 +21,7 @@ class StepBatch:
         labels: [B] float32, 1.0 for a right answer.
         graded: [B] bool.
         groups: [B] int64, equal for responses to the same prompt.
+        states: [K] int64, see `StepFeatures`.
     """
 
     features: Tensor
@@ -28,6 +29,7 @@ class StepBatch:
     labels: Tensor
     graded: Tensor
     groups: Tensor
+    states: Tensor
 
     def to(self, device: torch.device) -> StepBatch:
         """The same on another device."""
@@ -57,6 +59,7 @@ class StepDataset:
             torch.cat([getattr(store, name) for store in stores])
             for name in ("correct", "graded", "tokens", "mean_log_prob", "steps")
         )
+        self._states = [store.states for store in stores]
         self._places = [
             (file, start, start + steps)
             for file, store in enumerate(stores)
@@ -81,13 +84,14 @@ class StepDataset:
 
     def batch(self, responses: Sequence[int]) -> StepBatch:
         """Some responses, by their numbers."""
-        places = (self._places[response] for response in responses)
+        places = [self._places[response] for response in responses]
         features = torch.cat([self._features[file][start:stop] for file, start, stop in places]).float()
+        states = torch.cat([self._states[file][start:stop] for file, start, stop in places])
         index = torch.tensor(responses)
         steps = self.steps[index]
         mask = torch.arange(max(1, int(steps.max()))) < steps[:, None]
         labels = (self.correct[index] > 0.5).float()
-        return StepBatch(features, mask, labels, self.graded[index], self._group_of[index])
+        return StepBatch(features, mask, labels, self.graded[index], self._group_of[index], states)
 
     def epoch(self, prompts: int, seed: int) -> Iterator[StepBatch]:
         """All responses in an order drawn by `seed`, batches of so many prompts."""
