@@ -64,12 +64,16 @@ fi
 begin "$out" "SEED=$seed TASK=$task LANGUAGE_MODEL=$model GSM8K=$gsm8k QUESTIONS=$questions DEVICE=$device RANKS=$ranks \
 SFT_ARGS=${SFT_ARGS:-}"
 
-# sample NAME FOLDER MODEL SCORES: 32 samples of every question, scored (fused) or not (none), from one policy service.
+# sample NAME FOLDER MODEL SCORES: 32 samples of every question, scored (fused) or not (none); on two CPU cores from two
+# policy services, which are twice as fast as one of two threads.
 sample() {
-    local name=$1 results=$2/results model=$3 scores=$4
+    local name=$1 results=$2/results model=$3 scores=$4 service services=(policy)
     local heldout=$out/data/${task}_heldout.jsonl validation=$out/data/${task}_val.jsonl
-    serve policy "$name" python test/policy_model_queue.py --model_path "$model" --max_model_len "$context"
-    wait_ready policy
+    if [[ $device == cpu ]] && (($(nproc) > 1)); then services+=(policy_2); fi
+    for service in "${services[@]}"; do
+        serve "$service" "$name" python test/policy_model_queue.py --model_path "$model" --max_model_len "$context"
+    done
+    wait_ready "${services[@]}"
     infer "$out/data/${task}_test.jsonl" "$results/$name.jsonl" "$model" --task "$task" --score_source "$scores" \
         --max_questions "$questions"
     [[ ! -f $heldout ]] || infer "$heldout" "$results/${name}_heldout.jsonl" "$model" --task "$task" \
@@ -114,20 +118,19 @@ stage_sample_base() { sample base "$out" "$out/base" none; }
 stage_rl() {
     bash scripts/run_single_node.sh "${device_settings[@]}" \
         trainer.n_gpus_per_node="$ranks" trainer.seed="$seed" \
-        trainer.default_local_dir="$arm/rl" trainer.project_name=language trainer.experiment_name="$task" \
+        trainer.default_local_dir="$arm/rl" trainer.rollout_data_dir="$arm/rl/rollouts" \
+        trainer.project_name=language trainer.experiment_name="$task" \
         trainer.total_training_steps=30 trainer.save_freq=10 trainer.test_freq=10 trainer.max_actor_ckpt_to_keep=1 \
         actor_rollout_ref.model.path="$out/base" \
         data.train_files="$out/data/${task}_train.parquet" data.val_files="$out/data/${task}_val.parquet" \
         data.train_batch_size=16 data.max_prompt_length="$prompt_length" data.max_response_length="$response_length" \
         actor_rollout_ref.actor.ppo_mini_batch_size=8 \
         actor_rollout_ref.actor.ulysses_sequence_parallel_size=1 \
-        actor_rollout_ref.actor.entropy_coeff=0 \
+        actor_rollout_ref.actor.entropy_coeff=0 actor_rollout_ref.actor.use_kl_loss=false \
         actor_rollout_ref.actor.ppo_max_token_len_per_gpu=2048 \
         actor_rollout_ref.actor.fsdp_config.compute_dtype=bfloat16 \
-        actor_rollout_ref.actor.optim.lr=1e-5 \
+        actor_rollout_ref.actor.optim.lr=3e-5 \
         actor_rollout_ref.score.optim.lr=1e-3 \
-        actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=4096 \
-        actor_rollout_ref.ref.fsdp_config.compute_dtype=bfloat16 \
         actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=4096 \
         actor_rollout_ref.rollout.dtype=bfloat16 actor_rollout_ref.rollout.max_num_seqs=64 \
         actor_rollout_ref.rollout.temperature=1.0 \

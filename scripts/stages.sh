@@ -60,7 +60,7 @@ stop_services() {
     local service
     for service in "${pid[@]}"; do kill "$service" 2>/dev/null || true; done
     for service in "${pid[@]}"; do wait "$service" 2>/dev/null || true; done
-    pid=()
+    pid=() url=()
 }
 trap stop_services EXIT
 
@@ -68,7 +68,8 @@ free_port() {
     python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
-# serve KIND NAME COMMAND...: start the policy or score service of a model in the background, at ${url[KIND]}.
+# serve KIND NAME COMMAND...: start a policy or score service of a model in the background, at ${url[KIND]}. Several policy
+# services share the questions: they are of the kinds policy, policy_2, ...
 serve() {
     local kind=$1 name=$2 port
     shift 2
@@ -94,12 +95,13 @@ wait_ready() {
     done
 }
 
-# infer INPUT OUTPUT MODEL OPTIONS...: 32 samples of each question from the policy service.
+# infer INPUT OUTPUT MODEL OPTIONS...: 32 samples of each question from the policy services.
 infer() {
-    local input=$1 output=$2 model=$3
+    local input=$1 output=$2 model=$3 service policies=()
     shift 3
+    for service in "${!url[@]}"; do [[ $service != policy* ]] || policies+=("${url[$service]}/generate"); done
     python test/inference.py --input_file "$input" --output_file "$output" --model_dir "$model" \
-        --response_api_url "${url[policy]}/generate" --n_samples 1 --branch 32 --response_num 32 \
+        --response_api_url "$(IFS=, && echo "${policies[*]}")" --n_samples 1 --branch 32 --response_num 32 \
         --temperature "$temperature" --top_p 1.0 --repetition_penalty 1.0 --max_tokens "$response_length" \
         --seed "$seed" "$@"
 }
