@@ -1,8 +1,8 @@
 """What makes a score head choose well? Heads on stored features: losses, layers and data, minutes for a table.
 
-    xbai features TRAIN_ROLLOUTS --model_path MODEL --layers 14,19,24,28 --output FEATURES/train
+    xbai features TRAIN_RESULTS --task stories --model_path MODEL --layers 14,19,24,28 --output FEATURES/train
     xbai features TEST_RESULTS --task stories --model_path MODEL --layers 14,19,24,28 --output FEATURES/test
-    python bench/score_lab.py FEATURES/train FEATURES/test [--seeds 3] [--only TITLE]
+    python bench/score_lab.py FEATURES/train FEATURES/test [--truth TRAIN_RESULTS --model_path MODEL] [--seeds 3]
 
 Each head trains on the responses of the first folder and is judged on those of the second: by AUC within a prompt, and
 by Best-of-N, alone and added to the mean log-prob (both standardised), which is free in the same pass. The backbone
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import typer
 from rich.progress import track
-from score_losses import AgreementWithin, Loss, late_labels, soft_labels, trained_loss
+from score_losses import AgreementWithin, Loss, TrueLabels, late_labels, soft_labels, trained_loss
 from torch import Tensor, nn
 
 from verl.utils.dataset.step_dataset import StepDataset
@@ -199,15 +199,23 @@ def main(
     test_folder: Annotated[Path, typer.Argument(help="features of the responses to judge by")],
     seeds: Annotated[int, typer.Option(min=1, help="heads of each variant")] = 3,
     only: Annotated[list[str] | None, typer.Option(help="titles of variants")] = None,
+    truth: Annotated[Path | None, typer.Option(help="of the stories: what TRAIN_FOLDER was made of")] = None,
+    model_path: Annotated[str, typer.Option(help="whose tokenizer reads --truth")] = "",
     out: Annotated[Path, typer.Option()] = machine.ROOT / "bench/results/score_lab.json",
 ) -> None:
     """Train and judge every variant."""
     torch.set_num_threads(1)
     store = StepFeatures.open(response_files([str(train_folder)])[0])
     layers = store.source.layers
-    rows = [row for row in variants(layers) if only is None or row.title in only]
+    tried = variants(layers)
+    if truth is not None:
+        true_labels = TrueLabels.of_stories(truth, model_path)
+        tried += [
+            Variant(f"true step labels, chosen by {how}", true_labels, chosen_by=how) for how in ("geometric", "min")
+        ]
+    rows = [row for row in tried if only is None or row.title in only]
     if not rows:
-        raise UserError(f"--only: there are {', '.join(row.title for row in variants(layers))}")
+        raise UserError(f"--only: there are {', '.join(row.title for row in tried)}")
     hidden_size = store.features.shape[-1]
     measured: list[Row] = []
     test = dataset(test_folder, layers[-1])

@@ -6,15 +6,21 @@ responses to a prompt say more: many begin with the same steps, and how those en
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from verl.utils.dataset.step_dataset import StepBatch
-from xbai.sprm import ScoreObjective
+from xbai.benchmarks.story import OPERATIONS
+from xbai.engine.files import load_tokenizer
+from xbai.evaluate.feature_files import encode_response, step_states
+from xbai.evaluate.graded_responses import read_graded_responses
+from xbai.sprm import ScoreObjective, StepRule
 from xbai.sprm.loss import StepCounts, count_by_class, sprm_loss
 
 Loss = Callable[[Tensor, StepBatch], Tensor]
@@ -63,6 +69,43 @@ class AgreementWithin:
         """The loss of a batch."""
         agreement = torch.where((batch.labels > 0.5)[:, None], logits, -logits).detach()
         return _step_loss(logits, batch, _graded_steps(batch) & (agreement > -self.margin))
+
+
+@dataclass(frozen=True)
+class TrueLabels:
+    """BCE against what is known of each step: that no equation up to it is false. Nobody has that outside a benchmark.
+
+    Attributes:
+        sound: by state.
+    """
+
+    sound: Mapping[int, bool]
+
+    @classmethod
+    def of_stories(cls, results: Path, model_path: str, rule: StepRule) -> TrueLabels:
+        """Read the equations in the responses of a result file, at the steps of a rule."""
+        tokenizer = load_tokenizer(model_path)
+        sound: dict[int, bool] = {}
+        for response in read_graded_responses(results, "stories"):
+            encoded = encode_response(tokenizer, rule, response)
+            for state, position in zip(step_states(encoded), encoded.positions, strict=True):
+                sound[state] = equations_hold(tokenizer.decode(encoded.ids[encoded.start : position + 1]))
+        return cls(sound)
+
+    def __call__(self, logits: Tensor, batch: StepBatch) -> Tensor:
+        """The loss of a batch."""
+        labels = batch.rows(torch.tensor([float(self.sound[state]) for state in batch.states.tolist()]))
+        losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        return (losses * batch.mask).sum() / batch.mask.sum().clamp(min=1)
+
+
+def equations_hold(text: str) -> bool:
+    """Whether all equations such as `3 + 4 = 7` in a text are true."""
+    found = re.findall(r"(\d+) ([-+x/]) (\d+) = (\d+)", text)
+    return all(
+        (sign != "/" or int(right)) and OPERATIONS[sign](int(left), int(right)) == int(result)
+        for left, sign, right, result in found
+    )
 
 
 def _graded_steps(batch: StepBatch) -> Tensor:

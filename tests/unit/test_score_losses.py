@@ -11,7 +11,15 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
-from score_losses import AgreementWithin, late_labels, soft_labels, state_rates, trained_loss
+from score_losses import (
+    AgreementWithin,
+    TrueLabels,
+    equations_hold,
+    late_labels,
+    soft_labels,
+    state_rates,
+    trained_loss,
+)
 
 from verl.utils.dataset.step_dataset import StepBatch
 from xbai.sprm import ScoreObjective
@@ -88,3 +96,19 @@ def test_a_margin_lies_between_the_published_weighting_and_none(batch):
         AgreementWithin(margin)(leaf, batch).backward()
         gradients.append(int((leaf.grad != 0).sum()))
     assert gradients == sorted(gradients) and gradients[0] < gradients[-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "holds"),
+    [("Ann has 4.", True), ("so 4 + 3 = 7 pens, 7 x 2 = 14", True), ("7 - 4 = 2", False), ("8 / 2 = 4", True)],
+)
+def test_equations_are_read(text, holds):
+    assert equations_hold(text) == holds
+    assert not equations_hold(f"{text}. So 1 + 1 = 3") and not equations_hold(f"{text}. So 6 / 0 = 0")
+
+
+def test_true_labels_are_those_of_the_states(batch):
+    z, sound = logits(batch), {state: state < 4 for state in range(10)}
+    labels = torch.tensor([float(state < 4) for states, _ in RESPONSES for state in states])
+    expected = F.binary_cross_entropy_with_logits(z[batch.mask], labels)
+    assert float(TrueLabels(sound)(z, batch)) == pytest.approx(float(expected))

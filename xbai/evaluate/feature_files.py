@@ -136,7 +136,7 @@ class FeatureFiles:
             found.correct.copy_(torch.tensor([response.correct for response in responses]))
             found.graded.copy_(torch.tensor([response.graded for response in responses]))
             found.tokens.copy_(torch.tensor([len(response.ids) - response.start for response in encoded]))
-            found.states.copy_(torch.tensor([state for response in encoded for state in _states(response)]))
+            found.states.copy_(torch.tensor([state for response in encoded for state in step_states(response)]))
             self._extract(path, encoded, found)
         logger.info(
             "%s: features of %d steps of %d responses to %d prompts",
@@ -203,7 +203,7 @@ def _question(prompt: str) -> int:
     return _number(hashlib.sha256(prompt.encode()))
 
 
-def _states(response: EncodedResponse) -> Iterator[int]:
+def step_states(response: EncodedResponse) -> Iterator[int]:
     """Of each step a number of all tokens up to it."""
     hashed, start = hashlib.sha256(), 0
     for position in response.positions:
