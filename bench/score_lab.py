@@ -200,7 +200,7 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="heads of each variant")] = 3,
     only: Annotated[list[str] | None, typer.Option(help="titles of variants")] = None,
     truth: Annotated[Path | None, typer.Option(help="of the stories: what TRAIN_FOLDER was made of")] = None,
-    model_path: Annotated[str, typer.Option(help="whose tokenizer reads --truth")] = "",
+    model_path: Annotated[str, typer.Option("--model_path", help="whose tokenizer reads --truth")] = "",
     out: Annotated[Path, typer.Option()] = machine.ROOT / "bench/results/score_lab.json",
 ) -> None:
     """Train and judge every variant."""
@@ -209,10 +209,8 @@ def main(
     layers = store.source.layers
     tried = variants(layers)
     if truth is not None:
-        true_labels = TrueLabels.of_stories(truth, model_path)
-        tried += [
-            Variant(f"true step labels, chosen by {how}", true_labels, chosen_by=how) for how in ("geometric", "min")
-        ]
+        labels = TrueLabels.of_stories(truth, model_path, store.source.step_rule)
+        tried += [Variant(f"true step labels, chosen by {how}", labels, chosen_by=how) for how in ("geometric", "min")]
     rows = [row for row in tried if only is None or row.title in only]
     if not rows:
         raise UserError(f"--only: there are {', '.join(row.title for row in tried)}")
