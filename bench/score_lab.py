@@ -92,10 +92,8 @@ def variants(layers: Sequence[int]) -> list[Variant]:
             Variant(f"step BCE, chosen by {how}", chosen_by=how)
             for how in ("product", "lowest_third", "soft_min", "min")
         ),
-        Variant("step BCE, a wrong response's steps from where it departs", late_labels),
-        Variant("the same, chosen by min", late_labels, chosen_by="min"),
-        Variant("step BCE, the group's rate as a label", soft_labels),
-        Variant("the same, chosen by last", soft_labels, chosen_by="last"),
+        *(Variant(f"late step labels, chosen by {how}", late_labels, chosen_by=how) for how in ("geometric", "min")),
+        *(Variant(f"soft step labels, chosen by {how}", soft_labels, chosen_by=how) for how in ("geometric", "last")),
         *(Variant(f"outcome BCE, {how}", compared(how, "outcome_bce")) for how in ("geometric", "product", "soft_min")),
         *(Variant(f"pairwise, {how}", compared(how)) for how in ("geometric", "product", "soft_min", "mean_logit")),
         Variant("step BCE + pairwise, mean_logit", compared("mean_logit", "both")),

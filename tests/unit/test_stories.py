@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from random import Random
 
 import pandas as pd
@@ -143,6 +144,15 @@ def test_validation_is_the_same_in_both_layouts(tmp_path):
     rows, lines = benchmark.read(files.validation), benchmark.read(files.validation_lines)
     assert [benchmark.messages(row) for row in rows] == [benchmark.messages(line) for line in lines]
     assert [row.answer for row in rows] == [line.answer for line in lines]
+
+
+def test_the_judges_questions_are_the_last_of_the_training(tmp_path):
+    benchmark = get_benchmark("stories")
+    for judge in (4, 30, 100):
+        files = write_splits(tmp_path / str(judge), sizes=replace(SMALL, judge=judge))
+        trained, judged = benchmark.read(files.train), benchmark.read(files.judge)
+        assert [row.answer for row in judged] == [row.answer for row in trained[-judge:]]
+        assert [benchmark.messages(row) for row in judged] == [benchmark.messages(row) for row in trained[-judge:]]
 
 
 def test_worked_solutions_are_graded_right_and_other_answers_wrong(tmp_path):

@@ -62,10 +62,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class SplitSizes:
-    """Questions of each file; none stands in two."""
+    """Questions of each file; none stands in two, but the judge's are the last of those for training."""
 
     sft: int = 8_000
     train: int = 8_000
+    judge: int = 480
     validation: int = 100
     test: int = 300
     held_out: int = 150
@@ -78,6 +79,7 @@ class SplitFiles:
     folder: Path
     sft: Path = field(init=False)
     train: Path = field(init=False)
+    judge: Path = field(init=False)
     validation: Path = field(init=False)
     validation_lines: Path = field(init=False)
     test: Path = field(init=False)
@@ -87,6 +89,7 @@ class SplitFiles:
         for name, file in {
             "sft": "stories_sft.parquet",
             "train": "stories_train.parquet",
+            "judge": "stories_judge.jsonl",
             "validation": "stories_val.parquet",
             "validation_lines": "stories_val.jsonl",
             "test": "stories_test.jsonl",
@@ -135,7 +138,13 @@ def write_splits(out_dir: str | Path, seed: int = 0, sizes: SplitSizes | None = 
     write_parquet(files.sft, [problem.sft_row(i) for i, problem in enumerate(sft)])
     write_parquet(files.train, [problem.training_row("train", i) for i, problem in enumerate(train)])
     write_parquet(files.validation, [problem.training_row("val", i) for i, problem in enumerate(validation)])
-    for path, problems in ((files.validation_lines, validation), (files.test, test), (files.held_out, held_out)):
+    lines = {
+        files.judge: train[max(0, len(train) - sizes.judge) :],
+        files.validation_lines: validation,
+        files.test: test,
+        files.held_out: held_out,
+    }
+    for path, problems in lines.items():
         write_jsonl(path, [problem.evaluation_row() for problem in problems])
     return files
 
@@ -143,7 +152,8 @@ def write_splits(out_dir: str | Path, seed: int = 0, sizes: SplitSizes | None = 
 def main(out: Annotated[Path, typer.Option(help="folder for the files")], seed: int = 0) -> None:
     """Write the data files of the stories."""
     files = write_splits(out, seed)
-    for path in (files.sft, files.train, files.validation, files.validation_lines, files.test, files.held_out):
+    training = (files.sft, files.train, files.judge, files.validation)
+    for path in (*training, files.validation_lines, files.test, files.held_out):
         typer.echo(path)
 
 
