@@ -64,8 +64,8 @@ fi
 begin "$out" "SEED=$seed TASK=$task LANGUAGE_MODEL=$model GSM8K=$gsm8k QUESTIONS=$questions DEVICE=$device RANKS=$ranks \
 SFT_ARGS=${SFT_ARGS:-}"
 
-# sample NAME FOLDER MODEL SCORES: 32 samples of every question, scored (fused) or not (none); on two CPU cores from two
-# policy services, which are twice as fast as one of two threads.
+# sample NAME FOLDER MODEL SCORES: 32 samples of every question, scored (fused) or not (none). Where there are two CPU cores
+# or more, two policy services share the questions: each has one thread.
 sample() {
     local name=$1 results=$2/results model=$3 scores=$4 service services=(policy)
     local heldout=$out/data/${task}_heldout.jsonl validation=$out/data/${task}_val.jsonl
