@@ -44,9 +44,7 @@ def state_rates(batch: StepBatch) -> Tensor:
 
 def soft_labels(logits: Tensor, batch: StepBatch) -> Tensor:
     """BCE against `state_rates`: a Monte Carlo estimate of the value of a step."""
-    counted = _graded_steps(batch)
-    losses = F.binary_cross_entropy_with_logits(logits, state_rates(batch), reduction="none")
-    return (losses * counted).sum() / counted.sum().clamp(min=1)
+    return _mean_bce(logits, state_rates(batch), _graded_steps(batch))
 
 
 def late_labels(logits: Tensor, batch: StepBatch) -> Tensor:
@@ -95,8 +93,7 @@ class TrueLabels:
     def __call__(self, logits: Tensor, batch: StepBatch) -> Tensor:
         """The loss of a batch."""
         labels = batch.rows(torch.tensor([float(self.sound[state]) for state in batch.states.tolist()]))
-        losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-        return (losses * batch.mask).sum() / batch.mask.sum().clamp(min=1)
+        return _mean_bce(logits, labels, batch.mask)
 
 
 def equations_hold(text: str) -> bool:
@@ -110,6 +107,11 @@ def equations_hold(text: str) -> bool:
 
 def _graded_steps(batch: StepBatch) -> Tensor:
     return batch.mask & batch.graded[:, None]
+
+
+def _mean_bce(logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+    losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    return (losses * counted).sum() / counted.sum().clamp(min=1)
 
 
 def _step_loss(logits: Tensor, batch: StepBatch, counted: Tensor) -> Tensor:
