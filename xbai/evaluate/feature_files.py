@@ -23,7 +23,7 @@ from xbai.evaluate.graded_responses import GradedResponse, read_graded_responses
 from xbai.files import why_not_written
 from xbai.model_identity import is_same_model, model_identity
 from xbai.sprm import SPRMConfig, StepRule, load_sprm_config, step_feature_mask
-from xbai.sprm.step_features import SUFFIX, FeatureSource, StepFeatures
+from xbai.sprm.step_features import FORMAT, SUFFIX, FeatureSource, StepFeatures
 from xbai.sprm.tags import THINK_OPEN
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class FeatureFiles:
         except OSError:
             raise UserError(f"{path}: no such file") from None
         source = self.source.to_dict() | {"model": self.source.model.rpartition(":")[2]}
-        return hashlib.sha256(json.dumps([source, self.options.task, content]).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps([FORMAT, source, self.options.task, content]).encode()).hexdigest()[:12]
 
     def _make(self, path: Path, stored: Path) -> None:
         responses = read_graded_responses(path, self.options.task)
