@@ -28,7 +28,7 @@ from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.actor.joint_model import JointModel
 from xbai.sprm import ScoreHead
 
-SCENARIOS = ("mixed", "rank_1_without_steps", "only_wrong", "ungraded", "nothing_graded")
+SCENARIOS = ("mixed", "rank_1_without_steps", "only_wrong", "ungraded", "nothing_graded", "identical")
 SPLITS = {
     "whole": {"ppo_micro_batch_size_per_gpu": 8},
     "by_three": {"ppo_micro_batch_size_per_gpu": 3},
@@ -41,7 +41,7 @@ SPLITS = {
 CASES = {
     1: [(scenario, split) for scenario in SCENARIOS for split in SPLITS if "shared" not in split],
     2: [(scenario, split) for scenario in SCENARIOS for split in SPLITS],
-    4: [(scenario, "shared_by_tokens") for scenario in ("mixed", "rank_1_without_steps")],
+    4: [(scenario, "shared_by_tokens") for scenario in ("mixed", "rank_1_without_steps", "identical")],
 }
 """What each number of ranks runs; in the shared splits two ranks compute the same rows."""
 OPTIM = {"name": "AdamW", "lr": 1e-3, "weight_decay": 0.01}
@@ -88,6 +88,8 @@ def make_batch(scenario: str) -> TensorDict:
     """The global batch, without what the actor itself computes first."""
     generator = torch.Generator().manual_seed(1)
     rows = padded_rows(generator)
+    if scenario == "identical":
+        rows = {name: column[[0, 0, 2, 5, 5, 5, 0, 7]] for name, column in rows.items()}
     features = torch.rand(ROWS, PROMPT + RESPONSE, generator=generator) < 0.5
     features &= pad(rows["response_mask"], (PROMPT, 0))
     features[ROWS // 2, PROMPT : PROMPT + 2] = True
@@ -300,6 +302,7 @@ def test_micro_batches_are_counted_and_even(one_rank: dict, two_ranks: dict) -> 
         assert metrics["perf/micro_batches"] == count
         assert 1 <= metrics["perf/tokens_per_micro_batch_max_over_mean"] < 1.2
     assert one_rank["mixed", "by_three"]["metrics"]["perf/micro_batches"] == 3
+    assert one_rank["identical", "by_three"]["metrics"]["perf/micro_batches"] == 2, "four rows differ"
 
 
 if __name__ == "__main__":

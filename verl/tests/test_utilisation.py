@@ -78,7 +78,8 @@ def _batch() -> DataProto:
     """Two responses of 3 and 5 tokens to one prompt of 4, padded."""
     response = torch.arange(6) < torch.tensor([[3], [5]])
     prompt = torch.tensor([[0, 1, 1, 1, 1]] * 2)
-    return DataProto.from_dict({"attention_mask": torch.cat([prompt, response.long()], 1), "response_mask": response})
+    columns = {"attention_mask": torch.cat([prompt, response.long()], 1), "response_mask": response}
+    return DataProto.from_dict({"input_ids": torch.arange(columns["attention_mask"].numel()).view(2, -1), **columns})
 
 
 TIMES = {"timing_s/rollout": 5.0, "timing_s/weight_sync": 1.0, "timing_s/generate": 3.0, "timing_s/step": 16.0}

@@ -2,7 +2,8 @@
 
 A micro-batch arrives padded: rows of [prompt | response]. What matters of it lies flat: the response tokens, whose
 log-probabilities are wanted, and the step features. A `TokenLayout` says where the model's hidden states hold them, be
-the rows computed as they are or packed end to end without padding and cut up among sequence-parallel ranks.
+the rows computed as they are or packed end to end without padding and cut up among sequence-parallel ranks. Rows that
+hold the same tokens share their hidden states: they are computed once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from verl.utils.identical_rows import DistinctRows
 from verl.utils.torch_functional import trim_padding
 from verl.utils.ulysses import UlyssesPacking
 from xbai.engine.packed_attention import Packing
@@ -24,6 +26,7 @@ Batch = Mapping[str, Tensor]
 """`input_ids attention_mask position_ids [B, T]`, `response_mask [B, R]` (of the last R columns) and, for a model with
 a score head, `step_feature_mask [B, T]`."""
 
+BACKBONE_KEYS = ("input_ids", "attention_mask", "position_ids")
 NOT_HERE = -1
 
 
@@ -31,7 +34,8 @@ class TokenLayout:
     """Where the response tokens and step features of a micro-batch lie in what this rank's model computes.
 
     M response tokens, those whose predecessor is computed on this rank, and K step features, both in the order of rows
-    and within a row of columns. Over the ranks of a sequence-parallel group every token and feature occurs once.
+    and within a row of columns. Over the ranks of a sequence-parallel group every token and feature occurs once. U of
+    the response tokens differ: a token of several identical rows is predicted once.
 
     No dataclass: FSDP2 copies those on their way into a model.
 
@@ -44,8 +48,8 @@ class TokenLayout:
 
     Attributes:
         backbone_inputs: the keyword arguments of the model's backbone, on the device.
-        predictors: [M] indices into the flattened hidden states, of the position before each response token.
-        labels: [M] the response tokens.
+        predictors: [U] indices into the flattened hidden states, of the positions before response tokens.
+        labels: [U] the tokens that follow.
         features: [K] indices into the flattened hidden states; None without `step_feature_mask`.
 
     Raises:
@@ -70,8 +74,11 @@ class TokenLayout:
         predictors = slots[:, before_response]
         self._tokens = (response & (predictors != NOT_HERE)).nonzero(as_tuple=True)
         self.backbone_inputs = backbone_inputs
-        self.predictors = self._moved(predictors[self._tokens])
-        self.labels = self._moved(batch["input_ids"][:, -self._shape[1] :][self._tokens])
+        states, labels = predictors[self._tokens], batch["input_ids"][:, -self._shape[1] :][self._tokens]
+        computed, places = states.unique(return_inverse=True)
+        self._places = self._moved(places) if len(computed) < len(states) else None
+        self.predictors = self._moved(computed)
+        self.labels = self._moved(labels.new_zeros(len(computed)).scatter(0, places, labels))
         self.features: Tensor | None = None
         if "step_feature_mask" in batch.keys():  # noqa: SIM118 (a TensorDict's `in` looks for values)
             self._steps = (batch["step_feature_mask"].bool() & (slots != NOT_HERE)).nonzero(as_tuple=True)
@@ -79,6 +86,10 @@ class TokenLayout:
 
     def _moved(self, values: Tensor) -> Tensor:
         return values.to(self._device, non_blocking=True)
+
+    def each_token(self, values: Tensor) -> Tensor:
+        """[M] for each response token what was computed, `values` [U], of the tokens that differ."""
+        return values if self._places is None else values[self._places]
 
     def tokens(self, column: Tensor) -> Tensor:
         """[M] what a column [B, R] (or [B, 1]) says of each response token of this rank."""
@@ -136,14 +147,14 @@ class _SumOfRanks(torch.autograd.Function):
 
 def padded_layout(batch: Batch, device: torch.device | None = None) -> TokenLayout:
     """Compute the rows as they are, without the columns that are padding in every one of them."""
-    rows, time = batch["input_ids"].shape
+    distinct, time = DistinctRows.of(batch), batch["input_ids"].shape[1]
     left, right = trim_padding(batch["attention_mask"], batch["response_mask"].shape[1])
     columns = slice(left, time - right)
-    narrow = {name: batch[name][:, columns] for name in ("input_ids", "attention_mask", "position_ids")}
-    slots = torch.full((rows, time), NOT_HERE, device=batch["input_ids"].device)
-    slots[:, columns] = torch.arange(narrow["input_ids"].numel(), device=slots.device).view(rows, -1)
+    narrow = {name: batch[name][distinct.rows, columns] for name in BACKBONE_KEYS}
+    slots = torch.full((len(distinct.rows), time), NOT_HERE, device=batch["input_ids"].device)
+    slots[:, columns] = torch.arange(narrow["input_ids"].numel(), device=slots.device).view(len(slots), -1)
     inputs = {name: value.to(device or slots.device, non_blocking=True) for name, value in narrow.items()}
-    return TokenLayout(batch, inputs, slots, device)
+    return TokenLayout(batch, inputs, slots[distinct.kinds], device)
 
 
 def packed_layout(
@@ -153,13 +164,15 @@ def packed_layout(
 
     Where the tokens do not divide among the ranks, a short sequence of its own fills them up.
     """
-    attended = batch["attention_mask"].bool()
+    distinct = DistinctRows.of(batch)
+    input_ids, attention_mask, position_ids = (batch[name][distinct.rows] for name in BACKBONE_KEYS)
+    attended = attention_mask.bool()
     total = int(attended.sum())
     slots = torch.where(attended, attended.flatten().cumsum(0).view_as(attended) - 1, NOT_HERE)
     ranks = 1 if sp_group is None else dist.get_world_size(sp_group)
     fill = -total % ranks if total else ranks
-    ids = F.pad(batch["input_ids"][attended], (0, fill))
-    positions = torch.cat([batch["position_ids"][attended], torch.arange(fill, device=ids.device)])
+    ids = F.pad(input_ids[attended], (0, fill))
+    positions = torch.cat([position_ids[attended], torch.arange(fill, device=ids.device)])
     if sp_group is not None:
         size = len(ids) // ranks
         start = dist.get_rank(sp_group) * size
@@ -174,7 +187,7 @@ def packed_layout(
         "attention_mask": None,
         "packing": Packing(*extents) if sp_group is None else UlyssesPacking(*extents, sp_group),
     }
-    return TokenLayout(batch, inputs, slots, device, sp_group)
+    return TokenLayout(batch, inputs, slots[distinct.kinds], device, sp_group)
 
 
 def layout_maker(

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from verl import DataProto
+from verl.utils.identical_rows import DistinctRows
 
 GIB = 2**30
 
@@ -57,5 +58,6 @@ def _peak_rss() -> int:
 
 
 def tokens_of_rank(data: DataProto, sharers: int) -> float:
-    """Tokens that a rank computes of rows that so many ranks share."""
-    return float(data.batch["attention_mask"].sum()) / sharers
+    """Tokens that a rank computes of rows that so many ranks share, of identical rows once."""
+    rows = DistinctRows.of(data.batch).rows
+    return float(data.batch["attention_mask"][rows].sum()) / sharers

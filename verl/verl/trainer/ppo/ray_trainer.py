@@ -32,6 +32,7 @@ from verl.trainer.ppo.utilisation import Utilisation
 from verl.trainer.reference_use import ReferenceUse
 from verl.trainer.score_watch import Classes, UncountedClassWatch
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, create_dataloader
+from verl.utils.identical_rows import DistinctRows, sum_over_kinds
 from verl.utils.model import load_tokenizer
 from verl.utils.seqlen_balancing import rows_by_rank
 from verl.utils.tracking import Tracking
@@ -308,7 +309,7 @@ class RayPPOTrainer:
             raise UserError(f"step {self.step}: {error}") from error
 
     def _order_for(self, method: GroupMethod, batch: DataProto, block: int, metrics: dict[str, float]) -> Tensor:
-        """The order of rows in which the ranks' parts of every `block` of rows have about as many tokens.
+        """The order of rows in which the ranks' parts of every `block` of rows have about as many tokens to compute.
 
         The metric is the worst of a step's phases.
         """
@@ -316,8 +317,9 @@ class RayPPOTrainer:
         if len(batch) % shares:
             # As in validation: the parts are filled up with copies.
             return torch.arange(len(batch))
-        order = rows_by_rank(lengths, block, shares, self.config.trainer.balance_batch)
-        of_rank = lengths[order].view(shares, -1).sum(-1).float()
+        kinds = DistinctRows.of(batch.batch).kinds
+        order = rows_by_rank(lengths, block, shares, self.config.trainer.balance_batch, kinds)
+        of_rank = torch.stack([sum_over_kinds(lengths[rows], kinds[rows]) for rows in order.chunk(shares)]).float()
         name = "perf/rank_tokens_max_over_mean"
         metrics[name] = max(metrics.get(name, 1.0), float(of_rank.max() / of_rank.mean()))
         return order

@@ -12,6 +12,7 @@ from verl.protocol import DataProto
 from verl.trainer.critic_config import critic_config
 from verl.trainer.reference_use import ReferenceUse
 from verl.utils.device_peaks import peak_tflops
+from verl.utils.identical_rows import DistinctRows
 from verl.utils.model import torch_dtype
 from verl.utils.model_shapes import MODEL_TYPES, ModelShape, config_of
 from verl.workers.placed_model import Dtypes
@@ -26,7 +27,7 @@ class Utilisation:
 
     Neither padding nor what checkpointing computes again counts, nor do the small heads for scores and values, nor
     ReMax's greedy responses. The LM head counts for response tokens alone, and a prompt once for all its responses in
-    the rollout, where the engine keeps it.
+    the rollout, where the engine keeps it; of identical responses all are sampled, and one is computed in what follows.
 
     Attributes:
         config: the trainer's whole configuration.
@@ -52,7 +53,7 @@ class Utilisation:
         peak is not known.
 
         Args:
-            batch: of the whole step: `attention_mask`, `response_mask`.
+            batch: of the whole step: `input_ids`, `attention_mask`, `response_mask`.
             metrics: of the step, with `timing_s/*`.
         """
         seconds = _seconds(metrics)
@@ -76,11 +77,14 @@ class Utilisation:
         if self.shape is None:
             return {}
         lengths, responses = batch.batch["attention_mask"].sum(-1), batch.batch["response_mask"].sum(-1)
-        predicted, root = int(responses.sum()), self.config.actor_rollout_ref
-        forward, use = self.shape.sequence_flops(lengths.tolist(), predicted), ReferenceUse.from_config(self.config)
+        root, use = self.config.actor_rollout_ref, ReferenceUse.from_config(self.config)
+        sampled = self.shape.sequence_flops(lengths.tolist(), int(responses.sum()))
         shared = self.shape.sequence_flops((lengths - responses).tolist(), 0) * (1 - 1 / root.rollout.n)
+        distinct = DistinctRows.of(batch.batch).rows
+        lengths, responses = lengths[distinct], responses[distinct]
+        forward = self.shape.sequence_flops(lengths.tolist(), int(responses.sum()))
         found = {
-            "generate": forward - shared,
+            "generate": sampled - shared,
             "old_log_prob": forward * (1 + use.full_kl_in_reward),
             "ref": forward,
             "update_actor": forward * (TRAINING + use.full_kl_in_loss) * root.actor.ppo_epochs,

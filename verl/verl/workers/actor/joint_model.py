@@ -90,13 +90,14 @@ class JointModel(nn.Module):
             reference=reference,
             fused=self.fused_kernels,
         )
+        log_probs, entropy, kl = (x if x is None else layout.each_token(x) for x in (log_probs, entropy, kl))
         if features is None:
             return JointOutput(log_probs, entropy, None, kl)
         selected = scale_gradient(features.flatten(0, 1)[layout.features], backbone_grad_scale)
         return JointOutput(log_probs, entropy, self.score_head(selected).float(), kl)
 
     def final_states(self, layout: TokenLayout) -> Tensor:
-        """[M, c] final hidden states at the position before each response token.
+        """[U, c] final hidden states at `layout.predictors`.
 
         For callers alone, who make it a forward method of FSDP2's: it gathers weights and casts its result as `forward`
         does, which therefore must not go through it.

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from verl.utils.fsdp import local_device
+from verl.utils.identical_rows import DistinctRows
 from verl.utils.packing import Batch
 from verl.utils.seqlen_balancing import balanced_partitions
 from xbai.errors import UserError
@@ -170,6 +171,8 @@ def _level_neighbours(sizes: RowSizes, count: int, max_tokens: int) -> list[list
 class MicroBatches:
     """A rank's rows, in as many micro-batches as every other rank has. Making one is a collective.
 
+    Identical rows are in one micro-batch, where they count as the one that is computed.
+
     Args:
         batch: this rank's rows; the same on all ranks of a sequence-parallel group.
         batching: how many rows go together.
@@ -177,9 +180,12 @@ class MicroBatches:
 
     def __init__(self, batch: Batch, batching: MicroBatching) -> None:
         self._batch = batch
-        sizes = RowSizes.of(batch)
-        self._parts = batching.fill(sizes, _largest_over_ranks(batching.fewest(sizes)))
-        self._tokens = [batching.tokens(sizes, rows) for rows in self._parts]
+        distinct = DistinctRows.of(batch)
+        members = distinct.members()
+        sizes = RowSizes.of({name: batch[name][distinct.rows] for name in ("attention_mask", "response_mask")})
+        parts = batching.fill(sizes, _largest_over_ranks(batching.fewest(sizes)))
+        self._parts = [[row for kind in part for row in members[kind]] for part in parts]
+        self._tokens = [batching.tokens(sizes, part) for part in parts]
 
     def __len__(self) -> int:
         return len(self._parts)

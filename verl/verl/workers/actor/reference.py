@@ -26,7 +26,7 @@ class ReferencePolicy:
 
     @torch.no_grad()
     def states(self, layout: TokenLayout) -> FinalStates:
-        """At the position before each response token of `layout`. Every rank must call it as often."""
+        """At `layout.predictors`. Every rank must call it as often."""
         return FinalStates(self._model.final_states(layout), self._model.gathered_lm_head())
 
     def release(self) -> None:

@@ -35,7 +35,7 @@ class ValueModel(nn.Module):
         """[M] float32 values before each response token of `layout`; float64 for a float64 model."""
         hidden = self.backbone(**layout.backbone_inputs, use_cache=False).last_hidden_state
         # Without a single token the head still runs, on zero rows: every rank reduces its gradients alike.
-        return self.value_head(hidden.flatten(0, -2)[layout.predictors]).squeeze(-1)
+        return layout.each_token(self.value_head(hidden.flatten(0, -2)[layout.predictors]).squeeze(-1))
 
 
 def build_value_model(
