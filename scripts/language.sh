@@ -13,6 +13,8 @@
 #   LANGUAGE_MODEL  folder of another model to begin with       TASK       stories, or gsm8k with GSM8K=folder of its files
 #   DEVICE          cpu or cuda (cuda where there is a GPU)     RANKS      training processes (2; on GPUs all of them)
 #   QUESTIONS       of the test (200; half of held-out kinds)   SEED       of data, training and sampling (0)
+#   JUDGE_QUESTIONS of the training, answered eight times by the fine-tuned model to give the recommended setting its first
+#                   score head (480)
 #   SFT_ARGS        further overrides of the supervised stage   RL_ARGS    further overrides of the RL stage
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -23,6 +25,7 @@ task=${TASK:-stories}
 model=${LANGUAGE_MODEL:-}
 gsm8k=${GSM8K:-}
 questions=${QUESTIONS:-200}
+judge_questions=${JUDGE_QUESTIONS:-480}
 seed=${SEED:-0}
 read -ra sft_args <<<"${SFT_ARGS:-}"
 read -ra rl_args <<<"${RL_ARGS:-}"
@@ -30,16 +33,19 @@ arm=$out/$setting # what depends on the setting
 temperature=0.7   # of all evaluation; training samples at 1.0
 context=1024
 total_stages=12
-[[ -z $model ]] || total_stages=11
+[[ -z $model ]] || total_stages=$((total_stages - 1))
+[[ $setting == published ]] || total_stages=$((total_stages + 1))
 source scripts/stages.sh
 
-# What each setting changes of ppo_trainer.yaml, whose values are the published ones.
+# What each setting changes of ppo_trainer.yaml, whose values are the published ones. The recommended one begins with a head
+# that has learnt by the same loss on responses of the base.
+score_loss=(score.loss=both score.aggregation=mean_logit score.agreement_weighting=false)
 published_score=()
 recommended_score=(
     actor_rollout_ref.score.backbone_grad_scale=1.0
-    actor_rollout_ref.score.agreement_weighting=false
-    actor_rollout_ref.score.loss=pairwise
-    actor_rollout_ref.score.aggregation=mean_logit
+    "${score_loss[@]/#/actor_rollout_ref.}"
+    actor_rollout_ref.score.model_path="$arm/judge"
+    actor_rollout_ref.score.standardized_updates=true
 )
 [[ $setting == recommended || $setting == published ]] ||
     fail "SETTING=$setting is unknown, use recommended or published"
@@ -61,19 +67,25 @@ if [[ $device == cuda ]]; then
     ranks=${RANKS:-$(nvidia-smi -L | wc -l)}
     device_settings=(trainer.device=cuda)
 fi
-begin "$out" "SEED=$seed TASK=$task LANGUAGE_MODEL=$model GSM8K=$gsm8k QUESTIONS=$questions DEVICE=$device RANKS=$ranks \
+begin "$out" "SEED=$seed TASK=$task LANGUAGE_MODEL=$model GSM8K=$gsm8k QUESTIONS=$questions JUDGE_QUESTIONS=$judge_questions DEVICE=$device RANKS=$ranks \
 SFT_ARGS=${SFT_ARGS:-}"
 
-# sample NAME FOLDER MODEL SCORES: 32 samples of every question, scored (fused) or not (none). Where there are two CPU cores
-# or more, two policy services share the questions: each has one thread.
-sample() {
-    local name=$1 results=$2/results model=$3 scores=$4 service services=(policy)
-    local heldout=$out/data/${task}_heldout.jsonl validation=$out/data/${task}_val.jsonl
+# serve_policies NAME MODEL: where there are two CPU cores or more, two policy services share the questions: each has one
+# thread.
+serve_policies() {
+    local service services=(policy)
     if [[ $device == cpu ]] && (($(nproc) > 1)); then services+=(policy_2); fi
     for service in "${services[@]}"; do
-        serve "$service" "$name" python test/policy_model_queue.py --model_path "$model" --max_model_len "$context"
+        serve "$service" "$1" python test/policy_model_queue.py --model_path "$2" --max_model_len "$context"
     done
     wait_ready "${services[@]}"
+}
+
+# sample NAME FOLDER MODEL SCORES: 32 samples of every question, scored (fused) or not (none).
+sample() {
+    local name=$1 results=$2/results model=$3 scores=$4
+    local heldout=$out/data/${task}_heldout.jsonl validation=$out/data/${task}_val.jsonl
+    serve_policies "$name" "$model"
     infer "$out/data/${task}_test.jsonl" "$results/$name.jsonl" "$model" --task "$task" --score_source "$scores" \
         --max_questions "$questions"
     [[ ! -f $heldout ]] || infer "$heldout" "$results/${name}_heldout.jsonl" "$model" --task "$task" \
@@ -113,6 +125,17 @@ stage_sft() {
 
 # The base has no score head yet.
 stage_sample_base() { sample base "$out" "$out/base" none; }
+
+stage_judge() {
+    rm -rf "$arm/judge"
+    serve_policies judge "$out/base"
+    infer "$out/data/${task}_judge.jsonl" "$out/results/base_judge.jsonl" "$out/base" --task "$task" \
+        --score_source none --max_questions "$judge_questions" --branch 8 --response_num 8 --temperature 1.0
+    stop_services
+    python -m verl.trainer.main_score model.path="$out/base" data.task="$task" \
+        data.train_files="$out/results/base_judge.jsonl" "${score_loss[@]}" \
+        trainer.output_dir="$arm/judge" trainer.total_epochs=8 trainer.seed="$seed"
+}
 
 # The recipe of run_single_node.sh, in small.
 stage_rl() {
@@ -184,6 +207,7 @@ run data "Data: $task" "$out/data"
 run sft "Supervised training on worked solutions" "$out/base"
 run sample_base "Serving and sampling the base" "$out/results/base.jsonl"
 begin "$arm" "SETTING=$setting RL_ARGS=${RL_ARGS:-}"
+[[ $setting == published ]] || run judge "A score head to begin with" "$arm/judge"
 run rl "Reinforcement learning: GRPO + SPRM, $setting setting" "$arm/rl"
 run merge "Conversion to a Hugging Face folder" "$arm/model"
 run sample_rl "Serving and sampling the trained model" "$arm/results/rl.jsonl"

@@ -15,11 +15,15 @@ from xbai.engine.files import load_tokenizer
 
 COMMAND = "bash scripts/language.sh"
 SHARED_STAGES = {"setup", "convert", "data", "sft", "sample_base"}
-ARM_STAGES = {"rl", "merge", "sample_rl", "calibrate", "metrics", "report"}
+ARM_STAGES = {
+    "published": {"rl", "merge", "sample_rl", "calibrate", "metrics", "report"},
+    "recommended": {"judge", "rl", "merge", "sample_rl", "calibrate", "metrics", "report"},
+}
 QUESTIONS = 2
 # Of a tokenizer of bytes, prompts are longer than those of the recipe.
 MINIATURE = {
     "QUESTIONS": str(QUESTIONS),
+    "JUDGE_QUESTIONS": "2",
     "RANKS": "1",
     "SFT_ARGS": "trainer.total_training_steps=2 data.train_batch_size=4 data.micro_batch_size_per_gpu=4",
     "RL_ARGS": "trainer.total_training_steps=1 trainer.val_before_train=false trainer.test_freq=-1 "
@@ -130,7 +134,7 @@ def test_finished_stages_are_skipped_and_shared_by_the_settings(language, tmp_pa
     # What is left is to convert, to make the data and to fine-tune.
     finish_stages(out, "setup", "sample_base")
     for setting in ("recommended", "published"):
-        finish_stages(out / setting, *ARM_STAGES)
+        finish_stages(out / setting, *ARM_STAGES[setting])
     status, output = language()
     assert status == 0, output[-4000:]
     assert {path.name for path in (out / "stages").iterdir()} == SHARED_STAGES
@@ -140,7 +144,7 @@ def test_finished_stages_are_skipped_and_shared_by_the_settings(language, tmp_pa
     for setting in ("recommended", "published"):
         status, output = language(SETTING=setting)
         assert status == 0, output
-        assert output.count("finished earlier") == len(SHARED_STAGES | ARM_STAGES)
+        assert output.count("finished earlier") == len(SHARED_STAGES | ARM_STAGES[setting])
         assert f"{setting} setting: finished earlier" in output
     added = modified(out).keys() - before.keys()
     assert added == {out / "published/settings"}
@@ -154,7 +158,7 @@ def test_both_settings_run_whole_in_one_folder(language, tmp_path):
         status, output = language(SETTING=setting)
         assert status == 0, output[-4000:]
         assert output.count("finished earlier") == (0 if setting == "recommended" else len(SHARED_STAGES))
-        assert {path.name for path in (out / setting / "stages").iterdir()} == ARM_STAGES
+        assert {path.name for path in (out / setting / "stages").iterdir()} == ARM_STAGES[setting]
         summary = json.loads((out / setting / "summary.json").read_text())
         assert (summary["problems"], summary["held_out"]["problems"]) == (QUESTIONS, QUESTIONS // 2)
         assert {"base", "rl"} == set(summary["pass_at_1"])
@@ -162,4 +166,6 @@ def test_both_settings_run_whole_in_one_folder(language, tmp_path):
         assert bool(changed) == (setting == "recommended")
         spent = sum(int(path.read_text()) for at in (out, out / setting) for path in (at / "stages").iterdir())
         assert summary["seconds_total"] == spent - int((out / setting / "stages/report").read_text())
-    assert {path.name for path in (out / "results").glob("*.jsonl")} == {"base.jsonl", "base_heldout.jsonl"}
+    assert {path.name for path in (out / "results").glob("*.jsonl")} == {
+        f"base{part}.jsonl" for part in ("", "_heldout", "_judge")
+    }

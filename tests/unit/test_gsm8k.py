@@ -37,7 +37,7 @@ def test_steps_are_the_lines_of_the_solution_without_the_calculator():
 
 
 def test_parts_are_disjoint_and_ask_as_the_benchmark_does(published: Path, tmp_path: Path):
-    sft, train, validation, test = write_splits(published, tmp_path / "out")
+    sft, train, validation, test, *to_sample = write_splits(published, tmp_path / "out")
     rows = [pd.read_parquet(path) for path in (sft, train, validation)]
     questions = [prompt[0]["content"] for frame in rows for prompt in frame.prompt]
     assert [len(frame) for frame in rows] == [18, 18, 4]
@@ -50,6 +50,9 @@ def test_parts_are_disjoint_and_ask_as_the_benchmark_does(published: Path, tmp_p
         assert grade(benchmark.grade_request(question, learnt.response)) == 1.0
     assert [question.answer for question in benchmark.read(test)] == [str(number) for number in range(50, 55)]
     assert "<<" not in "".join(rows[0].response)
+    for path, frame in zip(to_sample, (rows[2], rows[1])):
+        asked = [benchmark.messages(question)[0]["content"] for question in benchmark.read(path)]
+        assert asked == [prompt[0]["content"] for prompt in frame.prompt]
 
 
 def test_the_seed_decides_which_problem_goes_where(published: Path, tmp_path: Path):

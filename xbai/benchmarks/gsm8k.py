@@ -21,6 +21,7 @@ ANSWER_MARK = "####"
 CALCULATION = re.compile(r"<<.*?>>")
 SUFFIXES = (".jsonl", ".json", ".parquet")
 VALIDATION_ROWS = 100
+JUDGE_ROWS = 480
 
 
 def final_answer(solution: str) -> str:
@@ -47,8 +48,9 @@ class GSM8K(MathBenchmark):
 
 @dataclass(frozen=True)
 class Problem:
-    """A question as the benchmark puts it, with its worked solution."""
+    """A question, as the benchmark puts it in `prompt`, with its worked solution."""
 
+    question: str
     prompt: list[dict[str, str]]
     answer: str
     solution: str
@@ -56,6 +58,10 @@ class Problem:
     def training_row(self, split: str, index: int) -> Row:
         """In the trainer's layout."""
         return training_row(GSM8K.data_source, self.prompt, self.answer, "math", split=split, index=index)
+
+    def test_row(self) -> Row:
+        """In the benchmark's layout."""
+        return {"prompt": self.question, "answer": self.answer}
 
     def sft_row(self, index: int) -> Row:
         """The same with a response to learn."""
@@ -77,7 +83,7 @@ def read_problems(path: Path) -> list[Problem]:
         if not isinstance(solution, str) or not solution_steps(solution):
             raise UserError(f"{place}: 'answer' must be a worked solution that ends in '{ANSWER_MARK} NUMBER'")
         question = benchmark.question_from_row(index, row, place)
-        problems.append(Problem(benchmark.messages(question), str(question.answer), solution))
+        problems.append(Problem(question.prompt, benchmark.messages(question), str(question.answer), solution))
     return problems
 
 
@@ -95,7 +101,8 @@ def find_file(folder: Path, split: str) -> Path:
 
 
 def write_splits(source: Path, out_dir: Path, seed: int = 0) -> list[Path]:
-    """Write `gsm8k_{sft,train,val}.parquet`, disjoint parts of the published training set, and `gsm8k_test.jsonl`.
+    """Write `gsm8k_{sft,train,val}.parquet`, disjoint parts of the published training set, and `gsm8k_test.jsonl`; the
+    validation and the end of what is for RL also as questions to sample, `gsm8k_{val,judge}.jsonl`.
 
     Args:
         source: folder with one file `train*` and one `test*`.
@@ -112,12 +119,15 @@ def write_splits(source: Path, out_dir: Path, seed: int = 0) -> list[Path]:
     held = min(VALIDATION_ROWS, len(problems) // 10)
     validation, rest = problems[:held], problems[held:]
     sft, train = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-    paths = [out_dir / f"gsm8k_{name}" for name in ("sft.parquet", "train.parquet", "val.parquet", "test.jsonl")]
+    names = ("sft.parquet", "train.parquet", "val.parquet", "test.jsonl", "val.jsonl", "judge.jsonl")
+    paths = [out_dir / f"gsm8k_{name}" for name in names]
     write_parquet(paths[0], [problem.sft_row(index) for index, problem in enumerate(sft)])
     write_parquet(paths[1], [problem.training_row("train", index) for index, problem in enumerate(train)])
     write_parquet(paths[2], [problem.training_row("val", index) for index, problem in enumerate(validation)])
     questions = GSM8K().read(test_file)
     write_jsonl(paths[3], ({"prompt": question.prompt, "answer": question.answer} for question in questions))
+    write_jsonl(paths[4], (problem.test_row() for problem in validation))
+    write_jsonl(paths[5], (problem.test_row() for problem in train[-JUDGE_ROWS:]))
     return paths
 
 
