@@ -38,11 +38,11 @@ total_stages=12
 source scripts/stages.sh
 
 # What each setting changes of ppo_trainer.yaml, whose values are the published ones. The recommended one begins with a head
-# that has learnt by the same loss on responses of the base.
+# that has learnt by the same loss on responses of the base. A twentieth of the score's gradient is as large as the policy's.
 score_loss=(score.loss=both score.aggregation=mean_logit score.agreement_weighting=false)
 published_score=()
 recommended_score=(
-    actor_rollout_ref.score.backbone_grad_scale=1.0
+    actor_rollout_ref.score.backbone_grad_scale=0.05
     "${score_loss[@]/#/actor_rollout_ref.}"
     actor_rollout_ref.score.model_path="$arm/judge"
     actor_rollout_ref.score.standardized_updates=true
