@@ -74,7 +74,8 @@ SFT_ARGS=${SFT_ARGS:-}"
 # thread.
 serve_policies() {
     local service services=(policy)
-    if [[ $device == cpu ]] && (($(nproc) > 1)); then services+=(policy_2); fi
+    # nproc would count what OMP_NUM_THREADS says.
+    if [[ $device == cpu ]] && (($(env -u OMP_NUM_THREADS nproc) > 1)); then services+=(policy_2); fi
     for service in "${services[@]}"; do
         serve "$service" "$1" python test/policy_model_queue.py --model_path "$2" --max_model_len "$context"
     done
