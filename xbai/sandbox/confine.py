@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import sys
@@ -22,6 +23,9 @@ class Walls:
     """Which walls beyond the filter on system calls stand; see `Sandbox` for how they are chosen."""
 
     landlock: bool
+    """Which files may be used."""
+    held_threads: bool
+    """Each new thread waits for the supervisor, who counts."""
 
 
 @cache
@@ -31,9 +35,24 @@ def python_paths() -> tuple[Path, ...]:
     return tuple(dict.fromkeys(path for path in paths if path.exists()))
 
 
-def confine(limits: Limits, walls: Walls) -> None:
-    """Keep this process, from here on, to its limits, and from changing anything outside of itself."""
+def hide_memory() -> None:
+    """Keep other processes of this user from reading this one's memory through /proc or by ptrace(2)."""
+    libc.prctl(libc.PR_SET_DUMPABLE, 0)
+
+
+def die_with(parent: int) -> None:
+    """End this process, which `parent` has forked, when that one ends."""
     libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def confine(limits: Limits, walls: Walls) -> int | None:
+    """Keep this process, from here on, to its limits, and from changing anything outside of itself.
+
+    Returns:
+        With `walls.held_threads` the listener for `HeldCalls`.
+    """
     _limit(resource.RLIMIT_CPU, limits.cpu_s)
     _limit(resource.RLIMIT_AS, limits.memory_bytes)
     # No file that is open already grows.
@@ -42,9 +61,11 @@ def confine(limits: Limits, walls: Walls) -> None:
     _limit(resource.RLIMIT_NOFILE, _OPEN_FILES)
     _limit(resource.RLIMIT_CORE, 0)
     libc.drop_capabilities()
+    # Landlock keeps other processes from this one's memory. It would also read its standard input by name.
+    libc.prctl(libc.PR_SET_DUMPABLE, int(walls.landlock))
     if walls.landlock:
         landlock.restrict_files(python_paths())
-    seccomp.restrict_calls(open_to_write=walls.landlock)
+    return seccomp.restrict_calls(open_to_write=walls.landlock, hold_threads=walls.held_threads)
 
 
 def _limit(kind: int, amount: int) -> None:

@@ -15,11 +15,14 @@ from types import TracebackType
 from xbai.errors import UserError
 from xbai.sandbox import landlock, seccomp
 from xbai.sandbox.confine import Walls, python_paths
+from xbai.sandbox.forking import UNABLE, patiently
 from xbai.sandbox.job import Job, Outcome, Status
 
 START_TIMEOUT_S = 60.0
 ANSWER_GRACE_S = 30.0
 """How much longer than a job's own limit the harness may take, on a busy machine, to start and to end it."""
+END_TIMEOUT_S = 5.0
+"""How long the harness may take to end, from when it closed its connection."""
 ATTEMPTS = 2
 """How many harnesses a job gets to run in."""
 
@@ -54,7 +57,10 @@ class Sandbox:
     def __init__(self, bubblewrap: bool = True, use_landlock: bool = True) -> None:
         self.warning = ""
         self._bubblewrap = bubblewrap
-        self._walls = Walls(landlock=use_landlock and landlock.is_available())
+        self._walls = Walls(
+            landlock=use_landlock and landlock.is_available(),
+            held_threads=seccomp.is_available() and seccomp.can_hold_calls(),
+        )
         self._process: subprocess.Popen | None = None
 
     def start(self) -> None:
@@ -125,14 +131,9 @@ class Sandbox:
         self._connection = Connection(ours.detach())
         self._complaints = os.fdopen(os.memfd_create("stderr"), "w+b")
         with theirs:
-            self._process = subprocess.Popen(
-                [*prefix, sys.executable, "-I", "-c", _CODE],
-                stdin=theirs,
-                stdout=subprocess.DEVNULL,
-                stderr=self._complaints,
-                cwd="/",
-                env=_environment(),
-            )
+            command = [*prefix, sys.executable, "-I", "-c", _CODE]
+            streams = {"stdin": theirs, "stdout": subprocess.DEVNULL, "stderr": self._complaints}
+            self._process = patiently(lambda: subprocess.Popen(command, cwd="/", env=_environment(), **streams))
         outcome = self._ask(START_TIMEOUT_S, self._walls, Job(""))
         if outcome.status is not Status.DONE:
             self.close()
@@ -145,6 +146,10 @@ class Sandbox:
             if self._connection.poll(timeout_s):
                 return self._connection.recv()
         except (EOFError, OSError) as error:
+            with suppress(subprocess.TimeoutExpired):
+                if self._process.wait(END_TIMEOUT_S) == UNABLE:
+                    self.close()
+                    raise SandboxError("no room for another process of this user") from error
             raise _HarnessEndedError(self.close()) from error
         self.close()
         raise SandboxError(f"no answer from the sandbox's process within {timeout_s:g} s")
@@ -153,6 +158,10 @@ class Sandbox:
         holes = [missing] if missing else []
         if not self._walls.landlock:
             holes.append("the kernel has no Landlock, so that it can read (not write) this machine's files")
+        if not self._walls.held_threads:
+            holes.append(
+                "the kernel (before Linux 5.5) lets nobody hold up new threads, which are counted later"
+            )
         return f"submitted code runs behind fewer walls than it could: {'; '.join(holes)}" if holes else ""
 
 

@@ -1,4 +1,4 @@
-"""A seccomp filter: no processes, no network, no signals to others, no changes of files (see seccomp(2))."""
+"""A seccomp filter: no processes, no sockets, no signals to others, no changes of files (see seccomp(2))."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from functools import cache
 
 from xbai.sandbox import libc
 
-_PR_SET_SECCOMP, _PR_GET_SECCOMP, _FILTER = 22, 21, 2
+_PR_GET_SECCOMP = 21
+_SET_MODE_FILTER, _GET_ACTION_AVAILABLE, GET_NOTIF_SIZES = 1, 2, 3
+_NEW_LISTENER = 1 << 3
 
 # Of each call its number on x86_64 and on aarch64; None where there is no such call.
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
@@ -25,7 +27,8 @@ _PROCESSES = {
     "setpgid": (109, 154),
     "setsid": (112, 157),
 }
-_NETWORK = {"socket": (41, 198), "io_uring_setup": (425, 425)}
+# A pair of sockets reaches any socket in the file system that its user may write to, and carries descriptors around.
+_NETWORK = {"socket": (41, 198), "socketpair": (53, 199), "io_uring_setup": (425, 425)}
 _OTHER_PROCESSES = {
     "kill": (62, 129),
     "tkill": (200, 130),
@@ -57,6 +60,14 @@ _SHARED_MEMORY = {
     "msgget": (68, 186),
     "semget": (64, 190),
     "mq_open": (240, 180),
+}
+# What others do with their files, and pages that move between a pipe and a process.
+_WATCHING = {
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
+    "splice": (275, 76),
+    "tee": (276, 77),
+    "vmsplice": (278, 75),
 }
 _KERNEL = {
     "bpf": (321, 280),
@@ -119,14 +130,17 @@ _FILES = {
 _ABSENT = {"clone3": (435, 435), "openat2": (437, 437)}
 """Calls whose arguments a filter cannot read; the C library does without them."""
 _CLONE, _PRLIMIT, _OPEN, _OPENAT, _FCNTL = (56, 220), (302, 261), (2, None), (257, 56), (72, 25)
+_PRCTL, _SECCOMP = (157, 167), (317, 277)
 
 _CLONE_THREAD = 0x10000
 # Others make the kernel signal another process (F_SETOWN, F_SETSIG), hold up who writes a file, or enlarge a pipe.
 _DESCRIPTOR_COMMANDS = (F_DUPFD, F_DUPFD_CLOEXEC, F_GETFD, F_SETFD, F_GETFL, F_SETFL)
+# Others would outlive the parent's death or let other processes of this user read this one's memory.
+_PROCESS_OPTIONS = (libc.PR_SET_NAME, libc.PR_GET_NAME, libc.PR_SET_VMA)
 _OPENS_TO_CHANGE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | (os.O_TMPFILE & ~os.O_DIRECTORY)
 
 _LOAD, _JUMP_EQUAL, _JUMP_FROM, _JUMP_SET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+_ALLOW, _KILL, _ERRNO, _NOTIFY = 0x7FFF0000, 0x80000000, 0x00050000, 0x7FC00000
 _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16
 _X32_CALLS = 0x40000000
 
@@ -141,20 +155,45 @@ def is_available() -> bool:
     return os.uname().machine in _ARCHITECTURES
 
 
-def restrict_calls(open_to_write: bool) -> None:
+@cache
+def can_hold_calls() -> bool:
+    """Whether the kernel (Linux 5.5 and newer) lets another process decide on a call."""
+    try:
+        libc.syscall(call_number(), _GET_ACTION_AVAILABLE, 0, ctypes.byref(ctypes.c_uint32(_NOTIFY)))
+    except OSError:
+        return False
+    return True
+
+
+def call_number() -> int:
+    """Of seccomp(2) here."""
+    return _SECCOMP[_column()]
+
+
+def restrict_calls(open_to_write: bool, hold_threads: bool) -> int | None:
     """Take from this thread, and all that it starts, what a program that only computes has no use for.
 
     Args:
         open_to_write: leave it that, because something else says which files.
+        hold_threads: let whoever has the listener decide on each new thread.
+
+    Returns:
+        The listener, a descriptor, with `hold_threads`.
     """
-    instructions = b"".join(_program(open_to_write))
+    instructions = b"".join(_program(open_to_write, hold_threads))
     buffer = ctypes.create_string_buffer(instructions, len(instructions))
     program = ctypes.create_string_buffer(struct.pack("@HP", len(instructions) // 8, ctypes.addressof(buffer)))
     libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
-    libc.prctl(_PR_SET_SECCOMP, _FILTER, ctypes.addressof(program))
+    flags = _NEW_LISTENER if hold_threads else 0
+    result = libc.syscall(call_number(), _SET_MODE_FILTER, flags, ctypes.byref(program))
+    return result if hold_threads else None
 
 
-def _program(open_to_write: bool) -> list[bytes]:
+def _column() -> int:
+    return _ARCHITECTURES[os.uname().machine][0]
+
+
+def _program(open_to_write: bool, hold_threads: bool) -> list[bytes]:
     column, architecture = _ARCHITECTURES[os.uname().machine]
     program = [
         _instruction(_LOAD, _ARCHITECTURE),
@@ -167,13 +206,16 @@ def _program(open_to_write: bool) -> list[bytes]:
     if not open_to_write:
         program += _unless(_OPEN[column], 1, _OPENS_TO_CHANGE, allowed_if_set=False)
         program += _unless(_OPENAT[column], 2, _OPENS_TO_CHANGE, allowed_if_set=False)
-    for group in (_PROCESSES, _NETWORK, _OTHER_PROCESSES, _SHARED_MEMORY, _KERNEL, _FILES):
+    for group in (_PROCESSES, _NETWORK, _OTHER_PROCESSES, _SHARED_MEMORY, _WATCHING, _KERNEL, _FILES):
         for numbers in group.values():
             program += _refuse(numbers[column], errno.EACCES)
     for numbers in _ABSENT.values():
         program += _refuse(numbers[column], errno.ENOSYS)
     program += _unless(_CLONE[column], 0, _CLONE_THREAD, allowed_if_set=True)
+    if hold_threads:
+        program += [_instruction(_JUMP_EQUAL, _CLONE[column], 0, 1), _instruction(_RETURN, _NOTIFY)]
     program += _only(_FCNTL[column], 1, _DESCRIPTOR_COMMANDS)
+    program += _only(_PRCTL[column], 0, _PROCESS_OPTIONS)
     # Limits of this process alone: its number here is 0.
     program += _unless(_PRLIMIT[column], 0, 0xFFFFFFFF, allowed_if_set=False)
     return [*program, _instruction(_RETURN, _ALLOW)]

@@ -1,0 +1,51 @@
+"""System calls that a filter leaves to another process to decide (see seccomp_unotify(2))."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+from functools import cache
+
+from xbai.sandbox import libc, seccomp
+
+_RECEIVE, _SEND = 0xC0502100, 0xC0182101
+_CONTINUE = 1
+_ID_AND_PROCESS, _ANSWER = struct.Struct("=QI"), struct.Struct("=QqiI")
+
+
+@cache
+def _sizes() -> tuple[int, int, int]:
+    """Bytes of the kernel's notification, answer and call."""
+    sizes = (ctypes.c_uint16 * 3)()
+    libc.syscall(seccomp.call_number(), seccomp.GET_NOTIF_SIZES, 0, sizes)
+    return tuple(sizes)
+
+
+class HeldCalls:
+    """The calls of a filtered process that wait for an answer.
+
+    Args:
+        descriptor: the listener that `seccomp.restrict_calls` returned there; readable when a call waits.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def let_pass(self) -> None:
+        """Let the call that waits go on, unless its thread is gone."""
+        call = bytearray(_sizes()[0])
+        try:
+            fcntl.ioctl(self.descriptor, _RECEIVE, call)
+            number, _ = _ID_AND_PROCESS.unpack_from(call)
+            answer = _ANSWER.pack(number, 0, 0, _CONTINUE).ljust(_sizes()[1], b"\0")
+            fcntl.ioctl(self.descriptor, _SEND, bytearray(answer))
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EINTR):
+                raise
+
+    def close(self) -> None:
+        """From here on such calls fail."""
+        os.close(self.descriptor)
