@@ -91,7 +91,7 @@ class Sandbox:
         for _ in range(ATTEMPTS):
             self.start()
             with suppress(_HarnessEndedError):
-                return self._ask(job.limits.wall_s + ANSWER_GRACE_S, job)
+                return self._ask(job, job.limits.wall_s + ANSWER_GRACE_S)
         self.start()
         return Outcome(Status.ERROR, b"")
 
@@ -134,17 +134,18 @@ class Sandbox:
             command = [*prefix, sys.executable, "-I", "-c", _CODE]
             streams = {"stdin": theirs, "stdout": subprocess.DEVNULL, "stderr": self._complaints}
             self._process = patiently(lambda: subprocess.Popen(command, cwd="/", env=_environment(), **streams))
-        outcome = self._ask(START_TIMEOUT_S, self._walls, Job(""))
+        outcome = self._ask(Job(""), START_TIMEOUT_S, self._walls)
         if outcome.status is not Status.DONE:
             self.close()
             raise SandboxError(f"an empty program fails in it: {outcome.status}")
 
-    def _ask(self, timeout_s: float, *messages: Walls | Job) -> Outcome:
+    def _ask(self, job: Job, timeout_s: float, *before: Walls) -> Outcome:
         try:
-            for message in messages:
+            for message in (*before, job.limits, job):
                 self._connection.send(message)
             if self._connection.poll(timeout_s):
-                return self._connection.recv()
+                status, size = self._connection.recv()
+                return Outcome(status, self._receive(size))
         except (EOFError, OSError) as error:
             with suppress(subprocess.TimeoutExpired):
                 if self._process.wait(END_TIMEOUT_S) == UNABLE:
@@ -154,14 +155,23 @@ class Sandbox:
         self.close()
         raise SandboxError(f"no answer from the sandbox's process within {timeout_s:g} s")
 
+    def _receive(self, size: int) -> bytes:
+        """Output as the harness sends it, without a frame."""
+        with os.fdopen(os.dup(self._connection.fileno()), "rb", buffering=0) as stream:
+            chunks = []
+            while size and (chunk := stream.read(size)):
+                chunks.append(chunk)
+                size -= len(chunk)
+        if size:
+            raise EOFError("the output ends early")
+        return b"".join(chunks)
+
     def _describe(self, missing: str) -> str:
         holes = [missing] if missing else []
         if not self._walls.landlock:
             holes.append("the kernel has no Landlock, so that it can read (not write) this machine's files")
         if not self._walls.held_threads:
-            holes.append(
-                "the kernel (before Linux 5.5) lets nobody hold up new threads, which are counted later"
-            )
+            holes.append("the kernel (before Linux 5.5) lets nobody hold up new threads, which are counted later")
         return f"submitted code runs behind fewer walls than it could: {'; '.join(holes)}" if holes else ""
 
 

@@ -10,9 +10,10 @@ import socket
 import sys
 import threading
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from numbers import Number
 from types import CodeType, ModuleType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from xbai.sandbox.confine import Walls, confine, die_with
 from xbai.sandbox.job import MAX_INT_DIGITS, Job
@@ -40,22 +41,24 @@ def compile_preamble() -> CodeType:
     return preamble
 
 
-class Channels(NamedTuple):
-    """Descriptors of a program's process."""
+def run_in_this_process(
+    connection: Connection, preamble: CodeType, walls: Walls, output_fd: int, control: socket.socket, parent: int
+) -> NoReturn:
+    """Read a job, run it behind walls, and end with one of the statuses above.
 
-    stdin: int
-    output: int
-    """What it prints, or what its function returned; to be written."""
-    control: int
-    """A socket to the supervisor, who gets the listener of the filter by it."""
-
-
-def run_in_this_process(job: Job, preamble: CodeType, walls: Walls, channels: Channels, parent: int) -> NoReturn:
-    """Run the job behind walls, and end with one of the statuses above."""
+    Args:
+        connection: the job comes from here.
+        preamble: of `compile_preamble`.
+        walls: around the program.
+        output_fd: gets what it prints, or what its function returns.
+        control: the supervisor gets a byte by it before the program starts, with the listener of the filter.
+        parent: the supervisor.
+    """
     code = FAILED
     try:
         die_with(parent)
-        _redirect(channels, is_program=job.function is None)
+        job = connection.recv()
+        _redirect(job, output_fd, control.fileno())
         _hand_over(confine(job.limits, walls))
         sys.setrecursionlimit(_RECURSION_LIMIT)
         sys.set_int_max_str_digits(MAX_INT_DIGITS)
@@ -76,13 +79,14 @@ def run_in_this_process(job: Job, preamble: CodeType, walls: Walls, channels: Ch
         os._exit(code)
 
 
-def _redirect(channels: Channels, is_program: bool) -> None:
+def _redirect(job: Job, output_fd: int, control_fd: int) -> None:
     """Leave the standard streams; a function's result goes to `_RESULT_FD`, what it prints is of no interest."""
-    output, control = (
-        fcntl.fcntl(descriptor, fcntl.F_DUPFD, _CONTROL_FD + 1) for descriptor in (channels.output, channels.control)
-    )
+    is_program = job.function is None
+    given = _memory_file(job.stdin.encode(errors="replace")), output_fd, control_fd
+    # Out of the way of the numbers that they are to have.
+    stdin, output, control = (fcntl.fcntl(descriptor, fcntl.F_DUPFD, _CONTROL_FD + 1) for descriptor in given)
     null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(channels.stdin, 0)
+    os.dup2(stdin, 0)
     os.dup2(output if is_program else null, 1)
     os.dup2(null, 2)
     os.dup2(null if is_program else output, _RESULT_FD)
@@ -94,10 +98,20 @@ def _redirect(channels: Channels, is_program: bool) -> None:
     sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
+def _memory_file(content: bytes) -> int:
+    descriptor = os.memfd_create("stdin")
+    with os.fdopen(os.dup(descriptor), "wb") as stream:
+        stream.write(content)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
+
+
 def _hand_over(listener: int | None) -> None:
-    """Give the supervisor the listener, and keep no way to it."""
+    """Tell the supervisor that the program starts, give it the listener, and keep no way to either."""
     with socket.socket(fileno=_CONTROL_FD) as control:
-        if listener is not None:
+        if listener is None:
+            control.send(b"\0")
+        else:
             socket.send_fds(control, [b"\0"], [listener])
             os.close(listener)
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import select
 import signal
 import socket
 import time
-from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import CodeType
 
 from xbai.sandbox.confine import Walls
 from xbai.sandbox.forking import fork
-from xbai.sandbox.job import Job, Limits, Outcome, Status
+from xbai.sandbox.job import Limits, Status
 from xbai.sandbox.notifications import HeldCalls
-from xbai.sandbox.program import DONE, OUT_OF_MEMORY, Channels, run_in_this_process
+from xbai.sandbox.program import DONE, OUT_OF_MEMORY, run_in_this_process
 
 _STATUS_OF_EXIT = {
     DONE: Status.DONE,
@@ -25,85 +26,121 @@ _STATUS_OF_EXIT = {
     -signal.SIGKILL: Status.TIME,
 }
 _LOOK_S = 0.05
-_CHUNK_BYTES = 2**16
 
 
 class OwnerEndedError(Exception):
     """Nobody waits for the outcome any more."""
 
 
-def run(job: Job, preamble: CodeType, walls: Walls, owner_fd: int) -> Outcome:
-    """Run a job to its end, or to its limits.
-
-    Args:
-        job: what to run.
-        preamble: of `compile_preamble`.
-        walls: around the program.
-        owner_fd: a socket whose other end closes when its owner ends.
+def supervise(connection: Connection, limits: Limits, preamble: CodeType, walls: Walls) -> None:
+    """Run the job that comes next on `connection` to its end or to its limits, and send its status, the length of its
+    output, and the output.
 
     Raises:
-        OwnerEndedError: that has happened.
+        OwnerEndedError: the other end of the connection has closed.
+        EOFError: the child ended before it had read the job.
     """
-    input_fd = os.memfd_create("stdin")
-    with os.fdopen(os.dup(input_fd), "wb") as stream:
-        stream.write(job.stdin.encode(errors="replace"))
-    os.lseek(input_fd, 0, os.SEEK_SET)
     read_end, write_end = os.pipe()
     ours, theirs = socket.socketpair()
     supervisor, child = os.getpid(), fork()
     if child == 0:
-        run_in_this_process(job, preamble, walls, Channels(input_fd, write_end, theirs.fileno()), supervisor)
+        run_in_this_process(connection, preamble, walls, write_end, theirs, supervisor)
     os.close(write_end)
     theirs.close()
-    return _Watch(child, read_end, _receive_calls(ours), owner_fd, job.limits).outcome()
+    with _Output(read_end, limits.output_bytes) as output:
+        status = _Watch(child, output, _wait_for_start(ours), connection.fileno(), limits).status()
+        output.send(connection, status)
 
 
-def _receive_calls(control: socket.socket) -> HeldCalls | None:
-    """What the child hands over before the program starts; None where it closes its end without."""
+def _wait_for_start(control: socket.socket) -> HeldCalls | None:
+    """Until the child has read the job and stands behind its walls; what it hands over then."""
     with control:
-        _, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+        started, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+    if not started:
+        raise EOFError("the program's process ended before it began")
     return HeldCalls(descriptors[0]) if descriptors else None
 
 
-class _Watch:
-    """A running program.
+class _Output:
+    """What a program writes into a pipe, in memory of its own that is gone when this is closed.
 
-    It must never be waited for by a call that it can hold up: it has the other end of its output too, and may take back
-    what it wrote.
+    The program has the other end too, and may take back what it wrote: reading never blocks.
     """
 
-    def __init__(self, child: int, output_fd: int, calls: HeldCalls | None, owner_fd: int, limits: Limits) -> None:
-        self._child, self._output_fd, self._calls, self._owner_fd = child, output_fd, calls, owner_fd
+    def __init__(self, descriptor: int, limit: int) -> None:
+        self.descriptor, self.size, self._limit = descriptor, 0, limit
+        os.set_blocking(descriptor, False)
+        self._memory = mmap.mmap(-1, limit + 1)
+
+    @property
+    def is_over_limit(self) -> bool:
+        return self.size > self._limit
+
+    def read(self) -> bool:
+        """Take what there is now; whether there was any."""
+        with memoryview(self._memory) as whole, whole[self.size :] as free:
+            try:
+                count = os.readv(self.descriptor, [free]) if len(free) else 0
+            except BlockingIOError:
+                count = 0
+        self.size += count
+        return count > 0
+
+    def send(self, connection: Connection, status: Status) -> None:
+        size = self.size if status is Status.DONE else 0
+        connection.send((status, size))
+        with memoryview(self._memory) as whole, whole[:size] as rest:
+            # Without `send_bytes`, which copies what is short.
+            sent = 0
+            while sent < size:
+                with rest[sent:] as part:
+                    sent += os.write(connection.fileno(), part)
+
+    def __enter__(self) -> _Output:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._memory.close()
+        os.close(self.descriptor)
+
+
+class _Watch:
+    """A running program."""
+
+    def __init__(self, child: int, output: _Output, calls: HeldCalls | None, owner_fd: int, limits: Limits) -> None:
+        self._child, self._output, self._calls, self._owner_fd = child, output, calls, owner_fd
         self._limits, self._deadline = limits, time.monotonic() + limits.wall_s
-        self._output, self._poll = bytearray(), select.poll()
-        os.set_blocking(output_fd, False)
-        self._poll.register(output_fd, select.POLLIN)
+        self._poll = select.poll()
+        self._poll.register(output.descriptor, select.POLLIN)
         # Without a flag it is told of the other end's closing alone.
         self._poll.register(owner_fd, 0)
         if calls is not None:
             self._poll.register(calls.descriptor, select.POLLIN)
 
-    def outcome(self) -> Outcome:
+    def status(self) -> Status:
         """Wait for the end, or bring it about."""
-        while (ended := os.waitpid(self._child, os.WNOHANG))[0] == 0:
-            overstepped = self._look() or self._overstepped()
-            if overstepped:
-                os.kill(self._child, signal.SIGKILL)
-                os.waitpid(self._child, 0)
-                return Outcome(overstepped, b"")
-        while self._read():
+        try:
+            while (ended := os.waitpid(self._child, os.WNOHANG))[0] == 0:
+                overstepped = self._look() or self._overstepped()
+                if overstepped:
+                    os.kill(self._child, signal.SIGKILL)
+                    os.waitpid(self._child, 0)
+                    return overstepped
+        finally:
+            if self._calls is not None:
+                self._calls.close()
+        while self._output.read():
             pass
-        if len(self._output) > self._limits.output_bytes:
-            return Outcome(Status.OUTPUT, b"")
-        status = _STATUS_OF_EXIT.get(os.waitstatus_to_exitcode(ended[1]), Status.ERROR)
-        return Outcome(status, bytes(self._output))
+        if self._output.is_over_limit:
+            return Status.OUTPUT
+        return _STATUS_OF_EXIT.get(os.waitstatus_to_exitcode(ended[1]), Status.ERROR)
 
     def _look(self) -> Status | None:
         """Take what there is of output and of threads to be begun; the latter may be too many."""
         events = dict(self._poll.poll(_LOOK_S * 1000))
         if self._owner_fd in events:
             raise OwnerEndedError
-        if self._output_fd in events and not self._read():
+        if self._output.descriptor in events and not self._output.read():
             # It is about to end, or closed its output to look as if.
             time.sleep(0.001)
         if self._calls is None or self._calls.descriptor not in events:
@@ -117,17 +154,9 @@ class _Watch:
             self._poll.unregister(self._calls.descriptor)
         return None
 
-    def _read(self) -> bool:
-        """Take some output; whether there was any."""
-        with suppress(BlockingIOError):
-            chunk = os.read(self._output_fd, _CHUNK_BYTES)
-            self._output += chunk
-            return bool(chunk)
-        return False
-
     def _overstepped(self) -> Status | None:
         """A limit that the kernel does not watch."""
-        if len(self._output) > self._limits.output_bytes:
+        if self._output.is_over_limit:
             return Status.OUTPUT
         if time.monotonic() > self._deadline:
             return Status.TIME
