@@ -3,9 +3,10 @@
 import errno
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from typing import IO
@@ -24,6 +25,9 @@ _REMEDIES = {
     errno.ENOTDIR: "choose another folder",
     errno.ENAMETOOLONG: "choose a shorter path",
 }
+_MOST_LINKS = 40
+"""As many as Linux follows."""
+_OWN_DESCRIPTORS = Path("/proc/self/fd")
 
 
 def why_not_written(error: BaseException) -> str:
@@ -64,6 +68,7 @@ def fsync_tree(folder: Path) -> None:
 
 def remove_leftovers(path: Path) -> None:
     """Delete the temporary siblings of `path` that its writers left behind when they were killed."""
+    path = followed(path)
     for leftover in path.parent.glob(f".{escape(path.name)}.????????.tmp"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
@@ -72,21 +77,107 @@ def _temporary_sibling(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
+def followed(path: str | Path) -> Path:
+    """What `path` leads to where it is a symbolic link, whether or not there is such a file; else `path`.
+
+    Those of /proc, to which /dev/stdout and /dev/fd lead, are not followed: they stand for what a process has open.
+
+    Raises:
+        UserError: the links lead in a circle.
+    """
+    found = Path(path)
+    for _ in range(_MOST_LINKS):
+        if not found.is_symlink() or found.parent.resolve().is_relative_to("/proc"):
+            return found
+        found = found.parent / found.readlink()
+    raise UserError(f"{path}: its symbolic links lead in a circle; remove them, or name another file")
+
+
+def is_replaced(path: str | Path) -> bool:
+    """Whether `atomic_write` makes a file anew: where there is none or a regular one.
+
+    Raises:
+        UserError: a folder, a socket, or links that lead in a circle.
+        OSError: it cannot be known.
+    """
+    path = followed(path)
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return True
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{path}: a folder; name a file")
+    if stat.S_ISSOCK(mode) and not path.is_symlink():
+        raise UserError(f"{path}: a socket; name a file")
+    return stat.S_ISREG(mode) and not path.is_symlink()
+
+
+def check_writable(path: str | Path) -> None:
+    """Refuse a name to which `atomic_write` could not write (call it before the work whose outcome is written).
+
+    Raises:
+        UserError: says why.
+    """
+    try:
+        if not is_replaced(path):
+            return
+        temporary = _temporary_sibling(followed(path))
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({why_not_written(error)})") from None
+
+
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
-    """Open a temporary sibling of `path` for writing; on success it is flushed and takes the name `path`."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_sibling(path)
+    """Open a temporary sibling of `path` for writing; on success it is flushed and takes the name `path`.
+
+    A file that it replaces hands on its mode bits, and its owner where that is allowed. A symbolic link is followed:
+    what it names is replaced, or made, and the link stays. A device, a FIFO and what a process has open (/dev/null,
+    /dev/stdout) are no files to be replaced: they receive the bytes as they are written.
+
+    Args:
+        path: the file. Folders above it that are missing are made.
+        mode: of `open`: "w", "wb" or "w+b".
+
+    Raises:
+        UserError: a folder, a socket, or links that lead in a circle.
+        OSError: it cannot be written.
+    """
+    target = followed(path)
+    if not is_replaced(target):
+        with _open_in_place(target, mode) as stream:
+            yield stream
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_sibling(target)
     try:
         with temporary.open(mode) as stream:
+            _inherit(stream.fileno(), target)
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.replace(path)
+        temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
-    fsync_path(path.parent)
+    fsync_path(target.parent)
+
+
+def _open_in_place(path: Path, mode: str) -> IO:
+    if path.parent.resolve() == _OWN_DESCRIPTORS.resolve():
+        # Opened again, a file to which the standard output goes would be written from its beginning.
+        return os.fdopen(os.dup(int(path.name)), mode)
+    return path.open(mode.replace("w", "a"))
+
+
+def _inherit(descriptor: int, path: Path) -> None:
+    """Give a new file owner and mode bits of the one that it replaces, if there is one."""
+    with suppress(FileNotFoundError):
+        found = path.stat()
+        with suppress(PermissionError):
+            os.fchown(descriptor, found.st_uid, found.st_gid)
+        os.fchmod(descriptor, stat.S_IMODE(found.st_mode))
 
 
 @contextmanager
@@ -94,13 +185,14 @@ def atomic_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
     """Yield an empty temporary sibling folder; on success it is flushed and takes the name `path`.
 
     With `replace` a folder of that name moves away first, and is deleted last: whoever is killed in between leaves
-    nothing at `path`, but never half a folder.
+    nothing at `path`, but never half a folder. A symbolic link is followed, and stays.
 
     Raises:
-        FileExistsError: when `path` exists already, without `replace`.
+        FileExistsError: when `path` exists already, without `replace`, or is no folder.
+        UserError: symbolic links lead in a circle.
     """
-    path = Path(path)
-    if path.exists() and not replace:
+    path = followed(path)
+    if path.exists() and not (replace and path.is_dir()):
         raise FileExistsError(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = _temporary_sibling(path), _temporary_sibling(path)

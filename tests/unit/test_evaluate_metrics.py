@@ -358,6 +358,13 @@ def test_the_command_writes_what_is_asked_for(tmp_path: Path, capsys: pytest.Cap
     assert drawn(tmp_path / "m.png") > 0.02
 
 
+@pytest.mark.parametrize("option", ["json_path", "markdown_path", "plot_path"])
+def test_an_output_that_cannot_be_written_is_refused_before_results_are_read(tmp_path: Path, option: str) -> None:
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(UserError, match=r"a\.png: a folder; name a file"):
+        run_metric(replace(MetricOptions("make10", ["no such file"]), **{option: tmp_path / "a.png"}))
+
+
 def test_a_vote_that_the_run_asked_for_is_what_is_tested(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     line = result_line(0, [RIGHT, RIGHT, WRONG], [0.1, 0.1, 0.9]) | {"settings": {"search": {"name": "majority"}}}
     run_metric(MetricOptions("make10", [str(write(tmp_path / "a.jsonl", line))], 3))

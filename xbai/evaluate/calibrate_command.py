@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from xbai.engine.files import check_model_folder
 from xbai.errors import UserError
@@ -12,8 +13,9 @@ from xbai.evaluate.graded import grade_lines
 from xbai.evaluate.result_set import read_lines, result_files
 from xbai.evaluate.settings import check_made_by
 from xbai.evaluate.tables import Grid, fraction, show
+from xbai.files import check_writable
 from xbai.model_identity import model_identity
-from xbai.sprm.calibration import Calibration
+from xbai.sprm.calibration import SPRM_CALIBRATION_FILE, Calibration
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ def run_calibrate(task: str, patterns: Sequence[str], model_path: str) -> None:
         UserError: no such folder or files, results of another model, or without scores or log-probs.
     """
     check_model_folder(model_path)
+    check_writable(Path(model_path) / SPRM_CALIBRATION_FILE)
     identity, place = model_identity(model_path), " ".join(patterns)
     lines = read_lines(result_files(patterns, "RESULTS"), task)
     settings = next((line.settings for line in lines if line.settings is not None), None)

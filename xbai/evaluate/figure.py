@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from xbai.errors import UserError
-from xbai.files import atomic_write
+from xbai.files import atomic_write, check_writable
 
 # The palette of Okabe and Ito, blue and green a little darker.
 BLUE, ORANGE, GREEN, RED, PURPLE = "#0067a5", "#e69f00", "#00876a", "#d55e00", "#a8558a"
@@ -72,14 +72,19 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure in one piece, in the format of its suffix.
 
     Raises:
-        UserError: there is no such format.
+        UserError: there is no such format, or no file can be written there.
     """
-    check_format(path)
+    check_figure(path)
     with atomic_write(path) as stream:
         figure.savefig(stream, dpi=DOTS_PER_INCH, format=path.suffix[1:].lower(), facecolor="white")
 
 
-def check_format(path: Path) -> None:
-    """Refuse the name of a figure that could not be written (call it before the work whose outcome is drawn)."""
+def check_figure(path: Path) -> None:
+    """Refuse the name of a figure that could not be written (call it before the work whose outcome is drawn).
+
+    Raises:
+        UserError: there is no such format, or no file can be written there.
+    """
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"{path}: a figure's name ends in {', '.join(FORMATS)}")
+    check_writable(path)

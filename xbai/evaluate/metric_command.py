@@ -11,13 +11,13 @@ from typing import Any
 
 import typer
 
-from xbai.evaluate.figure import check_format
+from xbai.evaluate.figure import check_figure
 from xbai.evaluate.metrics import Comparison, Report, compare, repeated_accuracy, report_files
 from xbai.evaluate.plots import plot_results
 from xbai.evaluate.settings import choice_of
 from xbai.evaluate.summary import write_json
 from xbai.evaluate.tables import STRATEGY_NAMES, Grid, comparison_grid, report_grids, show
-from xbai.files import atomic_write
+from xbai.files import atomic_write, check_writable
 from xbai.sprm.calibration import Calibration
 
 TERMINAL = Path("-")
@@ -81,10 +81,14 @@ def run_metric(options: MetricOptions) -> None:
     """Measure and write everything that is asked for.
 
     Raises:
-        UserError: files that are missing, are no results or do not belong together; too few samples for N.
+        UserError: files that are missing, are no results or do not belong together; too few samples for N; outputs
+            that cannot be written.
     """
     if options.plot_path is not None:
-        check_format(options.plot_path)
+        check_figure(options.plot_path)
+    for path in (options.json_path, options.markdown_path):
+        if path not in (None, TERMINAL):
+            check_writable(path)
     calibration = None if options.calibration is None else Calibration.read(options.calibration)
     report, questions = report_files(options.task, options.patterns, calibration)
     strategy = choice_of(report.settings)

@@ -10,11 +10,12 @@ from typing import Any
 import typer
 
 from xbai.errors import UserError
-from xbai.evaluate.figure import check_format
+from xbai.evaluate.figure import check_figure
 from xbai.evaluate.metrics import Report, report_files
 from xbai.evaluate.plots import plot_accuracy
 from xbai.evaluate.summary import build_summary, write_json
 from xbai.evaluate.tables import report_grids, show
+from xbai.files import check_writable
 from xbai.sprm.calibration import Calibration
 
 
@@ -49,12 +50,14 @@ def run_summary(options: SummaryOptions) -> None:
     """Measure, compare and write.
 
     Raises:
-        UserError: files that are missing, are no results, do not belong together, or were not sampled alike.
+        UserError: files that are missing, are no results, do not belong together, or were not sampled alike; outputs
+            that cannot be written.
     """
     if options.held_out_base is not None and options.held_out is None:
         raise UserError("--held_out_base: there is nothing to compare it with; give --held_out too")
     if options.plot_output is not None:
-        check_format(options.plot_output)
+        check_figure(options.plot_output)
+    check_writable(options.output)
     score_setting = None if options.score_setting is None else _read_object(options.score_setting)
     calibration = None if options.calibration is None else Calibration.read(options.calibration)
 

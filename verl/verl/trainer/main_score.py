@@ -37,7 +37,7 @@ from xbai.evaluate.graded_responses import response_files
 from xbai.evaluate.metrics import measure
 from xbai.evaluate.tables import report_grids, show
 from xbai.evaluate.training_plot import plot_training
-from xbai.files import atomic_directory, why_not_written
+from xbai.files import atomic_directory, followed, why_not_written
 from xbai.sprm import (
     ScoreHead,
     ScoreObjective,
@@ -206,7 +206,8 @@ class ScoreTrainer:
             raise UserError(self._not_written(error)) from None
 
     def _try_saving(self) -> None:
-        parent = self.output_dir if self.output_dir.exists() else self.output_dir.parent
+        folder = followed(self.output_dir)
+        parent = folder if folder.exists() else folder.parent
         try:
             parent.mkdir(parents=True, exist_ok=True)
             with TemporaryDirectory(prefix=".score_head_try_", suffix=".tmp", dir=parent):

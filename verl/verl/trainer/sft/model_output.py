@@ -20,7 +20,7 @@ from verl.utils.model import dtype_name
 from verl.utils.weight_files import write_weights
 from verl.workers.actor.joint_model import JointModel
 from xbai.errors import UserError
-from xbai.files import atomic_directory, check_room, remove_leftovers
+from xbai.files import atomic_directory, check_room, followed, remove_leftovers
 from xbai.model_files import ModelFiles
 from xbai.sprm import SPRMConfig, save_score_head
 
@@ -87,9 +87,10 @@ class ModelOutput:
     def try_writing(self, model: JointModel) -> None:
         """Write everything but the weights, and remove it: what would fail after training fails here. A collective."""
         needed = sum(weight.numel() for weight in model.lm.parameters()) * self._dtype.itemsize
-        parent, few = self._folder.parent, {"few": torch.zeros(1)}
+        few = {"few": torch.zeros(1)}
 
         def write() -> None:
+            parent = followed(self._folder).parent
             parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self._folder)
             with TemporaryDirectory(prefix=f".{self._folder.name}.", suffix=".tmp", dir=parent) as folder:
