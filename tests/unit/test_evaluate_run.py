@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from xbai.errors import UserError
 from xbai.evaluate.options import RunOptions
-from xbai.evaluate.run import use_fused_scores
+from xbai.evaluate.run import run, use_fused_scores
 from xbai.evaluate.served_model import ServedModel
 
 READY = {"model": "/models/m", "identity": "m:1a", "lang": "en", "scores": True}
@@ -89,3 +93,21 @@ def test_what_the_service_would_refuse_for_every_question_is_refused_at_once(cha
     with pytest.raises(UserError) as caught:
         options(**changes)
     assert str(caught.value).startswith(message)
+
+
+def test_what_cannot_be_the_result_file_is_refused_before_anything_is_read_or_asked(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")
+    before = set(tmp_path.iterdir())
+    for name, why in (
+        ("", "a folder; name a file"),
+        ("fifo", "--output_file .*fifo: no regular file, but results are read back"),
+        ("stdout", "--output_file .*stdout: no regular file"),
+        ("circle", "its symbolic links lead in a circle"),
+        ("n" * 243, "choose a shorter path"),
+        ("fifo/below", "cannot be written"),
+    ):
+        with pytest.raises(UserError, match=why):
+            run(replace(options(), output_file=str(tmp_path / name)))
+    assert set(tmp_path.iterdir()) == before

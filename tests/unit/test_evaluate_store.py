@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xbai.errors import UserError
+from xbai.evaluate.journal import encode_line
 from xbai.evaluate.results import Sample, StoredQuestion, read_result_lines
 from xbai.evaluate.settings import RunSettings, request_seed
 from xbai.evaluate.store import ResultStore
@@ -116,8 +118,9 @@ def test_log_probs_are_kept_and_older_files_have_none(tmp_path: Path) -> None:
         results.add(replace(sample(0, 0, 0.1), mean_log_prob=-0.25))
         results.add(sample(0, 1, 0.2))
     lines = results.journal_path.read_bytes().splitlines(keepends=True)
-    of_before = {name: value for name, value in json.loads(lines[2]).items() if name != "mean_log_prob"}
-    results.journal_path.write_bytes(lines[0] + lines[1] + json.dumps(of_before).encode() + b"\n")
+    of_before = asdict(sample(0, 1, 0.2))
+    del of_before["mean_log_prob"]
+    results.journal_path.write_bytes(lines[0] + lines[1] + encode_line(of_before))
     with store(path) as results:
         results.add(replace(sample(0, 2, 0.3), mean_log_prob=-0.75))
         results.write_results()
@@ -222,16 +225,16 @@ def test_a_journal_removed_before_it_was_locked_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begins_again: bool
 ) -> None:
     path = tmp_path / "out.jsonl"
-    lock = ResultStore._lock
+    lock, journal = fcntl.flock, Path(f"{path}.journal")
 
-    def lock_too_late(self: ResultStore, journal: BinaryIO) -> None:
-        monkeypatch.setattr(ResultStore, "_lock", lock)
-        self.journal_path.unlink()
+    def lock_too_late(file: FileIO, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        journal.unlink()
         if begins_again:
-            self.journal_path.touch()
-        lock(self, journal)
+            journal.touch()
+        lock(file, operation)
 
-    monkeypatch.setattr(ResultStore, "_lock", lock_too_late)
+    monkeypatch.setattr(fcntl, "flock", lock_too_late)
     with store(path) as results:
         results.add(sample(0, 0))
     with store(path) as results:

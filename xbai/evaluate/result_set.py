@@ -10,9 +10,9 @@ from typing import Any
 
 from xbai.errors import UserError
 from xbai.evaluate.graded import question_key
+from xbai.evaluate.journal import JOURNAL_SUFFIX
 from xbai.evaluate.results import ResultLine, read_result_lines
 from xbai.evaluate.settings import differing_settings
-from xbai.evaluate.store import JOURNAL_SUFFIX
 
 logger = logging.getLogger(__name__)
 

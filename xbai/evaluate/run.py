@@ -30,7 +30,7 @@ from xbai.evaluate.schedule import GenerationRequest, Schedule, missing_requests
 from xbai.evaluate.served_model import ServedModel
 from xbai.evaluate.settings import RunSettings, digest_texts
 from xbai.evaluate.step_search import StepSearchDriver
-from xbai.evaluate.store import ResultStore
+from xbai.evaluate.store import ResultStore, check_result_file
 from xbai.evaluate.tally import Tally
 from xbai.model_identity import model_identity
 from xbai.prompts import prompt_text
@@ -56,6 +56,7 @@ def run(options: RunOptions) -> Path:
         KeyboardInterrupt: Ctrl-C; what is finished is kept.
     """
     benchmark = get_benchmark(options.task, **options.selection)
+    check_result_file(options.output_file)
     tokenizer = load_tokenizer(options.model_dir)
     questions = {question.index: question for question in benchmark.read(options.input_file)}
     stored = [_stored(benchmark, tokenizer, question) for question in questions.values()]

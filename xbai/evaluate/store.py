@@ -3,29 +3,26 @@
 While a run goes on, every finished sample is one line appended to `OUT.journal` (written at once, fsynced as often as
 `sync` is called): first a line of settings, then samples, then scores that came later. When all is there, `OUT` is
 written in one piece, one line a question, and the journal is removed. A run started again reads both and asks only for
-the rest.
+the rest, which includes what stood in lines of the journal that are damaged.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from xbai.errors import UserError
+from xbai.evaluate.journal import JOURNAL_SUFFIX, Journal, JournalLine, Place
 from xbai.evaluate.response_choice import ResponseChoice
 from xbai.evaluate.results import REFUSED, ResultLine, Sample, SampleKey, StoredQuestion, read_result_lines
 from xbai.evaluate.settings import RunSettings
-from xbai.files import atomic_write
+from xbai.files import atomic_write, check_writable, is_replaced
 
 logger = logging.getLogger(__name__)
-
-JOURNAL_SUFFIX = ".journal"
 
 
 class ResultStore:
@@ -44,16 +41,16 @@ class ResultStore:
         self.journal_path = self.path.with_name(self.path.name + JOURNAL_SUFFIX)
         self._settings = settings
         self._questions = {question.index: question for question in questions}
-        self._places: dict[SampleKey, tuple[int, int]] = {}
+        self._places: dict[SampleKey, Place] = {}
         self._scores: dict[SampleKey, tuple[float | None, list[float] | None]] = {}
-        self._size = 0
-        self._is_synced = True
+        self._damaged: list[int] = []
 
     def __enter__(self) -> ResultStore:
         """Open, repair and read what an earlier run left.
 
         Raises:
-            UserError: another process is writing, or the files hold results of other settings or questions.
+            UserError: another process is writing, the files hold results of other settings or questions, or where the
+                journal says how its run was made it is damaged.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._journal = self._open_journal()
@@ -67,9 +64,7 @@ class ResultStore:
 
     def __exit__(self, *exception: object) -> None:
         """Flush to the disk and let go of the files."""
-        if not self._journal.closed:
-            self.sync()
-            self._journal.close()
+        self._journal.close()
 
     def __contains__(self, key: SampleKey) -> bool:
         """Whether the sample is there."""
@@ -89,7 +84,7 @@ class ResultStore:
         settings.check_same(self._settings.to_dict(), self.path)
         if settings != self._settings:
             self._settings = settings
-            self._append(_encode({"settings": settings.to_dict()}))
+            self._append_settings()
 
     def unscored(self) -> list[SampleKey]:
         """Samples without a score, whether it never came or failed in an earlier run; refused ones have none."""
@@ -105,21 +100,17 @@ class ResultStore:
         Raises:
             ValueError: one is there already.
         """
-        lines = [_encode(asdict(sample)) for sample in samples]
         for sample in samples:
             if sample.key in self._places:
                 raise ValueError(f"question {sample.question}, sample {sample.sample} is there already")
-        offset = self._size
-        self._append(*lines)
-        for sample, line in zip(samples, lines):
-            self._remember(sample, offset, len(line))
-            offset += len(line)
+        for sample, place in zip(samples, self._journal.append(*map(asdict, samples))):
+            self._remember(sample, place)
 
     def add_score(self, key: SampleKey, score: float, step_scores: list[float] | None = None) -> None:
         """Keep the score of a sample that is there."""
         if key not in self._places:
             raise KeyError(key)
-        self._append(_encode({"question": key[0], "sample": key[1], "score": score, "step_scores": step_scores}))
+        self._journal.append({"question": key[0], "sample": key[1], "score": score, "step_scores": step_scores})
         self._scores[key] = score, step_scores
 
     def sync(self) -> None:
@@ -127,14 +118,15 @@ class ResultStore:
 
         May run in a thread of its own.
         """
-        if not self._is_synced:
-            self._is_synced = True
-            os.fsync(self._journal.fileno())
+        self._journal.sync()
 
     def get(self, key: SampleKey) -> Sample:
-        """Read a sample back."""
-        offset, length = self._places[key]
-        record = json.loads(os.pread(self._journal.fileno(), length, offset))
+        """Read a sample back.
+
+        Raises:
+            UserError: its line has been damaged since it was written.
+        """
+        record = self._journal.read(self._places[key])
         score, step_scores = self._scores.get(key, (None, None))
         return Sample(**{**record, "score": score, "step_scores": step_scores})
 
@@ -150,9 +142,7 @@ class ResultStore:
             for index, question in self._questions.items():
                 samples = [self.get(key) for key in keys.get(index, [])]
                 stream.write(_encode(self._line(question, samples, choose).to_dict()))
-        # In this order: a run that waits for the lock must not get it on a journal that is about to vanish.
-        self.journal_path.unlink()
-        self._journal.close()
+        self._journal.remove()
 
     def _line(self, question: StoredQuestion, samples: list[Sample], choose: ResponseChoice) -> ResultLine:
         scores = [sample.score for sample in samples]
@@ -175,34 +165,17 @@ class ResultStore:
             mean_log_probs=[sample.mean_log_prob for sample in samples],
         )
 
-    def _remember(self, sample: Sample, offset: int, length: int) -> None:
-        self._places[sample.key] = offset, length
+    def _remember(self, sample: Sample, place: Place) -> None:
+        self._places[sample.key] = place
         if sample.finish_reason != REFUSED:
             self._scores[sample.key] = sample.score, sample.step_scores
 
-    def _append(self, *lines: bytes) -> None:
-        written = b"".join(lines)
-        self._journal.write(written)
-        self._journal.flush()
-        self._size += len(written)
-        self._is_synced = False
+    def _append_settings(self) -> None:
+        self._journal.append({"settings": self._settings.to_dict()})
 
-    def _open_journal(self) -> BinaryIO:
-        """The journal, locked; opened again where another run finished and removed it in between."""
-        while True:
-            journal = self.journal_path.open("a+b")
-            try:
-                self._lock(journal)
-                if _is_file_at(journal, self.journal_path):
-                    return journal
-            except BaseException:
-                journal.close()
-                raise
-            journal.close()
-
-    def _lock(self, journal: BinaryIO) -> None:
+    def _open_journal(self) -> Journal:
         try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return Journal(self.journal_path)
         except BlockingIOError:
             raise UserError(
                 f"{self.path}: another run is writing it; wait for it, or choose another --output_file "
@@ -210,35 +183,66 @@ class ResultStore:
             ) from None
 
     def _read_journal(self) -> None:
-        self._journal.seek(0)
-        for line in self._journal:
-            if not line.endswith(b"\n"):
-                logger.warning("%s: the last line was cut off; what it held is asked for again", self.journal_path)
-                self._journal.truncate(self._size)
-                break
-            self._replay(line)
-            self._size += len(line)
-        self._journal.seek(0, os.SEEK_END)
-        if self._size == 0:
-            self._append(_encode({"settings": self._settings.to_dict()}))
+        for line in self._journal.lines():
+            if line.tells_settings or line.place[0] == 0:
+                self._replay_settings(line)
+            elif not self._replay(line):
+                self._damaged.append(line.number)
+        if self._journal.cut_off():
+            logger.warning("%s: the last line was cut off; what it held is asked for again", self.journal_path)
+        if self._damaged:
+            logger.warning(
+                "%s: damaged lines: %d, the first is line %d; what they held is asked for again",
+                self.journal_path,
+                len(self._damaged),
+                self._damaged[0],
+            )
+        if self._journal.size == 0:
+            self._append_settings()
 
-    def _replay(self, line: bytes) -> None:
-        try:
-            record = json.loads(line)
-            if "settings" in record:
-                self._settings.check_same(record["settings"], self.journal_path)
-                self._settings = self._settings.completed_by(record["settings"])
-                return
-            key = record["question"], record["sample"]
-            if "response" in record:
-                self._remember(Sample(**record), self._size, len(line))
-            else:
-                self._scores[key] = record["score"], record["step_scores"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.journal_path}: damaged at byte {self._size} ({error!r}); remove the file") from None
-        if key[0] not in self._questions:
+    def _replay_settings(self, line: JournalLine) -> None:
+        found = None if line.record is None else line.record.get("settings")
+        if not isinstance(found, dict):
             raise UserError(
-                f"{self.journal_path}: an unfinished run of other questions (question {key[0]}); finish it first, "
+                f"{self.journal_path}:{line.number}: damaged where it says how the run was made; put the line right "
+                "(docs/formats.md says how), or remove the file to begin anew"
+            )
+        self._settings.check_same(found, self.journal_path)
+        self._settings = self._settings.completed_by(found)
+
+    def _replay(self, line: JournalLine) -> bool:
+        """Take over a sample, or a score; whether the line holds one.
+
+        Of several lines of a sample the first counts, and so does the first score that stands behind it. A score that
+        stands before it was of another one, whose line is damaged.
+        """
+        match line.record:
+            case {"question": int(question), "sample": int(number), "response": str()}:
+                try:
+                    sample = Sample(**line.record)
+                except TypeError:
+                    return False
+                self._check_question(question)
+                if (question, number) not in self._places:
+                    self._remember(sample, line.place)
+            case {
+                "question": int(question),
+                "sample": int(number),
+                "score": int() | float() | None as score,
+                "step_scores": list() | None as steps,
+                **more,
+            } if not more:
+                self._check_question(question)
+                if self._scores.get((question, number), (0.0,))[0] is None:
+                    self._scores[question, number] = score, steps
+            case _:
+                return False
+        return True
+
+    def _check_question(self, question: int) -> None:
+        if question not in self._questions:
+            raise UserError(
+                f"{self.journal_path}: an unfinished run of other questions (question {question}); finish it first, "
                 "or choose another --output_file"
             )
 
@@ -247,7 +251,7 @@ class ResultStore:
         try:
             lines = list(self._existing_lines())
         except UserError:
-            if not self._places:
+            if not self._places and not self._damaged:
                 self.journal_path.unlink()
             raise
         for line in lines:
@@ -265,11 +269,18 @@ class ResultStore:
             yield line
 
 
-def _is_file_at(stream: BinaryIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+def check_result_file(path: str | Path) -> None:
+    """Refuse a name that cannot be a result file's (call it before anything is asked of a service).
+
+    Raises:
+        UserError: says why.
+    """
+    check_writable(path)
+    if not is_replaced(path):
+        raise UserError(
+            f"--output_file {path}: no regular file, but results are read back, and lie beside it until all are there; "
+            "name one"
+        )
 
 
 def _encode(record: dict[str, Any]) -> bytes:
