@@ -26,8 +26,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from verl.trainer.ppo.checkpoint_folder import LATEST_FILE, CheckpointFolder
 from verl.utils.checkpoint import HUGGINGFACE_FOLDER
+from verl.utils.checksums import CHECKSUM_FILE, check_files, read_checksums
 from verl.utils.model import dtype_name, load_tokenizer, torch_dtype
 from verl.utils.stored_model import StoredModel, is_checkpoint, open_stored_model
+from verl.utils.verl_shards import has_verl_shards
 from verl.utils.weight_files import write_weights
 from xbai.engine.files import read_config
 from xbai.errors import UserError, exit_on_user_error
@@ -58,6 +60,19 @@ def find_actor_folder(path: Path) -> Path:
         f"{candidates[0]}: not a checkpoint: expected a folder .../global_step_N/actor with .metadata (or with verl "
         f"0.3's model_world_size_N_rank_R.pt), or an experiment's folder with {LATEST_FILE}"
     )
+
+
+def check_sums(actor_folder: Path) -> None:
+    """Make sure that a checkpoint of this trainer is as it was written.
+
+    Raises:
+        UserError: a file is not.
+    """
+    if sums := read_checksums(actor_folder):
+        logger.info("%s: checking the sums of %d files", actor_folder, len(sums))
+        check_files(actor_folder, sums)
+    elif not has_verl_shards(actor_folder):
+        logger.warning("%s is of an earlier version, without %s: not checked", actor_folder, CHECKSUM_FILE)
 
 
 def find_model_files(actor_folder: Path, hf_model_path: Path | None) -> Path:
@@ -127,6 +142,7 @@ def merge(
     actor_folder = find_actor_folder(local_dir)
     if target_dir.exists():
         raise UserError(f"{target_dir} exists already; remove it or choose another --target_dir")
+    check_sums(actor_folder)
     source = find_model_files(actor_folder, hf_model_path)
     config = read_config(source, trust_remote_code)
     files = ModelFiles.read(source)

@@ -27,6 +27,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verl.utils.checkpoint import save_checkpoint
+from verl.utils.checksums import CHECKSUM_FILE
 from verl.utils.fsdp import create_mesh, shard_model
 from verl.utils.model import build_joint_model
 from verl.utils.optim import JointOptimizer
@@ -256,6 +257,7 @@ def test_a_tensor_that_does_not_fit_is_named(experiment: tuple[Path, Path], merg
     shutil.copytree(experiment[0] / "global_step_3" / "actor", copy)
     path = copy / "huggingface" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 96}))
+    (copy / CHECKSUM_FILE).unlink()
     wrong = r"12 tensors do not fit .*: model.layers.0.mlp.down_proj.weight has shape \[64, 128\], .*\[64, 96\]"
     with pytest.raises(UserError, match=wrong):
         merge(copy, tmp_path / "out")
@@ -267,8 +269,12 @@ def test_a_damaged_checkpoint_leaves_nothing_behind(experiment: tuple[Path, Path
     shutil.copytree(experiment[0] / "global_step_3" / "actor", copy)
     shard = next(copy.glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:1000])
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"distcp is damaged"):
         merge(copy, tmp_path / "out")
+    (copy / CHECKSUM_FILE).unlink()
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        merge(copy, tmp_path / "out")
+    assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["actor"]
 
 

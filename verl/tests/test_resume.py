@@ -17,16 +17,22 @@ from omegaconf import DictConfig
 
 from verl.trainer.compose import compose_config
 from verl.trainer.ppo import run_state
-from verl.trainer.ppo.checkpoint_folder import LATEST_FILE
+from verl.trainer.ppo.checkpoint_folder import LATEST_FILE, TRAINER_STATE_FILE
 from verl.trainer.ppo.core_algos import KLController, get_kl_controller
 from verl.trainer.ppo.remote_folder import COMPLETE_FILE
 from verl.trainer.ppo.run_state import RunState
 from verl.utils.checkpoint import HUGGINGFACE_FOLDER
+from verl.utils.checksums import file_digest, write_checksums
 from verl.utils.dataset.rl_dataset import RLHFDataset, create_dataloader
 from verl.utils.model import load_tokenizer
 from xbai.errors import UserError
 from xbai.files import why_not_written
 from xbai.sprm.head import SPRM_CONFIG_FILE, load_sprm_config
+
+
+def write_sums(files: Path) -> None:
+    """As the workers do, beside the folder of the model's files."""
+    write_checksums(files.parent, {f"{files.name}/{path.name}": file_digest(path) for path in files.iterdir()})
 
 
 class Workers:
@@ -42,6 +48,7 @@ class Workers:
         (files / "config.json").write_text((self._model / "config.json").read_text())
         rule = load_sprm_config(self._model, load_tokenizer(self._model))
         (files / SPRM_CONFIG_FILE).write_text(json.dumps(rule.to_dict()))
+        write_sums(files)
 
     def try_saving(self, folder: str) -> list[int]:
         self.save_checkpoint(folder)
@@ -202,6 +209,9 @@ def test_another_model_is_refused(config: DictConfig) -> None:
         start(config)
     saved = Path(config.trainer.default_local_dir) / "global_step_1" / "actor" / HUGGINGFACE_FOLDER / "config.json"
     saved.write_text(json.dumps({**json.loads(saved.read_text()), "hidden_size": 96}))
+    with pytest.raises(UserError, match=r"config\.json is damaged: its bytes are not those that were written; take an"):
+        start(config)
+    write_sums(saved.parent)
     with pytest.raises(UserError, match=r"is of another model: its hidden_size is 96, that of .* is 64"):
         start(config)
 
@@ -218,8 +228,23 @@ def test_another_step_rule_or_head_is_refused(config: DictConfig, tiny_model_dir
     assert start(config).step == 1
     saved = Path(config.trainer.default_local_dir) / "global_step_1" / "actor" / HUGGINGFACE_FOLDER / SPRM_CONFIG_FILE
     saved.write_text(json.dumps({**json.loads(saved.read_text()), "normalize_features": True}))
+    write_sums(saved.parent)
     with pytest.raises(UserError, match="normalize_features=True for the score head, and this run has False"):
         start(config)
+
+
+def test_a_damaged_state_is_named(config: DictConfig) -> None:
+    save(config, 1)
+    state = Path(config.trainer.default_local_dir) / "global_step_1" / TRAINER_STATE_FILE
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        start(config)
+    assert str(caught.value).startswith(
+        f"{state} is damaged: its bytes are not those that were written; take an earlier"
+    )
+    assert "trainer.resume_from_path=" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("kind", "resumed"), [("fixed", 0.5), ("adaptive", 0.02)])

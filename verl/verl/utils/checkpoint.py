@@ -4,10 +4,11 @@
       *.distcp .metadata     model, optimisers, schedules and each rank's random states (torch.distributed.checkpoint);
                              mean and deviation by which a score head was standardised
       huggingface/           config, tokenizer and sprm_config.json, for the model merger
+      checkpoint.sha256      sums of all these files, which are checked before anything of them is read
 
 Model keys in it are `model.<name in the module>`, so the policy's `model.lm.<Hugging Face name>` and
 `model.score_head.*`. Saving fills the folder that the caller names; when every rank's bytes are on the disk, the caller
-makes the step folder visible at once (a rename). `.metadata` is written last of all.
+makes the step folder visible at once (a rename). The sums are written last of all.
 """
 
 from __future__ import annotations
@@ -38,8 +39,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from verl.utils.checkpoint_storage import METADATA_FILE, HashingWriter, load_state, read_metadata
+from verl.utils.checksums import check_together
 from verl.utils.fsdp import reshard
 from verl.utils.optim import Optimizers
+from verl.utils.rng_state import load_with_rng, rng_state, set_rng_state
 from xbai.errors import UserError
 from xbai.files import fsync_tree, why_not_written
 from xbai.model_files import ModelFiles
@@ -153,13 +157,14 @@ def load_checkpoint(
         seed: for the random states, when the checkpoint was written by another number of ranks.
 
     Raises:
-        UserError: no checkpoint in the folder, or one of another model.
+        UserError: no checkpoint in the folder, one of another model, or one that is damaged; on every rank.
     """
     folder = Path(folder)
-    if not (folder / ".metadata").exists():
+    if not (folder / METADATA_FILE).exists():
         raise UserError(f"{folder}: no checkpoint here (no .metadata); resume from a global_step_N folder that has one")
+    check_together(folder)
     reshard(model)
-    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    saved = read_metadata(folder).state_dict_metadata
     if f"{STANDARDIZATION}.mean" in saved:
         zeros = torch.zeros(model.score_head.hidden_size, dtype=torch.float64)
         model.score_head.standardization = Standardization(zeros, zeros.clone())
@@ -168,7 +173,7 @@ def load_checkpoint(
     if saved_by == dist.get_world_size():
         state["rng"] = {_rank_key(): b""}
     try:
-        dcp.load(state, checkpoint_id=folder)
+        load_state(state, folder)
     except CheckpointException as error:
         raise UserError(f"{folder}: the checkpoint does not fit this model: {_reason(error)}") from error
     set_model_state_dict(model, state["model"])
@@ -177,35 +182,16 @@ def load_checkpoint(
             _load_optimizer(model, part, state[f"{name}_optimizer"])
             _load_schedule(name, optimizer.schedules[name], state[f"{name}_schedule"])
     if "rng" in state:
-        set_rng_state(torch.load(io.BytesIO(state["rng"][_rank_key()]), weights_only=False))
+        set_rng_state(load_with_rng(io.BytesIO(state["rng"][_rank_key()]), f"{folder}: rng.{_rank_key()}"))
     else:
         _seed_anew(folder, saved_by, seed)
 
 
-def rng_state() -> dict[str, Any]:
-    """Random states of this process: python, numpy, torch and its GPU."""
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what `rng_state` returned."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-class _Writer(dcp.FileSystemWriter):
+class _Writer(HashingWriter):
     """Also writes the Hugging Face files, on rank 0, as a part of the save: where they fail, it fails on every rank."""
 
     def __init__(self, folder: str | Path, files: ModelFiles, sprm_config: SPRMConfig | None) -> None:
-        super().__init__(folder, sync_files=True)
+        super().__init__(folder)
         self._write_files = partial(_write_model_files, Path(folder) / HUGGINGFACE_FOLDER, files, sprm_config)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:

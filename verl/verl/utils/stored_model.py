@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from verl.utils.checkpoint_storage import METADATA_FILE, load_state, read_metadata
 from verl.utils.verl_shards import VerlShards, has_verl_shards
-from xbai.errors import UserError
+from xbai.errors import UserError, one_line
 
 MODEL_PREFIX = "model."
 
@@ -48,7 +47,7 @@ class DistributedCheckpoint:
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """See `StoredModel`."""
-        entries = dcp.FileSystemReader(self._folder).read_metadata().state_dict_metadata
+        entries = read_metadata(self._folder).state_dict_metadata
         return {
             _public_name(key): torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
             for key, entry in entries.items()
@@ -59,20 +58,17 @@ class DistributedCheckpoint:
         """See `StoredModel`."""
         tensors = {_key(name): torch.empty_like(self.tensors[name], device="cpu") for name in names}
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp.load(tensors, storage_reader=dcp.FileSystemReader(self._folder), no_dist=True)
+            load_state(tensors, self._folder, no_dist=True)
         except CheckpointException as error:
             reason = next(iter(error.failures.values()))[0]
-            raise UserError(
-                f"{self._folder}: the checkpoint cannot be read ({type(reason).__name__}: {reason})"
-            ) from None
+            why = f"{type(reason).__name__}: {one_line(reason)[:300]}"
+            raise UserError(f"{self._folder}: the checkpoint cannot be read ({why})") from None
         return {_public_name(key): tensor for key, tensor in tensors.items()}
 
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder holds a model that `open_stored_model` reads."""
-    return (folder / ".metadata").is_file() or has_verl_shards(folder)
+    return (folder / METADATA_FILE).is_file() or has_verl_shards(folder)
 
 
 def open_stored_model(folder: Path) -> StoredModel:
@@ -81,7 +77,7 @@ def open_stored_model(folder: Path) -> StoredModel:
     Raises:
         UserError: shards that are missing, damaged or not only tensors.
     """
-    return DistributedCheckpoint(folder) if (folder / ".metadata").is_file() else VerlShards(folder)
+    return DistributedCheckpoint(folder) if (folder / METADATA_FILE).is_file() else VerlShards(folder)
 
 
 def _public_name(key: str) -> str:

@@ -7,7 +7,6 @@ and offsets are looked at. A file that holds anything else is refused, for unpic
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from verl.utils.plain_values import nothing_but_tensors
 from xbai.errors import UserError
 
 Part = tuple[Tensor, Sequence[int]]
@@ -154,16 +154,11 @@ def _fields(state: Any) -> Any:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    try:
-        with _no_safe_globals():
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            stand_ins = [(_stand_in(name), name) for name in names if _is_known(name)]
-            with torch.serialization.safe_globals([_StandIn, *stand_ins]):
-                return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: holds more than tensors, which could run code when read; not loaded") from error
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise UserError(f"{path}: the file is damaged ({str(error).splitlines()[0]})") from error
+    with nothing_but_tensors(path), _no_safe_globals():
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        stand_ins = [(_stand_in(name), name) for name in names if _is_known(name)]
+        with torch.serialization.safe_globals([_StandIn, *stand_ins]):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import re
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 
+from verl.utils.checksums import CHECKSUM_FILE, check_files, read_checksums, write_checksums
+from verl.utils.rng_state import load_with_rng
 from verl.utils.verl_shards import has_verl_shards
 from xbai.errors import UserError
 from xbai.files import atomic_directory, atomic_write
@@ -153,12 +156,28 @@ def surplus(steps: Collection[int], latest: int, max_to_keep: int) -> list[int]:
     return earlier[: max(0, len(earlier) + 1 - max_to_keep)]
 
 
-def write_state(state: dict[str, Any], path: Path) -> None:
-    """Write what `torch.load` reads."""
+def write_state(state: dict[str, Any], folder: Path) -> None:
+    """Write a checkpoint's `data.pt`, of tensors and plain values, and its sum."""
     # By way of memory: torch's own writing to a file hides why it failed.
     content = io.BytesIO()
     torch.save(state, content)
-    path.write_bytes(content.getvalue())
+    # What cannot be read again is to fail as it is written.
+    load_with_rng(io.BytesIO(content.getvalue()), folder / TRAINER_STATE_FILE)
+    (folder / TRAINER_STATE_FILE).write_bytes(content.getvalue())
+    write_checksums(folder, {TRAINER_STATE_FILE: hashlib.sha256(content.getvalue()).hexdigest()})
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What `write_state` wrote.
+
+    Raises:
+        UserError: it is damaged, or holds more than plain values.
+    """
+    sums = read_checksums(checkpoint)
+    if not sums:
+        logger.warning("%s is of an earlier version, without %s: its files are not checked", checkpoint, CHECKSUM_FILE)
+    check_files(checkpoint, sums)
+    return load_with_rng(checkpoint / TRAINER_STATE_FILE)
 
 
 def _checked(checkpoint: Path, named_by: str) -> Path:

@@ -20,6 +20,7 @@ import fsspec
 from fsspec.core import split_protocol, url_to_fs
 
 from verl.trainer.ppo.checkpoint_folder import LATEST_FILE, CheckpointFolder, step_name, step_of, steps_among, surplus
+from verl.utils.checksums import check_checkpoint, check_inside
 from xbai.errors import UserError, one_line
 from xbai.files import atomic_write
 
@@ -171,12 +172,14 @@ class RemoteFolder:
         return local
 
     def _download(self, source: str, sizes: dict[str, int], folder: Path) -> None:
+        check_inside(f"{source}/{COMPLETE_FILE}", sizes)
         for name in sizes:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
         self._files.get([f"{source}/{name}" for name in sizes], [str(folder / name) for name in sizes])
         for name, size in sizes.items():
             if (arrived := (folder / name).stat().st_size) != size:
                 raise OSError(f"{source}/{name} came with {arrived} of {size} bytes")
+        check_checkpoint(folder)
 
     def _check_same(self, local: Path, manifest: str) -> None:
         known = local / COMPLETE_FILE

@@ -9,18 +9,19 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, Time
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
 from verl.single_controller import RayWorkerGroup
-from verl.trainer.ppo.checkpoint_folder import TRAINER_STATE_FILE, CheckpointFolder, step_name, step_of, write_state
+from verl.trainer.ppo.checkpoint_folder import CheckpointFolder, read_state, step_name, step_of, write_state
 from verl.trainer.ppo.core_algos import KLController
 from verl.trainer.ppo.data_identity import data_identity, differences
 from verl.trainer.ppo.remote_folder import RemoteFolder, Uploads, is_folder, is_url
-from verl.utils.checkpoint import HUGGINGFACE_FOLDER, rng_state, set_rng_state
+from verl.utils.checkpoint import HUGGINGFACE_FOLDER
+from verl.utils.checksums import check_files, read_checksums
 from verl.utils.dataset.rl_dataset import RLHFDataset, file_list
+from verl.utils.rng_state import rng_state, set_rng_state
 from xbai.engine.files import read_config
 from xbai.errors import UserError, one_line
 from xbai.files import check_room, why_not_written
@@ -98,8 +99,8 @@ class RunState:
         self._keeps_place = True
         self._epoch, self._batch = 1, 0
         if self.checkpoint is not None:
+            self._state = read_state(self.checkpoint)
             self._check_model(self.checkpoint, dataset.tokenizer)
-            self._state = torch.load(self.checkpoint / TRAINER_STATE_FILE, weights_only=False)
             if "data" not in self._state:
                 raise UserError(f"{self.checkpoint} is not of this trainer, or of an earlier version of it; {_ANEW}")
             self._check_data(self._state["data"])
@@ -125,7 +126,7 @@ class RunState:
             return
         try:
             with self._folder.rehearse() as folder:
-                write_state({"rng": rng_state(), "data": self._identity}, folder / TRAINER_STATE_FILE)
+                write_state({"rng": rng_state(), "data": self._identity}, folder)
                 parts = [group.try_saving(str(folder.resolve() / part))[0] for part, group in groups.items()]
                 check_room(folder, sum(parts))
         except (OSError, UserError) as error:
@@ -242,7 +243,7 @@ class RunState:
         start = time.perf_counter()
         try:
             with self._folder.write(step) as folder:
-                write_state(state, folder / TRAINER_STATE_FILE)
+                write_state(state, folder)
                 background = self._config.trainer.async_save
                 for part, group in groups.items():
                     group.save_checkpoint(str(folder.resolve() / part), background=background)
@@ -298,6 +299,7 @@ class RunState:
     def _check_model(self, checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """A checkpoint of another model is one line, before the workers load anything."""
         section, saved = self._config.actor_rollout_ref, checkpoint / "actor" / HUGGINGFACE_FOLDER
+        _check_model_files(checkpoint / "actor")
         if not (saved / "config.json").is_file():
             raise UserError(f"{saved}: no config.json; this is no checkpoint of this trainer")
         then, now = (read_config(path, section.model.trust_remote_code) for path in (saved, section.model.path))
@@ -347,6 +349,12 @@ class RunState:
 
 
 _ANEW = "start anew with trainer.resume_mode=disable"
+
+
+def _check_model_files(folder: Path) -> None:
+    """Of the sums, those of what the driver reads; the workers check the rest."""
+    sums = read_checksums(folder)
+    check_files(folder, {name: sums[name] for name in sums if name.startswith(f"{HUGGINGFACE_FOLDER}/")})
 
 
 def _fields(config: SPRMConfig) -> dict[str, Any]:

@@ -10,11 +10,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 
-from verl.trainer.ppo.checkpoint_folder import TRAINER_STATE_FILE, CheckpointFolder, step_of, write_state
+from verl.trainer.ppo.checkpoint_folder import CheckpointFolder, read_state, step_of, write_state
 from verl.trainer.sft.metrics_window import WindowTotals
 from verl.trainer.sft.run_identity import what_changed, what_forbids_going_on
 from verl.utils.checkpoint import load_checkpoint, save_checkpoint, try_saving
@@ -112,7 +111,7 @@ class RunState:
     def _write_state(self, folder: Path, step: int, window: WindowTotals | None) -> None:
         totals = None if window is None else window._asdict()
         state = {"step": step, "identity": self._identity, "window": totals}
-        on_first_rank(lambda: write_state(state, folder / TRAINER_STATE_FILE))
+        on_first_rank(lambda: write_state(state, folder))
 
     def _find(self) -> tuple[Path | None, WindowTotals | None]:
         trainer = self._config.trainer
@@ -120,8 +119,7 @@ class RunState:
         if found is None:
             return None, None
         checkpoint = found.absolute()
-        # The data's place in an RL checkpoint is no plain value.
-        state = torch.load(checkpoint / TRAINER_STATE_FILE, weights_only=False)
+        state = read_state(checkpoint)
         if "identity" not in state:
             raise UserError(f"{checkpoint} was not written by supervised fine-tuning; {ANEW}")
         self._check(checkpoint, state["identity"])
