@@ -6,6 +6,7 @@ This file is also the program that the ranks run (see `launch`).
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -177,10 +178,22 @@ def run_resuming_with_another_learning_rate(model_folder: Path, folder: Path) ->
     return {"rates": [group["lr"] for group in groups], "decays": [group["weight_decay"] for group in groups]}
 
 
+def run_resuming_from_a_damaged_file(model_folder: Path, folder: Path) -> dict:
+    model, optimizer = build(model_folder)
+    try:
+        load_checkpoint(folder / "actor", model, optimizer)
+    except UserError as error:
+        errors: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, str(error))
+        return {"errors": errors}
+    raise AssertionError("a flipped bit went unnoticed")
+
+
 RUNS = {
     "save": run_saving,
     "background": run_saving_in_the_background,
     "resume": run_resuming,
+    "damaged": run_resuming_from_a_damaged_file,
     "other_rate": run_resuming_with_another_learning_rate,
 }
 
@@ -217,6 +230,17 @@ def test_going_on_is_bitwise_the_uninterrupted_run(saved: tuple[Path, Path, dict
     assert_same(resumed["weights"], uninterrupted["weights"])
     before = load_file(model_folder / "model.safetensors")
     assert not torch.equal(resumed["loaded"]["model.norm.weight"], before["model.norm.weight"])
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_is_the_same_line_on_every_rank(saved: tuple[Path, Path, dict], tmp_path: Path) -> None:
+    model_folder, folder, _ = saved
+    shard = shutil.copytree(folder / "actor", tmp_path / "actor") / "__1_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    first, second = launch("damaged", 2, model_folder, tmp_path)["errors"]
+    assert first == second and first.startswith(f"{shard} is damaged: its bytes are not those that were written; take ")
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Copies of checkpoints in a remote folder: whole or not there, retried, and never the end of a run."""
 
+import json
 import logging
 
 import fsspec
@@ -8,6 +9,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from verl.trainer.ppo.checkpoint_folder import LATEST_FILE, CheckpointFolder
 from verl.trainer.ppo.remote_folder import COMPLETE_FILE, RemoteFolder, Uploads, check_url, is_url
+from verl.utils.checksums import file_digest, write_checksums
 from xbai.errors import UserError
 
 
@@ -68,6 +70,31 @@ def test_a_copy_comes_back_as_it_was(url, tmp_path):
     _write(other, 3, "another state")
     with pytest.raises(UserError, match=r"would replace .*other/global_step_3, which is another checkpoint"):
         remote.fetch("global_step_3", other)
+
+
+def test_a_copy_that_comes_back_damaged_is_refused_and_not_kept(url, tmp_path):
+    checkpoint = _write(CheckpointFolder(tmp_path / "local"), 3)
+    write_checksums(checkpoint / "actor", {"weights": file_digest(checkpoint / "actor" / "weights")})
+    RemoteFolder(url).upload(checkpoint)
+    files, root = fsspec.core.url_to_fs(url)
+    files.pipe_file(f"{root}/global_step_3/actor/weights", b"weights 2")
+    elsewhere = CheckpointFolder(tmp_path / "elsewhere")
+    with pytest.raises(
+        UserError, match=r"global_step_3 did not come as it was written: .*actor/weights is damaged"
+    ) as e:
+        RemoteFolder(url).fetch("global_step_3", elsewhere)
+    assert "\n" not in str(e.value) and not list(elsewhere.folder.iterdir())
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/outside", "actor/../../../outside"])
+def test_a_copy_is_not_written_outside_of_its_folder(name, url, tmp_path):
+    RemoteFolder(url).upload(_write(CheckpointFolder(tmp_path / "local"), 3))
+    files, root = fsspec.core.url_to_fs(url)
+    files.pipe_file(f"{root}/global_step_3/{COMPLETE_FILE}", json.dumps({"id": "1", "files": {name: 9}}).encode())
+    elsewhere = CheckpointFolder(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=rf"{COMPLETE_FILE} names '{name}', which is no file of this checkpoint"):
+        RemoteFolder(url).fetch("global_step_3", elsewhere)
+    assert not list(elsewhere.folder.iterdir())
 
 
 def test_only_the_newest_are_kept(url, tmp_path):

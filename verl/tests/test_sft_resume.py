@@ -200,6 +200,18 @@ def test_a_finished_run_has_nothing_left_to_do(uninterrupted, overrides, refused
     assert (uninterrupted / METRICS_FILE).read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["data.pt", "actor/__0_0.distcp"])
+def test_a_flipped_bit_of_a_checkpoint_is_named(name: str, interrupted, overrides, refused) -> None:
+    folder = interrupted(2)
+    path = folder / "global_step_2" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    line = refused(folder, overrides)
+    assert f"{path} is damaged: its bytes are not those that were written; take an earlier checkpoint" in line
+    fine_tune(folder, [*overrides, f"trainer.resume_mode={folder}/global_step_1"])
+
+
 def test_a_foreign_output_folder_is_left_alone(overrides, refused, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.safetensors").write_bytes(b"mine")

@@ -179,7 +179,10 @@ class RemoteFolder:
         for name, size in sizes.items():
             if (arrived := (folder / name).stat().st_size) != size:
                 raise OSError(f"{source}/{name} came with {arrived} of {size} bytes")
-        check_checkpoint(folder)
+        try:
+            check_checkpoint(folder)
+        except UserError as error:
+            raise UserError(f"{self._key}: {source} did not come as it was written: {error}") from error
 
     def _check_same(self, local: Path, manifest: str) -> None:
         known = local / COMPLETE_FILE
