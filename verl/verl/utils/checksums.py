@@ -4,7 +4,7 @@
     global_step_N/actor/checkpoint.sha256   of every other file in actor/; critic/ alike
 
 Each is a text that `sha256sum --check checkpoint.sha256` reads, too; its last line is the sum of the lines above. A CRC
-would find a flipped bit as well, at twice the speed. But nobody waits for the sums: OpenSSL makes them outside of
+would find a flipped bit as well, at three times the speed. But nobody waits for the sums: OpenSSL makes them outside of
 Python's lock at 1 to 2 GB/s a core, each rank of what it writes to a shared disk more slowly than that; and on resuming
 each checks the file that it then loads, out of the page cache.
 """
