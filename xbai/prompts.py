@@ -17,6 +17,8 @@ Message = dict[str, Any]
 
 MOST_CHARACTERS = 300
 """Of what a template says, in an error."""
+CHARACTERS_OF_A_TOKEN = 256
+"""More than almost any token has."""
 
 
 class TemplateRefusalError(UserError):
@@ -132,3 +134,13 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Any, place: str = 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Any, place: str = "prompt") -> list[int]:
     """Token ids of `prompt_text`; the template writes the special tokens itself."""
     return tokenizer.encode(prompt_text(tokenizer, messages, place), add_special_tokens=False)
+
+
+def is_far_longer(text: str, tokens: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether `text` has more characters than `tokens` of the longest tokens have: to encode it could take gigabytes.
+
+    What a tokenizer leaves out (runs of spaces, characters that it does not know) counts too.
+    """
+    if len(text) <= CHARACTERS_OF_A_TOKEN * tokens:
+        return False
+    return len(text) > max(map(len, tokenizer.get_vocab())) * tokens

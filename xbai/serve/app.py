@@ -8,17 +8,22 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI, Request, Response, Security
 from fastapi.security import HTTPBearer
 
 from xbai.model_identity import model_identity
+from xbai.prompts import is_far_longer
+from xbai.serve.bodies import BodyRoute
 from xbai.serve.errors import ServiceError, install_error_handlers
 from xbai.serve.limits import Admission, Limits, answer_in_time
 from xbai.serve.model_thread import ModelThread
 from xbai.serve.monitoring import Metrics, RequestMiddleware
 from xbai.serve.schemas import ErrorResponse, StateResponse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +84,7 @@ class Service:
         # One worker: a fast tokenizer is not safe to encode with from several threads at once.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self.app = FastAPI(title=title, lifespan=self._lifespan)
+        self.app.router.route_class = BodyRoute
         self.app.state.service = self
         install_error_handlers(self.app)
         known = frozenset([*routes, "/health", "/ready", "/metrics"])
@@ -137,7 +143,7 @@ class Service:
 
         def encode_all() -> list[list[int]]:
             for text in texts:
-                _refuse_far_too_long(text, model.max_model_len, encode)
+                _refuse_far_too_long(text, model.max_model_len, model.tokenizer, encode)
             return [encode(text) for text in texts]
 
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, encode_all)
@@ -186,12 +192,17 @@ class Service:
             return Response(self.metrics.render(), media_type=PROMETHEUS_TEXT)
 
 
-def _refuse_far_too_long(text: str, max_tokens: int, encode: Callable[[str], list[int]]) -> None:
+def _refuse_far_too_long(
+    text: str, max_tokens: int, tokenizer: PreTrainedTokenizerBase, encode: Callable[[str], list[int]]
+) -> None:
     # Megabytes of text take seconds to encode, and a hundred times their size in memory. A window's tokens are as many
     # as these of the whole text, up to its edges; texts near the limit pass, and are counted exactly later.
+    refusal = ServiceError(413, f"the text has more than {max_tokens} tokens, which is all that the model takes")
+    if is_far_longer(text, max_tokens, tokenizer):
+        raise refusal
     window = 16 * max_tokens
     tokens = 0
     for start in range(0, len(text) if len(text) > window else 0, window):
         tokens += len(encode(text[start : start + window]))
         if tokens > 2 * max_tokens:
-            raise ServiceError(413, f"the text has more than {max_tokens} tokens, which is all that the model takes")
+            raise refusal

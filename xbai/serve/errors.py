@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+
+MAX_PROBLEMS = 20
+MAX_PROBLEM_CHARS = 200
 
 
 class ServiceError(Exception):
@@ -31,14 +36,26 @@ class ServiceError(Exception):
         return JSONResponse({"detail": self.detail}, self.status, headers)
 
 
+def list_problems(problems: Sequence[str], separator: str = "; ") -> str:
+    """The first `MAX_PROBLEMS`, each of at most `MAX_PROBLEM_CHARS`, and how many more there are."""
+    shown = [
+        problem if len(problem) <= MAX_PROBLEM_CHARS else f"{problem[:MAX_PROBLEM_CHARS]}..."
+        for problem in problems[:MAX_PROBLEMS]
+    ]
+    if len(problems) > MAX_PROBLEMS:
+        shown.append(f"and {len(problems) - MAX_PROBLEMS} more")
+    # A key may hold half a surrogate pair, which no answer can.
+    return separator.join(shown).encode(errors="backslashreplace").decode()
+
+
 async def _on_service_error(request: Request, error: ServiceError) -> JSONResponse:
     return error.to_response()
 
 
 async def _on_invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:
     # The rejected values are not sent back: they may be megabytes, or NaN, which JSON cannot carry.
-    problems = (f"{'.'.join(map(str, item['loc'][1:])) or 'body'}: {item['msg']}" for item in error.errors())
-    return JSONResponse({"detail": "; ".join(problems)}, 422)
+    problems = [f"{'.'.join(map(str, item['loc'][1:])) or 'body'}: {item['msg']}" for item in error.errors()]
+    return JSONResponse({"detail": list_problems(problems)}, 422)
 
 
 async def _on_http_error(request: Request, error: HTTPException) -> JSONResponse:

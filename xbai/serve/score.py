@@ -6,7 +6,7 @@ from fastapi import FastAPI, Request
 
 from xbai.engine import Scored
 from xbai.serve.app import Service
-from xbai.serve.errors import ServiceError
+from xbai.serve.errors import ServiceError, list_problems
 from xbai.serve.limits import Limits
 from xbai.serve.schemas import ScoreBatchRequest, ScoreBatchResponse, ScoreRequest, ScoreResponse
 from xbai.serve.scorer_thread import ScoreModel, ScorerThread
@@ -64,7 +64,7 @@ def _check(sequences: dict[str, list[int]], model: ScoreModel) -> None:
     vocabulary = model.scorer.backbone.config.vocab_size
     too_long = [f"{name}: {len(ids)} tokens" for name, ids in sequences.items() if len(ids) > model.max_model_len]
     if too_long:
-        raise ServiceError(413, f"{', '.join(too_long)}, the model takes {model.max_model_len}")
+        raise ServiceError(413, f"{list_problems(too_long, ', ')}, the model takes {model.max_model_len}")
     for name, ids in sequences.items():
         if not ids or max(ids) >= vocabulary:
             raise ServiceError(
