@@ -1,9 +1,11 @@
 """The pool's promise: whatever happens while one response is graded costs that response its grade, nothing else."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing import Pipe
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from xbai.errors import UserError
 from xbai.grading import CustomGrader, GradeRequest, GraderPool, pool
+from xbai.grading.dispatch import Grade
 
 HOSTILE = """
 import os, subprocess, sys, time
@@ -38,6 +41,33 @@ def compute_score(data_source, solution_str, ground_truth, extra_info):
         time.sleep(600)
     if solution_str == "modules":
         return {"score": float("torch" in sys.modules or "pytest" in sys.modules)}
+    if solution_str == "fork":
+        os.fork()
+    if solution_str == "fork and answer later":
+        if os.fork() == 0:
+            time.sleep(1.0)
+            return 0.0
+        return 1.0
+    if solution_str == "fork and fail":
+        if os.fork() == 0:
+            raise ValueError("in the copy")
+        return 1.0
+    if solution_str == "fork and leave the answer to the copy":
+        if os.fork():
+            os._exit(0)
+        return 1.0
+    if solution_str == "write":
+        for descriptor in range(3, 64):
+            try:
+                os.write(descriptor, b"\\x00\\x00\\x00\\x04none" * 2)
+            except OSError:
+                pass
+    if solution_str == "reply again":
+        from multiprocessing.connection import Connection
+        import gc
+        (connection,) = (each for each in gc.get_objects() if isinstance(each, Connection))
+        connection.send(("graded", extra_info["grade"], extra_info["number"]))
+        return 1.0
     if solution_str == "pid":
         return os.getpid()
     return float(solution_str == ground_truth)
@@ -76,6 +106,41 @@ def test_every_failure_costs_its_own_sample_only(grader):
         grades = pool.grade([request(response) for response in responses])
     assert grades == [1.0, None, 0.0, 1.0] * len(hostile)
     assert pool.failures == {"timeout": 1, "crash": 2, "memory": 1, "error": 1}
+
+
+FORKS = ["fork", "fork and answer later", "fork and fail"]
+
+
+@pytest.mark.parametrize("fork", FORKS)
+def test_a_grader_that_forks_shifts_no_grades(tmp_path, fork):
+    path = tmp_path / "hostile.py"
+    # What the function is asked for is what it is to return: any shift shows.
+    path.write_text(HOSTILE.replace("float(solution_str == ground_truth)", "extra_info['grade']"))
+    requests = [request("plain" if number % 4 else fork, grade=float(number)) for number in range(40)]
+    with GraderPool(2, timeout_s=20.0, grader=CustomGrader(str(path))) as pool:
+        grades = pool.grade(requests)
+        assert not pool.failures
+    assert grades == [float(number) if number % 4 or fork == "fork" else 1.0 for number in range(40)]
+
+
+def test_a_module_that_forks_when_it_is_imported_shifts_no_grades(tmp_path):
+    path = tmp_path / "forks.py"
+    path.write_text("import os\nos.fork()\n" + HOSTILE)
+    with GraderPool(2, timeout_s=20.0, grader=CustomGrader(str(path))) as pool:
+        assert pool.grade([request("right"), request("wrong")] * 20) == [1.0, 0.0] * 20
+
+
+@pytest.mark.parametrize("hostile", ["write", "fork and leave the answer to the copy"])
+def test_a_reply_that_is_none_costs_its_sample_only(grader, hostile):
+    with GraderPool(1, timeout_s=2.0, grader=grader) as pool:
+        assert pool.grade([request(text) for text in ["right", hostile, "wrong", "right"]]) == [1.0, None, 0.0, 1.0]
+
+
+def test_a_reply_to_another_request_is_no_grade(grader):
+    with GraderPool(1, timeout_s=20.0, grader=grader) as pool:
+        early = request("reply again", grade=Grade(0.25), number=1)
+        assert pool.grade([request("wrong"), early, request("right"), request("right")]) == [0.0, 0.25, None, 1.0]
+        assert pool.failures == {"crash": 1}
 
 
 def test_order_is_kept_over_many_requests():
@@ -150,6 +215,45 @@ def test_a_process_that_does_not_start_costs_its_sample(grader, monkeypatch):
         assert graders.failures == {"crash": 1}
 
 
+NO_MORE_FILES = """
+import os, resource, sys, threading, time
+from xbai.grading import CustomGrader, GradeRequest, GraderPool, pool
+pool.START_FOR_S = float(sys.argv[2])
+most = resource.getrlimit(resource.RLIMIT_NOFILE)
+with GraderPool(1, grader=CustomGrader(sys.argv[1])) as graders:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), most[1]))
+    threading.Timer(1.0, resource.setrlimit, (resource.RLIMIT_NOFILE, most)).start()
+    started = time.monotonic()
+    print(graders.grade([GradeRequest("custom", "right", "right")] * 2), graders.failures, time.monotonic() - started)
+"""
+
+
+@pytest.mark.parametrize(
+    ("tries_for_s", "grades"), [(30.0, "[1.0, 1.0] Counter()"), (0.3, "[None, None] Counter({'crash': 2})")]
+)
+def test_a_process_that_finds_no_room_is_tried_again(grader, tries_for_s, grades):
+    command = [sys.executable, "-c", NO_MORE_FILES, grader.path, str(tries_for_s)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith(grades), done.stderr
+
+
+def test_a_killed_pool_does_not_try_again(grader, monkeypatch):
+    tried = threading.Event()
+
+    def no_room(*args, **kwargs):
+        tried.set()
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(pool.subprocess, "Popen", no_room)
+    graders = GraderPool(1, grader=grader)
+    grade = graders.submit(request("right"))
+    assert tried.wait(20)
+    started = time.monotonic()
+    graders.kill()
+    assert time.monotonic() - started < 5
+    assert grade.result().value is None
+
+
 def test_a_worker_is_killed_while_its_thread_stops_it(grader):
     worker = pool._Worker(grader, 1.0, 2**30)
 
@@ -181,7 +285,7 @@ def test_an_orphans_alarm_leaves_time_for_imports(tmp_path, response, answers, s
     with theirs:
         process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()])
     ours.send((CustomGrader(str(path)), 0.5, 2**30))
-    ours.send(request(response))
+    ours.send((0, request(response)))
     assert [ours.recv()[0] for _ in answers] == answers
     if status:
         with pytest.raises(EOFError):

@@ -6,27 +6,31 @@ import the parent's `__main__` in each of them, which in a trainer means torch, 
 
 from __future__ import annotations
 
+import errno
+import itertools
 import logging
 import os
 import pickle
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import cache
 from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Lock
+from threading import Event, Lock
 from types import TracebackType
 
 import xbai
 from xbai.errors import UserError
-from xbai.grading.dispatch import CRASH, ERROR, MEMORY, TIMEOUT, Grade, Grader, GradeRequest, Preparation, grade
-from xbai.grading.worker import OUT_OF_MEMORY, RAISED, REFUSED, START_TIMEOUT_S, STARTED
+from xbai.grading.dispatch import CRASH, ERROR, MEMORY, TIMEOUT, Grade, Grader, GradeRequest, grade
+from xbai.grading.worker import OUT_OF_MEMORY, RAISED, REFUSED, START_TIMEOUT_S, STARTED, Reply
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +38,13 @@ GIBIBYTE = 2**30
 
 KILL_GRACE_S = 5.0
 """How long to wait for a killed process: one that the kernel holds in a system call ends only after it."""
+
+SHORTAGES = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE})
+"""Why a process cannot be started that may pass: other programs have taken the machine's processes, memory or files."""
+START_FOR_S = 30.0
+"""How long to try again."""
+FIRST_PAUSE_S = 0.1
+"""Between tries; each next pause is twice as long."""
 
 
 class GraderPool:
@@ -155,11 +166,12 @@ class _Worker:
         self._memory_bytes = memory_bytes
         self._settings = pickle.dumps((grader, timeout_s, memory_bytes))
         self._process: subprocess.Popen | None = None
-        self._killed = False
+        self._numbers = itertools.count()
+        self._killed = Event()
 
     def kill(self) -> None:
         """End the process from another thread: the one that waits for it sees the end of the pipe."""
-        self._killed = True
+        self._killed.set()
         # That thread forgets the process when it stops it.
         process = self._process
         if process is not None and process.poll() is None:
@@ -170,11 +182,12 @@ class _Worker:
         try:
             if self._process is None:
                 self._start()
-            self._connection.send(request)
-            kind, value = self._receive(START_TIMEOUT_S)
+            number = next(self._numbers)
+            self._connection.send((number, request))
+            kind, value = self._receive(number, START_TIMEOUT_S)
             if kind == STARTED:
                 _warn_once(value.warning)
-                kind, value = self._receive(value.time_limit_s)
+                kind, value = self._receive(number, value.time_limit_s)
         except (EOFError, OSError) as error:
             raise _CouldNotGradeError(CRASH, f"the process ended with status {self.stop()}: {error!r}") from error
         if kind == REFUSED:
@@ -198,17 +211,43 @@ class _Worker:
             return process.wait(KILL_GRACE_S)
         return None
 
-    def _receive(self, timeout_s: float) -> tuple[str, Grade | list[Grade] | Preparation | str]:
+    def _receive(self, number: int, timeout_s: float) -> tuple[str, Reply]:
         if not self._connection.poll(timeout_s):
             self.stop()
             raise _CouldNotGradeError(TIMEOUT, f"no answer within {timeout_s:g} s")
-        return self._connection.recv()
+        try:
+            kind, value, of = self._connection.recv()
+        except (EOFError, OSError):
+            raise
+        except Exception as error:  # Bytes that are no reply can fail to be unpickled in any way.
+            self.stop()
+            raise _CouldNotGradeError(CRASH, f"the process sent what is no reply: {error!r}") from error
+        if of != number:
+            self.stop()
+            raise _CouldNotGradeError(CRASH, "the process replied to another request")
+        return kind, value
 
     def _start(self) -> None:
-        self._connection, theirs = Pipe()
+        deadline = time.monotonic() + START_FOR_S
+        pause_s = FIRST_PAUSE_S
+        while True:
+            try:
+                self._connection, self._process = self._spawn()
+                break
+            except OSError as error:
+                if error.errno not in SHORTAGES or time.monotonic() + pause_s > deadline or self._killed.wait(pause_s):
+                    raise _CouldNotGradeError(CRASH, f"the process does not start: {error}") from error
+            pause_s *= 2
+        if self._killed.is_set():
+            self.kill()
+        self._connection.send_bytes(self._settings)
+
+    def _spawn(self) -> tuple[Connection, subprocess.Popen]:
+        ours, theirs = Pipe()
         search_path = [str(Path(xbai.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        with theirs:
-            self._process = subprocess.Popen(
+        with ExitStack() as unless_started, theirs:
+            unless_started.callback(ours.close)
+            process = subprocess.Popen(
                 [sys.executable, "-c", f"from xbai.grading.worker import main; main({theirs.fileno()})"],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
@@ -221,6 +260,5 @@ class _Worker:
                     "OPENBLAS_NUM_THREADS": "1",
                 },
             )
-        if self._killed:
-            self.kill()
-        self._connection.send_bytes(self._settings)
+            unless_started.pop_all()
+        return ours, process

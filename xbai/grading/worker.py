@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from xbai.errors import UserError
@@ -13,6 +15,8 @@ from xbai.grading.dispatch import Grade, Grader, GradeRequest, Preparation, as_g
 from xbai.sandbox.confine import hide_memory
 
 STARTED, GRADED, RAISED, REFUSED, OUT_OF_MEMORY = "started", "graded", "raised", "refused", "memory"
+Reply = Grade | list[Grade] | Preparation | str
+"""What goes with a kind of reply; the third part of a reply is the number of its request."""
 
 START_TIMEOUT_S = 120.0
 """What the imports of a grader may take."""
@@ -28,12 +32,20 @@ def main(file_descriptor: int) -> None:
     grader, timeout_s, memory_bytes = connection.recv()
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    own_pid = os.getpid()
+
+    def reply(kind: str, value: Reply) -> None:
+        if os.getpid() != own_pid:
+            # The grader forked, and this is the copy: the answer is the other one's to give.
+            os._exit(0)
+        connection.send((kind, value, number))
+
     while True:
         try:
-            request = connection.recv()
+            number, request = connection.recv()
         except EOFError:
             return
-        connection.send(_answer(connection, grader, request, timeout_s))
+        reply(*_answer(grader, request, timeout_s, reply))
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
@@ -43,8 +55,8 @@ def _end_after(seconds: float) -> None:
 
 
 def _answer(
-    connection: Connection, grader: Grader, request: GradeRequest | list[GradeRequest], timeout_s: float
-) -> tuple[str, Grade | list[Grade] | str]:
+    grader: Grader, request: GradeRequest | list[GradeRequest], timeout_s: float, reply: Callable[[str, Reply], None]
+) -> tuple[str, Reply]:
     _end_after(START_TIMEOUT_S)
     try:
         # Imports first: the pool's clock starts with the message below.
@@ -55,7 +67,7 @@ def _answer(
             grader.load()
         limit_s = max(timeout_s, preparation.time_limit_s)
         _end_after(limit_s)
-        connection.send((STARTED, Preparation(limit_s, preparation.warning)))
+        reply(STARTED, Preparation(limit_s, preparation.warning))
         result = grader(request)
         return GRADED, [as_grade(each) for each in result] if isinstance(request, list) else as_grade(result)
     except UserError as error:
