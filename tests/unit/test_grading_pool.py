@@ -217,8 +217,9 @@ def test_a_process_that_does_not_start_costs_its_sample(grader, monkeypatch):
 
 NO_MORE_FILES = """
 import os, resource, sys, threading, time
-from xbai.grading import CustomGrader, GradeRequest, GraderPool, pool
-pool.START_FOR_S = float(sys.argv[2])
+from xbai.grading import CustomGrader, GradeRequest, GraderPool
+from xbai.sandbox import forking
+forking.PATIENCE_S = float(sys.argv[2])
 most = resource.getrlimit(resource.RLIMIT_NOFILE)
 with GraderPool(1, grader=CustomGrader(sys.argv[1])) as graders:
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), most[1]))

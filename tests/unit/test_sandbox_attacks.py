@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -100,7 +101,7 @@ def test_patience_has_an_end(monkeypatch):
 
     def start() -> None:
         tries.append(time.monotonic())
-        raise BlockingIOError
+        raise BlockingIOError(errno.EAGAIN, "no room")
 
     with pytest.raises(BlockingIOError):
         patiently(start)

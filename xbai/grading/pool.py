@@ -6,7 +6,6 @@ import the parent's `__main__` in each of them, which in a trainer means torch, 
 
 from __future__ import annotations
 
-import errno
 import itertools
 import logging
 import os
@@ -14,7 +13,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +29,7 @@ import xbai
 from xbai.errors import UserError
 from xbai.grading.dispatch import CRASH, ERROR, MEMORY, TIMEOUT, Grade, Grader, GradeRequest, grade
 from xbai.grading.worker import OUT_OF_MEMORY, RAISED, REFUSED, START_TIMEOUT_S, STARTED, Reply
+from xbai.sandbox.forking import patiently
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +37,6 @@ GIBIBYTE = 2**30
 
 KILL_GRACE_S = 5.0
 """How long to wait for a killed process: one that the kernel holds in a system call ends only after it."""
-
-SHORTAGES = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE})
-"""Why a process cannot be started that may pass: other programs have taken the machine's processes, memory or files."""
-START_FOR_S = 30.0
-"""How long to try again."""
-FIRST_PAUSE_S = 0.1
-"""Between tries; each next pause is twice as long."""
 
 
 class GraderPool:
@@ -228,16 +220,10 @@ class _Worker:
         return kind, value
 
     def _start(self) -> None:
-        deadline = time.monotonic() + START_FOR_S
-        pause_s = FIRST_PAUSE_S
-        while True:
-            try:
-                self._connection, self._process = self._spawn()
-                break
-            except OSError as error:
-                if error.errno not in SHORTAGES or time.monotonic() + pause_s > deadline or self._killed.wait(pause_s):
-                    raise _CouldNotGradeError(CRASH, f"the process does not start: {error}") from error
-            pause_s *= 2
+        try:
+            self._connection, self._process = patiently(self._spawn, self._killed.wait)
+        except OSError as error:
+            raise _CouldNotGradeError(CRASH, f"the process does not start: {error}") from error
         if self._killed.is_set():
             self.kill()
         self._connection.send_bytes(self._settings)

@@ -36,8 +36,12 @@ def python_paths() -> tuple[Path, ...]:
 
 
 def hide_memory() -> None:
-    """Keep other processes of this user from reading this one's memory through /proc or by ptrace(2)."""
-    libc.prctl(libc.PR_SET_DUMPABLE, 0)
+    """Keep other processes of this user from reading this one's memory through /proc or by ptrace(2).
+
+    Where there is no such call, no programs are run either.
+    """
+    if sys.platform == "linux":
+        libc.prctl(libc.PR_SET_DUMPABLE, 0)
 
 
 def die_with(parent: int) -> None:

@@ -133,7 +133,12 @@ class Sandbox:
         with theirs:
             command = [*prefix, sys.executable, "-I", "-c", _CODE]
             streams = {"stdin": theirs, "stdout": subprocess.DEVNULL, "stderr": self._complaints}
-            self._process = patiently(lambda: subprocess.Popen(command, cwd="/", env=_environment(), **streams))
+            try:
+                self._process = patiently(lambda: subprocess.Popen(command, cwd="/", env=_environment(), **streams))
+            except OSError as error:
+                self._connection.close()
+                self._complaints.close()
+                raise SandboxError(f"its process does not start: {error}") from error
         outcome = self._ask(Job(""), START_TIMEOUT_S, self._walls)
         if outcome.status is not Status.DONE:
             self.close()
