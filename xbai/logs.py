@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
+import sys
 import time
 
 from xbai.errors import UserError
@@ -42,6 +44,46 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
+class StderrHandler(logging.Handler):
+    """Writes to stderr what it takes at once: a pipe that nobody reads must not stop whoever logs.
+
+    What it does not take is dropped; how many lines these were is said as soon as there is room again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._dropped = 0
+        self._cut = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line of a record, or count it."""
+        try:
+            if self._dropped:
+                message = f"{self._dropped} lines of the log were dropped: nobody read stderr"
+                notice = logging.LogRecord(__name__, logging.WARNING, __file__, 0, message, None, None)
+                if self._write(self.format(notice)):
+                    self._dropped = 0
+            if self._dropped or not self._write(self.format(record)):
+                self._dropped += 1
+        except Exception:
+            self.handleError(record)
+
+    def _write(self, line: str) -> bool:
+        """Whether all of the line was taken."""
+        descriptor = sys.__stderr__.fileno()
+        left = f"{chr(10) * self._cut}{line}\n".encode(errors="backslashreplace")
+        room = select.poll()
+        room.register(descriptor, select.POLLOUT)
+        while left:
+            # A pipe that is ready takes this much without waiting.
+            if not room.poll(0):
+                return False
+            written = os.write(descriptor, left[: select.PIPE_BUF])
+            left = left[written:]
+            self._cut = bool(left)
+        return True
+
+
 FORMATTERS = {"json": JsonFormatter, "text": TextFormatter}
 
 
@@ -53,7 +95,7 @@ def configure_logging(log_format: str) -> None:
     """
     if log_format not in FORMATTERS:
         raise UserError(f"--log_format {log_format!r}: use {' or '.join(FORMATTERS)}")
-    handler = logging.StreamHandler()
+    handler = StderrHandler()
     handler.setFormatter(FORMATTERS[log_format]())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     # vLLM, once imported, leaves its lines to this handler.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
@@ -151,6 +152,27 @@ def test_a_flood_is_answered_or_told_to_come_back(scorer) -> None:
     values = [answer.json()["values"] for answer in answers if answer.status_code == 200]
     assert values and all(value == pytest.approx(values[0], abs=1e-5) for value in values)
     assert all("Retry-After" in answer.headers for answer in answers if answer.status_code == 429)
+
+
+def test_a_service_whose_stderr_nobody_reads_goes_on(tiny_model_dir: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{(port := listener.getsockname()[1])}"
+    script = str(REPOSITORY / "test/score_model_queue.py")
+    command = [sys.executable, script, "--model_path", str(tiny_model_dir), "--port", str(port)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as service, httpx.Client(timeout=10) as client:
+        try:
+            deadline = time.monotonic() + 200
+            while service.poll() is None and time.monotonic() < deadline:
+                with contextlib.suppress(httpx.TransportError):
+                    if client.get(f"{url}/ready").is_success:
+                        break
+                time.sleep(0.1)
+            for _ in range(600):
+                assert client.post(f"{url}/score", json={"text": "x"}).is_success
+            service.terminate()
+            assert service.wait(60) == 0
+        finally:
+            service.kill()
 
 
 def test_openapi_documents_the_routes(policy, scorer) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -38,6 +41,38 @@ def test_a_traceback_stays_in_its_line() -> None:
     line = JsonFormatter().format(failed)
     assert "\n" not in line
     assert json.loads(line)["exception"].endswith("ValueError: why")
+
+
+LOGGER_WITHOUT_READER = """
+import logging, sys, time
+from xbai.logs import configure_logging
+configure_logging("json")
+started = time.monotonic()
+for number in range(2000):
+    logging.info("line %d %s", number, "x" * (10_000 if number % 100 == 0 else 100))
+print(time.monotonic() - started, flush=True)
+sys.stdin.readline()
+logging.info("the end")
+"""
+
+
+def test_a_stderr_that_nobody_reads_stops_nobody() -> None:
+    command = [sys.executable, "-c", LOGGER_WITHOUT_READER]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as logging_process:
+        assert float(logging_process.stdout.readline()) < 30
+        said, shown = [], logging_process.stderr
+        reader = threading.Thread(target=lambda: said.extend(shown))
+        reader.start()
+        time.sleep(0.5)
+        logging_process.stdin.write("\n")
+        logging_process.stdin.close()
+        reader.join(20)
+    *first, notice, last = said
+    numbers = [int(json.loads(line)["message"].split()[1]) for line in first if line.endswith("}\n")]
+    assert numbers == list(range(len(numbers))) and len(numbers) > 100
+    assert json.loads(last)["message"] == "the end"
+    assert json.loads(notice)["message"] == f"{2000 - len(numbers)} lines of the log were dropped: nobody read stderr"
 
 
 def test_an_unknown_format_is_refused() -> None:
