@@ -131,16 +131,14 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Any, place: str = 
     return text
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Any, place: str = "prompt") -> list[int]:
-    """Token ids of `prompt_text`; the template writes the special tokens itself."""
-    return tokenizer.encode(prompt_text(tokenizer, messages, place), add_special_tokens=False)
-
-
-def is_far_longer(text: str, tokens: int, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether `text` has more characters than `tokens` of the longest tokens have: to encode it could take gigabytes.
+def most_characters(tokens: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """A text of more characters has more than `tokens` tokens: to encode it, only to find that out, can take gigabytes.
 
     What a tokenizer leaves out (runs of spaces, characters that it does not know) counts too.
     """
-    if len(text) <= CHARACTERS_OF_A_TOKEN * tokens:
-        return False
-    return len(text) > max(map(len, tokenizer.get_vocab())) * tokens
+    return tokens * max(CHARACTERS_OF_A_TOKEN, *map(len, tokenizer.get_vocab()))
+
+
+def is_far_longer(text: str, tokens: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether `text` has more than `most_characters`."""
+    return len(text) > CHARACTERS_OF_A_TOKEN * tokens and len(text) > most_characters(tokens, tokenizer)

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from xbai.benchmarks import base
 from xbai.benchmarks.registry import BENCHMARKS, get_benchmark
 from xbai.errors import UserError
 from xbai.grading import grade
@@ -198,3 +199,31 @@ def test_bad_files(tmp_path):
     (tmp_path / "q.parquet").write_text("not parquet")
     with pytest.raises(UserError, match="not a parquet file"):
         benchmark.read(tmp_path / "q.parquet")
+
+
+def test_a_file_without_an_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "MAX_LINE_CHARACTERS", 1000)
+    monkeypatch.setattr(base, "MAX_LIST_BYTES", 2000)
+    monkeypatch.setattr(base, "PROBE_CHARACTERS", 16)
+    row = json.dumps({"prompt": "é" * 100, "answer": 1}, ensure_ascii=False)
+    files = {
+        "endless.jsonl": f"{row}\n\n" + "x" * 5000,
+        "endless.json": f"\n{row}\n" + "x" * 5000,
+        "list.json": " " * 100 + "[" + ",".join([row] * 30) + "]",
+    }
+    endless = ":3: over 1000 characters"
+    errors = {"endless.jsonl": endless, "endless.json": endless, "list.json": ": a list of"}
+    for name, text in files.items():
+        path = tmp_path / name
+        path.write_text(text)
+        with pytest.raises(UserError, match=f"{name}{errors[name]}"):
+            list(base.read_rows(path))
+    (tmp_path / "short.json").write_text(" " * 100 + f"[{row}]")
+    assert [place for _, place in base.read_rows(tmp_path / "short.json")] == [f"{tmp_path}/short.json: item 1"]
+    (tmp_path / "short.jsonl").write_text(f"{row}\n\n{row}")
+    assert [place[-2:] for _, place in base.read_rows(tmp_path / "short.jsonl")] == [":1", ":3"]
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+    for name in ("pipe.jsonl", "zero.jsonl"):
+        with pytest.raises(UserError, match=f"{name}: no such file"):
+            list(base.read_rows(tmp_path / name))

@@ -12,7 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from xbai.errors import UserError
-from xbai.prompts import TemplateRefusalError, chat_messages, prompt_ids, prompt_text
+from xbai.prompts import TemplateRefusalError, chat_messages, is_far_longer, prompt_text
 from xbai.sprm import StepRule
 
 MESSAGES = [{"role": "user", "content": "Make 10 from 5 9 4"}]
@@ -29,9 +29,23 @@ def with_template(tokenizer: PreTrainedTokenizerFast, template: Any) -> PreTrain
 def test_prompt_ends_with_the_generation_prompt(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     text = prompt_text(tiny_tokenizer, MESSAGES)
     assert text == "<|im_start|>user\nMake 10 from 5 9 4<|im_end|>\n<|im_start|>assistant\n"
-    ids = prompt_ids(tiny_tokenizer, MESSAGES)
-    assert tiny_tokenizer.decode(ids) == text
-    assert ids[0] == tiny_tokenizer.convert_tokens_to_ids("<|im_start|>")
+
+
+@pytest.mark.parametrize("piece", ["x", "<|endoftext|>", "。", "a b"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_what_is_far_longer_has_more_tokens(tiny_tokenizer: PreTrainedTokenizerFast, piece: str, tokens: int) -> None:
+    text = piece * (256 * tokens // len(piece) + 1)
+    assert is_far_longer(text, tokens, tiny_tokenizer)
+    assert len(tiny_tokenizer.encode(text, add_special_tokens=False)) > tokens
+    assert not is_far_longer(text[: 256 * tokens], tokens, tiny_tokenizer)
+
+
+def test_a_vocabulary_may_have_tokens_of_any_length(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens("=" * 1000)
+    assert len(tokenizer.encode("=" * 2000, add_special_tokens=False)) == 2
+    assert not is_far_longer("=" * 2000, 2, tokenizer)
+    assert is_far_longer("=" * 2001, 2, tokenizer)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])

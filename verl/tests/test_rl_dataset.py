@@ -69,6 +69,30 @@ def test_truncation_error_names_the_row(write_rows, tiny_tokenizer):
         RLHFDataset(files, tiny_tokenizer, _config(filter_overlong_prompts=False))
 
 
+def test_a_prompt_of_megabytes_is_not_encoded(write_rows, tiny_tokenizer, monkeypatch):
+    encoded = []
+    encode = type(tiny_tokenizer).encode
+
+    def counted(tokenizer, text, **options):
+        encoded.append(len(text))
+        return encode(tokenizer, text, **options)
+
+    monkeypatch.setattr(type(tiny_tokenizer), "encode", counted)
+    text = "ab" * 1_000_000
+    path = write_rows(["hi", text])
+    dataset = RLHFDataset(path, tiny_tokenizer, _config())
+    assert [dataset[i]["row_index"] for i in range(len(dataset))] == [0]
+    with pytest.raises(UserError, match=r"row 2 has a prompt of more than 16384 characters; raise data.max_prompt"):
+        RLHFDataset(path, tiny_tokenizer, _config(filter_overlong_prompts=False))
+    for truncation, kept in (("left", "b<|im_end|>\n<|im_start|>assistant\n"), ("right", "<|im_start|>user\na")):
+        dataset = RLHFDataset(path, tiny_tokenizer, _config(filter_overlong_prompts=False, truncation=truncation))
+        ids = dataset[1]["input_ids"].tolist()
+        assert len(ids) == 64
+        shown = tiny_tokenizer.decode(ids)
+        assert shown.endswith(kept) if truncation == "left" else shown.startswith(kept)
+    assert max(encoded) < 50_000
+
+
 def test_row_without_prompt_is_named(write_rows, tiny_tokenizer):
     path = write_rows(["hi", "there", None])
     with pytest.raises(UserError, match=r"rows\.parquet: row 3: 'prompt'"):

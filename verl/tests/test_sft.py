@@ -65,6 +65,7 @@ def test_rows_without_label_train_the_language_model_only(tmp_path, tokenizer):
         ),
         ([{"prompt": CHAT, "response": "x"}, {"prompt": CHAT, "response": None}], "row 2: 'response' must be a text"),
         ([{"prompt": CHAT, "response": "7" * 600}], "row 1 has 6.. tokens, more than data.max_length=512"),
+        ([{"prompt": CHAT, "response": "7" * 200_000}], "row 1 has a text of 200000 characters, which no"),
         ([{"question": "x", "response": "x"}], "no column 'prompt'"),
         ([{"prompt": CHAT, "answer": "x"}], "no column 'response'"),
     ],

@@ -19,6 +19,10 @@ from xbai.prompts import Message, chat_messages
 Row = dict[str, Any]
 
 PROMPT_FIELDS = ("prompt", "problem", "question", "model_input")
+MAX_LINE_CHARACTERS = 256 << 20
+"""Of a file of lines: programs' tests can take many megabytes, but one line without an end must not fill the memory."""
+MAX_LIST_BYTES = 2 << 30
+PROBE_CHARACTERS = 1 << 16
 ANSWER_FIELDS = ("answer", "expected_answer", "ground_truth")
 
 
@@ -132,18 +136,31 @@ def read_rows(path: Path) -> Iterator[tuple[Row, str]]:
 
 def _read_lines(path: Path) -> Iterator[tuple[Any, str]]:
     with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
+        lines = iter(lambda: stream.readline(MAX_LINE_CHARACTERS + 1), "")
+        for number, line in enumerate(lines, start=1):
+            if len(line) > MAX_LINE_CHARACTERS:
+                raise UserError(f"{path}:{number}: over {MAX_LINE_CHARACTERS} characters; write one row a line")
             if line.strip():
                 yield _parse(line, f"{path}:{number}"), f"{path}:{number}"
 
 
 def _read_json(path: Path) -> Iterator[tuple[Any, str]]:
-    text = path.read_text(encoding="utf-8")
-    if not text.lstrip().startswith("["):
+    if not _is_list(path):
         yield from _read_lines(path)
         return
+    if (size := path.stat().st_size) > MAX_LIST_BYTES:
+        raise UserError(f"{path}: a list of {size} bytes is not read in one piece; write it as .jsonl, one row a line")
+    text = path.read_text(encoding="utf-8")
     for number, row in enumerate(_parse(text, str(path)), start=1):
         yield row, f"{path}: item {number}"
+
+
+def _is_list(path: Path) -> bool:
+    with path.open(encoding="utf-8") as stream:
+        while text := stream.read(PROBE_CHARACTERS):
+            if begun := text.lstrip():
+                return begun.startswith("[")
+    return False
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[Any, str]]:

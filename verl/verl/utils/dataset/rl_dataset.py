@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.protocol import object_array
 from xbai.errors import UserError
-from xbai.prompts import chat_messages, prompt_ids, prompt_text
+from xbai.prompts import chat_messages, most_characters, prompt_text
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class RLHFDataset(Dataset):
         self, data_files: str | Sequence[str] | ListConfig, tokenizer: PreTrainedTokenizerBase, config: DictConfig
     ) -> None:
         self.tokenizer, self.config = tokenizer, config
+        self._most_characters = most_characters(config.max_prompt_length, tokenizer)
         files = file_list(data_files)
         parts = _numbered([_read_parquet(file, config.prompt_key) for file in files])
         self._places = [f"{file}: row {row}" for file, part in zip(files, parts) for row in range(1, len(part) + 1)]
@@ -78,8 +79,14 @@ class RLHFDataset(Dataset):
         """The messages of each row as they are in the file, and where they stand."""
         return zip(part[self.config.prompt_key], map(self._prompt_place, part["row_index"]))
 
-    def _lengths(self, part: datasets.Dataset) -> Iterator[int]:
-        return (len(prompt_ids(self.tokenizer, messages, place)) for messages, place in self._prompts(part))
+    def _lengths(self, part: datasets.Dataset) -> Iterator[int | None]:
+        """Tokens of each prompt; None for one that is not encoded, because it has too many whatever they are."""
+        for messages, place in self._prompts(part):
+            text = prompt_text(self.tokenizer, messages, place)
+            yield len(self._encode(text)) if len(text) <= self._most_characters else None
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _check_prompts(self, parts: Sequence[datasets.Dataset]) -> None:
         """Before training, where an error is one line, rather than in a process that prepares batches."""
@@ -88,14 +95,16 @@ class RLHFDataset(Dataset):
 
     def _without_overlong(self, part: datasets.Dataset) -> datasets.Dataset:
         limit = self.config.max_prompt_length
-        return part.select([row for row, length in enumerate(self._lengths(part)) if length <= limit])
+        lengths = enumerate(self._lengths(part))
+        return part.select([row for row, length in lengths if length is not None and length <= limit])
 
     def _refuse_overlong(self, parts: Sequence[datasets.Dataset]) -> None:
         limit = self.config.max_prompt_length
         for place, length in zip(self._places, itertools.chain.from_iterable(map(self._lengths, parts))):
-            if length > limit:
+            if length is None or length > limit:
+                found = f"more than {self._most_characters} characters" if length is None else f"{length} tokens"
                 raise UserError(
-                    f"{place} has a prompt of {length} tokens; raise data.max_prompt_length={limit}, or set "
+                    f"{place} has a prompt of {found}; raise data.max_prompt_length={limit}, or set "
                     "data.filter_overlong_prompts=true or data.truncation=left|right"
                 )
 
@@ -113,7 +122,7 @@ class RLHFDataset(Dataset):
     def __getitem__(self, item: int) -> dict[str, Any]:
         row = self._rows[item]
         messages, place = row.pop(self.config.prompt_key), self._prompt_place(row["row_index"])
-        ids = self._truncate(prompt_ids(self.tokenizer, messages, place))
+        ids = self._truncated_ids(prompt_text(self.tokenizer, messages, place))
         if self.config.return_raw_chat:
             row["raw_prompt"] = chat_messages(messages, place)
         return {
@@ -123,9 +132,12 @@ class RLHFDataset(Dataset):
             "position_ids": torch.arange(len(ids)),
         }
 
-    def _truncate(self, ids: list[int]) -> list[int]:
-        limit = self.config.max_prompt_length
-        return ids[-limit:] if self.config.truncation == "left" else ids[:limit]
+    def _truncated_ids(self, text: str) -> list[int]:
+        # Of a text that is cut far from what is kept, the same tokens are kept.
+        limit, characters = self.config.max_prompt_length, 2 * self._most_characters
+        if self.config.truncation == "left":
+            return self._encode(text[-characters:])[-limit:]
+        return self._encode(text[:characters])[:limit]
 
 
 def _read_parquet(file: str, prompt_key: str) -> datasets.Dataset:

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from xbai.errors import UserError
-from xbai.prompts import prompt_ids
+from xbai.prompts import is_far_longer, prompt_text
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,16 @@ class SFTDataset(Dataset):
         messages, response = row[self._config.prompt_key], row[self._config.response_key]
         if not isinstance(response, str) or not response:
             raise UserError(f"{place}: {self._config.response_key!r} must be a text, found {response!r:.60}")
-        prompt = prompt_ids(self._tokenizer, messages, f"{place}: {self._config.prompt_key!r}")
-        ids = [*prompt, *self._tokenizer.encode(response, add_special_tokens=False), self._tokenizer.eos_token_id]
-        if len(ids) > self._config.max_length:
-            raise UserError(f"{place} has {len(ids)} tokens, more than data.max_length={self._config.max_length}")
+        prompt_place = f"{place}: {self._config.prompt_key!r}"
+        texts = prompt_text(self._tokenizer, messages, prompt_place), response
+        limit = self._config.max_length
+        for text in texts:
+            if is_far_longer(text, limit, self._tokenizer):
+                raise UserError(f"{place} has a text of {len(text)} characters, which no data.max_length={limit} holds")
+        prompt, answer = (self._tokenizer.encode(text, add_special_tokens=False) for text in texts)
+        ids = [*prompt, *answer, self._tokenizer.eos_token_id]
+        if len(ids) > limit:
+            raise UserError(f"{place} has {len(ids)} tokens, more than data.max_length={limit}")
         return SFTExample(ids, len(prompt), row.get(self._config.label_key))
 
     @property
