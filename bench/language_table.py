@@ -69,7 +69,10 @@ def to_markdown(arms: dict[str, list[Summary]]) -> str:
 def _accuracies(arms: dict[str, list[Summary]]) -> str:
     header = ["choose by"]
     for arm, summaries in arms.items():
-        header += [f"{arm} ({len(summaries)} seeds): Best-of-2 / 8 / 32", "AUC within a prompt"]
+        header += [
+            f"{arm} ({len(summaries)} {'seed' if len(summaries) == 1 else 'seeds'}): Best-of-2 / 8 / 32",
+            "AUC within a prompt",
+        ]
     rows = [
         [
             title,

@@ -11,6 +11,7 @@ import pytest
 from matplotlib import image
 
 from xbai.errors import UserError
+from xbai.evaluate import plots
 from xbai.evaluate.estimate import Estimate
 from xbai.evaluate.graded import GradedQuestion
 from xbai.evaluate.metric_command import MetricOptions, run_metric
@@ -309,6 +310,20 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
     plot_training(metrics, tmp_path / "training.png")
     for name in ("accuracy", "results", "training"):
         assert 0.02 < drawn(tmp_path / f"{name}.png") < 0.6
+
+
+def test_panels_of_unlike_reports_show_all_and_name_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    right, wrong = (
+        replace(reports()[0], curves={strategy: {n: Estimate(mean, 0.0) for n in (1, 2, 4)} for strategy in names})
+        for mean, names in ((0.9, ("random", "majority")), (0.1, ("random", "best_of_n")))
+    )
+    plot_accuracy({"high": right, "low": wrong}, tmp_path / "accuracy.png")
+    bottom, top = figures[0].axes[1].get_ylim()
+    assert bottom < 0.1 < 0.9 < top
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert labels == ["Best-of-N", "majority vote", "pass@1"]
 
 
 def test_figures_without_data_say_so(tmp_path: Path) -> None:

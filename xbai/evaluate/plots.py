@@ -94,14 +94,25 @@ def plot_accuracy(reports: Mapping[str, Report], path: Path) -> None:
         figure = Figure(figsize=(1.0 + 4.4 * len(reports), 4.2))
         axes = figure.subplots(1, len(reports), sharey=True, squeeze=False)[0]
         for axis, (title, report) in zip(axes, reports.items()):
-            _draw_accuracy(axis, title, report, with_legend=False)
+            _draw_accuracy_lines(axis, title, report)
+        for axis in axes:
+            # Only once all are drawn: they share the limits.
+            _accuracy_axis(axis, headroom=0.02 if axis is axes[0] else 0.0)
             axis.set_ylabel("accuracy" if axis is axes[0] else "")
-        handles, labels = axes[0].get_legend_handles_labels()
+        drawn = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
+        labels = [line.label for line in STRATEGY_LINES.values() if line.label in drawn]
+        handles = [drawn[label] for label in labels]
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) if len(reports) > 1 else 2)
         save_figure(figure, path)
 
 
-def _draw_accuracy(axis: Axes, title: str, report: Report, with_legend: bool = True) -> None:
+def _draw_accuracy(axis: Axes, title: str, report: Report) -> None:
+    _draw_accuracy_lines(axis, title, report)
+    _accuracy_axis(axis)
+    _legend_below(axis, columns=2)
+
+
+def _draw_accuracy_lines(axis: Axes, title: str, report: Report) -> None:
     for strategy, line in STRATEGY_LINES.items():
         if strategy in report.curves:
             counts, mean, error = _columns(report.curves[strategy])
@@ -110,11 +121,8 @@ def _draw_accuracy(axis: Axes, title: str, report: Report, with_legend: bool = T
     axis.set_xscale("log", base=2)
     axis.set_xticks(counts, [f"{n:,}" for n in counts])
     axis.xaxis.set_minor_locator(NullLocator())
-    _accuracy_axis(axis)
     axis.set_xlabel("candidates N")
     axis.set_title(title)
-    if with_legend:
-        _legend_below(axis, columns=2)
 
 
 def _draw_scaling(axis: Axes, reports: Mapping[str, Report]) -> None:
