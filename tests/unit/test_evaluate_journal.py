@@ -16,9 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
 from journal_flips import OUTCOMES, SETTINGS, JournalTrial, flip_bits, flipped, served
 
 from xbai.errors import UserError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import logging
 import os
@@ -10,17 +9,16 @@ import pickle
 import random
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoint_flips import SmallCheckpoint, flip_bits
 
 from verl.trainer.ppo.checkpoint_folder import TRAINER_STATE_FILE, write_state
 from verl.utils.checkpoint_storage import METADATA_FILE, read_metadata
@@ -39,24 +37,11 @@ class Intruder:
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
-    """`bench/checkpoint_flips.py`."""
-    path = Path(__file__).parents[2] / "bench" / "checkpoint_flips.py"
-    spec = importlib.util.spec_from_file_location("checkpoint_flips", path)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(path.parent)
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-        yield module
-
-
-@pytest.fixture(scope="module")
-def written(bench: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A `SmallCheckpoint`; not to be changed."""
     folder = tmp_path_factory.mktemp("written")
     dist.init_process_group("gloo", init_method=f"file://{folder}/.store", rank=0, world_size=1)
-    yield bench.SmallCheckpoint(folder)
+    yield SmallCheckpoint(folder)
     dist.destroy_process_group()
 
 
@@ -181,17 +166,17 @@ def test_random_states_of_older_checkpoints_go_on(tmp_path: Path) -> None:
     assert draws[0] == draws[1] and not isinstance(newer["numpy"][1], np.ndarray)
 
 
-def test_a_flipped_bit_is_named_on_resuming_and_merging(bench: ModuleType, checkpoint: Any) -> None:
-    figures = bench.flip_bits(checkpoint, flips=110, seed=0)
+def test_a_flipped_bit_is_named_on_resuming_and_merging(checkpoint: Any) -> None:
+    figures = flip_bits(checkpoint, flips=110, seed=0)
     assert figures["files"] >= 10
     assert figures["refused"] == figures["checkpoint_flips"] == 110, figures["examples"]
 
 
-def test_flips_that_nothing_checks_are_counted(bench: ModuleType, checkpoint: Any) -> None:
+def test_flips_that_nothing_checks_are_counted(checkpoint: Any) -> None:
     """What the test above finds where there is something to find."""
     for path in checkpoint.path.rglob(CHECKSUM_FILE):
         path.unlink()
-    assert bench.flip_bits(checkpoint, flips=9, seed=0)["silently_wrong"] > 0
+    assert flip_bits(checkpoint, flips=9, seed=0)["silently_wrong"] > 0
 
 
 def cut(file: Path) -> None:
