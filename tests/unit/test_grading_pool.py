@@ -57,7 +57,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info):
             os._exit(0)
         return 1.0
     if solution_str == "write":
-        for descriptor in range(3, 64):
+        for descriptor in range(3, 1024):
             try:
                 os.write(descriptor, b"\\x00\\x00\\x00\\x04none" * 2)
             except OSError:
