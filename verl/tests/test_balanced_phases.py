@@ -33,9 +33,7 @@ class CountTokens:
 
 def compute(rows: int, shares: int, balance: bool) -> tuple[DataProto, list[int], dict[str, float]]:
     mask = (torch.arange(20) < LENGTHS[:rows, None]).long()
-    # No two rows are the same.
-    ids = torch.arange(mask.numel()).view_as(mask)
-    batch = DataProto.from_dict({**dict.fromkeys(MODEL_INPUT_KEYS, mask), "input_ids": ids})
+    batch = DataProto.from_dict({**dict.fromkeys(MODEL_INPUT_KEYS, mask), "kinds": torch.arange(rows)})
     trainer, method, metrics = object.__new__(RayPPOTrainer), CountTokens(shares), {}
     trainer.config = OmegaConf.create({"trainer": {"balance_batch": balance}})
     trainer._compute(method, batch, metrics)

@@ -79,7 +79,7 @@ def _batch() -> DataProto:
     response = torch.arange(6) < torch.tensor([[3], [5]])
     prompt = torch.tensor([[0, 1, 1, 1, 1]] * 2)
     columns = {"attention_mask": torch.cat([prompt, response.long()], 1), "response_mask": response}
-    return DataProto.from_dict({"input_ids": torch.arange(columns["attention_mask"].numel()).view(2, -1), **columns})
+    return DataProto.from_dict({"kinds": torch.arange(2), **columns})
 
 
 TIMES = {"timing_s/rollout": 5.0, "timing_s/weight_sync": 1.0, "timing_s/generate": 3.0, "timing_s/step": 16.0}

@@ -24,8 +24,12 @@ class DistinctRows(NamedTuple):
         columns = (batch[name].cpu().numpy() for name in ("input_ids", "attention_mask"))
         places: dict[tuple[bytes, bytes], int] = {}
         kinds = [places.setdefault((ids.tobytes(), mask.tobytes()), len(places)) for ids, mask in zip(*columns)]
-        kinds = torch.tensor(kinds, dtype=torch.long)
-        rows = torch.zeros(len(places), dtype=torch.long)
+        return cls.of_kinds(torch.tensor(kinds, dtype=torch.long))
+
+    @classmethod
+    def of_kinds(cls, kinds: Tensor) -> DistinctRows:
+        """From `kinds`, which are numbered in the order of their first rows."""
+        rows = torch.zeros(int(kinds.max()) + 1, dtype=torch.long)
         # The first of each kind is written last.
         rows[kinds.flip(0)] = torch.arange(len(kinds)).flip(0)
         return cls(rows, kinds)

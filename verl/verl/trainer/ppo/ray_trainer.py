@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -219,10 +219,10 @@ class RayPPOTrainer:
         self._dump(batch, reward)
         if self._critic is not None:
             rows = self._critic_config.ppo_mini_batch_size * self._rollout.n
-            self._update(self._critic.update_critic, batch.select(UPDATE_KEYS, []), rows, metrics)
+            self._update(self._critic.update_critic, batch, UPDATE_KEYS, rows, metrics)
         if self.step > self.config.trainer.critic_warmup:
             rows = self.config.actor_rollout_ref.actor.ppo_mini_batch_size * self._rollout.n
-            self._update(self._workers.update_actor, batch.select(self._update_keys, []), rows, metrics)
+            self._update(self._workers.update_actor, batch, self._update_keys, rows, metrics)
             if self._loss.use_score and self._loss.score.judges_steps:
                 counted = Classes(metrics["score/counted_right"], metrics["score/counted_wrong"])
                 self._score_watch.observe(counted, steps_by_class(batch))
@@ -273,11 +273,13 @@ class RayPPOTrainer:
         return prompts
 
     def _generate(self, prompts: DataProto, n: int, metrics: dict[str, float], **meta_info: Any) -> DataProto:
-        """Sample `n` responses a prompt; the rows of one prompt lie next to each other."""
+        """Sample `n` responses a prompt; the rows of one prompt lie next to each other. `kinds` [B] tells which are the
+        same (see `DistinctRows`)."""
         request = prompts.select(PROMPT_KEYS, ["seed"])
         request.meta_info |= {"n": n, **meta_info}
         responses = self._workers.generate_sequences(request)
         metrics |= responses.meta_info.pop("metrics")
+        responses.batch["kinds"] = DistinctRows.of(responses.batch).kinds
         return DataProto(non_tensor_batch=prompts.non_tensor_batch).repeat(n).union(DataProto(responses.batch))
 
     def _launch_grading(self, batch: DataProto) -> PendingReward:
@@ -295,16 +297,23 @@ class RayPPOTrainer:
     def _compute(self, method: GroupMethod, batch: DataProto, metrics: dict[str, float], **meta_info: Any) -> None:
         """Run a model of the workers over `batch`, and add the tensors and metrics that it gives."""
         inputs = DataProto(batch.batch.select(*MODEL_INPUT_KEYS), meta_info=meta_info)
-        order = self._order_for(method, inputs, len(inputs), metrics)
+        order = self._order_for(method, batch, len(batch), metrics)
         output = method(inputs[order])
         metrics |= output.meta_info.pop("metrics")
         batch.union(output[order.argsort()])
 
-    def _update(self, method: GroupMethod, batch: DataProto, mini_batch_rows: int, metrics: dict[str, float]) -> None:
-        """Train a model of the workers on `batch`."""
+    def _update(
+        self,
+        method: GroupMethod,
+        batch: DataProto,
+        keys: Sequence[str],
+        mini_batch_rows: int,
+        metrics: dict[str, float],
+    ) -> None:
+        """Train a model of the workers on the columns `keys` of `batch`."""
         order = self._order_for(method, batch, mini_batch_rows, metrics)
         try:
-            metrics |= method(batch[order]).meta_info["metrics"]
+            metrics |= method(batch.select(keys, [])[order]).meta_info["metrics"]
         except UserError as error:
             raise UserError(f"step {self.step}: {error}") from error
 
@@ -317,7 +326,7 @@ class RayPPOTrainer:
         if len(batch) % shares:
             # As in validation: the parts are filled up with copies.
             return torch.arange(len(batch))
-        kinds = DistinctRows.of(batch.batch).kinds
+        kinds = batch.batch["kinds"]
         order = rows_by_rank(lengths, block, shares, self.config.trainer.balance_batch, kinds)
         of_rank = torch.stack([sum_over_kinds(lengths[rows], kinds[rows]) for rows in order.chunk(shares)]).float()
         name = "perf/rank_tokens_max_over_mean"

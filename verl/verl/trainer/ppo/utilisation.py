@@ -53,7 +53,7 @@ class Utilisation:
         peak is not known.
 
         Args:
-            batch: of the whole step: `input_ids`, `attention_mask`, `response_mask`.
+            batch: of the whole step: `attention_mask`, `response_mask`, `kinds`.
             metrics: of the step, with `timing_s/*`.
         """
         seconds = _seconds(metrics)
@@ -80,7 +80,7 @@ class Utilisation:
         root, use = self.config.actor_rollout_ref, ReferenceUse.from_config(self.config)
         sampled = self.shape.sequence_flops(lengths.tolist(), int(responses.sum()))
         shared = self.shape.sequence_flops((lengths - responses).tolist(), 0) * (1 - 1 / root.rollout.n)
-        distinct = DistinctRows.of(batch.batch).rows
+        distinct = DistinctRows.of_kinds(batch.batch["kinds"]).rows
         lengths, responses = lengths[distinct], responses[distinct]
         forward = self.shape.sequence_flops(lengths.tolist(), int(responses.sum()))
         found = {
