@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -12,31 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from xbai.sandbox import landlock, process
+from xbai.sandbox import process
 from xbai.sandbox.job import MEBIBYTE, Job, Limits, Status
 from xbai.sandbox.process import Sandbox, SandboxError
 
 F_SETOWN_EX, FIOSETOWN = 15, 0x8901
-
-FORMS = {
-    "bubblewrap": Sandbox,
-    "landlock": lambda: Sandbox(bubblewrap=False),
-    "seccomp": lambda: Sandbox(bubblewrap=False, use_landlock=False),
-}
-
-
-@pytest.fixture(scope="module", params=FORMS)
-def sandbox(request):
-    if request.param == "bubblewrap" and shutil.which("bwrap") is None:
-        pytest.skip("bubblewrap is not installed")
-    if request.param == "landlock" and not landlock.is_available():
-        pytest.skip("the kernel has no Landlock")
-    with FORMS[request.param]() as sandbox:
-        sandbox.start()
-        if request.param == "bubblewrap" and "bubblewrap" in sandbox.warning:
-            pytest.skip(sandbox.warning)
-        sandbox.form = request.param
-        yield sandbox
 
 
 def run(sandbox, code, **limits):

@@ -95,10 +95,8 @@ def plot_accuracy(reports: Mapping[str, Report], path: Path) -> None:
         axes = figure.subplots(1, len(reports), sharey=True, squeeze=False)[0]
         for axis, (title, report) in zip(axes, reports.items()):
             _draw_accuracy_lines(axis, title, report)
-        for axis in axes:
-            # Only once all are drawn: they share the limits.
-            _accuracy_axis(axis, headroom=0.02 if axis is axes[0] else 0.0)
-            axis.set_ylabel("accuracy" if axis is axes[0] else "")
+        # Only once all are drawn: they share the axis.
+        _accuracy_axis(axes[0])
         drawn = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
         labels = [line.label for line in STRATEGY_LINES.values() if line.label in drawn]
         handles = [drawn[label] for label in labels]

@@ -13,7 +13,7 @@ from xbai.sandbox import libc, seccomp
 
 _RECEIVE, _SEND = 0xC0502100, 0xC0182101
 _CONTINUE = 1
-_ID_AND_PROCESS, _ANSWER = struct.Struct("=QI"), struct.Struct("=QqiI")
+_NUMBER, _ANSWER = struct.Struct("=Q"), struct.Struct("=QqiI")
 
 
 @cache
@@ -39,7 +39,7 @@ class HeldCalls:
         call = bytearray(_sizes()[0])
         try:
             fcntl.ioctl(self.descriptor, _RECEIVE, call)
-            number, _ = _ID_AND_PROCESS.unpack_from(call)
+            (number,) = _NUMBER.unpack_from(call)
             answer = _ANSWER.pack(number, 0, 0, _CONTINUE).ljust(_sizes()[1], b"\0")
             fcntl.ioctl(self.descriptor, _SEND, bytearray(answer))
         except OSError as error:

@@ -167,7 +167,8 @@ def can_hold_calls() -> bool:
 
 def call_number() -> int:
     """Of seccomp(2) here."""
-    return _SECCOMP[_column()]
+    column, _ = _ARCHITECTURES[os.uname().machine]
+    return _SECCOMP[column]
 
 
 def restrict_calls(open_to_write: bool, hold_threads: bool) -> int | None:
@@ -187,10 +188,6 @@ def restrict_calls(open_to_write: bool, hold_threads: bool) -> int | None:
     flags = _NEW_LISTENER if hold_threads else 0
     result = libc.syscall(call_number(), _SET_MODE_FILTER, flags, ctypes.byref(program))
     return result if hold_threads else None
-
-
-def _column() -> int:
-    return _ARCHITECTURES[os.uname().machine][0]
 
 
 def _program(open_to_write: bool, hold_threads: bool) -> list[bytes]:
