@@ -18,6 +18,7 @@ setup(
         "fsspec",
         "hydra-core>=1.3,<1.4",
         "numpy>=2,<3",
+        "psutil>=6,<8",
         "pyarrow>=17",
         "ray[default]>=2.60,<2.61",
         "rich>=13,<16",

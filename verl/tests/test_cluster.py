@@ -83,7 +83,10 @@ from verl.trainer.ppo.cluster import start_ray
 from xbai.errors import exit_on_user_error
 
 exit_on_user_error(start_ray)(
-    OmegaConf.create({"trainer": {"nnodes": 1, "device": "cpu", "n_gpus_per_node": 1}, "ray_init": {"num_cpus": 1}})
+    OmegaConf.create({
+        "trainer": {"nnodes": 1, "device": "cpu", "n_gpus_per_node": 1, "default_local_dir": "checkpoints"},
+        "ray_init": {"num_cpus": 1},
+    })
 )
 sys.stdout.write(ray.get(ray.remote(lambda: "a task ran").remote()))
 """

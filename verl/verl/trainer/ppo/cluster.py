@@ -14,6 +14,7 @@ from ray._common.utils import get_default_system_temp_dir
 
 from verl.single_controller import RayResourcePool
 from verl.single_controller.nodes import answers_by_node
+from verl.single_controller.orphans import end_orphans, own_session
 from verl.trainer.ppo.ray_head import check_head, find_head
 from xbai.errors import UserError
 
@@ -70,14 +71,17 @@ def start_ray(config: DictConfig) -> None:
         raise UserError(
             f"{folder!r} (RAY_TMPDIR, or else TMPDIR) is no whole path, which Ray needs; set RAY_TMPDIR=/tmp"
         )
+    run_folder = Path(trainer.default_local_dir)
+    end_orphans(run_folder)
     # Ray warns that the cluster has a token, as it has by default.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     try:
         # Without an address Ray would join any cluster that it finds on this machine.
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
+        started = ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
     except Exception as error:
         # Ray raises what it likes, plain `Exception`s among it.
         raise UserError(_why_not_started(error, folder)) from error
+    own_session(Path(started.address_info["session_dir"]), run_folder)
 
 
 def check_shared_folder(folder: str | Path, pool: RayResourcePool) -> None:
