@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def language(checkout, tmp_path: Path, tiny_llama: Path) -> Callable[..., tuple[
 
     def run(**variables: str) -> tuple[int, str]:
         settings = {"OUT": str(tmp_path / "out"), "LANGUAGE_MODEL": str(tiny_llama), "DEVICE": "cpu", **MINIATURE}
-        return checkout.run(COMMAND, **settings | variables)
+        return checkout.run(COMMAND, timeout_s=600, **settings | variables)
 
     return run
 
@@ -151,21 +152,55 @@ def test_finished_stages_are_skipped_and_shared_by_the_settings(language, tmp_pa
     assert modified(out).items() >= before.items()
 
 
+@pytest.fixture(scope="session")
+def coins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files in GSM8K's published form whose answers are the fall of a coin: at best, half of what is said is right."""
+    folder, rng = tmp_path_factory.mktemp("coins"), random.Random(0)
+    for split, count in (("train", 400), ("test", QUESTIONS)):
+        rows = [
+            {"question": f"Coin {n} of {split}?", "answer": f"It falls\n#### {rng.choice('12')}"} for n in range(count)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
 @pytest.mark.long
-def test_both_settings_run_whole_in_one_folder(language, tmp_path):
+@pytest.mark.timeout(1300)
+def test_both_settings_run_whole_in_one_folder(language, tmp_path, coins):
+    """On GSM8K's files; a head to begin with needs a model that is right at times."""
     out = tmp_path / "out"
+    learnt = "optim.lr=3e-3 trainer.total_training_steps=150 data.train_batch_size=16 data.micro_batch_size_per_gpu=16"
+    rl = MINIATURE["RL_ARGS"].replace("max_response_length=16", "max_response_length=64")
     for setting in ("recommended", "published"):
-        status, output = language(SETTING=setting)
+        status, output = language(
+            TASK="gsm8k", GSM8K=str(coins), SETTING=setting, JUDGE_QUESTIONS="4", SFT_ARGS=learnt, RL_ARGS=rl
+        )
         assert status == 0, output[-4000:]
         assert output.count("finished earlier") == (0 if setting == "recommended" else len(SHARED_STAGES))
         assert {path.name for path in (out / setting / "stages").iterdir()} == ARM_STAGES[setting]
         summary = json.loads((out / setting / "summary.json").read_text())
-        assert (summary["problems"], summary["held_out"]["problems"]) == (QUESTIONS, QUESTIONS // 2)
-        assert {"base", "rl"} == set(summary["pass_at_1"])
+        assert summary["problems"] == QUESTIONS and "held_out" not in summary
+        assert {"base", "rl"} == set(summary["pass_at_1"]) and 0 < summary["pass_at_1"]["base"] < 1
         changed = [key for key in summary["score_setting"]["overrides"] if ".score." in key]
         assert bool(changed) == (setting == "recommended")
         spent = sum(int(path.read_text()) for at in (out, out / setting) for path in (at / "stages").iterdir())
         assert summary["seconds_total"] == spent - int((out / setting / "stages/report").read_text())
-    assert {path.name for path in (out / "results").glob("*.jsonl")} == {
-        f"base{part}.jsonl" for part in ("", "_heldout", "_judge")
-    }
+    assert {path.name for path in (out / "results").glob("*.jsonl")} == {"base.jsonl", "base_judge.jsonl"}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1300)
+def test_stories_run_whole(language, tmp_path):
+    status, output = language(SETTING="published")
+    assert status == 0, output[-4000:]
+    summary = json.loads((tmp_path / "out/published/summary.json").read_text())
+    assert (summary["problems"], summary["held_out"]["problems"]) == (QUESTIONS, QUESTIONS // 2)
+
+
+@pytest.mark.long
+def test_a_model_that_is_never_right_is_one_line(language, tmp_path):
+    """With what to do about it; the published setting begins without a head."""
+    finish_stages(tmp_path / "out", "setup", "sample_base")
+    status, output = language()
+    assert status == 2
+    assert output.splitlines()[-1].startswith("error: data.train_files: none of the 2 prompts has both a right and a")
