@@ -190,7 +190,7 @@ async def _question_by_question(work: Workload, urls: str) -> None:
         for question, prompt in enumerate(work.prompts):
             seeds = [request_seed(SEED, question, sample) for sample in range(SAMPLES)]
             bodies = [{"prefix_prompt": prompt, "response_num": 1, "seed": seed} for seed in seeds]
-            await asyncio.gather(*(pool.post(body) for body in bodies))
+            await asyncio.gather(*(pool.post(body, json.loads) for body in bodies))
 
 
 def main(

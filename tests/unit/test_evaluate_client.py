@@ -6,6 +6,7 @@ import asyncio
 import resource
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,15 @@ from xbai.evaluate.client import (
     open_client,
 )
 from xbai.evaluate.served_model import ServedModel
+from xbai.evaluate.wire import Answer, read_answer
+
+
+class Ok(Answer):
+    ok: bool
+
+
+OK = Ok(ok=True)
+read_ok = partial(read_answer, Ok)
 
 
 class Script:
@@ -70,7 +80,7 @@ def posts(urls: str, count: int, policy: RetryPolicy | None = None, max_in_fligh
     async def run() -> list:
         async with open_client() as client:
             pool = ServicePool(urls, "/generate", client, policy or RetryPolicy(), max_in_flight)
-            return await asyncio.gather(*(pool.post({"i": i}) for i in range(count)), return_exceptions=True)
+            return await asyncio.gather(*(pool.post({"i": i}, read_ok) for i in range(count)), return_exceptions=True)
 
     return asyncio.run(run())
 
@@ -97,7 +107,7 @@ def test_base_urls_refuse(urls: str) -> None:
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
 def test_passing_trouble_is_retried(serve_app: Callable[[FastAPI], str], status: int) -> None:
     script = Script(status, status)
-    assert posts(serve_app(script.app), 1) == [{"ok": True}]
+    assert posts(serve_app(script.app), 1) == [OK]
     assert script.answered == 3
 
 
@@ -125,7 +135,7 @@ def test_what_never_succeeds_ends(
 def test_a_copy_that_fails_at_once_does_not_swallow_all_work(serve_app: Callable[[FastAPI], str]) -> None:
     broken, healthy = Script(*[500] * 1000), Script(seconds=0.05)
     urls = f"{serve_app(broken.app)},{serve_app(healthy.app)}"
-    assert posts(urls, 40, RetryPolicy(max_attempts=2)) == [{"ok": True}] * 40, "no request fails there twice"
+    assert posts(urls, 40, RetryPolicy(max_attempts=2)) == [OK] * 40, "no request fails there twice"
     assert broken.answered < 20
 
 
@@ -133,12 +143,12 @@ def test_what_is_no_json_is_tried_again(serve_app: Callable[[FastAPI], str]) -> 
     app = FastAPI()
     bodies = ["<html>a proxy's page</html>", '{"ok": true}']
     app.post("/generate")(lambda: Response(bodies.pop(0), media_type="application/json"))
-    assert posts(serve_app(app), 1) == [{"ok": True}]
+    assert posts(serve_app(app), 1) == [OK]
 
 
 def test_a_dead_copy_is_set_aside(serve_app: Callable[[FastAPI], str]) -> None:
     script = Script()
-    assert posts(f"{dead_url()},{serve_app(script.app)}", 12) == [{"ok": True}] * 12
+    assert posts(f"{dead_url()},{serve_app(script.app)}", 12) == [OK] * 12
     assert script.answered == 12
 
 
@@ -174,18 +184,18 @@ def test_a_copy_that_only_refuses_is_said_and_given_up_unless_it_has_work_of_our
                 self.running -= 1
                 return Response('{"ok": true}', media_type="application/json")
 
-    assert posts(serve_app(OneAtATime().app), 2, policy) == [{"ok": True}] * 2
+    assert posts(serve_app(OneAtATime().app), 2, policy) == [OK] * 2
 
 
 @pytest.mark.parametrize("status", [500, 503, 504])
 def test_a_failure_after_long_work_is_no_absence(serve_app: Callable[[FastAPI], str], status: int) -> None:
     script, healthy = Script(status, seconds=0.3), Script(seconds=0.3)
     urls = f"{serve_app(script.app)},{serve_app(healthy.app)}"
-    assert posts(urls, 4, RetryPolicy(patience_s=0.1)) == [{"ok": True}] * 4
+    assert posts(urls, 4, RetryPolicy(patience_s=0.1)) == [OK] * 4
 
 
 def test_a_copy_that_dies_during_long_work_ends_nothing(serve_app: Callable[[FastAPI], str]) -> None:
-    async def run() -> dict:
+    async def run() -> Ok:
         async def die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await reader.read(10)
             await asyncio.sleep(0.3)
@@ -196,10 +206,10 @@ def test_a_copy_that_dies_during_long_work_ends_nothing(serve_app: Callable[[Fas
         url = f"http://127.0.0.1:{dying.sockets[0].getsockname()[1]}"
         async with open_client() as client:
             policy = RetryPolicy(patience_s=0.1)
-            return await ServicePool(f"{url},{healthy}", "/generate", client, policy, 1).post({})
+            return await ServicePool(f"{url},{healthy}", "/generate", client, policy, 1).post({}, read_ok)
 
     healthy = serve_app(Script().app)
-    assert asyncio.run(run()) == {"ok": True}
+    assert asyncio.run(run()) == OK
 
 
 def test_a_slow_answer_times_out_and_is_tried_again(serve_app: Callable[[FastAPI], str]) -> None:
@@ -212,7 +222,7 @@ def test_a_slow_answer_times_out_and_is_tried_again(serve_app: Callable[[FastAPI
 def test_work_goes_where_least_is_outstanding(serve_app: Callable[[FastAPI], str]) -> None:
     fast, slow = Script(seconds=0.01), Script(seconds=0.5)
     results = posts(f"{serve_app(fast.app)},{serve_app(slow.app)}", 40, max_in_flight=4)
-    assert results == [{"ok": True}] * 40
+    assert results == [OK] * 40
     assert fast.answered > 3 * slow.answered
     assert max(fast.most_running, slow.most_running) <= 4
 
@@ -223,7 +233,7 @@ def test_more_requests_in_flight_than_a_process_may_open_files_at_first(serve_ap
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 20, hard))
     try:
-        assert posts(url, 60, max_in_flight=60) == [{"ok": True}] * 60
+        assert posts(url, 60, max_in_flight=60) == [OK] * 60
         assert script.most_running == 60
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -234,7 +244,9 @@ def served_then_posts(urls: str, count: int) -> tuple[ServedModel, list]:
         async with open_client() as client:
             pool = ServicePool(urls, "/generate", client, RetryPolicy(patience_s=0.1), max_in_flight=2)
             model = await pool.served_model("--response_api_url")
-            return model, await asyncio.gather(*(pool.post({"i": i}) for i in range(count)), return_exceptions=True)
+            return model, await asyncio.gather(
+                *(pool.post({"i": i}, read_ok) for i in range(count)), return_exceptions=True
+            )
 
     return asyncio.run(run())
 
@@ -263,5 +275,5 @@ def test_a_copy_that_comes_later_or_comes_back_is_asked_what_it_serves(serve_app
 
     same = Script(503, identities=("m:1a", "copy:1a"))
     _, answers = served_then_posts(serve_app(same.app), 20)
-    assert answers == [{"ok": True}] * 20
+    assert answers == [OK] * 20
     assert same.described <= 3, "at first, and once for each of those that failed together"

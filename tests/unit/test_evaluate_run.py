@@ -12,13 +12,14 @@ from xbai.errors import UserError
 from xbai.evaluate.options import RunOptions
 from xbai.evaluate.run import run, use_fused_scores
 from xbai.evaluate.served_model import ServedModel
+from xbai.evaluate.wire import ReadyAnswer
 
 READY = {"model": "/models/m", "identity": "m:1a", "lang": "en", "scores": True}
 OTHER = READY | {"identity": "other:2b"}
 
 
 def served(*copies: dict) -> ServedModel:
-    return ServedModel.from_copies("--response_api_url http://policy", copies)
+    return ServedModel.from_copies("--response_api_url http://policy", [ReadyAnswer(**copy) for copy in copies])
 
 
 def options(**changes: object) -> RunOptions:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import pytest
@@ -29,6 +30,8 @@ from xbai.search.service_source import ServiceSource, StepServices
 from xbai.search.strategy import SearchOptions, search_response
 from xbai.sprm import StepRule, step_feature_mask
 from xbai.sprm.steps import ScoredPart, joined_scores
+
+T = TypeVar("T")
 
 PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
@@ -158,7 +161,7 @@ class ScriptedPolicy:
         self.generated = 0
         self.payloads: list[dict[str, Any]] = []
 
-    async def post(self, payload: dict[str, Any], ticket: int) -> dict[str, Any]:
+    async def post(self, payload: dict[str, Any], read: Callable[[bytes], T], ticket: int) -> T:
         self.payloads.append(payload)
         begun = len(self.tokenizer.encode(payload["prefix_prompt"].removeprefix(self.prompt)))
         text, count = "", 0
@@ -178,15 +181,16 @@ class ScriptedPolicy:
                 break
         self.generated += count
         scores = {"step_scores": [step_scores]} if payload.get("return_scores") else {}
-        return {"results": [text], "finish_reasons": [reason], "token_counts": [count], **scores}
+        answer = {"results": [text], "finish_reasons": [reason], "token_counts": [count], **scores}
+        return read(json.dumps(answer).encode())
 
 
 class ScriptedScorer:
     """`/score` that gives every step 0.5."""
 
-    async def post(self, payload: dict[str, Any], ticket: int) -> dict[str, Any]:
+    async def post(self, payload: dict[str, Any], read: Callable[[bytes], T], ticket: int) -> T:
         steps = payload["text"].removeprefix(payload["prompt"]).count(".\n\n")
-        return {"value": 0.5, "all_scores": [0.5] * steps}
+        return read(json.dumps({"value": 0.5, "all_scores": [0.5] * steps}).encode())
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -217,7 +221,7 @@ def test_a_service_response_is_written_step_by_step_and_whole(
 
 def test_a_context_that_is_full_ends_a_response(tiny_tokenizer: PreTrainedTokenizerFast, rule: StepRule) -> None:
     class Refusing:
-        async def post(self, payload: dict[str, Any], ticket: int) -> dict[str, Any]:
+        async def post(self, payload: dict[str, Any], read: Callable[[bytes], T], ticket: int) -> T:
             raise RequestTooLongError("413: prefix_prompt: 512 tokens leave no room in the model's 512")
 
     source = ServiceSource(StepServices(Refusing(), None, {}, rule, tiny_tokenizer), PROMPT, 0)
@@ -231,10 +235,10 @@ def test_what_the_score_service_cannot_take_ends_a_response_and_refuses_no_quest
     tiny_tokenizer: PreTrainedTokenizerFast, rule: StepRule
 ) -> None:
     class ShortScorer(ScriptedScorer):
-        async def post(self, payload: dict[str, Any], ticket: int) -> dict[str, Any]:
+        async def post(self, payload: dict[str, Any], read: Callable[[bytes], T], ticket: int) -> T:
             if payload["text"].count(".\n\n") > steps:
                 raise RequestTooLongError("413: too long for the scorer")
-            return await super().post(payload, ticket)
+            return await super().post(payload, read, ticket)
 
     policy = ScriptedPolicy("one.\n\ntwo.\n\nthe end", tiny_tokenizer, PROMPT)
     services = StepServices(policy, ShortScorer(), {}, rule, tiny_tokenizer)

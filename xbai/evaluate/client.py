@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import logging
 import resource
 import socket
 import sys
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -19,10 +20,14 @@ from xbai.api_key import API_KEY_VARIABLE, authorization
 from xbai.errors import UserError
 from xbai.evaluate.replicas import RETRY_BASE_S, RETRY_MAX_S, Replica, Replicas, backoff_s
 from xbai.evaluate.served_model import ServedModel
+from xbai.evaluate.wire import BrokenAnswerError, ReadyAnswer, ReportedFailureError, read_answer
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 CONNECT_TIMEOUT_S = 10.0
+MAX_DETAIL_CHARS = 1000
 OPEN_FILES = 65536
 KEEP_ALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -123,7 +128,7 @@ class ServicePool:
         self._policy = policy
         self._tickets = itertools.count()
         self._option = ""
-        self._described: dict[str, dict[str, Any]] = {}
+        self._described: dict[str, ReadyAnswer] = {}
 
     @property
     def capacity(self) -> int:
@@ -135,11 +140,14 @@ class ServicePool:
         async with self._replicas.lease(ticket=sys.maxsize, weight=0):
             return
 
-    async def post(self, payload: dict[str, Any], weight: int = 1, ticket: int | None = None) -> dict[str, Any]:
-        """The answer to `payload`.
+    async def post(
+        self, payload: dict[str, Any], read: Callable[[bytes], T], weight: int = 1, ticket: int | None = None
+    ) -> T:
+        """What is read from the answer to `payload`.
 
         Args:
             payload: the body.
+            read: makes of an answer's body what is returned, or raises as `read_answer` does.
             weight: how much work it is, for the balance among the copies.
             ticket: of the requests that wait, the lowest goes first; by default in the order of the calls.
 
@@ -148,14 +156,15 @@ class ServicePool:
             RequestFailedError: `max_attempts` failures.
             UserError: the service refuses the request for what has nothing to do with its text: bad options, another
                 API key, not this kind of service; or a copy that was away serves another model (see `served_model`).
-            ServiceUnavailableError: every copy has been out of reach for `patience_s`.
+            ServiceUnavailableError: every copy has been out of reach for `patience_s`, or answers as another kind of
+                service does, `max_attempts` times in a row.
         """
         ticket = next(self._tickets) if ticket is None else ticket
         failures, failed_on = 0, set[str]()
         while True:
             try:
                 async with self._replicas.lease(ticket, weight, failed_on) as replica:
-                    return await self._attempt(replica, payload)
+                    return await self._attempt(replica, payload, read)
             except _TryAgainError as problem:
                 failures += problem.is_failure
                 failed_on |= {replica.base_url} if problem.is_failure else set()
@@ -181,21 +190,29 @@ class ServicePool:
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._policy.patience_s
         for failures in itertools.count(1):
-            await asyncio.gather(*map(self._greet, self._replicas.all))
+            problems = await asyncio.gather(*map(self._greet, self._replicas.all))
             if self._described:
                 return ServedModel.from_copies(option, list(self._described.values()))
+            if self._are_foreign() and failures >= self._policy.max_attempts:
+                raise self._foreign(problems[-1])
             if clock() > deadline:
-                raise ServiceUnavailableError(f"no service is ready at {self._tried()}; start it first")
+                raise ServiceUnavailableError(
+                    f"no service is ready at {self._tried()} ({problems[-1]}); start it first"
+                )
             logger.warning("waiting for a service at %s", self._tried())
             await asyncio.sleep(backoff_s(failures))
         raise AssertionError("unreachable")
 
-    async def _greet(self, replica: Replica) -> None:
-        with suppress(_TryAgainError):
+    async def _greet(self, replica: Replica) -> str:
+        """Why it is not ready; nothing where it is."""
+        try:
             await self._check_model(replica)
-            replica.succeeded()
+        except _TryAgainError as problem:
+            return str(problem)
+        replica.succeeded()
+        return ""
 
-    async def _attempt(self, replica: Replica, payload: dict[str, Any]) -> dict[str, Any]:
+    async def _attempt(self, replica: Replica, payload: dict[str, Any], read: Callable[[bytes], T]) -> T:
         if self._described and not replica.is_known:
             await self._check_model(replica)
         try:
@@ -205,15 +222,17 @@ class ServicePool:
                 timeout=httpx.Timeout(self._policy.request_timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
             )
             if response.is_success:
-                answer = _answer(response)
-                replica.succeeded()
+                answer = read(response.content)
+                replica.answered()
                 return answer
         except (httpx.ReadTimeout, httpx.WriteTimeout):
             raise self._failure(replica, "timed out", answered=True) from None
+        except ReportedFailureError as error:
+            raise self._failure(replica, f"the service reports: {error}", answered=True) from None
+        except (httpx.DecodingError, BrokenAnswerError) as error:
+            raise self._failure(replica, f"no answer of {self._route}: {error}", answered=True, broken=True) from None
         except httpx.TransportError as error:
             raise self._failure(replica, f"{type(error).__name__}: {error}", answered=False) from None
-        except ValueError as error:
-            raise self._failure(replica, str(error), answered=True) from None
         problem = f"{response.status_code}: {_detail(response)}"
         if response.status_code == 408 or not response.is_client_error:
             raise self._failure(replica, problem, answered=response.status_code != 503)
@@ -233,19 +252,28 @@ class ServicePool:
             logger.warning("%s has refused every request for %.0f s (%s)", replica.base_url, seconds, problem)
         return _TryAgainError(problem, is_failure=False)
 
-    def _failure(self, replica: Replica, problem: str, answered: bool) -> _TryAgainError:
-        pause = replica.failed(asyncio.get_running_loop().time(), answered)
+    def _failure(self, replica: Replica, problem: str, answered: bool, broken: bool = False) -> _TryAgainError:
+        pause = replica.failed(asyncio.get_running_loop().time(), answered, broken)
         if pause is not None:
             logger.warning("%s is set aside for %.1f s (%s)", replica.base_url, pause, problem)
-        return _TryAgainError(problem, is_failure=answered)
+        return _TryAgainError(problem, is_failure=answered and not replica.is_foreign)
 
     def _check_patience(self, problem: str) -> None:
         now, patience_s = asyncio.get_running_loop().time(), self._policy.patience_s
-        if all(replica.is_lost(now, patience_s, self._policy.max_attempts) for replica in self._replicas.all):
-            raise ServiceUnavailableError(
-                f"no answer from {self._tried()} for {patience_s:g} s ({problem}); "
-                "see to the service, then run the same command again to go on"
-            )
+        if not all(replica.is_lost(now, patience_s, self._policy.max_attempts) for replica in self._replicas.all):
+            return
+        if self._are_foreign():
+            raise self._foreign(problem)
+        raise ServiceUnavailableError(
+            f"no answer from {self._tried()} for {patience_s:g} s ({problem}); "
+            "see to the service, then run the same command again to go on"
+        )
+
+    def _are_foreign(self) -> bool:
+        return all(replica.is_foreign for replica in self._replicas.all)
+
+    def _foreign(self, problem: str) -> ServiceUnavailableError:
+        return ServiceUnavailableError(f"{self._tried()}: {problem}; is this the right service?")
 
     def _tried(self) -> str:
         return ", ".join(replica.base_url for replica in self._replicas.all)
@@ -254,38 +282,17 @@ class ServicePool:
         """Ask a copy what it serves; one that has no such route goes with any."""
         try:
             response = await self._client.get(f"{replica.base_url}/ready", timeout=CONNECT_TIMEOUT_S)
+            _check_key(response)
+            found = read_answer(ReadyAnswer, response.content) if response.is_success else ReadyAnswer()
+        except (httpx.DecodingError, BrokenAnswerError, ReportedFailureError) as error:
+            raise self._failure(replica, f"no answer of /ready: {error}", answered=False, broken=True) from None
         except httpx.TransportError as error:
             raise self._failure(replica, f"{type(error).__name__}: {error}", answered=False) from None
-        if response.is_server_error:
+        if not response.is_success and not response.is_client_error:
             raise self._failure(replica, f"{response.status_code}: {_detail(response)}", answered=False)
-        _check_key(response)
-        found = _description(response)
         ServedModel.from_copies(self._option, [*self._described.values(), found])
         self._described[replica.base_url] = found
         replica.is_known = True
-
-
-def _answer(response: httpx.Response) -> dict[str, Any]:
-    """The body of a success; XBai's own services report failures as one.
-
-    Raises:
-        ValueError: it is none.
-    """
-    answer = response.json()
-    if not isinstance(answer, dict):
-        raise ValueError(f"an answer that is no JSON object: {response.text:.200}")
-    if "error" in answer:
-        raise ValueError(f"the service reports: {answer['error']!s:.200}")
-    return answer
-
-
-def _description(response: httpx.Response) -> dict[str, Any]:
-    """What a service says of itself; nothing where it has no such route."""
-    try:
-        found = response.json() if response.is_success else {}
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _check_key(response: httpx.Response) -> None:
@@ -301,7 +308,9 @@ def _retry_after_s(response: httpx.Response) -> float:
 
 
 def _detail(response: httpx.Response) -> str:
+    """What a refusal says, as one line that can be logged and kept."""
     try:
-        return str(response.json()["detail"])
-    except (ValueError, KeyError, TypeError):
-        return response.text[:200]
+        detail = str(json.loads(response.content)["detail"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        detail = response.content[:MAX_DETAIL_CHARS].decode(errors="replace")
+    return " ".join(detail[:MAX_DETAIL_CHARS].encode(errors="backslashreplace").decode().split())

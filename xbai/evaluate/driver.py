@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from xbai.evaluate.store import ResultStore
 from xbai.evaluate.wire import read_responses, read_score, score_request
 
 logger = logging.getLogger(__name__)
+
+COLUMNS = ("finish_reasons", "token_counts", "scores", "step_scores", "mean_log_probs")
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,9 @@ class Driver:
     async def _generate(self, request: GenerationRequest, schedule: Schedule) -> None:
         started = time.monotonic()
         try:
-            answer = await self._services.policy.post(self._payload(request), weight=request.count)
+            responses = await self._services.policy.post(
+                self._payload(request), lambda body: read_responses(body, request.count, *COLUMNS), weight=request.count
+            )
         except RequestTooLongError as error:
             logger.warning("question %d is refused: %s", request.question.index, error)
             self._store.add(*(Sample(*key, "", finish_reason=REFUSED, error=str(error)) for key in request.keys))
@@ -100,7 +104,7 @@ class Driver:
             return
         seconds = time.monotonic() - started
         schedule.finished(request, seconds)
-        samples = list(_samples(request, answer, seconds))
+        samples = list(_samples(request, responses, seconds))
         self._store.add(*samples)
         for sample in samples:
             self._progress.generated(sample.token_count)
@@ -133,7 +137,7 @@ class Driver:
     async def _ask_score(self, key: SampleKey) -> None:
         request = score_request(self._prompts[key[0]], self._store.get(key).response, self._services.names_prompt)
         try:
-            answer = await self._services.scorer.post(request)
+            score = await self._services.scorer.post(request, read_score)
         except (RequestTooLongError, RequestFailedError) as error:
             logger.warning("question %d, sample %d has no score: %s", *key, error)
         except ServiceUnavailableError as error:
@@ -141,16 +145,14 @@ class Driver:
                 logger.warning("no more scores are asked for: %s", error)
             self._scorer_is_lost = True
         else:
-            self._store.add_score(key, *read_score(answer))
+            self._store.add_score(key, *score)
 
     def _complete(self, key: SampleKey) -> None:
         self._progress.advance()
         self._on_complete(key)
 
 
-def _samples(request: GenerationRequest, answer: dict[str, Any], seconds: float) -> Iterator[Sample]:
-    columns = "finish_reasons", "token_counts", "scores", "step_scores", "mean_log_probs"
-    responses = read_responses(answer, request.count, *columns)
+def _samples(request: GenerationRequest, responses: Sequence[tuple[Any, ...]], seconds: float) -> Iterator[Sample]:
     for sample in request.missing:
         text, reason, tokens, score, steps, mean_log_prob = responses[sample - request.first_sample]
         yield Sample(

@@ -33,6 +33,8 @@ class Replica:
         answers: whether any of these failures was an answer of the service.
         refusing_since: since when every answer has been that it is full; None where the last one was another.
         is_known: what it serves has been asked for, and it has not been away since.
+        has_answered: it has given an answer that was as it should be.
+        is_foreign: it gives answers, but of another kind of service, and has given no others.
     """
 
     base_url: str
@@ -46,6 +48,8 @@ class Replica:
     answers: bool = False
     refusing_since: float | None = None
     is_known: bool = False
+    has_answered: bool = False
+    is_foreign: bool = False
     _logged_at: float = 0.0
     _grows_at: float = 0.0
     _refusals: int = 0
@@ -60,12 +64,24 @@ class Replica:
         self.refusing_since = None
         self._is_well()
 
-    def failed(self, now: float, answered: bool) -> float | None:
-        """Set it aside; returns for how long, None where it rests already (its other requests fail together)."""
+    def answered(self) -> None:
+        """It did what it was asked for."""
+        self.has_answered = True
+        self.succeeded()
+
+    def failed(self, now: float, answered: bool, broken: bool = False) -> float | None:
+        """Set it aside; returns for how long, None where it rests already (its other requests fail together).
+
+        Args:
+            now: the event loop's time.
+            answered: the service is there.
+            broken: what came is not what such a service answers.
+        """
         self.refusing_since = None
         self.failing_since = now if self.failing_since is None else self.failing_since
+        self.is_foreign = broken and not self.has_answered
         self.answers = self.answers or answered
-        self.is_known = self.is_known and answered
+        self.is_known = self.is_known and answered and not broken
         if self.resting_until > now:
             return None
         self.failures += 1
@@ -128,10 +144,12 @@ class Replica:
     def is_lost(self, now: float, patience_s: float, max_failures: int) -> bool:
         """It has not answered for the whole patience, or only refused, or only failed, several times.
 
-        While it refuses, what it has in flight of ours may still be answered.
+        A foreign one needs no patience, only several tries. One that refuses may still answer what it has of ours.
         """
         if self.refusing_since is not None:
             return self.in_flight == 0 and now - self.refusing_since > patience_s
+        if self.is_foreign:
+            return self.failures >= max_failures
         if self.failing_since is None or now - self.failing_since <= patience_s:
             return False
         return not self.answers or self.failures >= max_failures
@@ -141,6 +159,7 @@ class Replica:
         self.resting_until = 0.0
         self.failing_since = None
         self.answers = False
+        self.is_foreign = False
 
     def _may_grow(self, now: float) -> bool:
         return self.limit < self.max_in_flight and now >= self._grows_at

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from xbai.errors import UserError
+from xbai.evaluate.wire import ReadyAnswer
 from xbai.model_identity import is_same_model
 
 
@@ -29,25 +29,25 @@ class ServedModel:
     is_ours: bool
 
     @classmethod
-    def from_copies(cls, option: str, described: Sequence[Mapping[str, Any]]) -> ServedModel:
+    def from_copies(cls, option: str, described: Sequence[ReadyAnswer]) -> ServedModel:
         """From the copies' `/ready`.
 
         Raises:
             UserError: they serve different models, or find steps by different rules; names `option`.
         """
-        identities = [copy["identity"] for copy in described if copy.get("identity")]
+        identities = [copy.identity for copy in described if copy.identity]
         others = {identity for identity in identities if not is_same_model(identity, identities[0])}
         if others:
             raise UserError(f"{option}: the copies serve different models ({', '.join([identities[0], *others])})")
-        langs = sorted({copy["lang"] for copy in described if copy.get("lang")})
+        langs = sorted({copy.lang for copy in described if copy.lang})
         if len(langs) > 1:
             raise UserError(f"{option}: the copies find steps by different rules ({', '.join(langs)})")
         return cls(
             identity=identities[0] if identities else None,
             lang=langs[0] if langs else None,
-            scores=all(copy.get("scores") for copy in described),
-            log_probs=all(copy.get("log_probs") for copy in described),
-            is_ours=all(copy.get("identity") for copy in described),
+            scores=all(copy.scores for copy in described),
+            log_probs=all(copy.log_probs for copy in described),
+            is_ours=all(copy.identity for copy in described),
         )
 
     def gives_scores_of(self, scorer: ServedModel) -> bool:

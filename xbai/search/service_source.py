@@ -84,7 +84,8 @@ class ServiceSource:
 
     async def _post(self, path: Path, max_tokens: int, to_end: bool, seed: int | None) -> _Answer:
         is_fused = self._services.scorer is None
-        answer = await self._services.policy.post(
+        columns = ("finish_reasons", "token_counts", *(("step_scores",) if is_fused else ()))
+        ((text, *others),) = await self._services.policy.post(
             {
                 **self._services.sampling,
                 "prefix_prompt": self._prompt + path.text,
@@ -94,10 +95,9 @@ class ServiceSource:
                 **({} if seed is None else {"seed": seed}),
                 **({"return_scores": True} if is_fused else {}),
             },
+            lambda body: read_responses(body, 1, *columns),
             ticket=self._ticket,
         )
-        columns = ("finish_reasons", "token_counts", *(("step_scores",) if is_fused else ()))
-        ((text, *others),) = read_responses(answer, 1, *columns)
         if None in others:
             raise UserError(
                 f"/generate does not return {' and '.join(columns)}, which a search by steps needs: use this project's "
@@ -114,7 +114,7 @@ class ServiceSource:
             before, added = map(ScoredPart, ids, (path.step_scores, answer.step_scores))
             return tuple(joined_scores(prompt_ids, before, added, self._services.rule))
         request = score_request(self._prompt, path.text + answer.text, self._services.names_prompt)
-        _, step_scores = read_score(await scorer.post(request, ticket=self._ticket))
+        _, step_scores = await scorer.post(request, read_score, ticket=self._ticket)
         if step_scores is None:
             raise UserError("/score does not return all_scores, which a search by steps needs")
         return tuple(step_scores)
