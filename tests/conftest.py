@@ -25,12 +25,12 @@ QUIET_CPU = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @pytest.fixture
-def serve_app() -> Iterator[Callable[[FastAPI], str]]:
-    """`serve_app(app) -> base URL`: the application on a free port, in a thread, until the test ends."""
+def serve_app() -> Iterator[Callable[..., str]]:
+    """`serve_app(app, listener=one of a free port) -> base URL`: the application, in a thread, until the test ends."""
     running: list[tuple[uvicorn.Server, threading.Thread]] = []
 
-    def serve(app: FastAPI) -> str:
-        listener = socket.create_server(("127.0.0.1", 0))
+    def serve(app: FastAPI, listener: socket.socket | None = None) -> str:
+        listener = listener or socket.create_server(("127.0.0.1", 0))
         server = uvicorn.Server(server_config(app))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

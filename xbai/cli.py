@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 
 ModelPath = Annotated[str, typer.Option("--model_path", help="A Hugging Face model folder.")]
-Ip = Annotated[str, typer.Option("--ip", help="Address to listen on; 0.0.0.0 for every interface.")]
+Ip = Annotated[str, typer.Option("--ip", help="Address to listen on; 0.0.0.0 for every interface, :: also by IPv6.")]
 Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="0 picks a free one.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 MaxModelLen = Annotated[int | None, typer.Option("--max_model_len", min=2, help="Longest prompt plus response.")]

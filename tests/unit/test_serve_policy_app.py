@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -73,10 +74,10 @@ LEAVES_SOON = httpx.Timeout(60.0, read=0.3)
 
 @pytest.fixture
 def start(serve_app: Callable[[FastAPI], str], tiny_tokenizer: PreTrainedTokenizerFast) -> Start:
-    def start_policy(limits: Limits | None = None) -> tuple[str, GatedEngine, EngineThread]:
+    def start_policy(limits: Limits | None = None, model_name: str = "gated") -> tuple[str, GatedEngine, EngineThread]:
         engine = GatedEngine(tiny_tokenizer)
         thread = EngineThread(lambda: engine)
-        app = create_policy_app(thread, "gated", limits or Limits())
+        app = create_policy_app(thread, model_name, limits or Limits())
         engine.service = app.state.service
         url = serve_app(app)
         wait_until(lambda: thread.ready)
@@ -331,6 +332,30 @@ def test_the_key_is_asked_for(start: Start, header: dict[str, str], status: int)
     for path in ("/ready", "/metrics", "/openapi.json", "/nowhere"):
         assert (httpx.get(url + path, headers=header).status_code == 401) == (status == 401)
     assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_without_the_key_no_path_is_shown(start: Start, tiny_model_dir: Path) -> None:
+    key = {"Authorization": "Bearer secret"}
+    url, engine, thread = start(Limits(api_key="secret"), str(tiny_model_dir))
+    assert httpx.get(f"{url}/health", headers=key).json()["model"] == str(tiny_model_dir)
+    assert httpx.get(f"{url}/health").json()["model"] == tiny_model_dir.name
+    engine.failure = RuntimeError(f"{tiny_model_dir}/model.safetensors: gone")
+    assert httpx.post(f"{url}/generate", json={"prefix_prompt": "x"}, headers=key).status_code == 503
+    wait_until(lambda: not thread.running)
+    assert str(tiny_model_dir) in httpx.get(f"{url}/health", headers=key).json()["detail"]
+    assert httpx.get(f"{url}/health").json() == {"detail": "the engine is dead"}
+    for method, path in (
+        ("GET", "/health"),
+        ("POST", "/health"),
+        ("GET", "//health"),
+        ("GET", "/health/"),
+        ("GET", "/docs"),
+        ("POST", "/generate"),
+        ("GET", "/%2e%2e/health"),
+        ("HEAD", "/health"),
+    ):
+        answer = httpx.request(method, url + path, content=b"{", headers={"Authorization": "Bearer wrong"})
+        assert "/" not in answer.text, answer.text
 
 
 def connect(url: str) -> socket.socket:

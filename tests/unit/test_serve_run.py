@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
+from fastapi import FastAPI
+from typer.testing import CliRunner
 
+from xbai.cli import app as cli
 from xbai.engine import Engine
 from xbai.engine.tensor_parallel import check_tensor_parallel_size, largest_tensor_parallel_size
 from xbai.errors import UserError
@@ -133,6 +139,64 @@ def test_gpus_that_cannot_share_the_model_are_refused(
         named = f"--tensor_parallel_size {size} .*heads={heads} and .*size={mlp}, .*heads={kv_heads} "
         with pytest.raises(UserError, match=named):
             start()
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="there is no IPv6 here")
+@pytest.mark.parametrize(
+    ("ip", "reached", "refused"),
+    [
+        ("::", ("127.0.0.1", "[::1]"), ()),
+        ("0.0.0.0", ("127.0.0.1",), ("[::1]",)),
+        ("::1", ("[::1]",), ("127.0.0.1",)),
+        ("localhost", ("127.0.0.1",), ("[::1]",)),
+    ],
+)
+def test_an_address_is_listened_on(
+    serve_app: Callable[..., str], ip: str, reached: tuple[str, ...], refused: tuple[str, ...]
+) -> None:
+    app = FastAPI()
+    app.get("/health")(lambda: "alive")
+    port = serve_app(app, run.listen(ip, 0)).rpartition(":")[2]
+    for host in reached:
+        assert httpx.get(f"http://{host}:{port}/health").json() == "alive"
+    for host in refused:
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"http://{host}:{port}/health")
+
+
+@pytest.mark.parametrize(
+    ("ip", "problem"),
+    [
+        ("", r"no address; 127\.0\.0\.1 is this machine alone"),
+        (" ", "cannot listen there"),
+        ("no such name", "cannot listen there"),
+        ("[::1]", "cannot listen there"),
+        ("a" * 100, "cannot listen there"),
+        ("ü" * 100, "cannot listen there"),
+        ("192.0.2.1", r"cannot listen there \(Cannot assign requested address; --ip is an address of this machine"),
+        ("2001:db8::1", "cannot listen there .*; --ip is an address of this machine"),
+    ],
+)
+def test_what_is_no_address_here_is_refused_in_a_line_before_a_model_loads(
+    serve, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, ip: str, problem: str
+) -> None:
+    monkeypatch.setattr(run, "EngineThread", lambda load: pytest.fail("a model is loaded"))
+    with pytest.raises(UserError, match=problem) as caught:
+        run.serve_policy(str(tiny_model_dir), ip, 0, Limits(), engine="hf", with_scores=None, **FLAGS)
+    assert str(caught.value).startswith(f"--ip {ip or repr(ip)}")
+    assert "Unknown error" not in str(caught.value)
+
+
+def test_a_port_that_is_taken_is_said() -> None:
+    with run.listen("::", 0) as listener, pytest.raises(UserError, match=r"\(Address already in use; choose another"):
+        run.listen("127.0.0.1", listener.getsockname()[1])
+
+
+@pytest.mark.parametrize("port", ["-1", "65536", "http"])
+def test_a_port_that_is_none_is_refused(port: str) -> None:
+    result = CliRunner().invoke(cli, ["serve-score", "--model_path", "nowhere", "--port", port])
+    assert result.exit_code == 2
+    assert "Invalid value for '--port'" in result.output
 
 
 def test_threads_give_way_unless_told_how_to_wait() -> None:

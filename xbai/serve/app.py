@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI, Request, Response, Security
@@ -158,11 +159,11 @@ class Service:
             logger.warning("the model thread did not end in time")
         self._tokenizing.shutdown(wait=False)
 
-    def _state(self, status: str) -> StateResponse:
+    def _state(self, status: str, has_key: bool = True) -> StateResponse:
         rule = self.thread.model.step_rule if self.thread.ready else None
         return StateResponse(
             status=status,
-            model=self._model_name,
+            model=self._model_name if has_key else Path(self._model_name).resolve().name,
             identity=self._identity,
             scores=rule is not None,
             lang=None if rule is None else rule.lang,
@@ -171,11 +172,12 @@ class Service:
 
     def _add_state_routes(self) -> None:
         @self.app.get("/health", responses=NOT_READY)
-        async def health() -> StateResponse:
-            """The process and its engine are alive (perhaps still loading)."""
+        async def health(request: Request) -> StateResponse:
+            """The process and its engine are alive (perhaps still loading). Without the key no path is told."""
+            has_key = request.state.has_key
             if not self.thread.alive:
-                raise ServiceError(503, f"the engine is dead: {self.thread.error!r}")
-            return self._state("alive")
+                raise ServiceError(503, "the engine is dead" + (f": {self.thread.error!r}" if has_key else ""))
+            return self._state("alive", has_key)
 
         @self.app.get("/ready", **self.route(NOT_READY))
         async def ready() -> StateResponse:

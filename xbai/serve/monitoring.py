@@ -61,7 +61,8 @@ class RequestMiddleware:
     """Asks for the key, bounds the bodies, gives every request an id (its own, or the client's), counts and logs it.
 
     Plain ASGI, because Starlette's function middleware hides a client's disconnect from the handler. What a handler
-    puts into `request.state.log` is logged with the request.
+    puts into `request.state.log` is logged with the request; `request.state.has_key` tells the one of the open route
+    whether it may say everything.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, routes: frozenset[str], limits: Limits) -> None:
@@ -81,7 +82,9 @@ class RequestMiddleware:
         request_id = _header(scope, b"x-request-id").decode("latin-1")
         if not REQUEST_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
-        log = scope.setdefault("state", {})["log"] = {}
+        state = scope.setdefault("state", {})
+        log = state["log"] = {}
+        has_key = state["has_key"] = self._has_key(scope)
         status: int | None = None
 
         async def send_named(message: Message) -> None:
@@ -92,7 +95,8 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            self._authorize(scope)
+            if not has_key and scope["path"] != OPEN_ROUTE:
+                raise ServiceError(401, "this service asks for its API key: Authorization: Bearer KEY")
             if int(_header(scope, b"content-length") or 0) > self._limits.max_body_bytes:
                 raise self._too_large()
             with self._bounded(receive) as bounded:
@@ -107,11 +111,9 @@ class RequestMiddleware:
         finally:
             self._record(scope, status or 500, time.perf_counter() - started, {"request_id": request_id}, log)
 
-    def _authorize(self, scope: Scope) -> None:
-        if scope["path"] == OPEN_ROUTE or not self._authorization:
-            return
-        if not hmac.compare_digest(_header(scope, b"authorization"), self._authorization):
-            raise ServiceError(401, "this service asks for its API key: Authorization: Bearer KEY")
+    def _has_key(self, scope: Scope) -> bool:
+        given = _header(scope, b"authorization")
+        return not self._authorization or hmac.compare_digest(given, self._authorization)
 
     @contextmanager
     def _bounded(self, receive: Receive) -> Iterator[Receive]:

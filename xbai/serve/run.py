@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -113,17 +114,32 @@ def _load_scorer(
 
 
 def listen(ip: str, port: int) -> socket.socket:
-    """A listening socket: from here on the port is ours, before the slow part begins.
+    """A listening socket: from here on the port is ours, before the slow part begins. `::` is all of IPv4, too.
 
     Raises:
         UserError: the address cannot be had.
     """
-    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    if not ip:
+        raise UserError("--ip '': no address; 127.0.0.1 is this machine alone, 0.0.0.0 all of IPv4, :: that and IPv6")
+    is_v6 = ":" in ip
+    both = is_v6 and socket.has_dualstack_ipv6()
+    if ip == "::" and not both:
+        logger.warning("--ip ::: this system has no sockets for both, so that IPv4 is not served")
+    family = socket.AF_INET6 if is_v6 else socket.AF_INET
     try:
-        return socket.create_server((ip, port), family=family, backlog=LISTEN_BACKLOG)
-    except (OSError, OverflowError) as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
-        raise UserError(f"--ip {ip} --port {port}: cannot listen there ({reason}); choose another --port") from None
+        return socket.create_server((ip, port), family=family, backlog=LISTEN_BACKLOG, dualstack_ipv6=both)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise UserError(f"--ip {ip} --port {port}: cannot listen there ({_why_not(error)})") from None
+
+
+def _why_not(error: Exception) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    if error.errno in (errno.EADDRINUSE, errno.EACCES):
+        return f"{os.strerror(error.errno)}; choose another --port"
+    # A resolver's errors have numbers of their own.
+    reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno)
+    return f"{reason}; --ip is an address of this machine, 0.0.0.0 all of IPv4, :: that and IPv6"
 
 
 def server_config(app: FastAPI) -> uvicorn.Config:
@@ -171,7 +187,7 @@ def _run(app: FastAPI, listener: socket.socket) -> None:
         UserError: the model could not be loaded, for a reason the user can mend.
     """
     host, port = listener.getsockname()[:2]
-    logger.info("listening on http://%s:%d", host, port)
+    logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     service: Service = app.state.service
     _Server(server_config(app), service).run(sockets=[listener])
     thread = service.thread

@@ -121,7 +121,7 @@ class StateResponse(BaseModel):
     """Answer of `GET /health` and `GET /ready`."""
 
     status: str
-    model: str
+    model: str = Field(description="The model's folder; to those without the key its name alone.")
     identity: str = Field(description="Folder name and digest of the weights, of which the digest tells models apart.")
     scores: bool = Field(description="Whether this service returns scores.")
     lang: str | None = Field(description="The rule by which it finds the steps that it scores.")
