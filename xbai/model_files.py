@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from xbai.engine.files import check_model_folder
+from xbai.engine.weight_files import stored_tensors
 from xbai.sprm.calibration import SPRM_CALIBRATION_FILE
 from xbai.sprm.head import SPRM_CONFIG_FILE
 
@@ -109,11 +108,7 @@ def old_tokenizer(config: dict[str, Any], contents: dict[str, bytes]) -> dict[st
 
 def stored_dtypes(folder: str | Path) -> set[str]:
     """Names of all dtypes that a folder's safetensors hold (of those torch does not know, safetensors' own)."""
-    stored = set()
-    for file in Path(folder).glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            stored |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 (not a dict)
-    return {STORED_DTYPES.get(name, name) for name in stored}
+    return {STORED_DTYPES.get(tensor.dtype, tensor.dtype) for tensor in stored_tensors(folder).values()}
 
 
 def _only(names: set[str]) -> str | None:

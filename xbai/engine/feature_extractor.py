@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from xbai.engine.files import LM_HEAD, quiet_transformers, read_config, resolve_dtype, resolve_head_dtype
+from xbai.engine.files import LM_HEAD, read_config, resolve_dtype, resolve_head_dtype
 from xbai.engine.float32_head import use_float32_output
 from xbai.engine.packed_batch import PackedBatch
 from xbai.engine.scorer import DEFAULT_MAX_BATCH_TOKENS, prepare_for_packing
+from xbai.engine.weight_files import load_pretrained
 from xbai.errors import UserError
 
 if TYPE_CHECKING:
@@ -93,13 +94,12 @@ class FeatureExtractor:
         from transformers import AutoModelForCausalLM
 
         config = read_config(model_path, trust_remote_code)
-        with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(
-                str(model_path),
-                dtype=resolve_dtype(dtype, config),
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-            )
+        model = load_pretrained(
+            AutoModelForCausalLM,
+            model_path,
+            dtype=resolve_dtype(dtype, config),
+            trust_remote_code=trust_remote_code,
+        )
         return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"), layers, max_batch_tokens)
 
     def new_batch(self) -> FeatureBatch:

@@ -51,11 +51,13 @@ def check_model_folder(model_path: str | Path) -> dict[str, Any]:
     """The plain content of the model's `config.json`, read without transformers.
 
     Raises:
-        UserError: not a folder with a readable `config.json`.
+        UserError: not a folder with a readable `config.json`, or with a `generation_config.json` that is none.
     """
     path = Path(model_path) / "config.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a local Hugging Face model folder")
+    if (generation := Path(model_path) / "generation_config.json").is_file():
+        read_json(generation)
     return read_json(path)
 
 
@@ -85,8 +87,9 @@ def read_config(model_path: str | Path, trust_remote_code: bool = False) -> Pret
     check_model_folder(model_path)
     try:
         return AutoConfig.from_pretrained(str(model_path), local_files_only=True, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{Path(model_path) / 'config.json'}: {one_line(error)}") from error
+    except Exception as error:
+        # Values of the wrong kind make the model's own class fail by whatever it did not expect.
+        raise UserError(f"{Path(model_path) / 'config.json'}: no model's ({one_line(error)[:300]})") from error
 
 
 def load_tokenizer(model_path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -100,11 +103,15 @@ def load_tokenizer(model_path: str | Path, trust_remote_code: bool = False) -> P
     folder = Path(model_path)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{folder}: no tokenizer (one of {', '.join(TOKENIZER_FILES)}) beside the model")
+    for file in (folder / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")):
+        if file.is_file():
+            read_json(file)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:
+        # So do the tokenizers; the Rust ones raise bare exceptions.
         raise UserError(f"{folder}: no tokenizer that transformers can load ({one_line(error)})") from error
     # Without a vocabulary transformers makes up a tokenizer that knows nothing but its special tokens.
     if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():

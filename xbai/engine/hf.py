@@ -18,7 +18,6 @@ from xbai.engine.detokenizer import Detokenizer
 from xbai.engine.end_tokens import end_token_ids
 from xbai.engine.files import (
     load_tokenizer,
-    quiet_transformers,
     read_config,
     resolve_dtype,
     resolve_head_dtype,
@@ -28,6 +27,7 @@ from xbai.engine.float32_head import use_float32_output
 from xbai.engine.sampling import BatchSampler
 from xbai.engine.scorer import Scorer, truncate_backbone
 from xbai.engine.weight_check import HeldWeight
+from xbai.engine.weight_files import load_pretrained
 from xbai.sprm import load_score_head, load_sprm_config
 
 if TYPE_CHECKING:
@@ -69,13 +69,9 @@ class HFEngine(Engine):
         torch_dtype = resolve_dtype(dtype, config)
         float32_head = resolve_head_dtype(head_dtype, torch_dtype) != torch_dtype
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(
-                str(model_path),
-                dtype=torch_dtype,
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-            )
+        model = load_pretrained(
+            AutoModelForCausalLM, model_path, dtype=torch_dtype, trust_remote_code=trust_remote_code
+        )
         if float32_head:
             use_float32_output(model.get_output_embeddings())
         self._model = model.to(self.device).eval()

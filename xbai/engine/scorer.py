@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from xbai.engine.files import load_tokenizer, quiet_transformers, read_config, resolve_dtype
+from xbai.engine.files import load_tokenizer, read_config, resolve_dtype
 from xbai.engine.onednn import use_onednn
 from xbai.engine.packed_batch import PackedBatch
+from xbai.engine.weight_files import load_pretrained
 from xbai.errors import UserError
 from xbai.sprm import (
     ScoreHead,
@@ -134,14 +135,9 @@ class Scorer:
         head = load_score_head(model_path, config.hidden_size, sprm_config)
         torch_dtype = resolve_dtype(dtype, config)
         _drop_last_layer(config)
-        with quiet_transformers():
-            backbone = AutoModel.from_pretrained(
-                str(model_path),
-                config=config,
-                dtype=torch_dtype,
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-            )
+        backbone = load_pretrained(
+            AutoModel, model_path, config=config, dtype=torch_dtype, trust_remote_code=trust_remote_code
+        )
         backbone.norm = nn.Identity()
         backbone.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(backbone, head, sprm_config.step_rule, max_batch_tokens)

@@ -29,6 +29,7 @@ from xbai.engine.fused_scores import LOG_PROB, STEP_LOGIT, FusedHead, obstacle, 
 from xbai.engine.scorer import Scorer, head_shapes
 from xbai.engine.vllm_start import check_devices, dtype_name, engine_arguments, start
 from xbai.engine.weight_check import HeldWeight
+from xbai.engine.weight_files import check_weights
 from xbai.errors import UserError
 from xbai.sprm import SPRMConfig, StepRule, load_sprm_config
 
@@ -90,6 +91,8 @@ class VLLMEngine(Engine):
         check_devices(options)
         config = read_config(model_path, trust_remote_code)
         tokenizer = load_tokenizer(model_path, trust_remote_code)
+        if options.get("load_format", "auto") == "auto":
+            check_weights(model_path, config)
         length = resolve_max_model_len(max_model_len, config)
         torch_dtype = resolve_dtype(dtype, config)
         logits_dtype = resolve_head_dtype(head_dtype, torch_dtype)

@@ -41,8 +41,17 @@ class SPRMConfig:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> SPRMConfig:
-        """The inverse of `to_dict`."""
-        return cls(**{**value, "step_rule": StepRule.from_dict(value["step_rule"])})
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is no such form.
+        """
+        config = cls(**{**value, "step_rule": StepRule.from_dict(value["step_rule"])})
+        if isinstance(config.dropout, bool) or not 0 <= config.dropout < 1:
+            raise ValueError(f"dropout={config.dropout!r}, not from 0 to below 1")
+        if not isinstance(config.normalize_features, bool):
+            raise TypeError(f"normalize_features={config.normalize_features!r}, neither true nor false")
+        return config
 
 
 class Standardization(NamedTuple):
@@ -103,8 +112,8 @@ def load_sprm_config(folder: str | Path, tokenizer: PreTrainedTokenizerBase, lan
         return SPRMConfig(StepRule.from_tokenizer(tokenizer, lang or "en"))
     try:
         config = SPRMConfig.from_dict(json.loads(path.read_text()))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a valid SPRM configuration ({error})") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a valid SPRM configuration ({error!r:.300}); copy it again") from error
     if lang is not None and lang != config.step_rule.lang:
         raise UserError(f"{path}: the head was trained with lang={config.step_rule.lang}, not lang={lang}")
     return replace(config, step_rule=config.step_rule.with_tag_pieces(tokenizer))
@@ -119,7 +128,8 @@ def load_score_head(path: str | Path, hidden_size: int, config: SPRMConfig | Non
         config: the head's form; None for the published one.
 
     Raises:
-        UserError: the file is missing or damaged, has other keys, or belongs to a model of another hidden size.
+        UserError: the file is missing or damaged, has other keys, belongs to a model of another hidden size, or holds
+            weights that are not finite.
     """
     path = Path(path)
     path = path / SCORE_MODULE_FILE if path.is_dir() else path
@@ -127,7 +137,7 @@ def load_score_head(path: str | Path, hidden_size: int, config: SPRMConfig | Non
         raise UserError(f"{path}: no such file; a reflective model folder holds {SCORE_MODULE_FILE} (see model_merger)")
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
-        found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+        found = {name: tuple(tensor.shape) for name, tensor in state_dict.items() if tensor.is_floating_point()}
     except (OSError, EOFError, RuntimeError, ValueError, AttributeError, pickle.UnpicklingError) as error:
         raise UserError(f"{path}: cut off, or no state dict of torch.save ({type(error).__name__})") from error
     form = () if config is None else (config.dropout, config.normalize_features)
@@ -136,4 +146,7 @@ def load_score_head(path: str | Path, hidden_size: int, config: SPRMConfig | Non
     if found != expected:
         raise UserError(f"{path}: expected a score head of shapes {expected}, found {found}")
     head.load_state_dict({name: tensor.float() for name, tensor in state_dict.items()})
+    for name, weight in head.state_dict().items():
+        if not weight.isfinite().all():
+            raise UserError(f"{path}: {name} holds weights that are not finite; take the head of an earlier checkpoint")
     return head.eval()

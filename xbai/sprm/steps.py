@@ -70,8 +70,18 @@ class StepRule:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> StepRule:
-        """The inverse of `to_dict`; `with_tag_pieces` adds what is not stored."""
-        return cls(**{**value, "step_ids": tuple(value["step_ids"])})
+        """The inverse of `to_dict`; `with_tag_pieces` adds what is not stored.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is no such form.
+        """
+        rule = cls(**{**value, "step_ids": tuple(value["step_ids"])})
+        if rule.lang not in _STEP_IDS or not isinstance(rule.generation_prompt, str):
+            raise ValueError(f"lang={rule.lang!r:.60}, generation_prompt={rule.generation_prompt!r:.60}")
+        ids = (*rule.step_ids, rule.think_open_id, rule.think_close_id)
+        if not all(i is None or (type(i) is int and i >= 0) for i in ids) or None in rule.step_ids:
+            raise TypeError("an id of a token is no whole number")
+        return rule
 
 
 def _step_ids_en(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

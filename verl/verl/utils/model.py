@@ -12,6 +12,7 @@ from verl.utils.liger import apply_liger
 from verl.workers.actor.joint_model import JointModel
 from xbai.engine import files
 from xbai.engine.packed_attention import PACKED_ATTENTION, why_not_packed
+from xbai.engine.weight_files import load_pretrained
 from xbai.errors import UserError
 from xbai.model_files import stored_dtypes
 from xbai.sprm import ScoreHead, SPRMConfig, load_score_head
@@ -163,17 +164,13 @@ def load_transformer(
     Raises:
         UserError: no such folder, no model in it, or one that cannot compute packed sequences.
     """
-    files.check_model_folder(path)
-    try:
-        model = auto_class.from_pretrained(
-            path,
-            dtype=dtype,
-            attn_implementation=attention_for(compute_dtype or dtype, packed),
-            trust_remote_code=trust_remote_code,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        kind = "causal LM" if auto_class is AutoModelForCausalLM else "model"
-        raise UserError(f"{path}: no {kind} that transformers can load ({str(error).splitlines()[0]})") from error
+    model = load_pretrained(
+        auto_class,
+        path,
+        dtype=dtype,
+        attn_implementation=attention_for(compute_dtype or dtype, packed),
+        trust_remote_code=trust_remote_code,
+    )
     # Where padding is a token that texts hold, the end of a turn say, that one's row is trained like any other; padding
     # itself is masked.
     model.get_input_embeddings().padding_idx = None

@@ -33,7 +33,7 @@ from verl.trainer.reference_use import ReferenceUse
 from verl.trainer.score_watch import Classes, UncountedClassWatch
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, create_dataloader
 from verl.utils.identical_rows import DistinctRows, sum_over_kinds
-from verl.utils.model import load_tokenizer
+from verl.utils.model import has_score_head, load_tokenizer
 from verl.utils.seqlen_balancing import rows_by_rank
 from verl.utils.tracking import Tracking
 from verl.workers.actor.joint_loss import LossConfig
@@ -44,9 +44,10 @@ from verl.workers.reward_manager import REWARD_MANAGERS, PendingReward, Reward
 from xbai.engine.detokenizer import Detokenizer
 from xbai.engine.end_tokens import end_token_ids
 from xbai.engine.files import read_config
+from xbai.engine.weight_files import check_weights
 from xbai.errors import UserError
 from xbai.files import atomic_write
-from xbai.sprm import load_sprm_config, trajectory_scores
+from xbai.sprm import load_score_head, load_sprm_config, trajectory_scores
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +74,14 @@ class RayPPOTrainer:
         self._rollout, self._world_size = config.actor_rollout_ref.rollout, _world_size(config)
         model = config.actor_rollout_ref.model
         self.tokenizer = load_tokenizer(model.path, model.trust_remote_code)
-        read_config(model.path, model.trust_remote_code)  # One that transformers does not know is refused here.
+        # What no worker could load is refused here.
+        check_weights(model.path, model_config := read_config(model.path, model.trust_remote_code))
         self._end_token_ids = end_token_ids(model.path, self.tokenizer)
         if config.actor_rollout_ref.use_score:
-            load_sprm_config(model.path, self.tokenizer, config.actor_rollout_ref.score.lang)
+            score = config.actor_rollout_ref.score
+            sprm_config = load_sprm_config(model.path, self.tokenizer, score.lang)
+            if has_score_head(model.path, score.model_path):
+                load_score_head(score.model_path or model.path, model_config.hidden_size, sprm_config)
         self._load_data()
         self._estimator = config.algorithm.adv_estimator
         self._critic_config = critic_config(config) if self._estimator == "gae" else None

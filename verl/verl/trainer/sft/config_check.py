@@ -8,6 +8,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from verl.trainer.sft.model_output import IDENTITY_FILE, taken
+from xbai.engine.files import check_model_folder
+from xbai.engine.weight_files import stored_tensors
 from xbai.errors import UserError
 
 RESUME_MODES = ("auto", "disable", "resume_path")
@@ -24,6 +26,8 @@ def check_config(config: DictConfig) -> None:
         raise UserError(f"trainer.max_ckpt_to_keep={keep} must be a whole number above 0, or null")
     _check_resuming(trainer)
     _check_folders(trainer)
+    check_model_folder(config.model.path)
+    stored_tensors(config.model.path)  # Damaged files are refused here.
 
 
 def _is_whole(value: Any) -> bool:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from verl.utils.model import load_transformer
-from xbai.engine import files
 
 if TYPE_CHECKING:
     from verl.utils.packing import TokenLayout
@@ -57,16 +56,15 @@ def build_value_model(
     Raises:
         UserError: no such folder, no model in it, or one that cannot compute packed sequences.
     """
-    with files.quiet_transformers():  # which would tell that the LM head is not loaded
-        backbone = load_transformer(
-            AutoModel,
-            path,
-            dtype,
-            packed=packed,
-            trust_remote_code=trust_remote_code,
-            gradient_checkpointing=gradient_checkpointing,
-            compute_dtype=compute_dtype,
-        )
+    backbone = load_transformer(
+        AutoModel,
+        path,
+        dtype,
+        packed=packed,
+        trust_remote_code=trust_remote_code,
+        gradient_checkpointing=gradient_checkpointing,
+        compute_dtype=compute_dtype,
+    )
     return ValueModel(backbone, _fresh_head(backbone.config.hidden_size))
 
 
