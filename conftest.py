@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,6 +33,50 @@ def logging_as_before() -> Iterator[None]:
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
+
+
+def _cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def _blank_pages(content: bytes) -> bytes:
+    blank = len(content) // 3
+    return content[:8] + bytes(blank) + content[8 + blank :]
+
+
+def _blank_footer(content: bytes) -> bytes:
+    return content[:-60] + bytes(40) + content[-20:]
+
+
+@pytest.fixture(
+    params=[_cut, _blank_pages, _blank_footer, lambda content: b"", lambda content: b"<html>" * 50],
+    ids=["cut", "blank pages", "blank footer", "empty", "a page"],
+)
+def damage(request: pytest.FixtureRequest) -> Callable[[str | Path], None]:
+    """`damage(path)` spoils a parquet file, each time the test runs in another way."""
+    return lambda path: Path(path).write_bytes(request.param(Path(path).read_bytes())) and None
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 256 KiB."""
+    folder = tmp_path / "small_disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no disk can be made here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture
+def remount(small_disk: Path) -> Callable[[str], None]:
+    """`remount(option)` changes `small_disk`: `ro`, `rw`, `size=...`."""
+
+    def remount(option: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{option}", small_disk], check=True)
+
+    return remount
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ from xbai.benchmarks.livecodebench import DEFAULT_RELEASE, RELEASES, LiveCodeBen
 from xbai.benchmarks.make10 import write_splits
 from xbai.benchmarks.registry import get_benchmark
 from xbai.errors import UserError, exit_on_user_error
-from xbai.files import atomic_write
+from xbai.files import atomic_write, check_writable
 from xbai.grading.code_tests import read_code_tests
 
 DATA_FOLDER = Path(__file__).parent
@@ -277,6 +277,7 @@ def prepare(name: str, out: Path, selection: Selection = EVERYTHING) -> list[Pat
     Raises:
         UserError: the Hub cannot be reached, or a file of that name is there that this did not make.
     """
+    check_writable(out / SUMS_FILE)
     if name == "make10":
         files = write_splits(out)
         paths = [files.sft, files.train, files.validation, files.test]
@@ -336,7 +337,10 @@ def _has_tests(path: Path) -> bool:
 def read_sums(out: Path) -> dict[str, dict[str, Any]]:
     """What `SHA256SUMS.json` says of each file."""
     path = out / SUMS_FILE
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); remove it and the files that are to be made anew") from None
 
 
 def record_sums(out: Path, paths: Iterable[Path], origin: dict[str, Any]) -> None:

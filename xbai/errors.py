@@ -1,12 +1,16 @@
 """Errors that are meant for the person at the keyboard."""
 
+import errno
 import functools
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class UserError(Exception):
@@ -19,7 +23,7 @@ def one_line(error: BaseException) -> str:
 
 
 def exit_on_user_error(main: Callable[P, T]) -> Callable[P, T]:
-    """Decorate an entry point: a `UserError` becomes its one line on stderr and exit status 2."""
+    """Decorate an entry point: a `UserError` becomes its one line on stderr and exit status 2, a full disk likewise."""
 
     @functools.wraps(main)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -27,6 +31,14 @@ def exit_on_user_error(main: Callable[P, T]) -> Callable[P, T]:
             return main(*args, **kwargs)
         except UserError as error:
             sys.stderr.write(f"error: {error}\n")
+            raise SystemExit(2) from None
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            with suppress(OSError):  # It may be on that disk, too.
+                sys.stderr.write(
+                    f"error: a file cannot be written ({one_line(error)}); make room, or choose another disk\n"
+                )
             raise SystemExit(2) from None
 
     return wrapper

@@ -11,7 +11,7 @@ from glob import escape
 from pathlib import Path
 from typing import IO
 
-from xbai.errors import UserError, one_line
+from xbai.errors import DISK_FULL, UserError, one_line
 
 _REMEDIES = {
     errno.ENOSPC: "make room or choose another folder",
@@ -25,6 +25,8 @@ _REMEDIES = {
     errno.ENOTDIR: "choose another folder",
     errno.ENAMETOOLONG: "choose a shorter path",
 }
+_OF_WRITING = {*DISK_FULL, errno.EFBIG, errno.EIO}
+"""What only writing to a disk fails by."""
 _MOST_LINKS = 40
 """As many as Linux follows."""
 _OWN_DESCRIPTORS = Path("/proc/self/fd")
@@ -37,6 +39,11 @@ def why_not_written(error: BaseException) -> str:
     text = f"{type(error).__name__}: {one_line(error)[:300]}"
     remedy = _REMEDIES.get(error.errno) if isinstance(error, OSError) else None
     return text if remedy is None else f"{text}; {remedy}"
+
+
+def not_written(path: str | Path, error: OSError) -> UserError:
+    """The error to raise where a file or folder could not be written."""
+    return UserError(f"{path}: cannot be written ({why_not_written(error)})")
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -126,7 +133,22 @@ def check_writable(path: str | Path) -> None:
         temporary.touch()
         temporary.unlink()
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({why_not_written(error)})") from None
+        raise not_written(path, error) from None
+
+
+def check_directory(path: str | Path) -> None:
+    """Refuse a name at which `atomic_directory` could make no folder (call it before the work that fills it).
+
+    Raises:
+        UserError: says why.
+    """
+    try:
+        temporary = _temporary_sibling(followed(path))
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        temporary.rmdir()
+    except OSError as error:
+        raise not_written(path, error) from None
 
 
 @contextmanager
@@ -142,16 +164,26 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         mode: of `open`: "w", "wb" or "w+b".
 
     Raises:
-        UserError: a folder, a socket, or links that lead in a circle.
-        OSError: it cannot be written.
+        UserError: a folder, a socket, links that lead in a circle, or what cannot be written.
     """
     target = followed(path)
-    if not is_replaced(target):
-        with _open_in_place(target, mode) as stream:
-            yield stream
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_sibling(target)
+    try:
+        if is_replaced(target):
+            with _replacing(target, temporary, mode) as stream:
+                yield stream
+        else:
+            with _open_in_place(target, mode) as stream:
+                yield stream
+    except OSError as error:
+        if _is_of_writing(error, target, temporary):
+            raise not_written(path, error) from error
+        raise
+
+
+@contextmanager
+def _replacing(target: Path, temporary: Path, mode: str) -> Iterator[IO]:
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with temporary.open(mode) as stream:
             _inherit(stream.fileno(), target)
@@ -162,6 +194,13 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     finally:
         temporary.unlink(missing_ok=True)
     fsync_path(target.parent)
+
+
+def _is_of_writing(error: OSError, target: Path, temporary: Path) -> bool:
+    """Whether an error is of writing this file, not of what is read meanwhile to be written there."""
+    if error.filename is None:
+        return error.errno in _OF_WRITING
+    return Path(str(error.filename)) in (target, temporary, *target.parents)
 
 
 def _open_in_place(path: Path, mode: str) -> IO:
@@ -190,6 +229,7 @@ def atomic_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
     Raises:
         FileExistsError: when `path` exists already, without `replace`, or is no folder.
         UserError: symbolic links lead in a circle.
+        OSError: it cannot be written.
     """
     path = followed(path)
     if path.exists() and not (replace and path.is_dir()):

@@ -9,6 +9,7 @@ import pytest
 
 from xbai.benchmarks import base
 from xbai.benchmarks.registry import BENCHMARKS, get_benchmark
+from xbai.benchmarks.rows import write_parquet
 from xbai.errors import UserError
 from xbai.grading import grade
 
@@ -196,9 +197,15 @@ def test_bad_files(tmp_path):
     (tmp_path / "q.jsonl").write_bytes('{"prompt": "é", "answer": 1}'.encode("latin-1"))
     with pytest.raises(UserError, match=r"q\.jsonl: not a text in UTF-8"):
         benchmark.read(tmp_path / "q.jsonl")
-    (tmp_path / "q.parquet").write_text("not parquet")
-    with pytest.raises(UserError, match="not a parquet file"):
-        benchmark.read(tmp_path / "q.parquet")
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path, damage):
+    path = tmp_path / "q.parquet"
+    write_parquet(path, [{"prompt": f"What is {number} + 1?", "answer": number + 1} for number in range(100)])
+    damage(path)
+    with pytest.raises(UserError, match=rf"^{path}: cut off, or not a parquet file \(") as refused:
+        get_benchmark("math500").read(path)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_file_without_an_end_is_refused(tmp_path, monkeypatch):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from xbai.engine.files import check_model_folder, load_tokenizer, resolve_head_dtype
+from xbai.engine.files import check_model_folder, load_tokenizer, read_config, resolve_head_dtype
 from xbai.errors import UserError
 
 
@@ -39,6 +40,33 @@ def test_a_chat_template_that_is_no_text_is_one_line(
         path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
     with pytest.raises(UserError, match="no tokenizer that transformers can load"):
         load_tokenizer(tmp_path)
+
+
+SPOILT = {"not valid JSON": ["", "<html>", '{"model', "\udcff"], "expected a JSON object": ["[]", "null", '"text"']}
+
+
+@pytest.mark.parametrize(("content", "message"), [(text, why) for why, texts in SPOILT.items() for text in texts])
+@pytest.mark.parametrize("name", ["config", "generation_config", "tokenizer", "tokenizer_config"])
+def test_a_file_of_another_kind_is_named(name: str, content: str, message: str, tiny_model_dir: Path, tmp_path: Path):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    (folder / f"{name}.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=rf"^{folder}/{name}.json: {message}") as refused:
+        load_tokenizer(folder)
+        check_model_folder(folder)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"model_type": None}, "Unrecognized model"), ({"hidden_size": "x"}, "hidden_size"), ({"layer_types": 3}, "")],
+)
+def test_a_configuration_with_values_of_another_kind_is_named(
+    changes: dict, message: str, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    config = json.loads((tiny_model_dir / "config.json").read_text())
+    with pytest.raises(UserError, match=rf"^{tmp_path}/config.json: no model's \(.*{message}") as refused:
+        read_config(write(tmp_path, config=config | changes))
+    assert "\n" not in str(refused.value)
 
 
 def test_config_is_read_or_refused(tmp_path: Path) -> None:

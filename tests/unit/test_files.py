@@ -138,7 +138,7 @@ def test_what_could_not_be_written_is_known_before(tmp_path):
     ):
         with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: cannot be written \(.*{why}\)$"):
             check_writable(path)
-        with pytest.raises(OSError):
+        with pytest.raises(UserError, match=why):
             write(path)
     assert names(tmp_path) == ["file"]
 

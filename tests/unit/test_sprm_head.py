@@ -1,5 +1,7 @@
 """The score head's published form and its files."""
 
+import json
+
 import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -71,6 +73,48 @@ def test_a_file_of_something_else_is_named(tmp_path, content):
     torch.save(content, tmp_path / "score_module.pt")
     with pytest.raises(UserError, match=r"score_module\.pt: cut off, or no state dict"):
         load_score_head(tmp_path, 8, CONFIG)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["0.weight", "0.bias", "3.weight", "3.bias"])
+def test_weights_that_are_not_finite_are_named(tmp_path, name, value):
+    weights = ScoreHead(8).state_dict()
+    weights[name].view(-1)[-1] = value
+    save_score_head(tmp_path, weights, CONFIG)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/score_module.pt: {name} holds weights that are not finite"):
+        load_score_head(tmp_path, 8, CONFIG)
+
+
+def changed(**changes):
+    return {**CONFIG.to_dict(), **changes}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [],
+        None,
+        {},
+        {"step_rule": []},
+        {"step_rule": {}},
+        changed(dropout="half"),
+        changed(dropout=7),
+        changed(dropout=True),
+        changed(normalize_features="no"),
+        changed(more=1),
+        changed(step_rule={**CONFIG.step_rule.to_dict(), "step_ids": "abc"}),
+        changed(step_rule={**CONFIG.step_rule.to_dict(), "step_ids": [None]}),
+        changed(step_rule={**CONFIG.step_rule.to_dict(), "step_ids": [1.5]}),
+        changed(step_rule={**CONFIG.step_rule.to_dict(), "think_open_id": "<think>"}),
+        changed(step_rule={**CONFIG.step_rule.to_dict(), "lang": ["en"]}),
+        changed(step_rule={**CONFIG.step_rule.to_dict(), "generation_prompt": None}),
+    ],
+)
+def test_a_configuration_of_another_form_is_named(tmp_path, content):
+    (tmp_path / "sprm_config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"^{tmp_path}/sprm_config.json: not a valid SPRM configuration") as refused:
+        load_sprm_config(tmp_path, tokenizer=None)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

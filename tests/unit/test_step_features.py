@@ -194,6 +194,9 @@ def test_kept_features_are_used_again_by_the_same_model_alone(
     [
         ("", "no lines of JSON with graded responses"),
         ('{"prompt": "a", "response": "b"}', r"1.jsonl:1: .*KeyError\('correct'\)"),
+        ("[1]", r"1.jsonl:1: no object with the texts prompt and response"),
+        ('{"prompt": "a", "response": "b", "correct": 1}\n[1]', r"1.jsonl:2: no object with the texts prompt"),
+        ('{"prompt": "a", "response": "b", "correct": 1}\n\udcff', r"1.jsonl:2: no object with the texts prompt"),
         ('{"prompt": "a", "response": "b", "correct": 2}', "correct is 2, must be from 0 to 1"),
         ('{"prompt": "a", "response": ["b"], "correct": 1}', "prompt and response must be texts"),
         (json.dumps({"prompt": "a", "response": "b" * 600, "correct": 1}), "response 1 has 601 tokens .* holds 512"),
@@ -201,7 +204,7 @@ def test_kept_features_are_used_again_by_the_same_model_alone(
 )
 def test_files_without_usable_responses(tiny_model_dir: Path, tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "1.jsonl"
-    path.write_text(text)
+    path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=message):
         make(tiny_model_dir, path, tmp_path)
 

@@ -33,7 +33,7 @@ from verl.utils.verl_shards import has_verl_shards
 from verl.utils.weight_files import write_weights
 from xbai.engine.files import read_config
 from xbai.errors import UserError, exit_on_user_error
-from xbai.files import atomic_directory
+from xbai.files import atomic_directory, check_directory, not_written
 from xbai.model_files import ModelFiles
 from xbai.sprm import ScoreHead, SPRMConfig, load_score_head, load_sprm_config, save_score_head
 from xbai.sprm.head import SCORE_MODULE_FILE, SPRM_CONFIG_FILE
@@ -142,6 +142,7 @@ def merge(
     actor_folder = find_actor_folder(local_dir)
     if target_dir.exists():
         raise UserError(f"{target_dir} exists already; remove it or choose another --target_dir")
+    check_directory(target_dir)
     check_sums(actor_folder)
     source = find_model_files(actor_folder, hf_model_path)
     config = read_config(source, trust_remote_code)
@@ -162,18 +163,21 @@ def merge(
         option = "--use_score" if use_score else f"--lang {lang}"
         raise UserError(f"{actor_folder}: no score head in this checkpoint; leave {option} out")
     sprm_config = _sprm_config(actor_folder, source, lang, trust_remote_code) if head is not None else None
-    with atomic_directory(target_dir) as folder:
-        files.write(folder, written_dtype)
-        write_weights(folder, lm, torch_dtype(written_dtype), partial(read_finite, model))
-        if head is not None:
-            save_score_head(folder, head, sprm_config)
+    try:
+        with atomic_directory(target_dir) as folder:
+            files.write(folder, written_dtype)
+            write_weights(folder, lm, torch_dtype(written_dtype), partial(read_finite, actor_folder, model))
+            if head is not None:
+                save_score_head(folder, head, sprm_config)
+    except OSError as error:
+        raise not_written(target_dir, error) from error
     logger.info("%s: written in %s (trained in %s; --dtype writes another)", target_dir, written_dtype, stored_dtype)
     if head is not None and sprm_config is None:
         logger.info("no step rule beside the score head: its services take --lang en (the default) or zh")
 
 
-def read_finite(model: StoredModel, names: Iterable[str]) -> dict[str, Tensor]:
-    """Read tensors, making sure that training has not broken them.
+def read_finite(actor_folder: Path, model: StoredModel, names: Iterable[str]) -> dict[str, Tensor]:
+    """Read tensors of a checkpoint, making sure that training has not broken them.
 
     Raises:
         UserError: values that are not finite.
@@ -181,7 +185,7 @@ def read_finite(model: StoredModel, names: Iterable[str]) -> dict[str, Tensor]:
     tensors = model.read(names)
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise UserError(f"{name} holds values that are not finite: merge an earlier checkpoint")
+            raise UserError(f"{actor_folder}: {name} holds values that are not finite: merge an earlier checkpoint")
     return tensors
 
 
@@ -207,7 +211,9 @@ def _read_score_head(model: StoredModel, actor_folder: Path, hidden_size: int) -
     """From among the model's tensors, or (verl) the file beside them; None where there is neither."""
     names = [name for name in model.tensors if name.startswith(HEAD_PREFIX)]
     if names:
-        return {name.removeprefix(HEAD_PREFIX): tensor for name, tensor in read_finite(model, names).items()}
+        return {
+            name.removeprefix(HEAD_PREFIX): tensor for name, tensor in read_finite(actor_folder, model, names).items()
+        }
     if (actor_folder / SCORE_MODULE_FILE).is_file():
         return load_score_head(actor_folder, hidden_size).state_dict()
     return None

@@ -6,8 +6,9 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+import torch
 
-from verl.trainer.ppo.checkpoint_folder import LATEST_FILE, CheckpointFolder
+from verl.trainer.ppo.checkpoint_folder import LATEST_FILE, CheckpointFolder, read_state
 from xbai.errors import UserError
 
 
@@ -92,10 +93,38 @@ def test_an_incomplete_folder_is_refused(tmp_path):
         checkpoints.find("resume_path", str(tmp_path))
 
 
-def test_a_pointer_without_a_step_is_named(tmp_path):
-    (tmp_path / LATEST_FILE).write_text("global_step_4")
-    with pytest.raises(UserError, match=rf"{LATEST_FILE} must hold the step .*'global_step_4'"):
+@pytest.mark.parametrize("content", [b"global_step_4", b"", b"-1", b"\xff\xfe", b"9" * 5000, "٤".encode(), b"<html>\n"])
+def test_a_pointer_without_a_step_is_named(tmp_path, content):
+    (tmp_path / LATEST_FILE).write_bytes(content)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/{LATEST_FILE} must hold the step .*, not '.*'; write the N"):
         CheckpointFolder(tmp_path).find("auto", None)
+
+
+def test_a_pointer_that_is_a_folder_or_names_none_is_named(tmp_path):
+    (tmp_path / LATEST_FILE).write_text("7")
+    with pytest.raises(UserError, match=rf"{LATEST_FILE} names {tmp_path}/global_step_7, which is no complete"):
+        CheckpointFolder(tmp_path).find("auto", None)
+    (tmp_path / LATEST_FILE).unlink()
+    (tmp_path / LATEST_FILE).mkdir()
+    with pytest.raises(UserError, match=rf"{LATEST_FILE} cannot be read .*Is a directory"):
+        CheckpointFolder(tmp_path).find("auto", None)
+
+
+@pytest.mark.parametrize("state", [None, [1, 2], "text", torch.ones(3)])
+def test_a_state_of_something_else_is_named(tmp_path, state):
+    torch.save(state, tmp_path / "data.pt")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/data.pt: no trainer's state, but ") as refused:
+        read_state(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"PK\x03\x04", bytes(range(256))])
+def test_a_state_that_is_damaged_is_named(tmp_path, content):
+    # Of a checkpoint without sums; those that have them say it by them.
+    (tmp_path / "data.pt").write_bytes(content)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/data.pt: ") as refused:
+        read_state(tmp_path)
+    assert "\n" not in str(refused.value)
 
 
 def test_disable_starts_anew(tmp_path):

@@ -196,7 +196,7 @@ def test_two_ways_to_offload_exclude_each_other(small_run, monkeypatch, section)
 
 def test_a_file_that_is_not_parquet(fails, tmp_path):
     (tmp_path / "rows.parquet").write_text("{}")
-    assert "rows.parquet is not a parquet file" in fails(f"data.train_files={tmp_path}/rows.parquet")
+    assert "rows.parquet is cut off, or not a parquet file" in fails(f"data.train_files={tmp_path}/rows.parquet")
 
 
 def test_required_keys_are_named(small_run):

@@ -35,6 +35,7 @@ from verl.utils.packing import padded_layout
 from xbai.errors import UserError
 from xbai.model_files import ModelFiles
 from xbai.sprm import SPRMConfig, StepRule, load_score_head, load_sprm_config
+from xbai.sprm.head import SCORE_MODULE_FILE
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -356,9 +357,46 @@ def test_values_that_training_has_broken_are_named(make_tiny_model, merge: Calla
     state["model.norm.weight"][3] = torch.nan
     (tmp_path / "actor").mkdir()
     torch.save(state, tmp_path / "actor" / "model_world_size_1_rank_0.pt")
-    with pytest.raises(UserError, match=r"model.norm.weight holds values that are not finite: merge an"):
+    with pytest.raises(UserError, match=rf"^{tmp_path}/actor: model.norm.weight holds values that are not finite"):
         merge(tmp_path, tmp_path / "out", hf_model_path=source)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_head_that_is_not_finite_is_named(make_tiny_model, merge: Callable, tmp_path: Path):
+    source, actor = make_tiny_model(tied=False), tmp_path / "actor"
+    actor.mkdir()
+    torch.save(AutoModelForCausalLM.from_pretrained(source).state_dict(), actor / "model_world_size_1_rank_0.pt")
+    head = torch.load(source / SCORE_MODULE_FILE)
+    head["3.bias"][0] = torch.inf
+    torch.save(head, actor / SCORE_MODULE_FILE)
+    with pytest.raises(UserError, match=rf"^{actor}/{SCORE_MODULE_FILE}: 3.bias holds weights that are not finite"):
+        merge(tmp_path, tmp_path / "out", hf_model_path=source)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_is_full_or_only_readable_is_one_line(
+    experiment: tuple[Path, Path], merge: Callable, small_disk: Path, remount: Callable[[str], None]
+):
+    with pytest.raises(UserError, match=rf"^{small_disk}/out.*No space left on device.*; make room") as refused:
+        merge(experiment[0], small_disk / "out")
+    assert "\n" not in str(refused.value)
+    assert not list(small_disk.iterdir())
+    remount("ro")
+    with pytest.raises(UserError, match=rf"^{small_disk}/out: cannot be written .*Read-only.*can be written\)$"):
+        merge(experiment[0], small_disk / "out")
+
+
+def test_an_output_that_cannot_be_made_is_told_before_the_sums_are_checked(
+    experiment: tuple[Path, Path], merge: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(merge.__globals__, "check_sums", None)
+    (tmp_path / "file").write_text("")
+    for target, why in (
+        (tmp_path / ("n" * 250), "choose a shorter path"),
+        (tmp_path / "file" / "out", "another folder"),
+    ):
+        with pytest.raises(UserError, match=rf"^{target}: cannot be written .*{why}"):
+            merge(experiment[0], target)
 
 
 class Hub(BaseHTTPRequestHandler):

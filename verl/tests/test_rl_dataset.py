@@ -133,6 +133,14 @@ def test_a_prompt_that_the_template_refuses_is_named_before_training(write_rows,
         RLHFDataset(files, tokenizer, _config(**changes))
 
 
+def test_a_damaged_file_is_named(write_rows, tiny_tokenizer, damage):
+    path = write_rows([f"hello {number}" for number in range(100)])
+    damage(path)
+    with pytest.raises(UserError, match=rf"^{path}: cut off, or not a parquet file \(") as refused:
+        RLHFDataset(path, tiny_tokenizer, _config())
+    assert "\n" not in str(refused.value)
+
+
 def test_missing_column_and_missing_file(write_rows, tiny_tokenizer):
     with pytest.raises(UserError, match="no column 'question'"):
         RLHFDataset(write_rows(["hi"]), tiny_tokenizer, _config(prompt_key="question"))

@@ -91,6 +91,14 @@ def test_a_prompt_that_the_template_refuses_is_named(tmp_path):
         SFTDataset(write_rows(tmp_path / "b.parquet", rows), tokenizer, DATA)
 
 
+def test_a_damaged_file_is_named(tmp_path, tokenizer, damage):
+    path = write_rows(tmp_path / "a.parquet", 100 * [{"prompt": CHAT, "response": "So 7+3."}])
+    damage(path)
+    with pytest.raises(UserError, match=rf"^data.train_files: {path} is cut off, or not a parquet file \(") as refused:
+        SFTDataset(path, tokenizer, DATA)
+    assert "\n" not in str(refused.value)
+
+
 def test_missing_file_is_named(tokenizer):
     with pytest.raises(UserError, match=r"nowhere.parquet does not exist"):
         SFTDataset("nowhere.parquet", tokenizer, DATA)

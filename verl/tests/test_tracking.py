@@ -34,6 +34,19 @@ def test_resume_drops_repeated_steps_and_half_a_line(tmp_path):
     assert [(row["step"], row["reward"]) for row in _rows(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
 
 
+@pytest.mark.parametrize("line", [b"[1]", b"{", b"\xff", b'{"reward": 1}'])
+def test_a_line_that_is_none_is_named(tmp_path, line):
+    (tmp_path / METRICS_FILE).write_bytes(b'{"step": 1, "reward": 1.0}\n' + line + b"\n")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/{METRICS_FILE}:2: no metrics of a step .*; remove the line"):
+        _track(tmp_path, resume_step=5)
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/file/logs: no metrics can be written .*; choose another folder"):
+        _track(tmp_path / "file" / "logs")
+
+
 def test_a_fresh_run_starts_an_empty_file(tmp_path):
     for value in (1.0, 2.0):
         with _track(tmp_path) as tracking:

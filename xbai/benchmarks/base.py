@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from xbai.errors import UserError
+from xbai.errors import UserError, one_line
 from xbai.grading import GradeRequest
 from xbai.prompts import Message, chat_messages
 
@@ -166,8 +166,8 @@ def _is_list(path: Path) -> bool:
 def _read_parquet(path: Path) -> Iterator[tuple[Any, str]]:
     try:
         rows = pq.read_table(path).to_pylist()
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: not a parquet file ({error})") from error
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: cut off, or not a parquet file ({one_line(error)[:300]})") from error
     for number, row in enumerate(rows, start=1):
         yield row, f"{path}: row {number}"
 

@@ -20,7 +20,6 @@ from xbai.engine.feature_extractor import EncodedResponse, FeatureBatch, Feature
 from xbai.engine.files import load_tokenizer, read_config, resolve_dtype
 from xbai.errors import UserError
 from xbai.evaluate.graded_responses import GradedResponse, read_graded_responses
-from xbai.files import why_not_written
 from xbai.model_identity import is_same_model, model_identity
 from xbai.sprm import SPRMConfig, StepRule, load_sprm_config, step_feature_mask
 from xbai.sprm.step_features import FORMAT, SUFFIX, FeatureSource, StepFeatures
@@ -95,10 +94,7 @@ class FeatureFiles:
         if stored.exists():
             logger.info("%s: the features of %s by this model are there already", stored, path)
             return stored
-        try:
-            self._make(path, stored)
-        except OSError as error:
-            raise UserError(f"{stored}: the features cannot be written ({why_not_written(error)})") from None
+        self._make(path, stored)
         return stored
 
     def _check(self, path: Path) -> None:

@@ -80,13 +80,13 @@ def _is_result_file(path: Path) -> bool:
 
 
 def _read_rollouts(path: Path) -> Iterator[GradedResponse]:
-    with path.open(encoding="utf-8") as stream:
+    with path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
             try:
-                yield _graded_response(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
+                yield _graded_response(json.loads(line.decode()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(
                     f"{path}:{number}: no object with the texts prompt and response and the number correct ({error!r})"
                 ) from None

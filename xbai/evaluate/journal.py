@@ -132,10 +132,17 @@ class Journal:
         return record
 
     def sync(self) -> None:
-        """Wait until what is written is on the disk. May run in a thread of its own."""
+        """Wait until what is written is on the disk. May run in a thread of its own.
+
+        Raises:
+            UserError: the disk did not take it.
+        """
         if not self._is_synced:
             self._is_synced = True
-            os.fsync(self._file.fileno())
+            try:
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                raise self._not_written(error) from None
 
     def remove(self) -> None:
         """Delete and close it."""

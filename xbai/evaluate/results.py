@@ -180,11 +180,11 @@ def read_result_lines(path: Path) -> Iterator[ResultLine]:
     Raises:
         UserError: names the line that is not one.
     """
-    with path.open(encoding="utf-8") as stream:
+    with path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
             try:
-                yield ResultLine.from_dict(json.loads(line))
+                yield ResultLine.from_dict(json.loads(line.decode()))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{path}:{number}: not a result line ({error!r})") from None

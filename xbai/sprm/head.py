@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 from dataclasses import dataclass, replace
@@ -90,8 +91,11 @@ class ScoreHead(nn.Sequential):
 def save_score_head(folder: str | Path, state_dict: dict[str, Tensor], config: SPRMConfig | None) -> None:
     """Write `score_module.pt` and, unless it is to stay open which rule the head knows, `sprm_config.json`."""
     folder = Path(folder)
+    # By way of memory: torch's own writing hides why it failed.
+    content = io.BytesIO()
+    torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}, content)
     with atomic_write(folder / SCORE_MODULE_FILE) as stream:
-        torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}, stream)
+        stream.write(content.getbuffer())
     if config is not None:
         save_sprm_config(folder, config)
 

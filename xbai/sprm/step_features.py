@@ -123,7 +123,7 @@ class StepFeatures:
             hidden_size: c.
 
         Raises:
-            OSError: the disk has no room for it.
+            UserError: it cannot be written, or the disk has no room for it.
         """
         columns = {
             "steps": (torch.int64, [len(steps)]),

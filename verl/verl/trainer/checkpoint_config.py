@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from verl.trainer.ppo.remote_folder import check_url, is_url
 from xbai.errors import UserError
+from xbai.files import why_not_written
 
 
 def check_checkpoints(config: DictConfig, not_found: Callable[[str], None]) -> None:
@@ -48,7 +49,10 @@ def check_checkpoints(config: DictConfig, not_found: Callable[[str], None]) -> N
 
 def _check_folder(setting: str, folder: Path, not_found: Callable[[str], None]) -> None:
     """Say where a folder cannot be made, or not be written to."""
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    except OSError as error:
+        raise UserError(f"{setting}: cannot be a folder ({why_not_written(error)})") from None
     if not nearest.is_dir():
         not_found(f"{setting}: {nearest} is no folder")
     elif not os.access(nearest, os.W_OK | os.X_OK):

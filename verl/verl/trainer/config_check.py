@@ -35,7 +35,8 @@ from verl.utils.model_shapes import KNOWN_CONFIGS
 from verl.utils.tracking import check_backends
 from verl.workers.reward_manager import REWARD_MANAGERS
 from xbai.engine.files import DTYPES, check_model_folder
-from xbai.errors import UserError
+from xbai.engine.weight_files import stored_tensors
+from xbai.errors import UserError, one_line
 from xbai.sprm.objective import LOSSES, TRAINED_AGGREGATIONS
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", ListConfig: "a list"}
@@ -355,15 +356,18 @@ def _check_files(config: DictConfig, not_found: Callable[[str], None]) -> None:
 def _check_weights(config: DictConfig, not_found: Callable[[str], None]) -> None:
     for key in ("actor_rollout_ref.model.path", "critic.model.path"):
         path = OmegaConf.select(config, key)
-        if path is not None and Path(path).is_dir() and not any(any(Path(path).glob(kind)) for kind in WEIGHTS):
+        if path is None or not Path(path).is_dir():
+            continue
+        if not any(any(Path(path).glob(kind)) for kind in WEIGHTS):
             not_found(f"{key}: {path} has no weights ({' or '.join(WEIGHTS)})")
+        stored_tensors(path)  # Damaged files are refused here.
 
 
 def _columns(key: str, file: str) -> list[str]:
     try:
         metadata = pq.read_metadata(file)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"data.{key}: {file} is not a parquet file") from error
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"data.{key}: {file} is cut off, or not a parquet file ({one_line(error)[:300]})") from error
     if not metadata.num_rows:
         raise UserError(f"data.{key}: {file} has no rows")
     return metadata.schema.to_arrow_schema().names

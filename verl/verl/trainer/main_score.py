@@ -15,7 +15,6 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ from xbai.evaluate.graded_responses import response_files
 from xbai.evaluate.metrics import measure
 from xbai.evaluate.tables import report_grids, show
 from xbai.evaluate.training_plot import plot_training
-from xbai.files import atomic_directory, followed, why_not_written
+from xbai.files import atomic_directory, check_directory, check_writable, why_not_written
 from xbai.sprm import (
     ScoreHead,
     ScoreObjective,
@@ -49,7 +48,7 @@ from xbai.sprm import (
     start_shift,
     start_totals,
 )
-from xbai.sprm.head import save_sprm_config
+from xbai.sprm.head import SCORE_MODULE_FILE, save_sprm_config
 from xbai.sprm.step_features import StepFeatures
 
 logger = logging.getLogger(__name__)
@@ -202,21 +201,21 @@ class ScoreTrainer:
             else:
                 with atomic_directory(self.output_dir) as folder:
                     save_score_head(folder, head.state_dict(), self.sprm_config)
-        except OSError as error:
-            raise UserError(self._not_written(error)) from None
+        except (OSError, UserError) as error:
+            raise self._not_written(error) from None
 
     def _try_saving(self) -> None:
-        folder = followed(self.output_dir)
-        parent = folder if folder.exists() else folder.parent
         try:
-            parent.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(prefix=".score_head_try_", suffix=".tmp", dir=parent):
-                pass
-        except OSError as error:
-            raise UserError(self._not_written(error)) from None
+            if self.output_dir.exists():
+                check_writable(self.output_dir / SCORE_MODULE_FILE)
+            else:
+                check_directory(self.output_dir)
+        except UserError as error:
+            raise self._not_written(error) from None
 
-    def _not_written(self, error: OSError) -> str:
-        return f"trainer.output_dir={self.output_dir}: the head cannot be written ({why_not_written(error)})"
+    def _not_written(self, error: OSError | UserError) -> UserError:
+        why = why_not_written(error)
+        return UserError(f"trainer.output_dir={self.output_dir}: the head cannot be written ({why})")
 
     def _tracking(self) -> Tracking:
         trainer = self.config.trainer

@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -176,6 +177,7 @@ def load_checkpoint(
         load_state(state, folder)
     except CheckpointException as error:
         raise UserError(f"{folder}: the checkpoint does not fit this model: {_reason(error)}") from error
+    _check_head(folder, state["model"])
     set_model_state_dict(model, state["model"])
     if load_optimizer:
         for name, part in optimizer.optimizers.items():
@@ -185,6 +187,19 @@ def load_checkpoint(
         set_rng_state(load_with_rng(io.BytesIO(state["rng"][_rank_key()]), f"{folder}: rng.{_rank_key()}"))
     else:
         _seed_anew(folder, saved_by, seed)
+
+
+def _check_head(folder: Path, weights: dict[str, Any]) -> None:
+    """Refuse a score head that is not finite, which would give each step the same score, or none. A collective."""
+    parts = {
+        name: weight.to_local() if isinstance(weight, DTensor) else weight
+        for name, weight in weights.items()
+        if name.startswith("score_head.")
+    }
+    broken: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(broken, next((name for name, part in parts.items() if not part.isfinite().all()), None))
+    for name in filter(None, broken):
+        raise UserError(f"{folder}: {name} holds weights that are not finite; resume from an earlier checkpoint")
 
 
 class _Writer(HashingWriter):

@@ -8,14 +8,15 @@ import math
 import os
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from xbai.errors import UserError
-from xbai.files import atomic_write
+from xbai.files import atomic_write, why_not_written
 
 logger = logging.getLogger(__name__)
 
@@ -55,26 +56,33 @@ class FileBackend(Backend):
     """Appends `{"step": n, name: value, ...}` lines; a resumed run first drops the steps it is about to repeat."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        kept = (
-            [line for line in _complete_lines(path) if json.loads(line)["step"] <= resume_step] if resume_step else []
-        )
+        kept = _lines_up_to(resume_step, path) if resume_step else []
         with atomic_write(path, "w") as stream:
             stream.writelines(f"{line}\n" for line in kept)
-        self._stream = path.open("a")
+        # Unbuffered: what a full disk did not take is not tried again at the end.
+        self._stream = path.open("ab", buffering=0)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self._stream.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._stream.flush()
+        rest = memoryview((json.dumps({"step": step, **metrics}) + "\n").encode())
+        while rest:
+            rest = rest[self._stream.write(rest) :]
 
     def close(self) -> None:
         self._stream.close()
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """The lines of `path` that end in a newline: a killed run may leave half of one."""
+def _lines_up_to(step: int, path: Path) -> list[str]:
+    """The lines of `path` up to a step, without one that has no newline: a killed run may leave half of one."""
     if not path.exists():
         return []
-    return [line.rstrip("\n") for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    kept = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line.rstrip("\n"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}:{number}: no metrics of a step ({error!r:.100}); remove the line") from None
+    return kept
 
 
 class TensorboardBackend(Backend):
@@ -163,7 +171,7 @@ class Tracking:
             from tensorboard, and shown beside the new steps by wandb. 0 starts afresh.
 
     Raises:
-        UserError: an unknown backend.
+        UserError: an unknown backend, or files that cannot be written.
     """
 
     def __init__(
@@ -184,19 +192,31 @@ class Tracking:
         }
         if unknown := [name for name in backends if name not in build]:
             raise UserError(f"trainer.logger: unknown logger {unknown[0]!r}, use some of {', '.join(BACKENDS)}")
-        folder.mkdir(parents=True, exist_ok=True)
-        self._backends: list[Backend] = [build[name]() for name in backends]
+        self._folder, self._backends = folder, {}
+        with self._written():
+            folder.mkdir(parents=True, exist_ok=True)
+        for name in backends:
+            with self._written():
+                self._backends[name] = build[name]()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record one step; a value that is nan (undefined for this batch) is left out."""
         defined = {name: float(value) for name, value in metrics.items() if not math.isnan(value)}
-        for backend in self._backends:
-            backend.log(defined, step)
+        for backend in self._backends.values():
+            with self._written():
+                backend.log(defined, step)
 
     def close(self) -> None:
         """Flush and close every backend."""
-        for backend in self._backends:
+        for backend in self._backends.values():
             backend.close()
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self._folder}: no metrics can be written ({why_not_written(error)})") from error
 
     def __enter__(self) -> Tracking:
         return self

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from verl.utils.checksums import CHECKSUM_FILE, check_files, read_checksums, write_checksums
+from verl.utils.checksums import CHECKSUM_FILE, REMEDY, check_files, read_checksums, write_checksums
 from verl.utils.rng_state import load_with_rng
 from verl.utils.verl_shards import has_verl_shards
-from xbai.errors import UserError
+from xbai.errors import UserError, one_line
 from xbai.files import atomic_directory, atomic_write
 
 logger = logging.getLogger(__name__)
@@ -66,8 +66,15 @@ class CheckpointFolder:
         pointer = self.folder / LATEST_FILE
         if not pointer.exists():
             return None
-        if not (text := pointer.read_text().strip()).isdecimal():
-            raise UserError(f"{pointer} must hold the step of the latest checkpoint, not {text[:40]!r}")
+        try:
+            text = pointer.read_text(errors="replace").strip()
+        except OSError as error:
+            raise UserError(f"{pointer} cannot be read ({one_line(error)})") from error
+        if not re.fullmatch(r"[0-9]{1,18}", text):
+            raise UserError(
+                f"{pointer} must hold the step of the latest checkpoint, not {text[:40]!r}; write the N of the last "
+                "whole global_step_N into it, or choose one with trainer.resume_mode=resume_path"
+            )
         return int(text)
 
     def prepare(self, start: Path | None) -> None:
@@ -171,13 +178,16 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """What `write_state` wrote.
 
     Raises:
-        UserError: it is damaged, or holds more than plain values.
+        UserError: it is damaged, or holds more than plain values, or no state.
     """
     sums = read_checksums(checkpoint)
     if not sums:
         logger.warning("%s is of an earlier version, without %s: its files are not checked", checkpoint, CHECKSUM_FILE)
     check_files(checkpoint, sums)
-    return load_with_rng(checkpoint / TRAINER_STATE_FILE)
+    state = load_with_rng(checkpoint / TRAINER_STATE_FILE)
+    if not isinstance(state, dict):
+        raise UserError(f"{checkpoint / TRAINER_STATE_FILE}: no trainer's state, but {state!r:.60}; {REMEDY}")
+    return state
 
 
 def _checked(checkpoint: Path, named_by: str) -> Path:

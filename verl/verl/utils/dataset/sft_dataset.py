@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from xbai.errors import UserError
+from xbai.errors import UserError, one_line
 from xbai.prompts import is_far_longer, prompt_text
 
 
@@ -59,8 +59,9 @@ class SFTDataset(Dataset):
             raise UserError(f"data.train_files: {file} does not exist")
         try:
             table = pq.read_table(file)
-        except pa.ArrowInvalid as error:
-            raise UserError(f"data.train_files: {file} is not a parquet file") from error
+        except (pa.ArrowException, OSError) as error:
+            why = one_line(error)[:300]
+            raise UserError(f"data.train_files: {file} is cut off, or not a parquet file ({why})") from error
         for key in ("prompt_key", "response_key"):
             if self._config[key] not in table.column_names:
                 raise UserError(
