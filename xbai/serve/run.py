@@ -121,12 +121,12 @@ def listen(ip: str, port: int) -> socket.socket:
     """
     if not ip:
         raise UserError("--ip '': no address; 127.0.0.1 is this machine alone, 0.0.0.0 all of IPv4, :: that and IPv6")
-    is_v6 = ":" in ip
-    both = is_v6 and socket.has_dualstack_ipv6()
-    if ip == "::" and not both:
-        logger.warning("--ip ::: this system has no sockets for both, so that IPv4 is not served")
-    family = socket.AF_INET6 if is_v6 else socket.AF_INET
     try:
+        # Of a name that has both, IPv4.
+        family = min(family for family, *_ in socket.getaddrinfo(ip, port, type=socket.SOCK_STREAM))
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        if ip == "::" and not both:
+            logger.warning("--ip ::: this system has no sockets for both, so that IPv4 is not served")
         return socket.create_server((ip, port), family=family, backlog=LISTEN_BACKLOG, dualstack_ipv6=both)
     except (OSError, OverflowError, UnicodeError) as error:
         raise UserError(f"--ip {ip} --port {port}: cannot listen there ({_why_not(error)})") from None
