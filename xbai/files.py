@@ -166,10 +166,13 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     Raises:
         UserError: a folder, a socket, links that lead in a circle, or what cannot be written.
     """
-    target = followed(path)
+    try:
+        replaced, target = is_replaced(path), followed(path)
+    except OSError as error:
+        raise not_written(path, error) from error
     temporary = _temporary_sibling(target)
     try:
-        if is_replaced(target):
+        if replaced:
             with _replacing(target, temporary, mode) as stream:
                 yield stream
         else:

@@ -69,17 +69,17 @@ class HFEngine(Engine):
         torch_dtype = resolve_dtype(dtype, config)
         float32_head = resolve_head_dtype(head_dtype, torch_dtype) != torch_dtype
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        head = None
+        if with_scores:
+            sprm_config = load_sprm_config(model_path, tokenizer, lang)
+            head = load_score_head(model_path, config.hidden_size, sprm_config)
         model = load_pretrained(
             AutoModelForCausalLM, model_path, dtype=torch_dtype, trust_remote_code=trust_remote_code
         )
         if float32_head:
             use_float32_output(model.get_output_embeddings())
         self._model = model.to(self.device).eval()
-        scorer = None
-        if with_scores:
-            sprm_config = load_sprm_config(model_path, tokenizer, lang)
-            head = load_score_head(model_path, config.hidden_size, sprm_config)
-            scorer = Scorer(truncate_backbone(model.model), head, sprm_config.step_rule)
+        scorer = None if head is None else Scorer(truncate_backbone(model.model), head, sprm_config.step_rule)
         length = resolve_max_model_len(max_model_len, config)
         end_ids = end_token_ids(model_path, tokenizer)
         super().__init__(config, tokenizer, length, scorer, seed, trust_remote_code, end_ids)

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from xbai.engine.feature_extractor import EncodedResponse, FeatureBatch, FeatureExtractor, resolve_layers
 from xbai.engine.files import load_tokenizer, read_config, resolve_dtype
+from xbai.engine.weight_files import check_weights
 from xbai.errors import UserError
 from xbai.evaluate.graded_responses import GradedResponse, read_graded_responses
 from xbai.model_identity import is_same_model, model_identity
@@ -69,6 +70,7 @@ class FeatureFiles:
     def __init__(self, options: FeatureOptions, folder: Path) -> None:
         self.options, self.folder = options, folder
         config = read_config(options.model_path, options.trust_remote_code)
+        check_weights(options.model_path, config)
         self.tokenizer = load_tokenizer(options.model_path, options.trust_remote_code)
         self.hidden_size = config.hidden_size
         self._max_length = config.max_position_embeddings
