@@ -58,7 +58,7 @@ def test_a_file_of_another_kind_is_named(name: str, content: str, message: str, 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"model_type": None}, "Unrecognized model"), ({"hidden_size": "x"}, "hidden_size"), ({"layer_types": 3}, "")],
+    [({"model_type": None}, "does not recognize"), ({"hidden_size": "x"}, "hidden_size"), ({"layer_types": 3}, "")],
 )
 def test_a_configuration_with_values_of_another_kind_is_named(
     changes: dict, message: str, tiny_model_dir: Path, tmp_path: Path
