@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from verl.utils.tracking import METRICS_FILE, Tracking
-from xbai.errors import UserError
+from xbai.errors import UserError, exit_on_user_error
 from xbai.evaluate.results import Sample, StoredQuestion, read_result_lines
 from xbai.evaluate.settings import RunSettings
 from xbai.evaluate.store import ResultStore
@@ -108,6 +108,21 @@ def test_metrics_that_do_not_fit_end_the_run_in_one_line(small_disk: Path) -> No
     with Tracking("p", "e", ["file"], small_disk, resume_step=1000) as tracking:
         tracking.log({"reward": 0.5}, steps + 1)
     assert (small_disk / METRICS_FILE).read_text().endswith(f'{{"step": {steps + 1}, "reward": 0.5}}\n')
+
+
+def test_a_command_whose_disk_is_full_ends_in_one_line(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    @exit_on_user_error
+    def command() -> None:
+        (small_disk / "log").write_bytes(b"x" * 300_000)
+
+    with pytest.raises(SystemExit) as ended:
+        command()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        line
+        == "error: a file cannot be written ([Errno 28] No space left on device); make room, or choose another disk"
+    )
 
 
 def prepare(out: Path) -> subprocess.CompletedProcess:

@@ -205,6 +205,7 @@ class ScoreTrainer:
             raise self._not_written(error) from None
 
     def _try_saving(self) -> None:
+        check_writable(self.log_dir / METRICS_FILE)
         try:
             if self.output_dir.exists():
                 check_writable(self.output_dir / SCORE_MODULE_FILE)

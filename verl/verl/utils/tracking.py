@@ -192,7 +192,8 @@ class Tracking:
         }
         if unknown := [name for name in backends if name not in build]:
             raise UserError(f"trainer.logger: unknown logger {unknown[0]!r}, use some of {', '.join(BACKENDS)}")
-        self._folder, self._backends = folder, {}
+        self._folder = folder
+        self._backends: dict[str, Backend] = {}
         with self._written():
             folder.mkdir(parents=True, exist_ok=True)
         for name in backends:
