@@ -45,7 +45,8 @@ def _blank_pages(content: bytes) -> bytes:
 
 
 def _blank_footer(content: bytes) -> bytes:
-    return content[:-60] + bytes(40) + content[-20:]
+    begin = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    return content[:begin] + bytes(40) + content[begin + 40 :]
 
 
 @pytest.fixture(

@@ -377,7 +377,9 @@ def test_a_head_that_is_not_finite_is_named(make_tiny_model, merge: Callable, tm
 def test_a_disk_that_is_full_or_only_readable_is_one_line(
     experiment: tuple[Path, Path], merge: Callable, small_disk: Path, remount: Callable[[str], None]
 ):
-    with pytest.raises(UserError, match=rf"^{small_disk}/out.*No space left on device.*; make room") as refused:
+    with pytest.raises(
+        UserError, match=rf"^{small_disk}/out: cannot be .*No space left on device.*; make room"
+    ) as refused:
         merge(experiment[0], small_disk / "out")
     assert "\n" not in str(refused.value)
     assert not list(small_disk.iterdir())

@@ -73,8 +73,8 @@ def read_graded_responses(path: Path, task: str | None = None) -> list[GradedRes
 
 def _is_result_file(path: Path) -> bool:
     try:
-        with path.open(encoding="utf-8") as stream:
-            return "output" in json.loads(next(line for line in stream if line.strip()))
+        with path.open("rb") as stream:
+            return "output" in json.loads(next(line for line in stream if line.strip()).decode())
     except (OSError, ValueError, StopIteration, TypeError) as error:
         raise UserError(f"{path}: no lines of JSON with graded responses ({error!r:.80})") from None
 

@@ -205,7 +205,6 @@ class ScoreTrainer:
             raise self._not_written(error) from None
 
     def _try_saving(self) -> None:
-        check_writable(self.log_dir / METRICS_FILE)
         try:
             if self.output_dir.exists():
                 check_writable(self.output_dir / SCORE_MODULE_FILE)
@@ -213,6 +212,7 @@ class ScoreTrainer:
                 check_directory(self.output_dir)
         except UserError as error:
             raise self._not_written(error) from None
+        check_writable(self.log_dir / METRICS_FILE)
 
     def _not_written(self, error: OSError | UserError) -> UserError:
         why = why_not_written(error)

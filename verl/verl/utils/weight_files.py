@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from xbai.errors import UserError
 from xbai.files import why_not_written
 
 INDEX_FILE = "model.safetensors.index.json"
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How safetensors, which is written in Rust, names the system's number of an error."""
 
 
 def write_weights(
@@ -34,7 +38,8 @@ def write_weights(
         read: gives the values of some of them, on the CPU.
 
     Raises:
-        UserError: values that are not finite in `dtype`, or a file that cannot be written.
+        UserError: values that are not finite in `dtype`, or that safetensors cannot hold.
+        OSError: a file cannot be written.
     """
     planned = {name: torch.empty(like.shape, dtype=dtype, device="meta") for name, like in tensors.items()}
     plan = split_torch_state_dict_into_shards(planned, max_shard_size="5GB")
@@ -46,6 +51,8 @@ def write_weights(
         try:
             save_file(written, folder / filename, metadata={"format": "pt"})
         except SafetensorError as error:
+            if number := _SYSTEM_ERROR.search(str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
             raise UserError(f"{folder / filename}: {why_not_written(error)}") from error
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
