@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
+from fastapi import FastAPI
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xbai.serve import bodies
 from xbai.serve.bodies import LARGE_BODY_BYTES, MAX_BODY_KEYS, MAX_BODY_VALUES, parse_body
 from xbai.serve.errors import MAX_PROBLEM_CHARS, MAX_PROBLEMS, ServiceError, list_problems
 from xbai.serve.schemas import MAX_BATCH_TEXTS, MAX_STOP_TOKENS, GenerateRequest, ScoreBatchRequest
@@ -110,6 +115,41 @@ def test_what_is_no_request_is_refused_at_once(body: bytes) -> None:
     with pytest.raises((ServiceError, json.JSONDecodeError)):
         parse_body(body)
     assert time.process_time() - started < 1.0
+
+
+def test_the_event_loop_has_its_turn_between_two_large_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting, most = 0, 0
+
+    class Parser(ThreadPoolExecutor):
+        def submit(self, *work: Any) -> Future:
+            nonlocal waiting, most
+            waiting += 1
+            most = max(most, waiting)
+            return super().submit(*work)
+
+    def parse(body: bytes) -> Any:
+        nonlocal waiting
+        time.sleep(0.01)
+        waiting -= 1
+        return parse_body(body)
+
+    monkeypatch.setattr(bodies, "_PARSER", Parser(1))
+    monkeypatch.setattr(bodies, "parse_body", parse)
+    app = FastAPI()
+    app.router.route_class = bodies.BodyRoute
+    app.state.parsing = asyncio.Lock()
+
+    @app.post("/")
+    async def length(texts: list[str]) -> int:
+        return len(texts)
+
+    async def post_all() -> list[int]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
+            answers = await asyncio.gather(*(client.post("/", json=["x" * LARGE_BODY_BYTES] * n) for n in range(1, 9)))
+            return [answer.json() for answer in answers]
+
+    assert asyncio.run(post_all()) == list(range(1, 9))
+    assert most == 1, "the parser is not given the next body while it has one"
 
 
 def test_more_keys_than_any_request_has_are_refused() -> None:

@@ -86,6 +86,7 @@ class Service:
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self.app = FastAPI(title=title, lifespan=self._lifespan)
         self.app.router.route_class = BodyRoute
+        self.app.state.parsing = asyncio.Lock()
         self.app.state.service = self
         install_error_handlers(self.app)
         known = frozenset([*routes, "/health", "/ready", "/metrics"])

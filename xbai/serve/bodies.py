@@ -83,11 +83,13 @@ class BodyRequest(Request):
         body = await self.body()
         if len(body) < LARGE_BODY_BYTES:
             return parse_body(body)
-        return await asyncio.get_running_loop().run_in_executor(_PARSER, parse_body, body)
+        # Between two bodies the event loop answers whoever waits; the parser lets go of the interpreter seldom.
+        async with self.app.state.parsing:
+            return await asyncio.get_running_loop().run_in_executor(_PARSER, parse_body, body)
 
 
 class BodyRoute(APIRoute):
-    """A route whose handler gets a `BodyRequest`."""
+    """A route whose handler gets a `BodyRequest`. The application's `state.parsing` is the lock of its large bodies."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """What answers a request."""
