@@ -89,7 +89,10 @@ def read_config(model_path: str | Path, trust_remote_code: bool = False) -> Pret
         return AutoConfig.from_pretrained(str(model_path), local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:
         # Values of the wrong kind make the model's own class fail by whatever it did not expect.
-        raise UserError(f"{Path(model_path) / 'config.json'}: no model's ({one_line(error)[:300]})") from error
+        why = one_line(error)
+        if not trust_remote_code and "trust_remote_code" in why:
+            why = "it needs Python code that comes with the folder, which runs only with trust_remote_code"
+        raise UserError(f"{Path(model_path) / 'config.json'}: no model's ({why[:300]})") from error
 
 
 def load_tokenizer(model_path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

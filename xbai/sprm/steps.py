@@ -78,8 +78,9 @@ class StepRule:
         rule = cls(**{**value, "step_ids": tuple(value["step_ids"])})
         if rule.lang not in _STEP_IDS or not isinstance(rule.generation_prompt, str):
             raise ValueError(f"lang={rule.lang!r:.60}, generation_prompt={rule.generation_prompt!r:.60}")
-        ids = (*rule.step_ids, rule.think_open_id, rule.think_close_id)
-        if not all(i is None or (type(i) is int and i >= 0) for i in ids) or None in rule.step_ids:
+        if not all(type(i) is int for i in rule.step_ids) or not all(
+            i is None or type(i) is int for i in (rule.think_open_id, rule.think_close_id)
+        ):
             raise TypeError("an id of a token is no whole number")
         return rule
 
