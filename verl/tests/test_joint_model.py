@@ -121,7 +121,7 @@ def test_what_cannot_be_loaded_is_one_clear_line(tiny_model_dir: Path, sprm_conf
     with pytest.raises(UserError, match=r"no such file; give a local"):
         build_joint_model(tmp_path)
     (tmp_path / "config.json").symlink_to(tiny_model_dir / "config.json")
-    with pytest.raises(UserError, match="no model that transformers can load .*no file named model.safetensors"):
+    with pytest.raises(UserError, match=r"no model that transformers can load .*no file named model\.safetensors"):
         build_joint_model(tmp_path)
     with pytest.raises(UserError, match="no tokenizer"):
         load_tokenizer(tmp_path)
