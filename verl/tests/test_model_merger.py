@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from verl.utils.checkpoint import save_checkpoint
+from verl.utils.checkpoint import load_checkpoint, save_checkpoint
 from verl.utils.checksums import CHECKSUM_FILE
 from verl.utils.fsdp import create_mesh, shard_model
 from verl.utils.model import build_joint_model
@@ -372,6 +372,22 @@ def test_a_head_that_is_not_finite_is_named(make_tiny_model, merge: Callable, tm
     with pytest.raises(UserError, match=rf"^{actor}/{SCORE_MODULE_FILE}: 3.bias holds weights that are not finite"):
         merge(tmp_path, tmp_path / "out", hf_model_path=source)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_whose_head_is_not_finite_is_neither_gone_on_from_nor_merged(
+    process_group, make_tiny_model, merge: Callable, tmp_path: Path
+):
+    source, actor = make_tiny_model(tied=False), tmp_path / "actor"
+    sprm_config = load_sprm_config(source, AutoTokenizer.from_pretrained(source))
+    model = shard_model(build_joint_model(source, sprm_config=sprm_config), create_mesh(), OmegaConf.create({}))
+    optimizer = JointOptimizer(model, OmegaConf.create({"lr": 1e-3}), OmegaConf.create({"lr": 1e-3}))
+    with torch.no_grad():
+        model.score_head[3].bias.fill_(torch.nan)
+    save_checkpoint(actor, model, optimizer, ModelFiles.read(source), sprm_config)
+    with pytest.raises(UserError, match=rf"^{actor}: score_head.3.bias holds weights that are not finite"):
+        load_checkpoint(actor, model, optimizer)
+    with pytest.raises(UserError, match=rf"^{actor}: score_head.3.bias holds values that are not finite"):
+        merge(tmp_path, tmp_path / "out")
 
 
 def test_a_disk_that_is_full_or_only_readable_is_one_line(
