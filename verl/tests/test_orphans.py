@@ -69,15 +69,11 @@ def test_what_a_killed_run_of_the_folder_left_ends_and_others_are_named(begin, t
 def test_a_session_that_runs_keeps_its_processes(begin, tmp_path: Path, caplog):
     kept = begin("session_1")
     own_session(tmp_path / "session_1", tmp_path)
-    sockets = tmp_path / "session_1/sockets/raylet"
-    command = ["/opt/ray/raylet", f"--raylet_socket_name={sockets}"]
-    with subprocess.Popen(["bash", "-c", 'exec -a "$0 $1" sleep 300', *command]) as raylet:
-        while "raylet_socket_name" not in (started := " ".join(psutil.Process(raylet.pid).cmdline())):
-            assert raylet.poll() is None
-        assert started.startswith("/opt/ray/raylet ")
-        end_orphans(tmp_path)
-        assert kept.poll() is None and f"process {kept.pid})" not in caplog.text
-        raylet.kill()
+    raylet = begin("logs", f"/opt/ray/raylet --raylet_socket_name={tmp_path}/session_1/sockets/raylet")
+    end_orphans(tmp_path)
+    assert kept.poll() is None and f"process {kept.pid})" not in caplog.text
+    raylet.kill()
+    raylet.wait()
     end_orphans(tmp_path)
     assert not psutil.pid_exists(kept.pid)
 
