@@ -55,7 +55,11 @@ def _blank_footer(content: bytes) -> bytes:
 )
 def damage(request: pytest.FixtureRequest) -> Callable[[str | Path], None]:
     """`damage(path)` spoils a parquet file, each time the test runs in another way."""
-    return lambda path: Path(path).write_bytes(request.param(Path(path).read_bytes())) and None
+
+    def damage(path: str | Path) -> None:
+        Path(path).write_bytes(request.param(Path(path).read_bytes()))
+
+    return damage
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ _REMEDIES = {
     errno.ENOTDIR: "choose another folder",
     errno.ENAMETOOLONG: "choose a shorter path",
 }
-_OF_WRITING = {*DISK_FULL, errno.EFBIG, errno.EIO}
+_OF_WRITING = {*DISK_FULL, errno.EFBIG}
 """What only writing to a disk fails by."""
 _MOST_LINKS = 40
 """As many as Linux follows."""

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).parents[2]
-XBAI = ("-c", "from xbai.cli import app; app()")
 PROGRAMS = {
     "score": ["test/score_model_queue.py", "--ip", "127.0.0.1", "--port", "0", "--model_path"],
     "policy": ["test/policy_model_queue.py", "--engine", "hf", "--ip", "127.0.0.1", "--port", "0", "--model_path"],

@@ -15,7 +15,14 @@ from xbai.evaluate.client import RetryPolicy
 from xbai.evaluate.options import RunOptions
 from xbai.evaluate.results import read_result_lines
 from xbai.evaluate.run import run
-from xbai.evaluate.wire import BrokenAnswerError, ReadyAnswer, read_answer, read_responses, read_score
+from xbai.evaluate.wire import (
+    BrokenAnswerError,
+    ReadyAnswer,
+    ReportedFailureError,
+    read_answer,
+    read_responses,
+    read_score,
+)
 
 QUESTIONS = 60
 SAMPLES = 4
@@ -39,7 +46,6 @@ GENERATED = NOT_JSON_OBJECTS | {
     "half a pair": b'{"results": ["from the broken copy \\ud800", "b", "c", "d"]}',
     "half a pair in bytes": b'{"results": ["from the broken copy \xed\xa0\x80", "b", "c", "d"]}',
     "a log-prob that is NaN": b'{"results": ["a", "b", "c", "d"], "mean_log_probs": [NaN, 0, 0, 0]}',
-    "an error beside texts": b'{"results": ["a", "b", "c", "d"], "error": {"code": 5}}',
     "a short column": b'{"results": ["a", "b", "c", "d"], "token_counts": [1]}',
     "texts for counts": b'{"results": ["a", "b", "c", "d"], "token_counts": ["1", "1", "1", "1"]}',
     "half a pair for a reason": b'{"results": ["a", "b", "c", "d"], "finish_reasons": ["\\udfff", "", "", ""]}',
@@ -128,6 +134,12 @@ def test_what_is_no_answer_is_said_shortly_in_one_line(read: Callable[[bytes], o
         read(body)
     assert len(str(caught.value)) < 1200
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("error", [b'"out of memory"', b'{"code": 5}', b"[5]"])
+def test_what_a_service_reports_is_no_answer(error: bytes) -> None:
+    with pytest.raises(ReportedFailureError, match=r"out of memory|5"):
+        read_responses(b'{"results": ["a", "b", "c", "d"], "error": ' + error + b"}", SAMPLES)
 
 
 def test_broken_copies_are_set_aside_and_the_run_goes_on(infer: Callable[..., Path]) -> None:

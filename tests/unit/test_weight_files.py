@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PretrainedConfig,
+)
 
 from verl.utils.model import build_joint_model, loading_dtype
 from xbai.engine import Scorer, load_engine
@@ -167,6 +174,32 @@ def test_weights_that_are_stored_otherwise_are_left_to_who_loads_them(tmp_path: 
     assert any(".experts.1." in name for name in stored_tensors(tmp_path))
     check(tmp_path)
     load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2),
+        GPTNeoXConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16),
+    ],
+    ids=["of another prefix", "renamed by class"],
+)
+def test_other_names_are_left_to_transformers(tmp_path: Path, config: PretrainedConfig) -> None:
+    AutoModelForCausalLM.from_config(config).base_model.save_pretrained(tmp_path)
+    check(tmp_path)
+
+
+def test_files_beside_the_weights_are_not_looked_at(folder: Path) -> None:
+    content("consolidated.safetensors", "version https://git-lfs.github.com/spec/v1")(folder)
+    load(folder)
+    check(folder)
+
+
+def test_sizes_that_make_no_model_are_one_line(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text()) | {"num_key_value_heads": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config\.json: no "):
+        check(folder)
 
 
 def test_weights_of_another_kind_are_read_too(folder: Path) -> None:

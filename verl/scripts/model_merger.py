@@ -32,6 +32,7 @@ from verl.utils.stored_model import StoredModel, is_checkpoint, open_stored_mode
 from verl.utils.verl_shards import has_verl_shards
 from verl.utils.weight_files import write_weights
 from xbai.engine.files import read_config
+from xbai.engine.scorer import HEAD_PREFIX
 from xbai.errors import UserError, exit_on_user_error
 from xbai.files import atomic_directory, check_directory, not_written
 from xbai.model_files import ModelFiles
@@ -39,8 +40,6 @@ from xbai.sprm import ScoreHead, SPRMConfig, load_score_head, load_sprm_config, 
 from xbai.sprm.head import SCORE_MODULE_FILE, SPRM_CONFIG_FILE
 
 logger = logging.getLogger("model_merger")
-
-HEAD_PREFIX = "score_head."
 
 
 def find_actor_folder(path: Path) -> Path:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from xbai.engine.detokenizer import Detokenizer
-from xbai.engine.files import LM_HEAD, weight_shapes
+from xbai.engine.files import LM_HEAD, meta_model, weight_shapes
 from xbai.engine.scorer import HEAD_PREFIX, PromptTooLong, Scored, Scorer, head_shapes
 from xbai.engine.weight_check import HeldWeight, WeightCheck
 from xbai.errors import UserError
@@ -353,7 +353,7 @@ class Engine(ABC):
 
     @cached_property
     def _weight_shapes(self) -> dict[str, torch.Size]:
-        return weight_shapes(self._config, self._trust_remote_code)
+        return weight_shapes(meta_model(self._config, self._trust_remote_code))
 
     def _response_text(self, sample: Sample, token_ids: Sequence[int]) -> str:
         """What a finished sample says: up to its first stop string, or to the token that ended it."""

@@ -14,7 +14,8 @@ import torch
 from xbai.errors import UserError, one_line
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LM_HEAD = "lm_head.weight"
@@ -169,10 +170,22 @@ def resolve_max_model_len(requested: int | None, config: PretrainedConfig) -> in
     return requested
 
 
-def weight_shapes(config: PretrainedConfig, trust_remote_code: bool = False) -> dict[str, torch.Size]:
-    """Name and shape of every parameter of the causal LM, a tied LM head included; takes no memory for weights."""
+def meta_model(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal LM without weights, which takes no memory.
+
+    Raises:
+        UserError: transformers has none for this configuration.
+    """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        # Sizes that do not go together fail in the model's own class, by whatever it did not expect.
+        raise UserError(f"config.json: no causal LM can be made from it ({one_line(error)[:300]})") from error
+
+
+def weight_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Name and shape of every parameter, a tied LM head included."""
     return {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}

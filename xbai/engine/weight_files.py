@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from xbai.engine.files import LM_HEAD, check_model_folder, quiet_transformers, read_json, weight_shapes
+from xbai.engine.files import (
+    LM_HEAD,
+    check_model_folder,
+    meta_model,
+    quiet_transformers,
+    read_json,
+    weight_shapes,
+)
 from xbai.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -19,7 +26,13 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 BACKBONE_PREFIX = "model."
+QUANTIZATION_FILES = ("hf_quant_config.json", "quant_config.json", "quantize_config.json")
+"""Of quantised models whose config.json does not say so."""
 REMEDY = "copy the model again"
+
+
+class MissingShardError(UserError):
+    """The index names a file that is not there."""
 
 
 class StoredTensor(NamedTuple):
@@ -35,7 +48,8 @@ def stored_tensors(model_path: str | Path) -> dict[str, StoredTensor]:
     Empty for weights in files of another kind.
 
     Raises:
-        UserError: a file is damaged, no safetensors file, or missing though the index names it.
+        MissingShardError: a file is missing though the index names it.
+        UserError: a file is damaged, or no safetensors file.
     """
     return {name: stored for file in _files(Path(model_path)) for name, stored in _header(file).items()}
 
@@ -43,23 +57,27 @@ def stored_tensors(model_path: str | Path) -> dict[str, StoredTensor]:
 def check_weights(model_path: str | Path, config: PretrainedConfig) -> None:
     """Refuse safetensors that lack a weight of the model, or have one of another shape.
 
-    What is stored under other names than the model's is left to whoever loads it: quantised weights, those of code
-    that comes with the folder, and what transformers puts together (experts).
+    What may be stored under other names, or in another shape, is left to whoever loads it: quantised weights, those of
+    code that comes with the folder, and what transformers renames or puts together (experts).
 
     Args:
         model_path: the folder.
         config: its configuration.
 
     Raises:
-        UserError: they are not of this model; see also `stored_tensors`.
+        UserError: they are not of this model, or there is none of this configuration; see also `stored_tensors`.
     """
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.conversion_mapping import get_model_conversion_mapping
 
     stored = stored_tensors(model_path)
-    renamed = get_checkpoint_conversion_mapping(config.model_type)
-    if not stored or renamed or any(getattr(config, name, None) for name in ("quantization_config", "auto_map")):
+    if not stored or any(getattr(config, name, None) for name in ("quantization_config", "auto_map")):
         return
-    expected = weight_shapes(config)
+    if any((Path(model_path) / name).exists() for name in QUANTIZATION_FILES):
+        return
+    model = meta_model(config)
+    if f"{model.base_model_prefix}." != BACKBONE_PREFIX or get_model_conversion_mapping(model, add_legacy=False):
+        return
+    expected = weight_shapes(model)
     if config.tie_word_embeddings:
         expected.pop(LM_HEAD, None)
     # Saved without its LM head, a model has no prefix.
@@ -109,16 +127,18 @@ def load_pretrained(
 
 
 def _files(folder: Path) -> list[Path]:
-    """Those that transformers and vLLM read."""
-    if (folder / WEIGHTS_FILE).exists() or not (folder / INDEX_FILE).exists():
-        return sorted(folder.glob("*.safetensors"))
+    """Those that transformers reads."""
+    if (folder / WEIGHTS_FILE).exists():
+        return [folder / WEIGHTS_FILE]
+    if not (folder / INDEX_FILE).exists():
+        return [] if any(folder.glob("pytorch_model*.bin")) else sorted(folder.glob("*.safetensors"))
     places = read_json(folder / INDEX_FILE).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise UserError(f"{folder / INDEX_FILE}: expected the file of each weight as weight_map; {REMEDY}")
     files = [folder / name for name in sorted(set(places.values()))]
     for file in files:
         if not file.is_file():
-            raise UserError(f"{file}: no such file, but {INDEX_FILE} names it; {REMEDY}")
+            raise MissingShardError(f"{file}: no such file, but {INDEX_FILE} names it; {REMEDY}")
     return files
 
 

@@ -189,11 +189,13 @@ class ServicePool:
         self._option = option
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._policy.patience_s
+        strange_rounds = 0
         for failures in itertools.count(1):
             problems = await asyncio.gather(*map(self._greet, self._replicas.all))
             if self._described:
                 return ServedModel.from_copies(option, list(self._described.values()))
-            if self._are_foreign() and failures >= self._policy.max_attempts:
+            strange_rounds = strange_rounds + 1 if self._are_foreign() else 0
+            if strange_rounds >= self._policy.max_attempts:
                 raise self._foreign(problems[-1])
             if clock() > deadline:
                 raise ServiceUnavailableError(
@@ -256,7 +258,7 @@ class ServicePool:
         pause = replica.failed(asyncio.get_running_loop().time(), answered, broken)
         if pause is not None:
             logger.warning("%s is set aside for %.1f s (%s)", replica.base_url, pause, problem)
-        return _TryAgainError(problem, is_failure=answered and not replica.is_foreign)
+        return _TryAgainError(problem, is_failure=answered and not replica.strange_answers)
 
     def _check_patience(self, problem: str) -> None:
         now, patience_s = asyncio.get_running_loop().time(), self._policy.patience_s
@@ -270,7 +272,7 @@ class ServicePool:
         )
 
     def _are_foreign(self) -> bool:
-        return all(replica.is_foreign for replica in self._replicas.all)
+        return all(replica.strange_answers for replica in self._replicas.all)
 
     def _foreign(self, problem: str) -> ServiceUnavailableError:
         return ServiceUnavailableError(f"{self._tried()}: {problem}; is this the right service?")
@@ -284,11 +286,13 @@ class ServicePool:
             response = await self._client.get(f"{replica.base_url}/ready", timeout=CONNECT_TIMEOUT_S)
             _check_key(response)
             found = read_answer(ReadyAnswer, response.content) if response.is_success else ReadyAnswer()
-        except (httpx.DecodingError, BrokenAnswerError, ReportedFailureError) as error:
+        except ReportedFailureError as error:
+            raise self._failure(replica, f"the service reports: {error}", answered=False) from None
+        except (httpx.DecodingError, BrokenAnswerError) as error:
             raise self._failure(replica, f"no answer of /ready: {error}", answered=False, broken=True) from None
         except httpx.TransportError as error:
             raise self._failure(replica, f"{type(error).__name__}: {error}", answered=False) from None
-        if not response.is_success and not response.is_client_error:
+        if response.is_server_error:
             raise self._failure(replica, f"{response.status_code}: {_detail(response)}", answered=False)
         ServedModel.from_copies(self._option, [*self._described.values(), found])
         self._described[replica.base_url] = found

@@ -142,6 +142,7 @@ class Journal:
             try:
                 os.fsync(self._file.fileno())
             except OSError as error:
+                self._is_synced = False
                 raise self._not_written(error) from None
 
     def remove(self) -> None:

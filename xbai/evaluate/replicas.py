@@ -34,7 +34,7 @@ class Replica:
         refusing_since: since when every answer has been that it is full; None where the last one was another.
         is_known: what it serves has been asked for, and it has not been away since.
         has_answered: it has given an answer that was as it should be.
-        is_foreign: it gives answers, but of another kind of service, and has given no others.
+        strange_answers: in a row, each as of another kind of service, of one that has given no others.
     """
 
     base_url: str
@@ -49,7 +49,7 @@ class Replica:
     refusing_since: float | None = None
     is_known: bool = False
     has_answered: bool = False
-    is_foreign: bool = False
+    strange_answers: int = 0
     _logged_at: float = 0.0
     _grows_at: float = 0.0
     _refusals: int = 0
@@ -79,12 +79,14 @@ class Replica:
         """
         self.refusing_since = None
         self.failing_since = now if self.failing_since is None else self.failing_since
-        self.is_foreign = broken and not self.has_answered
         self.answers = self.answers or answered
         self.is_known = self.is_known and answered and not broken
+        if not broken or self.has_answered:
+            self.strange_answers = 0
         if self.resting_until > now:
             return None
         self.failures += 1
+        self.strange_answers += broken and not self.has_answered
         pause = backoff_s(self.failures)
         self.resting_until = now + pause
         return pause
@@ -144,12 +146,12 @@ class Replica:
     def is_lost(self, now: float, patience_s: float, max_failures: int) -> bool:
         """It has not answered for the whole patience, or only refused, or only failed, several times.
 
-        A foreign one needs no patience, only several tries. One that refuses may still answer what it has of ours.
+        Of another kind, it needs no patience, only several tries. Refusing, it may still answer what it has of ours.
         """
         if self.refusing_since is not None:
             return self.in_flight == 0 and now - self.refusing_since > patience_s
-        if self.is_foreign:
-            return self.failures >= max_failures
+        if self.strange_answers:
+            return self.strange_answers >= max_failures
         if self.failing_since is None or now - self.failing_since <= patience_s:
             return False
         return not self.answers or self.failures >= max_failures
@@ -159,7 +161,7 @@ class Replica:
         self.resting_until = 0.0
         self.failing_since = None
         self.answers = False
-        self.is_foreign = False
+        self.strange_answers = 0
 
     def _may_grow(self, now: float) -> bool:
         return self.limit < self.max_in_flight and now >= self._grows_at

@@ -208,7 +208,11 @@ async def _synced(store: ResultStore) -> AsyncIterator[None]:
     async def sync() -> None:
         while True:
             await asyncio.sleep(SYNC_INTERVAL_S)
-            await asyncio.to_thread(store.sync)
+            try:
+                await asyncio.to_thread(store.sync)
+            except UserError as error:
+                # The last one, as the store is closed, decides.
+                logger.warning("%s", error)
 
     task = asyncio.create_task(sync())
     try:

@@ -27,7 +27,7 @@ class Answer(BaseModel):
 
 
 class _Report(Answer):
-    error: str
+    error: str | dict[str, Any] | list[Any]
 
 
 AnswerT = TypeVar("AnswerT", bound=Answer)
@@ -71,7 +71,7 @@ def read_answer(kind: type[AnswerT], body: bytes) -> AnswerT:
         return kind.model_validate_json(body)
     except ValidationError as error:
         with suppress(ValidationError):
-            raise ReportedFailureError(_Report.model_validate_json(body).error[:SHOWN]) from None
+            raise ReportedFailureError(str(_Report.model_validate_json(body).error)[:SHOWN]) from None
         problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(map(str, problem["loc"]))
         raise broken(f"{place}: {problem['msg']}" if place else problem["msg"], body) from None

@@ -34,8 +34,8 @@ def parse_body(body: bytes) -> Any:
     """What the JSON of a body says.
 
     Raises:
-        ServiceError: 422 for more values than any request has, before those beyond are made, for a number of hundreds
-            of digits, and for deep nesting.
+        ServiceError: 422 for more values than any request has, before those beyond are made, for deep nesting, and in a
+            large body for a number of hundreds of digits.
         json.JSONDecodeError: it is not JSON.
         UnicodeDecodeError: it is not text.
     """

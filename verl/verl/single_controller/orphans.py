@@ -50,10 +50,10 @@ def end_orphans(folder: Path) -> None:
 
 def _orphans() -> Iterator[tuple[psutil.Process, Path]]:
     """The processes of Ray whose session has no raylet, which starts and ends all others; each with its session."""
-    titles = {process: " ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])}
-    raylets = [title for process, title in titles.items() if "/raylet " in title]
-    for process, title in titles.items():
-        session = _session(process) if title.startswith("ray::") else None
+    processes = list(psutil.process_iter(["cmdline"]))
+    raylets = [title for title in map(_title, processes) if "/raylet " in title]
+    for process in processes:
+        session = _session(process) if _title(process).startswith("ray::") else None
         if session is not None and not any(f"/{session.name}/" in raylet for raylet in raylets):
             yield process, session
 
@@ -74,10 +74,12 @@ def _owner(session: Path) -> str | None:
         return None
 
 
+def _title(process: psutil.Process) -> str:
+    """As it was when the processes were listed."""
+    return " ".join(process.info["cmdline"] or ())
+
+
 def _listed(processes: list[psutil.Process]) -> str:
     """By their titles, such as "ray::DashboardAgent (process 4711), ray::IDLE (process 4712) and 3 more"."""
-    names = []
-    for process in processes[:NAMED]:
-        with suppress(psutil.Error):
-            names.append(f"{' '.join(process.cmdline()).split()[0]} (process {process.pid})")
-    return ", ".join(names) + (f" and {len(processes) - NAMED} more" if len(processes) > NAMED else "")
+    names = ", ".join(f"{_title(process).split()[0]} (process {process.pid})" for process in processes[:NAMED])
+    return names + (f" and {len(processes) - NAMED} more" if len(processes) > NAMED else "")

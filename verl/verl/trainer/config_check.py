@@ -35,7 +35,7 @@ from verl.utils.model_shapes import KNOWN_CONFIGS
 from verl.utils.tracking import check_backends
 from verl.workers.reward_manager import REWARD_MANAGERS
 from xbai.engine.files import DTYPES, check_model_folder
-from xbai.engine.weight_files import stored_tensors
+from xbai.engine.weight_files import MissingShardError, stored_tensors
 from xbai.errors import UserError, one_line
 from xbai.sprm.objective import LOSSES, TRAINED_AGGREGATIONS
 
@@ -360,7 +360,11 @@ def _check_weights(config: DictConfig, not_found: Callable[[str], None]) -> None
             continue
         if not any(any(Path(path).glob(kind)) for kind in WEIGHTS):
             not_found(f"{key}: {path} has no weights ({' or '.join(WEIGHTS)})")
-        stored_tensors(path)  # Damaged files are refused here.
+            continue
+        try:
+            stored_tensors(path)
+        except MissingShardError as error:
+            not_found(f"{key}: {error}")
 
 
 def _columns(key: str, file: str) -> list[str]:

@@ -45,6 +45,7 @@ from verl.utils.checksums import check_together
 from verl.utils.fsdp import reshard
 from verl.utils.optim import Optimizers
 from verl.utils.rng_state import load_with_rng, rng_state, set_rng_state
+from xbai.engine.scorer import HEAD_PREFIX
 from xbai.errors import UserError
 from xbai.files import fsync_tree, why_not_written
 from xbai.model_files import ModelFiles
@@ -194,7 +195,7 @@ def _check_head(folder: Path, weights: dict[str, Any]) -> None:
     parts = {
         name: weight.to_local() if isinstance(weight, DTensor) else weight
         for name, weight in weights.items()
-        if name.startswith("score_head.")
+        if name.startswith(HEAD_PREFIX)
     }
     broken: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(broken, next((name for name, part in parts.items() if not part.isfinite().all()), None))

@@ -193,23 +193,23 @@ class Tracking:
         if unknown := [name for name in backends if name not in build]:
             raise UserError(f"trainer.logger: unknown logger {unknown[0]!r}, use some of {', '.join(BACKENDS)}")
         self._folder = folder
-        self._backends: dict[str, Backend] = {}
+        self._backends: list[Backend] = []
         with self._written():
             folder.mkdir(parents=True, exist_ok=True)
         for name in backends:
             with self._written():
-                self._backends[name] = build[name]()
+                self._backends.append(build[name]())
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record one step; a value that is nan (undefined for this batch) is left out."""
         defined = {name: float(value) for name, value in metrics.items() if not math.isnan(value)}
-        for backend in self._backends.values():
+        for backend in self._backends:
             with self._written():
                 backend.log(defined, step)
 
     def close(self) -> None:
         """Flush and close every backend."""
-        for backend in self._backends.values():
+        for backend in self._backends:
             backend.close()
 
     @contextmanager

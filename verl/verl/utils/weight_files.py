@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from xbai.engine.weight_files import INDEX_FILE
 from xbai.errors import UserError
 from xbai.files import why_not_written
 
-INDEX_FILE = "model.safetensors.index.json"
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 """How safetensors, which is written in Rust, names the system's number of an error."""
 

@@ -65,8 +65,8 @@ class RayPPOTrainer:
         fetches: copy a remote checkpoint to go on from to this machine; otherwise it is only looked for.
 
     Raises:
-        UserError: data that cannot be used, a tokenizer without the score head's step token, or a checkpoint that is
-            not there.
+        UserError: data that cannot be used, a tokenizer without the score head's step token, weights or a head that
+            are damaged or of another model, or a checkpoint that is not there.
     """
 
     def __init__(self, config: DictConfig, fetches: bool = True) -> None:

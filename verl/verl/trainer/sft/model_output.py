@@ -19,6 +19,7 @@ from verl.utils.fsdp import named_full_tensors
 from verl.utils.model import dtype_name
 from verl.utils.weight_files import write_weights
 from verl.workers.actor.joint_model import JointModel
+from xbai.engine.scorer import HEAD_PREFIX
 from xbai.errors import UserError
 from xbai.files import atomic_directory, check_room, followed, remove_leftovers
 from xbai.model_files import ModelFiles
@@ -26,7 +27,6 @@ from xbai.sprm import SPRMConfig, save_score_head
 
 logger = logging.getLogger(__name__)
 
-HEAD_PREFIX = "score_head."
 IDENTITY_FILE = ".sft_run.json"
 """Hidden, so that it does not travel on with the model."""
 
