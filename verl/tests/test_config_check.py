@@ -212,6 +212,22 @@ def test_model_without_weights_or_tokenizer(fails, tmp_path, tiny_model_dir):
     assert "no tokenizer" in fails(f"actor_rollout_ref.model.path={tmp_path}")
 
 
+def test_shards_that_are_not_here_yet_are_said_after_the_report_of_a_dry_run(capsys, monkeypatch, small_run, tmp_path):
+    model = next(override for override in small_run if override.startswith("actor_rollout_ref.model.path="))
+    folder = shutil.copytree(model.partition("=")[2], tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "another.safetensors").touch()
+    command = ["main_ppo", "--dry-run", *small_run, f"actor_rollout_ref.model.path={folder}"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        main_ppo.main()
+    printed = capsys.readouterr()
+    assert "Dry run:" in printed.out
+    assert "model-00001-of-00001.safetensors: no such file, but model.safetensors.index.json names it" in printed.err
+
+
 def test_row_without_prompt(fails, tmp_path):
     row = {"data_source": "make10", "reward_model": {"ground_truth": "1 2 3 4"}}
     rows = [{**row, "prompt": [{"role": "user", "content": "hi"}]}, {**row, "prompt": None}]
