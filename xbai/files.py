@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
+from io import RawIOBase
 from pathlib import Path
 from typing import IO
 
@@ -80,6 +81,13 @@ def remove_leftovers(path: Path) -> None:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
+def write_all(stream: RawIOBase, content: bytes) -> None:
+    """Write to a file without a buffer, which may take a part at a time."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[stream.write(rest) :]
+
+
 def _temporary_sibling(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
@@ -128,12 +136,18 @@ def check_writable(path: str | Path) -> None:
     try:
         if not is_replaced(path):
             return
-        temporary = _temporary_sibling(followed(path))
-        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _sibling_in_its_folder(path)
         temporary.touch()
         temporary.unlink()
     except OSError as error:
         raise not_written(path, error) from None
+
+
+def _sibling_in_its_folder(path: str | Path) -> Path:
+    """A free name beside what `path` leads to, in a folder that is there."""
+    temporary = _temporary_sibling(followed(path))
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    return temporary
 
 
 def check_directory(path: str | Path) -> None:
@@ -143,8 +157,7 @@ def check_directory(path: str | Path) -> None:
         UserError: says why.
     """
     try:
-        temporary = _temporary_sibling(followed(path))
-        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _sibling_in_its_folder(path)
         temporary.mkdir()
         temporary.rmdir()
     except OSError as error:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from xbai.errors import UserError, one_line
+from xbai.errors import UserError
 from xbai.grading import GradeRequest
+from xbai.parquet import UNREADABLE, not_parquet
 from xbai.prompts import Message, chat_messages
 
 Row = dict[str, Any]
@@ -166,8 +166,8 @@ def _is_list(path: Path) -> bool:
 def _read_parquet(path: Path) -> Iterator[tuple[Any, str]]:
     try:
         rows = pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cut off, or not a parquet file ({one_line(error)[:300]})") from error
+    except UNREADABLE as error:
+        raise not_parquet(f"{path}:", error) from error
     for number, row in enumerate(rows, start=1):
         yield row, f"{path}: row {number}"
 

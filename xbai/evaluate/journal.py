@@ -19,7 +19,7 @@ from typing import Any
 
 from xbai.errors import UserError
 from xbai.evaluate.settings import RunSettings
-from xbai.files import why_not_written
+from xbai.files import why_not_written, write_all
 
 JOURNAL_SUFFIX = ".journal"
 
@@ -168,9 +168,7 @@ class Journal:
 
     def _write(self, content: bytes) -> None:
         self._is_synced = False
-        rest = memoryview(content)
-        while rest:
-            rest = rest[self._file.write(rest) :]
+        write_all(self._file, content)
 
     def _is_at_path(self) -> bool:
         try:

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
@@ -36,7 +35,8 @@ from verl.utils.tracking import check_backends
 from verl.workers.reward_manager import REWARD_MANAGERS
 from xbai.engine.files import DTYPES, check_model_folder
 from xbai.engine.weight_files import MissingShardError, stored_tensors
-from xbai.errors import UserError, one_line
+from xbai.errors import UserError
+from xbai.parquet import UNREADABLE, not_parquet
 from xbai.sprm.objective import LOSSES, TRAINED_AGGREGATIONS
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", ListConfig: "a list"}
@@ -370,8 +370,8 @@ def _check_weights(config: DictConfig, not_found: Callable[[str], None]) -> None
 def _columns(key: str, file: str) -> list[str]:
     try:
         metadata = pq.read_metadata(file)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"data.{key}: {file} is cut off, or not a parquet file ({one_line(error)[:300]})") from error
+    except UNREADABLE as error:
+        raise not_parquet(f"data.{key}: {file} is", error) from error
     if not metadata.num_rows:
         raise UserError(f"data.{key}: {file} has no rows")
     return metadata.schema.to_arrow_schema().names

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from xbai.errors import UserError
-from xbai.files import atomic_write, why_not_written
+from xbai.files import atomic_write, why_not_written, write_all
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +63,7 @@ class FileBackend(Backend):
         self._stream = path.open("ab", buffering=0)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        rest = memoryview((json.dumps({"step": step, **metrics}) + "\n").encode())
-        while rest:
-            rest = rest[self._stream.write(rest) :]
+        write_all(self._stream, (json.dumps({"step": step, **metrics}) + "\n").encode())
 
     def close(self) -> None:
         self._stream.close()

@@ -10,7 +10,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import torch
 from datasets.exceptions import DatasetsError
 from omegaconf import DictConfig, ListConfig
@@ -21,7 +20,8 @@ from torchdata.stateful_dataloader.sampler import RandomSampler
 from transformers import PreTrainedTokenizerBase
 
 from verl.protocol import object_array
-from xbai.errors import UserError, one_line
+from xbai.errors import UserError
+from xbai.parquet import UNREADABLE, not_parquet
 from xbai.prompts import chat_messages, most_characters, prompt_text
 
 logger = logging.getLogger(__name__)
@@ -147,9 +147,8 @@ def _read_parquet(file: str, prompt_key: str) -> datasets.Dataset:
         raise UserError(f"data files: {file} does not exist")
     try:
         rows = datasets.load_dataset("parquet", data_files=str(file), split="train")
-    except (DatasetsError, pa.ArrowException, OSError) as error:
-        why = one_line(error.__cause__ or error)[:300]
-        raise UserError(f"{file}: cut off, or not a parquet file ({why})") from error
+    except (DatasetsError, *UNREADABLE) as error:
+        raise not_parquet(f"{file}:", error.__cause__ or error) from error
     if prompt_key not in rows.column_names:
         raise UserError(f"{file}: no column {prompt_key!r} (data.prompt_key); it has {', '.join(rows.column_names)}")
     return rows

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from omegaconf import DictConfig
@@ -15,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from xbai.errors import UserError, one_line
+from xbai.errors import UserError
+from xbai.parquet import UNREADABLE, not_parquet
 from xbai.prompts import is_far_longer, prompt_text
 
 
@@ -59,9 +59,8 @@ class SFTDataset(Dataset):
             raise UserError(f"data.train_files: {file} does not exist")
         try:
             table = pq.read_table(file)
-        except (pa.ArrowException, OSError) as error:
-            why = one_line(error)[:300]
-            raise UserError(f"data.train_files: {file} is cut off, or not a parquet file ({why})") from error
+        except UNREADABLE as error:
+            raise not_parquet(f"data.train_files: {file} is", error) from error
         for key in ("prompt_key", "response_key"):
             if self._config[key] not in table.column_names:
                 raise UserError(
