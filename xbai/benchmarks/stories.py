@@ -149,9 +149,13 @@ def write_splits(out_dir: str | Path, seed: int = 0, sizes: SplitSizes | None = 
     return files
 
 
-def main(out: Annotated[Path, typer.Option(help="folder for the files")], seed: int = 0) -> None:
+def main(
+    out: Annotated[Path, typer.Option(help="folder for the files")],
+    seed: int = 0,
+    judge: Annotated[int, typer.Option(min=1, max=SplitSizes.train, help="questions for a head")] = SplitSizes.judge,
+) -> None:
     """Write the data files of the stories."""
-    files = write_splits(out, seed)
+    files = write_splits(out, seed, SplitSizes(judge=judge))
     training = (files.sft, files.train, files.judge, files.validation)
     for path in (*training, files.validation_lines, files.test, files.held_out):
         typer.echo(path)
