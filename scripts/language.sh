@@ -4,8 +4,9 @@
 #
 #   bash scripts/language.sh
 #
-# Sized for two CPU cores with 12 GB and at most three hours: the recommended setting took 78 minutes, beside other work. Needs no
-# model hub: the model, SmolLM2-135M-Instruct, is in a wheel. Interrupted and run again it goes on from the last finished stage.
+# Sized for two CPU cores with 12 GB (RL takes 11) and at most three hours: the recommended setting took 78 minutes, beside
+# other work. Needs no model hub: the model, SmolLM2-135M-Instruct, is in a wheel. Interrupted and run again it goes on from
+# the last finished stage.
 # Settings by environment variable:
 #   OUT             where everything goes (outputs/language)
 #   SETTING         of the score's loss: recommended (see below) or published; run again with the other one, both share the
@@ -62,11 +63,17 @@ esac
 [[ -z $model || -d $model ]] || fail "LANGUAGE_MODEL=$model: no such folder"
 
 ranks=${RANKS:-2}
+micro_batch_tokens=1024 # of two processes with 5 GB each
 device_settings=(trainer.device=cpu actor_rollout_ref.model.enable_gradient_checkpointing=false)
 if [[ $device == cuda ]]; then
     ranks=${RANKS:-$(nvidia-smi -L | wc -l)}
+    micro_batch_tokens=8192
     device_settings=(trainer.device=cuda)
 fi
+device_settings+=(
+    actor_rollout_ref.actor.ppo_max_token_len_per_gpu="$micro_batch_tokens"
+    actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=$((2 * micro_batch_tokens))
+)
 begin "$out" "SEED=$seed TASK=$task LANGUAGE_MODEL=$model GSM8K=$gsm8k QUESTIONS=$questions \
 JUDGE_QUESTIONS=$judge_questions DEVICE=$device RANKS=$ranks SFT_ARGS=${SFT_ARGS:-}"
 
@@ -151,11 +158,9 @@ stage_rl() {
         actor_rollout_ref.actor.ppo_mini_batch_size=8 \
         actor_rollout_ref.actor.ulysses_sequence_parallel_size=1 \
         actor_rollout_ref.actor.entropy_coeff=0 actor_rollout_ref.actor.use_kl_loss=false \
-        actor_rollout_ref.actor.ppo_max_token_len_per_gpu=2048 \
         actor_rollout_ref.actor.fsdp_config.compute_dtype=bfloat16 \
         actor_rollout_ref.actor.optim.lr=3e-5 \
         actor_rollout_ref.score.optim.lr=1e-3 \
-        actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=4096 \
         actor_rollout_ref.rollout.dtype=bfloat16 actor_rollout_ref.rollout.max_num_seqs=64 \
         actor_rollout_ref.rollout.temperature=1.0 \
         actor_rollout_ref.rollout.val_kwargs.n=1 actor_rollout_ref.rollout.val_kwargs.temperature="$temperature" \
