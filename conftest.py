@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
 import logging
 import subprocess
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,18 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 # The folder `verl/` holds both the package and its tests, and pytest's importlib mode would take the folder itself for
 # a namespace package `verl` as it imports `verl/tests/...`, unless the real one is loaded already.
 import verl  # noqa: F401
+
+if find_spec("beartype") is not None:
+    # Every call of the method and of the algorithms is checked against the shapes in their annotations.
+    import jaxtyping
+
+    # The modules know them while types are checked, and do without when they run.
+    vars(builtins).update(
+        {name: getattr(jaxtyping, name) for name in ("Bool", "Float", "Float32", "Float64", "Int", "Int64", "Shaped")}
+    )
+    jaxtyping.install_import_hook(
+        ["xbai.calibration", "xbai.sprm", "verl.trainer.ppo.core_algos"], "shape_checks.checked"
+    )
 from xbai.sprm import ScoreHead, SPRMConfig, StepRule, save_score_head
 
 CHAT_TEMPLATE = (

@@ -68,7 +68,7 @@ def run_variant(name: str, variant: Variant, quickstart: Path, out: Path) -> dic
         ).returncode
     if status:
         raise UserError(f"variant {name} failed, see {log}")
-    return row_of(variant, json.loads((folder / "summary.json").read_text()))
+    return row_of(variant, json.loads((folder / "summary.json").read_text(encoding="utf-8")))
 
 
 def share(variant: Variant, quickstart: Path, folder: Path) -> None:
@@ -128,7 +128,7 @@ def main(
             if not only or name in only
         }
         rows = {name: future.result() for name, future in futures.items()}
-    summary = json.loads((quickstart / "summary.json").read_text())
+    summary = json.loads((quickstart / "summary.json").read_text(encoding="utf-8"))
     rows = {name: row_of(variant, summary) for name, variant in UNCHANGED.items()} | rows
     typer.echo(to_markdown([rows[name] for name in sorted(rows, key=lambda name: name.startswith("rl"))]))
     with atomic_write(ROOT / "bench/results/ablation.json", "w") as stream:

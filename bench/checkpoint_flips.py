@@ -25,18 +25,18 @@ import torch.distributed as dist
 import typer
 from machine import ROOT, describe_machine, report
 
-from verl.trainer.ppo.checkpoint_folder import CheckpointFolder, read_state, write_state
-from verl.utils.checkpoint import load_checkpoint, save_checkpoint
-from verl.utils.fsdp import create_mesh, shard_model
-from verl.utils.model import build_joint_model, load_tokenizer
-from verl.utils.optim import JointOptimizer
-from verl.utils.rng_state import rng_state
+from verl.checkpoints.folder import CheckpointFolder, read_state, write_state
+from verl.checkpoints.rng_state import rng_state
+from verl.checkpoints.state import load_checkpoint, save_checkpoint
+from verl.models.fsdp import create_mesh, shard_model
+from verl.models.loading import build_joint_model, load_tokenizer
+from verl.optim.optimizers import JointOptimizer
+from verl.trainer.config.defaults import plain_defaults
+from verl.trainer.config.fields import with_values
 from xbai.benchmarks.tiny_model import write_tiny_model
 from xbai.errors import UserError, exit_on_user_error
 from xbai.model_files import ModelFiles
 from xbai.sprm import load_sprm_config
-
-OPTIM = {"lr": 1e-3}
 
 
 class SmallCheckpoint:
@@ -55,8 +55,9 @@ class SmallCheckpoint:
         write_tiny_model(base)
         sprm_config = load_sprm_config(base, load_tokenizer(base))
         model = build_joint_model(base, sprm_config=sprm_config)
-        self._model = shard_model(model, create_mesh(), {})
-        self._optimizer = JointOptimizer(self._model, OPTIM, OPTIM)
+        self._model = shard_model(model, create_mesh())
+        optim = with_values(plain_defaults().critic.optim, {"lr": 1e-3})
+        self._optimizer = JointOptimizer(self._model, optim, optim)
         checkpoints = CheckpointFolder(folder / "run")
         with checkpoints.write(1) as target:
             write_state({"step": 1, "rng": rng_state()}, target)

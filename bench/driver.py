@@ -42,13 +42,14 @@ from simulated_service import latency_s
 
 from xbai.benchmarks.registry import get_benchmark
 from xbai.benchmarks.tiny_model import make_tokenizer
+from xbai.client.pool import ServicePool, open_client
+from xbai.client.retry import RetryPolicy
 from xbai.engine.files import load_tokenizer
-from xbai.evaluate.client import RetryPolicy, ServicePool, open_client
-from xbai.evaluate.options import RunOptions
-from xbai.evaluate.results import read_result_lines
-from xbai.evaluate.run import run
-from xbai.evaluate.settings import request_seed
+from xbai.infer.options import RunOptions
+from xbai.infer.run import run
 from xbai.prompts import prompt_text
+from xbai.results.lines import read_result_lines
+from xbai.results.settings import request_seed
 
 SLOTS, MEAN_S = 8, 2.0
 SAMPLES = 32
@@ -66,7 +67,8 @@ class Workload:
         self.input_file.write_text(
             "".join(
                 json.dumps({"problem": f"What is {n} + {n}?", "answer": str(2 * n)}) + "\n" for n in range(questions)
-            )
+            ),
+            encoding="utf-8",
         )
         self.model_dir = folder / "model"
         make_tokenizer().save_pretrained(self.model_dir)
@@ -156,8 +158,8 @@ def drive(services: int, ideal_s: float) -> dict[str, Any]:
             path = run(options)
             wall = time.monotonic() - started
             died = not death.is_alive()
-        found = Counter((line.index, sample) for line in read_result_lines(path) for sample in line.sample_indices)
-        answers = Counter(line for record in records for line in record.read_text().splitlines())
+        found = Counter(sample.key for line in read_result_lines(path) for sample in line.samples)
+        answers = Counter(line for record in records for line in record.read_text(encoding="utf-8").splitlines())
         wanted = len(work.prompts) * SAMPLES
         return {
             "services": services,

@@ -30,10 +30,10 @@ from typing import Annotated
 import typer
 
 from xbai.benchmarks.tiny_model import make_tokenizer
-from xbai.evaluate.client import RetryPolicy
-from xbai.evaluate.options import RunOptions
-from xbai.evaluate.results import read_result_lines
-from xbai.evaluate.run import run
+from xbai.client.retry import RetryPolicy
+from xbai.infer.options import RunOptions
+from xbai.infer.run import run
+from xbai.results.lines import read_result_lines
 
 SERVICE = Path(__file__).with_name("simulated_service.py")
 QUESTIONS, SAMPLES, BRANCH, AT_ONCE = 40, 12, 4, 3
@@ -104,11 +104,11 @@ class KilledRun:
     def outcome(self) -> dict[str, int]:
         """`lost` and `silently_wrong` of the results that are there."""
         lines = list(read_result_lines(Path(self._options.output_file)))
-        found = Counter((line.index, sample) for line in lines for sample in line.sample_indices)
+        found = Counter(sample.key for line in lines for sample in line.samples)
         wanted = {(question, sample) for question in range(QUESTIONS) for sample in range(SAMPLES)}
         forgotten = sum(max(0, before - after) for before, after in zip(self.kept_by_kill, self.kept_by_kill[1:]))
         repeated = sum(len(line.responses) - len(set(line.responses)) for line in lines)
-        unscored = sum(line.scores.count(None) for line in lines)
+        unscored = sum(sample.score is None for line in lines for sample in line.samples)
         return {
             "lost": len(wanted - found.keys()) + forgotten,
             "silently_wrong": (found - Counter(wanted)).total() + repeated + unscored,
@@ -130,7 +130,7 @@ class KilledRun:
     def _driver(self) -> BaseProcess:
         """In a process of its own, forked from one that has done the imports."""
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["xbai.evaluate.run", "transformers.models.auto.tokenization_auto"])
+        context.set_forkserver_preload(["xbai.infer.run", "transformers.models.auto.tokenization_auto"])
         process = context.Process(target=run, args=(self._options,))
         process.start()
         return process
@@ -139,7 +139,7 @@ class KilledRun:
 def _options(folder: Path) -> RunOptions:
     questions = folder / "questions.jsonl"
     rows = [{"prompt": f"Make 10 from {n}", "answer": "1 2"} for n in range(QUESTIONS)]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     make_tokenizer().save_pretrained(folder / "model")
     return RunOptions(
         task="make10",

@@ -32,7 +32,7 @@ class ServiceProcess:
 
     def peak_memory_mib(self) -> dict[str, int]:
         """Most resident memory so far; and on a GPU what the device has lost to it (torch keeps what it once took)."""
-        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{self.pid}/status").read_text(encoding="utf-8").splitlines()
         kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
         peak = {"resident": kilobytes * 1024 // MIB}
         if torch.cuda.is_available():
@@ -89,7 +89,9 @@ def wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) -> 
         except httpx.TransportError:
             pass
         time.sleep(0.1)
-    raise RuntimeError(f"the service did not get ready: {' '.join(process.args)}\n{log.read_text()[-4000:]}")
+    raise RuntimeError(
+        f"the service did not get ready: {' '.join(process.args)}\n{log.read_text(encoding='utf-8')[-4000:]}"
+    )
 
 
 def _device_bytes_in_use() -> int:

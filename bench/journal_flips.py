@@ -32,9 +32,9 @@ from typing import Annotated
 import typer
 
 from xbai.errors import UserError
-from xbai.evaluate.results import REFUSED, Sample, SampleKey, StoredQuestion
-from xbai.evaluate.settings import RunSettings
-from xbai.evaluate.store import ResultStore
+from xbai.infer.store import ResultStore
+from xbai.results.lines import REFUSED, Sample, SampleKey, StoredQuestion
+from xbai.results.settings import RunSettings
 
 QUESTIONS, SAMPLES = 8, 3
 SETTINGS = RunSettings("make10", "m:1a", "q", 0.8, 0.95, -1, 1.05, 64, (), 0)

@@ -128,7 +128,8 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 def main(results: Annotated[Path, typer.Option(help="folder of the summaries")] = RESULTS) -> None:
     """Print the tables."""
     arms = {
-        arm: [json.loads(path.read_text()) for path in sorted(results.glob(pattern))] for arm, pattern in ARMS.items()
+        arm: [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob(pattern))]
+        for arm, pattern in ARMS.items()
     }
     if not any(arms.values()):
         raise UserError(f"{results} holds no {ARMS['recommended']}; copy summary.json of scripts/language.sh there")

@@ -99,7 +99,7 @@ class Service:
 
     def watch_memory(self) -> None:
         """Note the resident memory of the present process, in MiB."""
-        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text(encoding="utf-8").split()[1])
         self.memory[-1].append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
 
     def growth_mib(self) -> float:
@@ -128,7 +128,7 @@ class Service:
     def answered_twice(self) -> int:
         """Requests that the log has as answered more than once."""
         counts: Counter[str] = Counter()
-        for line in self.log.read_text(errors="replace").splitlines():
+        for line in self.log.read_text(errors="replace", encoding="utf-8").splitlines():
             if '"message": "request"' in line:
                 entry = json.loads(line)
                 counts[entry["request_id"]] += entry["status"] == 200

@@ -26,8 +26,8 @@ import typer
 from machine import ROOT, describe_machine, report
 from torch import Tensor, nn
 
-from verl.utils.lm_head import LMHead
-from verl.utils.torch_functional import LOGITS_PER_CHUNK, token_log_probs
+from verl.models.lm_head import LMHead
+from verl.models.log_probs import LOGITS_PER_CHUNK, token_log_probs
 from xbai.errors import UserError, exit_on_user_error
 
 GIB = 2**30
@@ -117,7 +117,7 @@ def _held(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * resource.getpagesize()
 
 
@@ -153,7 +153,7 @@ def _refuse_what_cannot_fit(case: Case) -> None:
     if torch.cuda.is_available():
         free, where = torch.cuda.mem_get_info()[0], "the GPU"
     else:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
         where = "this machine"
     needed = PLAIN_LOGITS[case.entropy] * case.tokens * case.vocabulary * 4

@@ -18,8 +18,8 @@ import typer
 from machine import ROOT, describe_machine
 
 from xbai.errors import UserError, exit_on_user_error
-from xbai.evaluate.metrics import report_files
-from xbai.evaluate.summary import write_json
+from xbai.files import write_json
+from xbai.measure.metrics import report_files
 
 RESULTS = ROOT / "bench/results"
 MODELS = {"base": "before RL", "rl": "after RL"}
@@ -45,20 +45,24 @@ def record_of(folder: Path) -> dict[str, Any]:
     """
     if not (folder / "stages/report").is_file():
         raise UserError(f"{folder}: not a finished quickstart; run scripts/quickstart.sh to its end first")
-    settings = dict(entry.split("=", 1) for entry in (folder / "settings").read_text().split(" ", 3)[:3])
+    settings = dict(
+        entry.split("=", 1) for entry in (folder / "settings").read_text(encoding="utf-8").split(" ", 3)[:3]
+    )
     commit = folder / "commit"
     reports = {name: report_files("make10", [str(folder / f"results/{name}.jsonl")])[0] for name in MODELS}
     rl = reports["rl"]
     return {
         "benchmark": "quickstart",
         "seed": int(settings["SEED"]),
-        "settings": (folder / "settings").read_text().strip(),
-        "commit": commit.read_text().strip() if commit.is_file() else None,
+        "settings": (folder / "settings").read_text(encoding="utf-8").strip(),
+        "commit": commit.read_text(encoding="utf-8").strip() if commit.is_file() else None,
         "problems": rl.questions,
         "samples": rl.samples,
         "sampling": {name: (rl.settings or {})[name] for name in SAMPLING},
         "models": {name: figures_of(report.to_dict()) for name, report in reports.items()},
-        "stage_seconds": {path.name: int(path.read_text()) for path in sorted((folder / "stages").iterdir())},
+        "stage_seconds": {
+            path.name: int(path.read_text(encoding="utf-8")) for path in sorted((folder / "stages").iterdir())
+        },
         "machine": {name: value for name, value in describe_machine().items() if name != "threads"},
     }
 
@@ -96,7 +100,7 @@ def main(folders: Annotated[list[Path] | None, typer.Argument(help="outputs of f
     for folder in folders or ():
         record = record_of(folder)
         write_json(record, RESULTS / f"quickstart_seed{record['seed']}.json")
-    records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("quickstart_seed*.json"))]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("quickstart_seed*.json"))]
     if not records:
         raise UserError(f"{RESULTS} holds no quickstart_seed*.json; give output folders of finished quickstarts")
     typer.echo(to_markdown(records))

@@ -33,20 +33,22 @@ from unittest import mock
 import torch
 import typer
 from machine import ROOT, report, rounded
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from verl.trainer.memory_estimate import GIB, saved_activations
-from verl.trainer.memory_phases import PhaseMemory
-from verl.utils import torch_functional
-from verl.utils.liger import apply_liger
-from verl.utils.model_shapes import ModelShape, config_of
-from verl.utils.packing import packed_layout
-from verl.workers.actor.joint_model import JointModel
+from verl.models import log_probs as torch_functional
+from verl.models.joint_model import JointModel
+from verl.models.liger import apply_liger
+from verl.models.packing import packed_layout
+from verl.trainer.config.schema import YAML, PPOConfig
+from verl.trainer.config.validation import validated
+from verl.trainer.planning.memory_estimate import GIB, saved_activations
+from verl.trainer.planning.memory_phases import PhaseMemory
+from verl.trainer.planning.model_shapes import ModelShape, config_of
 from xbai.engine import packed_attention
 from xbai.errors import UserError, exit_on_user_error
 from xbai.sprm import ScoreHead
@@ -329,7 +331,7 @@ def modelled(work: Work, variant: Variant, rates: Rates) -> dict[str, Any]:
     return found
 
 
-def roofline(config: DictConfig, mean_length: int, prompt: int, rates: Rates) -> dict[str, Any]:
+def roofline(config: PPOConfig, mean_length: int, prompt: int, rates: Rates) -> dict[str, Any]:
     """Every phase and variant of a configuration.
 
     Raises:
@@ -368,7 +370,7 @@ def _sequences(tokens: int, length: int, prompt: int) -> list[int]:
     return [length] * whole + ([rest] if rest > prompt else [])
 
 
-def recipe_config(recipe: str, overrides: list[str]) -> DictConfig:
+def recipe_config(recipe: str, overrides: list[str]) -> PPOConfig:
     """What a recipe's script composes.
 
     Raises:
@@ -381,7 +383,7 @@ def recipe_config(recipe: str, overrides: list[str]) -> DictConfig:
     ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": ":".join(paths)})
     if ended.returncode:
         raise UserError(ended.stderr.strip().rpartition("error: ")[2])
-    return OmegaConf.create(ended.stdout)
+    return validated(PPOConfig, OmegaConf.create(ended.stdout), YAML)
 
 
 def tables(result: dict[str, Any]) -> str:
@@ -413,7 +415,6 @@ def main(
 ) -> None:
     """Model a recipe and write the figures."""
     config = recipe_config(recipe, overrides or [])
-    longest = config.data.max_prompt_length + config.data.max_response_length
     rates = Rates(
         peak=peak_tflops * 1e12,
         gemm=gemm_share * peak_tflops * 1e12,
@@ -422,7 +423,7 @@ def main(
         bandwidth=bandwidth_share * bandwidth_tb * 1e12,
         latency=latency_us / 1e6,
     )
-    length = mean_length or longest // 2
+    length = mean_length or config.data.longest // 2
     result = {
         "benchmark": "roofline",
         "modelled": True,

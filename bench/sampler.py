@@ -109,8 +109,8 @@ class Stage:
             self._batch.add_request(request)
 
     def _engine_sampler(self, rows: int) -> nn.Module:
-        from xbai.engine.vllm_rows import BatchRows
-        from xbai.engine.vllm_sampler import EngineSampler
+        from xbai.engine.vllm.rows import BatchRows
+        from xbai.engine.vllm.sampler import EngineSampler
 
         runner = SimpleNamespace(
             device=self._batch.device,

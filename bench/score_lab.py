@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from verl.utils.dataset.step_dataset import StepDataset
 from verl.utils.head_quality import candidates
 from xbai.errors import UserError, exit_on_user_error
-from xbai.evaluate.estimate import Estimate
-from xbai.evaluate.graded import GradedQuestion
-from xbai.evaluate.graded_responses import response_files
-from xbai.evaluate.separation import separation
-from xbai.evaluate.strategies import accuracies
+from xbai.measure.estimate import Estimate
+from xbai.measure.graded import GradedQuestion
+from xbai.measure.graded_responses import response_files
+from xbai.measure.separation import separation
+from xbai.measure.strategies import accuracies
 from xbai.sprm import FeatureMoments, ScoreHead, ScoreObjective
 from xbai.sprm.step_features import StepFeatures
 
@@ -50,7 +50,7 @@ class Variant:
         title: of the row.
         loss: that it learns by.
         warm_up: epochs by `STEP_BCE` before those.
-        chosen_by: how its step scores become the response's, one of `xbai.sprm.score.AGGREGATIONS`.
+        chosen_by: how its step scores become the response's, one of `xbai.aggregation.AGGREGATIONS`.
         layer: whose features it sees; None for the last that was kept below the top one, as the published head does.
         share: of the training prompts.
         epochs: over all training prompts; with a share of them as many updates.

@@ -18,8 +18,8 @@ from torch import Tensor
 from verl.utils.dataset.step_dataset import StepBatch
 from xbai.benchmarks.story import OPERATIONS
 from xbai.engine.files import load_tokenizer
-from xbai.evaluate.feature_files import encode_response, step_states
-from xbai.evaluate.graded_responses import read_graded_responses
+from xbai.measure.feature_files import encode_response, step_states
+from xbai.measure.graded_responses import read_graded_responses
 from xbai.sprm import ScoreObjective, StepRule
 from xbai.sprm.loss import StepCounts, count_by_class, sprm_loss
 

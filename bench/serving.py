@@ -43,10 +43,10 @@ from rich.table import Table
 from serving_models import MODELS, Sizes, default_sizes, random_prompt_ids, random_text, write_model
 from turns import Ratio, take_turns
 
+from xbai.aggregation import aggregate
 from xbai.engine import SamplingParams
 from xbai.engine.files import quiet_transformers, read_config, resolve_dtype
 from xbai.errors import UserError, exit_on_user_error
-from xbai.sprm import aggregate
 
 WARM_UPS = 1
 SCORE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}

@@ -31,9 +31,9 @@ import typer
 from machine import ROOT, describe_machine, report, rounded
 
 from verl.bringup import workload
+from verl.models.fsdp import local_device, named_full_tensors
+from verl.trainer.planning.model_shapes import ModelShape, config_of
 from verl.utils.device_peaks import peak_tflops
-from verl.utils.fsdp import local_device, named_full_tensors
-from verl.utils.model_shapes import ModelShape, config_of
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from xbai.benchmarks.tiny_model import write_tiny_model
 from xbai.engine import SamplingParams, load_engine
@@ -99,7 +99,7 @@ def _now() -> float:
 def measure_engine(name: str, folder: Path, sizes: Sizes, parameters: int) -> dict[str, Any]:
     """Rollout, in which every response has all its tokens, and sync of the policy's weights, of one engine."""
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    policy = workload.build_policy(folder, {})
+    policy = workload.build_policy(folder, workload.fsdp_section())
     engine = load_engine(
         name,
         folder,
@@ -123,7 +123,7 @@ def measure_engine(name: str, folder: Path, sizes: Sizes, parameters: int) -> di
 
 def measure_training(folder: Path, sizes: Sizes, packed: bool, shape: ModelShape) -> dict[str, Any]:
     """Log-probs and the update of one layout."""
-    policy = workload.build_policy(folder, {}, packed=packed, gradient_checkpointing=True)
+    policy = workload.build_policy(folder, workload.fsdp_section(), packed=packed, gradient_checkpointing=True)
     config, batch = workload.actor_config(sizes, packed), workload.make_batch(sizes, shape.vocabulary)
     actor = DataParallelPPOActor(config, policy.model, policy.optimizer)
     batch |= actor.compute_log_prob(batch)

@@ -73,7 +73,7 @@ class TrainingRun:
     def start(self) -> subprocess.Popen:
         """In a process group of its own."""
         quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-        with (self._folder / "log.txt").open("a") as log:
+        with (self._folder / "log.txt").open("a", encoding="utf-8") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "verl.trainer.main_ppo", *self._command],
                 stdout=log,
@@ -104,7 +104,7 @@ class TrainingRun:
     def metrics(self) -> Metrics:
         """By step, without those of time and memory."""
         path = self._folder / METRICS_FILE
-        rows = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+        rows = map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.exists() else [])
         return {
             row["step"]: {name: value for name, value in row.items() if not name.startswith(("timing_s/", "perf/"))}
             for row in rows
@@ -124,7 +124,7 @@ def write_inputs(folder: Path) -> None:
         for n in range(8)
     ]
     datasets.Dataset.from_list(rows).to_parquet(folder / "train.parquet")
-    (folder / "reward.py").write_text(REWARD)
+    (folder / "reward.py").write_text(REWARD, encoding="utf-8")
 
 
 def kill_training(folder: Path, kills: int, seed: int = 0) -> dict[str, int]:

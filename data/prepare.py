@@ -150,12 +150,15 @@ def download(source: HubSource, revision: str) -> Iterator[Row]:
     """The rows of a Hub dataset; of one in several configurations, each row names its own as `subject`.
 
     Raises:
-        UserError: the Hub cannot be reached, or has no such dataset.
+        UserError: the Hub cannot be reached, or has no such dataset; `datasets` is not installed.
     """
     if source.files:
         yield from _download_files(source, revision)
         return
-    from datasets import load_dataset
+    try:
+        from datasets import load_dataset
+    except ModuleNotFoundError as error:
+        raise UserError(f"{source.dataset} is read with the package {error.name}: pip install -e '.[data]'") from None
 
     for configuration in source.configurations:
         with hub_errors(source.dataset):
@@ -338,7 +341,7 @@ def read_sums(out: Path) -> dict[str, dict[str, Any]]:
     """What `SHA256SUMS.json` says of each file."""
     path = out / SUMS_FILE
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); remove it and the files that are to be made anew") from None
 

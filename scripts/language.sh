@@ -199,7 +199,7 @@ stage_report() {
     [[ ! -f $arm/model/sprm_calibration.json ]] || calibration=(--calibration "$arm/model")
     python -c 'import json, sys; print(json.dumps({"setting": sys.argv[1], "overrides": sys.argv[2:]}))' \
         "$setting" "${score_setting[@]}" "${rl_args[@]}" >"$arm/score_setting.json"
-    xbai plot training --metrics_file "$arm/rl/metrics.jsonl" --output "$arm/training.png"
+    python -m verl.trainer.plot --metrics_file "$arm/rl/metrics.jsonl" --output "$arm/training.png"
     xbai summary --task "$task" --base_results "$out/results/base.jsonl" --rl_results "$arm/results/rl.jsonl" \
         "${held_out[@]}" "${calibration[@]}" --score_setting "$arm/score_setting.json" \
         --output "$arm/summary.json" --plot "$arm/accuracy.png" --seconds_total "$seconds"

@@ -92,7 +92,7 @@ stage_metrics() {
 stage_report() {
     local seconds
     seconds=$(seconds_of "$out")
-    xbai plot training --metrics_file "$out/rl/metrics.jsonl" --output "$out/training.png"
+    python -m verl.trainer.plot --metrics_file "$out/rl/metrics.jsonl" --output "$out/training.png"
     xbai summary --task make10 --base_results "$out/results/base.jsonl" --rl_results "$out/results/rl.jsonl" \
         --output "$out/summary.json" --plot "$out/accuracy.png" --seconds_total "$seconds"
     say "Done in $seconds s. Table: $out/summary.json; figures: $out/training.png, $out/accuracy.png"

@@ -17,9 +17,14 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-has_verl() { python -c 'import importlib.metadata as m; m.version("verl")' 2>/dev/null; }
-has_verl || export PATH=$root/.venv/bin:$PATH
-has_verl || { echo "error: the trainer is not installed; run: bash scripts/setup.sh" >&2; exit 2; }
+# A module that the public project's `verl` has not, which would be imported in place of this one's editable install.
+has_trainer() { python -c 'import verl.distribution' 2>/dev/null; }
+has_trainer || export PATH=$root/.venv/bin:$PATH
+has_trainer || {
+    echo "error: the trainer is not installed; run: bash scripts/setup.sh (where the public project's verl is, first:" \
+        "pip uninstall verl)" >&2
+    exit 2
+}
 
 # A key that cannot act where it runs is an error, and these cannot on CPU.
 gpu_settings=(

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Installs what is missing, then lints and tests on the CPU; fast tests first. Extra arguments go to pytest.
+# Installs what is missing, lints, checks types and tests on the CPU; fast tests first. Extra arguments go to pytest.
 #
 #   bash scripts/run_tests.sh                            everything that continuous integration runs
 #   bash scripts/run_tests.sh -m "not slow and not long" the fast ones
 #   bash scripts/run_tests.sh -m long                    those that need minutes each
+#   COVERAGE=1 bash scripts/run_tests.sh                 also which lines they ran, in all processes; takes longer
 #   DEVICE=cuda bash scripts/run_tests.sh verl/tests/test_packed_attention.py   what needs a GPU
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,12 +17,21 @@ bin=$venv/bin
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} RAY_USAGE_STATS_ENABLED=0
 
+# What of pyproject.toml's [tool.coverage] is not run is listed once, after the last tests.
+measured=() reported=()
+if [[ -n ${COVERAGE:-} ]]; then
+    measured=(--cov --cov-report=)
+    reported=(--cov --cov-append --cov-report=term-missing:skip-covered)
+    rm -f .coverage
+fi
+
 "$bin/ruff" check .
 "$bin/ruff" format --check .
+"$bin/mypy"
 if (($#)); then
-    exec "$bin/python" -m pytest "$@"
+    exec "$bin/python" -m pytest "${reported[@]}" "$@"
 fi
 # Two files at a time.
 tests=("$bin/python" -m pytest -x -q -n 2 --dist loadfile --durations=10)
-"${tests[@]}" -m "not slow and not long"
-"${tests[@]}" -m "slow and not long"
+"${tests[@]}" "${measured[@]}" -m "not slow and not long"
+"${tests[@]}" "${reported[@]}" -m "slow and not long"

@@ -64,7 +64,7 @@ check_gpu() {
 }
 
 [[ $device =~ ^(cpu|cuda)$ ]] || fail "DEVICE=$device is unknown, use cpu or cuda"
-fingerprint=$(cat scripts/setup.sh setup.py verl/setup.py requirements*.txt | sha256sum | cut -c1-16)-$device-$PWD
+fingerprint=$(cat scripts/setup.sh pyproject.toml verl/pyproject.toml requirements*.txt | sha256sum | cut -c1-16)-$device-$PWD
 stamp=$venv/.xbai-installed
 
 if [[ -x $venv/bin/python && -f $stamp && $(cat "$stamp") == "$fingerprint" ]]; then

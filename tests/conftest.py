@@ -17,7 +17,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from xbai.serve.run import server_config
+from xbai.serve.server import server_config
 
 REPOSITORY = Path(__file__).parents[1]
 START_TIMEOUT_S = 240.0
@@ -69,7 +69,7 @@ class ServiceProcess:
             except httpx.TransportError:
                 pass
             time.sleep(0.1)
-        raise AssertionError(f"the service did not get ready:\n{self.log.read_text()}")
+        raise AssertionError(f"the service did not get ready:\n{self.log.read_text(encoding='utf-8')}")
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Signal the process and return its exit status."""

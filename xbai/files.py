@@ -1,16 +1,17 @@
 """Writing files so that a reader never sees half of one, whenever the process dies."""
 
 import errno
+import json
 import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from glob import escape
 from io import RawIOBase
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from xbai.errors import DISK_FULL, UserError, one_line
 
@@ -38,7 +39,7 @@ def why_not_written(error: BaseException) -> str:
     if isinstance(error, UserError):
         return str(error)
     text = f"{type(error).__name__}: {one_line(error)[:300]}"
-    remedy = _REMEDIES.get(error.errno) if isinstance(error, OSError) else None
+    remedy = _REMEDIES.get(error.errno) if isinstance(error, OSError) and error.errno else None
     return text if remedy is None else f"{text}; {remedy}"
 
 
@@ -201,7 +202,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
 def _replacing(target: Path, temporary: Path, mode: str) -> Iterator[IO]:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with temporary.open(mode) as stream:
+        with temporary.open(mode, encoding=_encoding(mode)) as stream:
             _inherit(stream.fileno(), target)
             yield stream
             stream.flush()
@@ -222,8 +223,13 @@ def _is_of_writing(error: OSError, target: Path, temporary: Path) -> bool:
 def _open_in_place(path: Path, mode: str) -> IO:
     if path.parent.resolve() == _OWN_DESCRIPTORS.resolve():
         # Opened again, a file to which the standard output goes would be written from its beginning.
-        return os.fdopen(os.dup(int(path.name)), mode)
-    return path.open(mode.replace("w", "a"))
+        return os.fdopen(os.dup(int(path.name)), mode, encoding=_encoding(mode))
+    return path.open(mode.replace("w", "a"), encoding=_encoding(mode))
+
+
+def _encoding(mode: str) -> str | None:
+    """Of a text UTF-8, whatever the locale says."""
+    return None if "b" in mode else "utf-8"
 
 
 def _inherit(descriptor: int, path: Path) -> None:
@@ -233,6 +239,13 @@ def _inherit(descriptor: int, path: Path) -> None:
         with suppress(PermissionError):
             os.fchown(descriptor, found.st_uid, found.st_gid)
         os.fchmod(descriptor, stat.S_IMODE(found.st_mode))
+
+
+def write_json(value: Mapping[str, Any], path: Path) -> None:
+    """Write a JSON file for people to read, in one piece."""
+    with atomic_write(path, "w") as stream:
+        json.dump(value, stream, indent=2)
+        stream.write("\n")
 
 
 @contextmanager

@@ -70,6 +70,8 @@ class StderrHandler(logging.Handler):
 
     def _write(self, line: str) -> bool:
         """Whether all of the line was taken."""
+        if sys.__stderr__ is None:
+            return False
         descriptor = sys.__stderr__.fileno()
         left = f"{chr(10) * self._cut}{line}\n".encode(errors="backslashreplace")
         room = select.poll()

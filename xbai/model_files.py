@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xbai.calibration import SPRM_CALIBRATION_FILE
 from xbai.engine.files import check_model_folder
 from xbai.engine.weight_files import stored_tensors
-from xbai.sprm.calibration import SPRM_CALIBRATION_FILE
 from xbai.sprm.head import SPRM_CONFIG_FILE
 
 CONFIG_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer_config.json", "tokenizer.json"
@@ -76,12 +76,11 @@ def old_rope(config: dict[str, Any]) -> dict[str, Any]:
     if any(isinstance(value, dict) for value in rope.values()):
         return {}
     scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
-    if rope.get("rope_type", "default") == "default":
-        scaling = None
+    is_scaled = rope.get("rope_type", "default") != "default"
     old = {
         "rope_theta": rope.get("rope_theta"),
         "partial_rotary_factor": rope.get("partial_rotary_factor"),
-        "rope_scaling": scaling,
+        "rope_scaling": scaling if is_scaled else None,
     }
     return {name: value for name, value in old.items() if value is not None and config.get(name) is None}
 

@@ -83,8 +83,9 @@ def apply_chat_template(
     if not tokenizer.chat_template:
         raise UserError(f"{place}: the tokenizer has no chat template, which prompts need")
     try:
-        return tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=add_generation_prompt, tokenize=False
+        # A text already: its signature does not say that only `tokenize` makes it anything else.
+        return str(
+            tokenizer.apply_chat_template(list(messages), add_generation_prompt=add_generation_prompt, tokenize=False)
         )
     except Exception as error:  # A template is a program of others, and can fail in any way.
         said = f"{one_line(error):.{MOST_CHARACTERS}}"

@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).parents[2]
 SETTINGS_OF_SCRIPTS = (
     *("OUT", "SEED", "PROBLEMS", "RANKS", "SFT_ARGS", "RL_ARGS", "MODEL", "TRAIN_FILES", "VAL_FILES", "NNODES"),
     *("SETTING", "TASK", "LANGUAGE_MODEL", "GSM8K", "QUESTIONS"),
-    *("RAY_ADDRESS", "HOSTS_FILE", "LOCAL_DIR", "TARGET_DIR", "PYTEST_ADDOPTS"),
+    *("RAY_ADDRESS", "HOSTS_FILE", "LOCAL_DIR", "TARGET_DIR", "PYTEST_ADDOPTS", "COVERAGE"),
 )
 # pip only says what it would install, and fails when something is missing from the environment.
 REHEARSE_PIP = {"PIP_DRY_RUN": "1", "PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1", "PIP_NO_BUILD_ISOLATION": "0"}
@@ -58,7 +58,7 @@ class Checkout:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             raise
-        return status, self.logs[-1].read_text()
+        return status, self.logs[-1].read_text(encoding="utf-8")
 
     def processes(self) -> dict[int, str]:
         """Command lines by process id of everything that commands of this copy have left running."""
@@ -67,7 +67,7 @@ class Checkout:
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 if marker in (folder / "environ").read_bytes().split(b"\0"):
-                    found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+                    found[int(folder.name)] = (folder / "cmdline").read_text(encoding="utf-8").replace("\0", " ")
             except OSError:  # it ended meanwhile, or is not ours to read
                 continue
         return {pid: command for pid, command in found.items() if command}
@@ -76,7 +76,9 @@ class Checkout:
         """Return as soon as `condition` holds."""
         deadline = time.monotonic() + timeout_s
         while not condition():
-            assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s\n{self.logs[-1].read_text()[-3000:]}"
+            assert time.monotonic() < deadline, (
+                f"{what}: not within {timeout_s} s\n{self.logs[-1].read_text(encoding='utf-8')[-3000:]}"
+            )
             time.sleep(0.1)
 
 

@@ -28,7 +28,7 @@ def test_penalties_cost_the_engines_sampler_no_copies_of_the_answers(tmp_path: P
     )
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads(done.stdout.splitlines()[-1])
-    assert json.loads(sizes["out"].read_text()) == result
+    assert json.loads(sizes["out"].read_text(encoding="utf-8")) == result
     assert result["both_over_plain"].keys() == {"top_p", "all", "cpu", "host"}
     found = result["settings"]["host"]
     assert found["vllm"]["both_ms"] > 4 * found["engine"]["both_ms"]

@@ -40,7 +40,7 @@ def test_the_serving_benchmark_compares_what_gives_the_same_scores(tmp_path: Pat
     assert done.returncode == 0, done.stderr[-4000:]
     assert str(out) in done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert json.loads(out.read_text()) == result
+    assert json.loads(out.read_text(encoding="utf-8")) == result
     assert result["fused_over_plain"] > 0
     assert result["second_pass_over_plain"] > 0
     assert result["score_service_over_reference"].keys() == {"1", "3"}

@@ -49,7 +49,7 @@ def cut_weights(folder: Path) -> str:
 
 
 def a_list_as_configuration(folder: Path) -> str:
-    (folder / "config.json").write_text("[]")
+    (folder / "config.json").write_text("[]", encoding="utf-8")
     return "config.json: expected a JSON object"
 
 
@@ -79,7 +79,7 @@ def run(program: str, folder: Path, cwd: Path) -> subprocess.CompletedProcess:
     }
     pd.DataFrame([row]).to_parquet(cwd / "rows.parquet")
     graded = [{"prompt": "p", "response": row["response"], "correct": correct} for correct in (0, 1)]
-    (cwd / "rows.jsonl").write_text("".join(json.dumps(response) + "\n" for response in graded))
+    (cwd / "rows.jsonl").write_text("".join(json.dumps(response) + "\n" for response in graded), encoding="utf-8")
     *arguments, last = PROGRAMS[program]
     last = [f"{last}{folder}"] if last.endswith("=") else [last, str(folder)]
     arguments = [str(REPOSITORY / name) if name.startswith("test/") else name for name in arguments]

@@ -32,7 +32,7 @@ def services(start_service: Callable, tiny_model_dir: Path) -> dict[str, str]:
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("questions") / "make10.jsonl"
     rng = random.Random(0)
-    with path.open("w") as stream:
+    with path.open("w", encoding="utf-8") as stream:
         for _ in range(QUESTIONS):
             numbers = " ".join(str(rng.randint(1, 9)) for _ in range(5))
             stream.write(json.dumps({"prompt": f"Make 10 from {numbers}", "answer": numbers}) + "\n")
@@ -77,7 +77,7 @@ def run(command: list[str], status: int = 0) -> str:
 
 
 def results(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def assert_complete(lines: list[dict], candidates: int = CANDIDATES) -> None:
@@ -177,7 +177,7 @@ def test_metrics_of_a_run(command: Callable, tmp_path: Path) -> None:
     )
     text = run(metric)
     assert f"Test {CANDIDATES // 2} times" in text
-    report = json.loads((tmp_path / "m.json").read_text())
+    report = json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))
     assert (report["questions"], report["samples"], report["ungraded"]) == (QUESTIONS, CANDIDATES, 0)
     assert report["curves"]["oracle"]["8"]["mean"] >= report["curves"]["best_of_n"]["8"]["mean"]
 
@@ -204,12 +204,13 @@ def test_bad_input_is_one_line(command: Callable, changes: dict, message: str) -
 def test_a_prompt_that_the_template_refuses_is_one_line(tiny_model_dir: Path, tmp_path: Path) -> None:
     model = shutil.copytree(tiny_model_dir, tmp_path / "model")
     (model / "chat_template.jinja").write_text(
-        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}?"
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}?",
+        encoding="utf-8",
     )
     user = {"role": "user", "content": "Make 10 from 1 2 3 4"}
     prompts = [[user], [{"role": "system", "content": "Be brief."}, user]]
     lines = [json.dumps({"prompt": prompt, "answer": "1 2 3 4"}) for prompt in prompts]
-    (tmp_path / "questions.jsonl").write_text("\n\n".join(lines) + "\n")
+    (tmp_path / "questions.jsonl").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     options = {"input_file": tmp_path / "questions.jsonl", "output_file": tmp_path / "out.jsonl", "model_dir": model}
     service = {"response_api_url": "http://127.0.0.1:1/generate", "n_samples": 1, "branch": 1}
     text = run(script("inference.py", task="make10", **options, **service), status=2)

@@ -232,22 +232,27 @@ def test_update_weights_reaches_the_scores(loaded: Loaded, make_tiny_model: Call
     assert engine.score([sequence], [0])[0].step_scores == pytest.approx(plain_scores(loaded, sequence, 0)[1], abs=1e-5)
 
 
-def test_requests_can_be_added_and_aborted_while_others_run(loaded: Loaded) -> None:
+def test_samples_can_be_added_and_aborted_while_others_run(loaded: Loaded) -> None:
     engine = loaded.engine
-    engine.add_request("a", [1, 2, 3], SamplingParams(n=2, max_tokens=4, seed=0))
-    engine.add_request("b", [1, 2, 3], SamplingParams(n=2, max_tokens=4, seed=0))
+    first = engine.samples([1, 2, 3], SamplingParams(n=2, max_tokens=4, seed=0))
+    dropped = engine.samples([1, 2, 3], SamplingParams(n=2, max_tokens=4, seed=0))
+    for sample in (*first, *dropped):
+        engine.add(sample)
     with pytest.raises(ValueError, match="unfinished"):
-        engine.add_request("a", [1], SamplingParams())
+        engine.add(first[0])
     with pytest.raises(RuntimeError, match="unfinished"):
         engine.update_weights([])
-    engine.abort("b")
-    engine.abort("unknown")
+    engine.abort(dropped)
+    [late] = engine.samples([4, 5], SamplingParams(max_tokens=3, ignore_eos=True))
+    engine.abort([late])
     results = dict(engine.step())
-    engine.add_request("c", [4, 5], SamplingParams(max_tokens=3, ignore_eos=True))
+    engine.add(late)
     while engine.has_unfinished():
         results.update(engine.step())
-    assert {name: len(completions) for name, completions in results.items()} == {"a": 2, "c": 1}
-    assert len(results["c"][0].token_ids) == 3
+    assert results.keys() == {*first, late}
+    assert len(results[late].token_ids) == 3
+    [expected] = engine.generate([[1, 2, 3]], SamplingParams(n=2, max_tokens=4, seed=0))
+    assert [results[sample] for sample in first] == expected
 
 
 def test_max_tokens_is_clamped_to_the_context(loaded: Loaded) -> None:

@@ -103,25 +103,27 @@ def crowded_engine(folder: Path, dtype: str = "float32", **options: Any) -> Engi
     )
 
 
-def differences(engine: Engine, scorer: Scorer, requests: int = 16, most_tokens: int = 180) -> tuple[float, float]:
+def differences(engine: Engine, scorer: Scorer, count: int = 16, most_tokens: int = 180) -> tuple[float, float]:
     """The largest difference of a step's and of a response's score between the engine and `scorer`."""
     generator = random.Random(0)
     common = [generator.randrange(5, 200) for _ in range(BLOCK_TOKENS + 20)]
-    pairs = []
-    for number in range(requests):
+    requests = []
+    for number in range(count):
         prompt = common[: generator.randrange(1, len(common))] + [5 + number] * generator.randrange(1, 90)
         # Among requests that want neither scores nor log-probs, or both.
         params = SamplingParams(
             n=2, max_tokens=generator.randrange(1, most_tokens), ignore_eos=True, log_probs=number % 3 == 0
         )
-        engine.add_request(f"{number}", prompt, params, return_scores=number % 4 != 3)
-        pairs.append((prompt, params))
+        samples = engine.samples(prompt, params, return_scores=number % 4 != 3)
+        for sample in samples:
+            engine.add(sample)
+        requests.append((prompt, params, samples))
     results = {}
     while engine.has_unfinished():
         results.update(engine.step())
     of_steps, of_responses, values = [], [], []
-    for number, (prompt, params) in enumerate(pairs):
-        sampled = results[f"{number}"]
+    for number, (prompt, params, samples) in enumerate(requests):
+        sampled = [results[sample] for sample in samples]
         assert all((one.log_probs is not None) == params.log_probs for one in sampled)
         if number % 4 == 3:
             assert all(one.step_scores is None for one in sampled)
@@ -181,7 +183,7 @@ def test_a_standardised_head_scores_alike_in_engine_and_scorer(make_model: Calla
         shift_head(head, -head(features).mean().item())
     save_score_head(folder, head.state_dict(), config)
     engine = crowded_engine(folder)
-    assert max(differences(engine, Scorer.from_folder(folder), requests=6, most_tokens=60)) < 1e-4
+    assert max(differences(engine, Scorer.from_folder(folder), count=6, most_tokens=60)) < 1e-4
     engine.close()
 
 
@@ -235,6 +237,6 @@ def test_a_model_that_cannot_score_as_it_generates_takes_a_second_pass(
     folder = make_model(MistralConfig)
     engine = crowded_engine(folder)
     assert "second forward pass: MistralForCausalLM is none of Llama" in caplog.text
-    assert max(differences(engine, Scorer.from_folder(folder), requests=6)) < 1e-4
+    assert max(differences(engine, Scorer.from_folder(folder), count=6)) < 1e-4
     assert engine.scorer is not None
     engine.close()

@@ -102,7 +102,7 @@ def test_what_cannot_run_is_one_line(language, tmp_path, variables, error):
 def finish_stages(folder: Path, *names: str) -> None:
     (folder / "stages").mkdir(parents=True, exist_ok=True)
     for name in names:
-        (folder / "stages" / name).write_text("0\n")
+        (folder / "stages" / name).write_text("0\n", encoding="utf-8")
 
 
 def test_wheels_that_cannot_be_had_are_one_line(language, tmp_path):
@@ -117,7 +117,7 @@ def test_wheels_that_cannot_be_had_are_one_line(language, tmp_path):
 
 def test_another_model_needs_another_folder(language, tmp_path):
     finish_stages(tmp_path / "out")
-    (tmp_path / "out" / "settings").write_text("SEED=1\n")
+    (tmp_path / "out" / "settings").write_text("SEED=1\n", encoding="utf-8")
     status, output = language()
     assert (status, output.splitlines()[-1].split("; ")) == (
         2,
@@ -160,7 +160,7 @@ def coins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = [
             {"question": f"Coin {n} of {split}?", "answer": f"It falls\n#### {rng.choice('12')}"} for n in range(count)
         ]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
 
 
@@ -178,13 +178,15 @@ def test_both_settings_run_whole_in_one_folder(language, tmp_path, coins):
         assert status == 0, output[-4000:]
         assert output.count("finished earlier") == (0 if setting == "recommended" else len(SHARED_STAGES))
         assert {path.name for path in (out / setting / "stages").iterdir()} == ARM_STAGES[setting]
-        summary = json.loads((out / setting / "summary.json").read_text())
+        summary = json.loads((out / setting / "summary.json").read_text(encoding="utf-8"))
         assert summary["problems"] == QUESTIONS and "held_out" not in summary
         assert {"base", "rl"} == set(summary["pass_at_1"]) and 0 < summary["pass_at_1"]["base"] < 1
         changed = [key for key in summary["score_setting"]["overrides"] if ".score." in key]
         assert bool(changed) == (setting == "recommended")
-        spent = sum(int(path.read_text()) for at in (out, out / setting) for path in (at / "stages").iterdir())
-        assert summary["seconds_total"] == spent - int((out / setting / "stages/report").read_text())
+        spent = sum(
+            int(path.read_text(encoding="utf-8")) for at in (out, out / setting) for path in (at / "stages").iterdir()
+        )
+        assert summary["seconds_total"] == spent - int((out / setting / "stages/report").read_text(encoding="utf-8"))
     assert {path.name for path in (out / "results").glob("*.jsonl")} == {"base.jsonl", "base_judge.jsonl"}
 
 
@@ -193,7 +195,7 @@ def test_both_settings_run_whole_in_one_folder(language, tmp_path, coins):
 def test_stories_run_whole(language, tmp_path):
     status, output = language(SETTING="published")
     assert status == 0, output[-4000:]
-    summary = json.loads((tmp_path / "out/published/summary.json").read_text())
+    summary = json.loads((tmp_path / "out/published/summary.json").read_text(encoding="utf-8"))
     assert (summary["problems"], summary["held_out"]["problems"]) == (QUESTIONS, QUESTIONS // 2)
 
 

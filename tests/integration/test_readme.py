@@ -37,7 +37,10 @@ MINIATURE = {
 
 def blocks(readme: Path) -> list[list[str]]:
     """The command lines of each fenced bash block."""
-    return [block.strip().split("\n") for block in re.findall(r"```bash\n(.*?)```", readme.read_text(), re.S)]
+    return [
+        block.strip().split("\n")
+        for block in re.findall(r"```bash\n(.*?)```", readme.read_text(encoding="utf-8"), re.S)
+    ]
 
 
 def commands(readme: Path) -> list[str]:
@@ -83,10 +86,10 @@ OUTCOMES = {
         variables={"DEVICE": "cpu"},
     ),
     # In dry runs (see conftest.py): continuous integration starts with a real installation by setup.sh.
-    "pip install -e verl": Outcome(says="Would install verl"),
+    "pip install -e verl": Outcome(says="Would install xbai-verl"),
     "pip install -r requirements.txt": Outcome(says="Would install xbai"),
     "python data/prepare.py make10": Outcome(wrote="data/make10_train.parquet"),
-    "pip install -e .": Outcome(says="Would install xbai"),
+    'pip install -e ".[data]"': Outcome(says="Would install xbai"),
     "python data/prepare.py deepscaler aime24": Outcome(2, r"error: cannot download agentica-org/DeepScaleR.*Hub"),
     "python data/prepare.py aime24": Outcome(2, r"error: cannot download HuggingFaceH4/aime_2024: .*Hub"),
     "python data/prepare.py aime25": Outcome(2, r"error: cannot download math-ai/aime25: .*Hub"),
@@ -141,10 +144,10 @@ def test_both_languages_hold_the_same_commands():
 
 def test_both_languages_hold_the_same_sections_and_figures():
     def outline(readme: Path) -> list[str]:
-        return re.findall(r"^#+ ", readme.read_text(), re.M)
+        return re.findall(r"^#+ ", readme.read_text(encoding="utf-8"), re.M)
 
     def images(readme: Path) -> list[str]:
-        return re.findall(r"!\[.*?\]\((.*?)\)", readme.read_text())
+        return re.findall(r"!\[.*?\]\((.*?)\)", readme.read_text(encoding="utf-8"))
 
     assert outline(README) == outline(README_ZH)
     assert images(README) == images(README_ZH)
@@ -164,13 +167,13 @@ def test_both_languages_hold_the_numbers_of_the_committed_results(script: str, r
     assert len(numbers) == rows
     for readme in (README, README_ZH):
         for row in numbers:
-            assert row in readme.read_text(), f"{readme.name} lacks the row | {row}"
+            assert row in readme.read_text(encoding="utf-8"), f"{readme.name} lacks the row | {row}"
 
 
 def estimates(readme: Path) -> list[tuple[str, str, str, str]]:
     """GPUs, the smallest that fits, recipe, and what is added to it: the rows of the table of estimates."""
     row = r"^\| [\d.]+B \| (\d+) \| (\d+ GB) \| (single|multi)(?:[:：] ?`(.*)`)? \|$"
-    return re.findall(row, readme.read_text(), re.M)
+    return re.findall(row, readme.read_text(encoding="utf-8"), re.M)
 
 
 def test_both_languages_hold_the_same_estimates():
@@ -186,22 +189,6 @@ def test_estimates_are_those_of_the_dry_run(checkout, gpus: str, smallest: str, 
     nodes, processes = map(int, re.search(r"^Dry run: (\d+) x (\d+) GPUs", output).groups())
     assert nodes * processes == int(gpus)
     assert re.search(r"It fits GPUs with: (\d+ GB)", output)[1] == smallest
-
-
-def anchors(document: Path) -> set[str]:
-    titles = re.findall(r"^#+ (.*)$", document.read_text(), re.M)
-    return {re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in titles}
-
-
-@pytest.mark.parametrize("readme", [README, README_ZH, *DOCS], ids=lambda path: path.name)
-def test_links_lead_somewhere(readme: Path):
-    for target in re.findall(r"\]\((.*?)\)", readme.read_text()):
-        if "://" in target:
-            continue
-        file, _, anchor = target.partition("#")
-        linked = readme.parent / file if file else readme
-        assert linked.is_file(), target
-        assert not anchor or anchor in anchors(linked), target
 
 
 # What the commands do
@@ -225,7 +212,7 @@ def quickstart(checkout) -> Miniature:
         assert process.wait(120) != 0
         # vLLM looks at model classes in a child of its own, which no signal reaches while it imports.
         checkout.wait_until(lambda: not checkout.processes(), 90, "the processes of an interrupted quickstart end")
-        outputs.append(checkout.logs[-1].read_text())
+        outputs.append(checkout.logs[-1].read_text(encoding="utf-8"))
 
     def training() -> bool:
         return any("main_sft" in command and "torchrun" not in command for command in checkout.processes().values())
@@ -265,7 +252,7 @@ def services(checkout, quickstart) -> Iterator[None]:
         for process, port, log in zip(started, ports, logs, strict=True):
 
             def answers(process=process, port=port, log=log) -> bool:
-                assert process.poll() is None, log.read_text()[-3000:]
+                assert process.poll() is None, log.read_text(encoding="utf-8")[-3000:]
                 try:
                     return httpx.get(f"http://127.0.0.1:{port}/ready").is_success
                 except httpx.TransportError:
@@ -300,10 +287,12 @@ class TestCommands:
         assert output.startswith(f"error: {OUT} was begun with SEED=0 PROBLEMS=4 ")
 
     def test_summary_is_complete(self, quickstart: Miniature):
-        summary = json.loads((quickstart.folder / "summary.json").read_text())
+        summary = json.loads((quickstart.folder / "summary.json").read_text(encoding="utf-8"))
         assert (summary["problems"], summary["samples"]) == (4, 32)
         assert summary["seconds_total"] == sum(
-            int((quickstart.folder / "stages" / stage).read_text()) for stage in STAGES if stage != "report"
+            int((quickstart.folder / "stages" / stage).read_text(encoding="utf-8"))
+            for stage in STAGES
+            if stage != "report"
         )
         assert 0 < summary["temperature"] <= 1
         assert set(summary["pass_at_1"]) == {"base", "rl"}
@@ -335,7 +324,10 @@ class TestCommands:
         assert time.monotonic() - started < outcome.within_s
         assert re.search(outcome.says, output), output
         if status == 2:
-            assert [line for line in output.splitlines() if line.startswith("error: ")] == output.splitlines()[-1:]
+            # One line, or one for each mistake of a configuration.
+            lines = output.splitlines()
+            wrong = [line for line in lines if line.startswith("error: ")]
+            assert wrong and wrong == lines[-len(wrong) :]
             assert "Traceback" not in output
         if outcome.wrote:
             assert (checkout.root / outcome.wrote).exists()

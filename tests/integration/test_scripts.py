@@ -16,7 +16,7 @@ SCRIPTS = sorted(path for folder in ("scripts", "verl", ".ci") for path in (REPO
 @pytest.mark.parametrize("script", [*SCRIPTS, REPOSITORY / ".ci/run"], ids=lambda path: path.name)
 def test_script_parses_and_stops_at_the_first_error(script: Path):
     subprocess.run(["bash", "-n", script], check=True)
-    assert "set -euo pipefail" in script.read_text()
+    assert "set -euo pipefail" in script.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -29,15 +29,26 @@ def test_setup_is_idempotent_and_notices_changes(checkout):
     assert time.monotonic() - started < 5
 
     requirements = checkout.root / "requirements.txt"
-    text = requirements.read_text()
+    text = requirements.read_text(encoding="utf-8")
     try:
-        requirements.write_text(f"{text}no-such-package-of-this-test==1\n")
+        requirements.write_text(f"{text}no-such-package-of-this-test==1\n", encoding="utf-8")
         status, output = checkout.run("bash scripts/setup.sh")
         assert status != 0
         assert "no-such-package-of-this-test" in output
         assert not (Path(checkout.environment["XBAI_VENV"]) / ".xbai-installed").exists()
     finally:
-        requirements.write_text(text)
+        requirements.write_text(text, encoding="utf-8")
+
+
+def test_the_public_project_is_not_taken_for_the_trainer(checkout, tmp_path):
+    package = tmp_path / "verl"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    path = f"{tmp_path}:{checkout.environment['PYTHONPATH']}"
+    status, output = checkout.run("bash scripts/run_single_node.sh", PYTHONPATH=path)
+    assert (status, output.count("\n")) == (2, 1)
+    assert output.startswith("error: the trainer is not installed; run: bash scripts/setup.sh")
+    assert "pip uninstall verl" in output
 
 
 def test_setup_names_an_unknown_device(checkout):
@@ -47,7 +58,7 @@ def test_setup_names_an_unknown_device(checkout):
 
 def write_program(path: Path, script: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+    path.write_text(f"#!/usr/bin/env bash\n{script}\n", encoding="utf-8")
     path.chmod(0o755)
 
 
@@ -95,7 +106,7 @@ def test_setup_takes_the_cpu_build_of_torch_from_where_it_is(checkout, tmp_path)
     write_program(bin_folder / "python", "true")
     status, output = checkout.run("bash scripts/setup.sh", DEVICE="cpu", XBAI_VENV=str(bin_folder.parent))
     assert status == 0, output
-    first, *others = [call for call in calls.read_text().splitlines() if call.startswith("install ")]
+    first, *others = [call for call in calls.read_text(encoding="utf-8").splitlines() if call.startswith("install ")]
     assert "--extra-index-url" not in first
     assert len(others) == 3
     assert all("--extra-index-url https://download.pytorch.org/whl/cpu" in call for call in others)
@@ -134,7 +145,7 @@ def test_setup_installs_what_the_driver_runs(
         assert not (bin_folder.parent / ".xbai-installed").exists()
         return
     assert status == 0, output
-    made = [call.split() for call in calls.read_text().splitlines()]
+    made = [call.split() for call in calls.read_text(encoding="utf-8").splitlines()]
     assert all(name in installed for call in made for name in call if name.startswith(("torch==", "vllm")))
     assert [installed[1] in call for call in made].count(True) == 1 + has_cuda12
 

@@ -29,7 +29,9 @@ def infer(services: dict[str, str], tiny_model_dir: Path, tmp_path: Path) -> Cal
     """`infer(status=0, **flags)`: the result lines and what was said."""
     questions = tmp_path / "make10.jsonl"
     numbers = ["6 2 1 4 1", "8 8 1 3 2", "2 3 2 3 4"]
-    questions.write_text("".join(json.dumps({"prompt": f"Make 10 from {n}", "answer": n}) + "\n" for n in numbers))
+    questions.write_text(
+        "".join(json.dumps({"prompt": f"Make 10 from {n}", "answer": n}) + "\n" for n in numbers), encoding="utf-8"
+    )
 
     def run(status: int = 0, **flags: object) -> tuple[list[dict], str]:
         output = tmp_path / str(flags.pop("output_file", "out.jsonl"))
@@ -45,7 +47,9 @@ def infer(services: dict[str, str], tiny_model_dir: Path, tmp_path: Path) -> Cal
             **flags,
         }
         said = script("inference.py", status, **options)
-        lines = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+        lines = (
+            [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()] if output.exists() else []
+        )
         return lines, said
 
     return run

@@ -209,14 +209,14 @@ def test_a_broken_chat_template_is_one_line_and_a_refusing_one_is_no_obstacle(
 ) -> None:
     model = shutil.copytree(tiny_model_dir, tmp_path / "model", ignore=shutil.ignore_patterns("sprm_config.json"))
     template = model / "chat_template.jinja"
-    template.write_text("{% for message in messages %}")
+    template.write_text("{% for message in messages %}", encoding="utf-8")
     broken = start_service("score_model_queue.py", "--model_path", str(model))
     assert broken.process.wait(100) == 2
-    (error,) = (line for line in broken.log.read_text().splitlines() if line.startswith("error: "))
+    (error,) = (line for line in broken.log.read_text(encoding="utf-8").splitlines() if line.startswith("error: "))
     assert error.startswith(f"error: {model}: the chat template fails in its line 1: TemplateSyntaxError: ")
-    assert "Traceback" not in broken.log.read_text()
+    assert "Traceback" not in broken.log.read_text(encoding="utf-8")
 
-    template.write_text("{{ raise_exception('the first message must be the system') }}")
+    template.write_text("{{ raise_exception('the first message must be the system') }}", encoding="utf-8")
     url = start_service("score_model_queue.py", "--model_path", str(model)).wait_ready().url
     assert 0 < httpx.post(f"{url}/score", json={"text": "So it is.\n\nAnd so on.\n\n"}).json()["value"] < 1
 
@@ -246,7 +246,7 @@ def test_sigterm_finishes_running_work_and_exits_0(policy) -> None:
     assert httpx.get(f"{policy.url}/ready").status_code == 503
     assert policy.process.wait(100) == 0
     assert len(answer.result().json()["results"]) == 64
-    entries = [json.loads(line) for line in policy.log.read_text().splitlines() if line.startswith("{")]
+    entries = [json.loads(line) for line in policy.log.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
     (entry,) = (entry for entry in entries if entry.get("responses") == 64)
     assert (entry["route"], entry["status"]) == ("/generate", 200)
     assert entry["tokens"] > 64
@@ -265,12 +265,12 @@ def test_a_second_sigterm_ends_at_once(start_service: Callable, tiny_model_dir: 
 
 def test_sigterm_ends_a_service_that_is_still_loading(start_service: Callable, tiny_model_dir: Path) -> None:
     service = start_service("policy_model_queue.py", "--model_path", str(tiny_model_dir), "--engine", "hf")
-    while "Application startup complete" not in service.log.read_text():
+    while "Application startup complete" not in service.log.read_text(encoding="utf-8"):
         assert service.process.poll() is None
         time.sleep(0.01)
     assert httpx.get(f"{service.url}/ready").status_code == 503
     assert service.stop() == 0
-    assert "loading cannot be interrupted" in service.log.read_text()
+    assert "loading cannot be interrupted" in service.log.read_text(encoding="utf-8")
 
 
 @pytest.fixture

@@ -70,15 +70,15 @@ def chain_model(make_tiny_model: Callable[..., Path], tmp_path_factory: pytest.T
 
 
 def change(file: Path, **fields: object) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | fields), encoding="utf-8")
 
 
 def as_special(folder: Path, *texts: str) -> None:
     file = folder / "tokenizer.json"
-    content = json.loads(file.read_text())
+    content = json.loads(file.read_text(encoding="utf-8"))
     for token in content["added_tokens"]:
         token["special"] |= token["content"] in texts
-    file.write_text(json.dumps(content))
+    file.write_text(json.dumps(content), encoding="utf-8")
 
 
 @pytest.fixture(scope="module", params=["hf", pytest.param("vllm", marks=needs_vllm)])

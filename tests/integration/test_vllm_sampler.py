@@ -114,7 +114,7 @@ def plainly_penalized(logits: torch.Tensor, states: list, outputs: list[list[int
 
 @pytest.mark.parametrize("placeholder", [None, -1], ids=["sync", "async"])
 def test_rows_follow_their_requests(placeholder: int | None) -> None:
-    from xbai.engine.vllm_rows import BatchRows
+    from xbai.engine.vllm.rows import BatchRows
 
     traffic = Traffic()
     discarded = torch.zeros(traffic.most, dtype=torch.bool)
@@ -152,7 +152,7 @@ def test_rows_follow_their_requests(placeholder: int | None) -> None:
 @pytest.fixture
 def unfinished_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows of each step ended a piece of a prompt only, so that their token was dropped."""
-    from xbai.engine.vllm_rows import BatchRows
+    from xbai.engine.vllm.rows import BatchRows
 
     append, found = BatchRows.append, []
 
@@ -183,16 +183,20 @@ def crowd(number: int, **params: object) -> Asked:
 def run_in_waves(engine: Engine, asked: Asked) -> list[list]:
     """Some requests after others have begun, and among requests that are aborted."""
     results = {}
+    requests = [engine.samples(prompt, params) for prompt, params in asked]
     for index, (prompt, params) in enumerate(asked):
-        engine.add_request(str(index), prompt, params)
+        for sample in requests[index]:
+            engine.add(sample)
         if index % 5 == 4:
-            engine.add_request(f"{index} dropped", prompt[::-1], replace(params, max_tokens=200))
+            dropped = engine.samples(prompt[::-1], replace(params, max_tokens=200))
+            for sample in dropped:
+                engine.add(sample)
             for _ in range(7):
                 results.update(engine.step())
-            engine.abort(f"{index} dropped")
+            engine.abort(dropped)
     while engine.has_unfinished():
         results.update(engine.step())
-    return [results[str(index)] for index in range(len(asked))]
+    return [[results[sample] for sample in samples] for samples in requests]
 
 
 def test_penalties_are_those_of_the_reference(

@@ -215,7 +215,7 @@ def descendants(process: int) -> Iterator[int]:
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            parents[int(folder.name)] = int((folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
         except (FileNotFoundError, ProcessLookupError):
             continue
     found = {process}

@@ -15,7 +15,10 @@ from xbai.grading import AnswerGroups, CustomGrader, answer_groups
 from xbai.grading.math import same_answer
 from xbai.grading.math_key import key_of_answer, math_key, surely_differ
 
-CASES = [json.loads(line) for line in (Path(__file__).parents[1] / "cases" / "votes.jsonl").read_text().splitlines()]
+CASES = [
+    json.loads(line)
+    for line in (Path(__file__).parents[1] / "cases" / "votes.jsonl").read_text(encoding="utf-8").splitlines()
+]
 
 HOSTILE = """
 import time
@@ -92,7 +95,7 @@ def test_answers_that_are_numbers_start_no_process(monkeypatch: pytest.MonkeyPat
 def test_what_cannot_be_compared_votes_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "hostile.py").write_text(HOSTILE)
+    (tmp_path / "hostile.py").write_text(HOSTILE, encoding="utf-8")
     monkeypatch.setattr(answer_groups, "compare", CustomGrader(str(tmp_path / "hostile.py"), "compare"))
     answers = ["hang(x)", "hang (x)", "x^2", "2x", "5\\text{ cm}", "5", "5\\text{ hang}"]
     with caplog.at_level(logging.WARNING), AnswerGroups("math500", workers=1, timeout_s=0.5) as groups:

@@ -96,9 +96,9 @@ def write(path, rows):
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
     elif path.suffix == ".json":
-        path.write_text(json.dumps(rows, indent=1))
+        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -112,7 +112,7 @@ def test_layouts_in_circulation(tmp_path, suffix, row):
 
 def test_json_lines_under_the_name_json(tmp_path):
     path = tmp_path / "questions.json"
-    path.write_text('{"prompt": "a", "answer": 1}\n\n{"prompt": "b", "answer": 2}\n')
+    path.write_text('{"prompt": "a", "answer": 1}\n\n{"prompt": "b", "answer": 2}\n', encoding="utf-8")
     assert [question.prompt for question in get_benchmark("math500").read(path)] == ["a", "b"]
 
 
@@ -176,14 +176,14 @@ def test_a_chat_is_read_without_the_null_fields_that_parquet_adds(tmp_path, suff
 )
 def test_bad_rows_are_named_by_file_and_line(tmp_path, name, text, complaint):
     path = tmp_path / "q.jsonl"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=complaint) as caught:
         get_benchmark(name).read(path)
     assert "\n" not in str(caught.value)
 
 
 def test_a_whole_surrogate_pair_is_a_character(tmp_path):
-    (tmp_path / "q.jsonl").write_text('{"prompt": "a\\ud83d\\ude00", "answer": 1}\n')
+    (tmp_path / "q.jsonl").write_text('{"prompt": "a\\ud83d\\ude00", "answer": 1}\n', encoding="utf-8")
     assert get_benchmark("math500").read(tmp_path / "q.jsonl")[0].prompt == "a😀"
 
 
@@ -191,7 +191,7 @@ def test_bad_files(tmp_path):
     benchmark = get_benchmark("math500")
     with pytest.raises(UserError, match="no such file"):
         benchmark.read(tmp_path / "q.jsonl")
-    (tmp_path / "q.csv").write_text("a,b")
+    (tmp_path / "q.csv").write_text("a,b", encoding="utf-8")
     with pytest.raises(UserError, match=r"unknown kind of file; use one of \.jsonl, \.json, \.parquet"):
         benchmark.read(tmp_path / "q.csv")
     (tmp_path / "q.jsonl").write_bytes('{"prompt": "é", "answer": 1}'.encode("latin-1"))
@@ -222,12 +222,12 @@ def test_a_file_without_an_end_is_refused(tmp_path, monkeypatch):
     errors = {"endless.jsonl": endless, "endless.json": endless, "list.json": ": a list of"}
     for name, text in files.items():
         path = tmp_path / name
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=f"{name}{errors[name]}"):
             list(base.read_rows(path))
-    (tmp_path / "short.json").write_text(" " * 100 + f"[{row}]")
+    (tmp_path / "short.json").write_text(" " * 100 + f"[{row}]", encoding="utf-8")
     assert [place for _, place in base.read_rows(tmp_path / "short.json")] == [f"{tmp_path}/short.json: item 1"]
-    (tmp_path / "short.jsonl").write_text(f"{row}\n\n{row}")
+    (tmp_path / "short.jsonl").write_text(f"{row}\n\n{row}", encoding="utf-8")
     assert [place[-2:] for _, place in base.read_rows(tmp_path / "short.jsonl")] == [":1", ":3"]
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "zero.jsonl").symlink_to("/dev/zero")

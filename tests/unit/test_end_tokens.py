@@ -85,7 +85,7 @@ def test_all_that_ends_a_response_is_taken_together(
     tokenizer.eos_token = eos
     for name, content in (("generation_config.json", generation_config), ("config.json", config)):
         if content is not None:
-            (tmp_path / name).write_text(json.dumps(content))
+            (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
     assert end_token_ids(tmp_path, tokenizer) == sorted(ends)
 
 
@@ -93,7 +93,7 @@ def test_all_that_ends_a_response_is_taken_together(
 def test_a_damaged_file_is_named(
     content: str, message: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    (tmp_path / "generation_config.json").write_text(content)
+    (tmp_path / "generation_config.json").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=rf"generation_config\.json: {message}"):
         end_token_ids(tmp_path, tiny_tokenizer)
 

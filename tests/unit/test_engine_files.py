@@ -16,7 +16,9 @@ from xbai.errors import UserError
 
 def write(folder: Path, **files: object) -> Path:
     for name, content in files.items():
-        (folder / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+        (folder / f"{name}.json").write_text(
+            content if isinstance(content, str) else json.dumps(content), encoding="utf-8"
+        )
     return folder
 
 
@@ -37,7 +39,9 @@ def test_a_chat_template_that_is_no_text_is_one_line(
         (tmp_path / "chat_template.jinja").write_bytes(template)
     else:
         path = tmp_path / "tokenizer_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+        path.write_text(
+            json.dumps({**json.loads(path.read_text(encoding="utf-8")), "chat_template": template}), encoding="utf-8"
+        )
     with pytest.raises(UserError, match="no tokenizer that transformers can load"):
         load_tokenizer(tmp_path)
 
@@ -63,7 +67,7 @@ def test_a_file_of_another_kind_is_named(name: str, content: str, message: str, 
 def test_a_configuration_with_values_of_another_kind_is_named(
     changes: dict, message: str, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    config = json.loads((tiny_model_dir / "config.json").read_text())
+    config = json.loads((tiny_model_dir / "config.json").read_text(encoding="utf-8"))
     with pytest.raises(UserError, match=rf"^{tmp_path}/config.json: no model's \(.*{message}") as refused:
         read_config(write(tmp_path, config=config | changes))
     assert "\n" not in str(refused.value)

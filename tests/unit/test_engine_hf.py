@@ -9,12 +9,12 @@ import torch
 
 from xbai.engine import SamplingParams, load_engine
 from xbai.engine.base import Sample
-from xbai.engine.sampling import BatchSampler
+from xbai.engine.hf.sampling import BatchSampler
 
 
 def sampler(seeds: range, vocab_size: int, **params: float) -> BatchSampler:
     chosen = SamplingParams(max_tokens=4, **params)
-    samples = [Sample("r", seed, [0], chosen, seed) for seed in seeds]
+    samples = [Sample(f"r/{seed}", seed, [0], chosen, seed) for seed in seeds]
     return BatchSampler(samples, vocab_size, torch.device("cpu"))
 
 

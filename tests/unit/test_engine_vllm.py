@@ -9,8 +9,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from xbai.engine import vllm, vllm_start
-from xbai.engine.vllm import VLLMEngine
+from xbai.engine.vllm import engine as vllm
+from xbai.engine.vllm import start as vllm_start
+from xbai.engine.vllm.engine import VLLMEngine
 from xbai.errors import UserError
 
 

@@ -9,13 +9,9 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI, Request, Response
 
-from xbai.errors import UserError
-from xbai.evaluate import replicas
-from xbai.evaluate.client import RetryPolicy
-from xbai.evaluate.options import RunOptions
-from xbai.evaluate.results import read_result_lines
-from xbai.evaluate.run import run
-from xbai.evaluate.wire import (
+from xbai.client import replicas
+from xbai.client.retry import RetryPolicy
+from xbai.client.wire import (
     BrokenAnswerError,
     ReadyAnswer,
     ReportedFailureError,
@@ -23,6 +19,10 @@ from xbai.evaluate.wire import (
     read_responses,
     read_score,
 )
+from xbai.errors import UserError
+from xbai.infer.options import RunOptions
+from xbai.infer.run import run
+from xbai.results.lines import read_result_lines
 
 QUESTIONS = 60
 SAMPLES = 4
@@ -103,7 +103,7 @@ def infer(serve_app: Callable[[FastAPI], str], tiny_model_dir: Path, tmp_path: P
     """`infer(policy copies, score copies) -> result file`."""
     questions = tmp_path / "questions.jsonl"
     rows = [{"prompt": f"Make 10 from {n} 5", "answer": f"{n} 5"} for n in range(QUESTIONS)]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     def infer(policies: list[Copy], scorers: list[Copy]) -> Path:
         policy, scorer = (",".join(serve_app(copy.app) for copy in copies) for copies in (policies, scorers))
@@ -151,7 +151,7 @@ def test_broken_copies_are_set_aside_and_the_run_goes_on(infer: Callable[..., Pa
     assert len(lines) == QUESTIONS
     for line in lines:
         assert all(response.endswith("{good}") for response in line.responses)
-        assert line.scores == [0.25] * SAMPLES
+        assert [sample.score for sample in line.samples] == [0.25] * SAMPLES
     assert all(copy.asked["generate"] for copy in policies)
     assert all(copy.asked["score"] for copy in scorers)
     assert all(copy.asked["ready"] > 1 for copy in never_ready), "they are tried again"
@@ -182,14 +182,16 @@ def test_where_all_copies_are_broken_the_run_ends_with_one_line(
     assert str(caught.value).endswith("; is this the right service?")
     assert str(caught.value).isprintable()
     assert not (tmp_path / "out.jsonl").exists()
-    assert '"response"' not in (tmp_path / "out.jsonl.journal").read_text()
+    assert '"response"' not in (tmp_path / "out.jsonl.journal").read_text(encoding="utf-8")
 
 
 def test_where_all_score_services_are_broken_responses_are_kept(
     infer: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = infer([Copy()], [Copy(score=SCORES["NaN"])])
-    assert [line.scores for line in read_result_lines(path)] == [[None] * SAMPLES] * QUESTIONS
+    assert [[sample.score for sample in line.samples] for line in read_result_lines(path)] == [
+        [None] * SAMPLES
+    ] * QUESTIONS
     said = [record.getMessage() for record in caplog.records if "no more scores" in record.getMessage()]
     (line,) = said
     assert "http://127.0.0.1:" in line
@@ -220,5 +222,5 @@ def test_what_a_refusal_says_can_be_kept(infer: Callable[..., Path], serve_app: 
     app.post("/generate")(lambda: Response(detail, 413))
     copy.app = app
     for line in read_result_lines(infer([copy], [])):
-        assert line.finish_reasons == ["refused"] * SAMPLES
-        assert all(error.startswith("413: ") and error.isprintable() for error in line.errors)
+        assert [sample.finish_reason for sample in line.samples] == ["refused"] * SAMPLES
+        assert all(sample.error.startswith("413: ") and sample.error.isprintable() for sample in line.samples)

@@ -12,17 +12,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from xbai.calibration import SPRM_CALIBRATION_FILE, Calibration, CombinedScore
 from xbai.cli import app
 from xbai.errors import UserError
-from xbai.evaluate.calibrate_command import run_calibrate
-from xbai.evaluate.combined_fit import PRIOR_PRECISION, fit_combined, with_combined
-from xbai.evaluate.graded import GradedQuestion
-from xbai.evaluate.metric_command import MetricOptions, run_metric
-from xbai.evaluate.metrics import measure
-from xbai.evaluate.summary_command import SummaryOptions, run_summary
+from xbai.measure.calibrate_command import run_calibrate
+from xbai.measure.combined_fit import PRIOR_PRECISION, fit_combined, with_combined
+from xbai.measure.graded import GradedQuestion
+from xbai.measure.metric_command import run_metric
+from xbai.measure.metrics import measure
+from xbai.measure.options import CalibrateOptions, MetricOptions, SummaryOptions
+from xbai.measure.summary_command import run_summary
 from xbai.model_files import ModelFiles
 from xbai.model_identity import model_identity
-from xbai.sprm.calibration import SPRM_CALIBRATION_FILE, Calibration, CombinedScore
 
 RIGHT, WRONG = "The answer is \\boxed{7+8-1+1-5}.", "The answer is \\boxed{7+8+1+1+5}."
 
@@ -137,7 +138,7 @@ def test_what_lacks_one_of_them_comes_last_and_teaches_nothing(questions: list[G
 
 def model_folder(path: Path) -> Path:
     path.mkdir()
-    (path / "config.json").write_text('{"dtype": "float32"}')
+    (path / "config.json").write_text('{"dtype": "float32"}', encoding="utf-8")
     (path / "score_module.pt").write_bytes(b"weights of " + path.name.encode())
     return path
 
@@ -145,7 +146,7 @@ def model_folder(path: Path) -> Path:
 def write_results(path: Path, identity: str, count: int = 6, **changes: object) -> Path:
     """The third of each question's responses is right; score and log-prob are each wrong about another question."""
     settings = {"task": "make10", "temperature": 0.7, "questions": "d", "policy": identity, "scorer": identity}
-    with path.open("w") as stream:
+    with path.open("w", encoding="utf-8") as stream:
         for index in range(count):
             scores, log_probs = [0.4, 0.5, 0.6, 0.3], [-0.4, -0.3, -0.2, -0.5]
             (scores if index % 3 == 0 else log_probs)[2] -= 0.15
@@ -168,7 +169,7 @@ def test_the_commands_fit_write_and_use(
     model = model_folder(tmp_path / "model")
     identity = model_identity(model)
     validation = write_results(tmp_path / "validation.jsonl", identity, settings={"questions": "validation"})
-    run_calibrate("make10", [str(validation)], str(model))
+    run_calibrate(CalibrateOptions((str(validation),), "make10", str(model)))
     shown = capsys.readouterr().out
     assert "mean log-prob" in shown and "AUC within a question" in shown
     assert model_identity(model) == identity, "a calibration does not make another model of it"
@@ -179,7 +180,7 @@ def test_the_commands_fit_write_and_use(
 
     results = write_results(tmp_path / "test.jsonl", identity)
     run_metric(MetricOptions("make10", [str(results)], json_path=tmp_path / "m.json", calibration=model))
-    values = json.loads((tmp_path / "m.json").read_text())
+    values = json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))
     assert values["curves"]["best_of_n_combined"]["4"]["mean"] == 1.0
     assert values["curves"]["best_of_n"]["4"]["mean"] == pytest.approx(2 / 3)
     assert values["curves"]["best_of_n_log_prob"]["4"]["mean"] == pytest.approx(1 / 3)
@@ -232,7 +233,7 @@ def test_calibrations_that_are_none_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sprm_calibration\.json: no such file; xbai calibrate"):
         Calibration.read(model)
     for content in ("{", "[]", '{"identity": "m:1"}', '{"identity": "m", "temperature": 1, "questions": "", "x": 1}'):
-        (model / SPRM_CALIBRATION_FILE).write_text(content)
+        (model / SPRM_CALIBRATION_FILE).write_text(content, encoding="utf-8")
         with pytest.raises(UserError, match="not a calibration"):
             Calibration.read(model)
 
@@ -253,19 +254,19 @@ def test_the_summary_chooses_by_both_where_there_is_a_calibration(tmp_path: Path
         for name, settings in (("base", {"policy": "b:1", "scorer": "b:1"}), ("rl", {}), ("held", {"questions": "h"}))
     ]
     setting = tmp_path / "setting.json"
-    setting.write_text('{"loss": "step_bce"}')
+    setting.write_text('{"loss": "step_bce"}', encoding="utf-8")
     base, rl, held = map(str, paths)
     options = SummaryOptions(
         "make10", base, rl, tmp_path / "s.json", held, calibration=model, score_setting=setting, seconds_total=1.0
     )
     run_summary(options)
-    summary = json.loads((tmp_path / "s.json").read_text())
+    summary = json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))
     assert summary["score_setting"] == {"loss": "step_bce"}
     for part in (summary, summary["held_out"]):
         assert set(part["best_of_n_combined"]) == {"2", "8", "32"}
         assert "best_of_n_combined - best_of_n_combined at 8" in part["differences"]
     assert "best_of_n_combined" not in summary["base_model"]
-    setting.write_text("[1]")
+    setting.write_text("[1]", encoding="utf-8")
     with pytest.raises(UserError, match=r"--score_setting .*: holds no JSON object, but list"):
         run_summary(options)
     with pytest.raises(UserError, match="give --held_out too"):

@@ -12,19 +12,19 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI, Response
 
-from xbai.errors import UserError
-from xbai.evaluate import replicas
-from xbai.evaluate.client import (
+from xbai.client import replicas
+from xbai.client.pool import (
     RequestFailedError,
     RequestTooLongError,
-    RetryPolicy,
     ServicePool,
     ServiceUnavailableError,
     base_urls,
     open_client,
 )
-from xbai.evaluate.served_model import ServedModel
-from xbai.evaluate.wire import Answer, read_answer
+from xbai.client.retry import RetryPolicy
+from xbai.client.served_model import ServedModel
+from xbai.client.wire import Answer, read_answer
+from xbai.errors import UserError
 
 
 class Ok(Answer):

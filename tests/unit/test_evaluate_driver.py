@@ -13,17 +13,18 @@ import pytest
 
 from xbai.benchmarks.base import Question
 from xbai.benchmarks.registry import get_benchmark
+from xbai.client import replicas
+from xbai.client.pool import ServicePool
+from xbai.client.retry import RetryPolicy
 from xbai.errors import UserError
-from xbai.evaluate import replicas
-from xbai.evaluate.client import RetryPolicy, ServicePool
-from xbai.evaluate.driver import Driver, Services
-from xbai.evaluate.progress import Progress
-from xbai.evaluate.results import REFUSED, Sample, StoredQuestion
-from xbai.evaluate.running_grades import RunningGrades
-from xbai.evaluate.schedule import Schedule, missing_requests
-from xbai.evaluate.settings import RunSettings
-from xbai.evaluate.store import ResultStore
-from xbai.evaluate.tally import Tally
+from xbai.infer.driver import Driver, Services
+from xbai.infer.progress import Progress
+from xbai.infer.running_grades import RunningGrades
+from xbai.infer.schedule import Schedule, missing_requests
+from xbai.infer.store import ResultStore
+from xbai.infer.tally import Tally
+from xbai.results.lines import REFUSED, Sample, StoredQuestion
+from xbai.results.settings import RunSettings
 
 SETTINGS = RunSettings("make10", "m", "q", 0.8, 0.95, -1, 1.05, 64, (), 0)
 QUESTIONS = [StoredQuestion(i, f"<p{i}>", str(i), {}) for i in range(2)]
@@ -62,7 +63,7 @@ def drive(
 
 
 def responses(path: Path) -> list[list[str]]:
-    return [json.loads(line)["output"]["solution_lst"] for line in path.read_text().splitlines()]
+    return [json.loads(line)["output"]["solution_lst"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_a_run_that_is_extended_holds_what_a_longer_one_does(tmp_path: Path) -> None:
@@ -82,7 +83,7 @@ def test_a_question_that_is_too_long_is_refused_and_the_others_go_on(tmp_path: P
 
     path = tmp_path / "out.jsonl"
     drive(path, 2, answer=answer)
-    refused, answered = (json.loads(line)["output"] for line in path.read_text().splitlines())
+    refused, answered = (json.loads(line)["output"] for line in path.read_text(encoding="utf-8").splitlines())
     assert refused["finish_reason_lst"] == [REFUSED] * 2
     assert refused["error_lst"] == ["413: 600 tokens"] * 2
     assert len(set(answered["solution_lst"])) == 2
@@ -101,7 +102,7 @@ def test_a_refusal_that_is_not_of_the_text_ends_the_run_and_is_not_kept(tmp_path
     assert isinstance(error, UserError)
     assert str(error) == "http://a/generate: 422: return_scores: this model has no score head"
     assert not path.exists()
-    assert REFUSED not in Path(f"{path}.journal").read_text()
+    assert REFUSED not in Path(f"{path}.journal").read_text(encoding="utf-8")
 
 
 def test_a_score_service_that_is_gone_costs_only_scores(
@@ -119,13 +120,21 @@ def test_a_score_service_that_is_gone_costs_only_scores(
 
     path = tmp_path / "out.jsonl"
     drive(path, 8, answer=sampled, score=score_once)
-    scores = [score for line in path.read_text().splitlines() for score in json.loads(line)["output"]["score_lst"]]
+    scores = [
+        score
+        for line in path.read_text(encoding="utf-8").splitlines()
+        for score in json.loads(line)["output"]["score_lst"]
+    ]
     assert (len(scores), scores.count(None)) == (16, 15)
     assert len(set(texts)) <= 3, "the others are not asked for"
     assert caplog.text.count("no more scores are asked for: no answer from http://a for 0.1 s") == 1
     assert "15 scores could not be had; run the same command again to retry them" in caplog.text
     drive(path, 8, answer=lambda payload: pytest.fail("all responses are there"), score=lambda payload: scored)
-    scores = [score for line in path.read_text().splitlines() for score in json.loads(line)["output"]["score_lst"]]
+    scores = [
+        score
+        for line in path.read_text(encoding="utf-8").splitlines()
+        for score in json.loads(line)["output"]["score_lst"]
+    ]
     assert scores == [0.5] * 16
 
 

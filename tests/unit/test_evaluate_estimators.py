@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xbai.evaluate.calibration import expected_calibration_error, reliability
-from xbai.evaluate.estimators import (
+from xbai.measure.calibration import expected_calibration_error, reliability
+from xbai.measure.estimators import (
     MAX_SUBSETS,
     best_of_n_groups,
     clustered_mean,

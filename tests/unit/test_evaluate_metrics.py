@@ -11,17 +11,17 @@ import pytest
 from matplotlib import image
 
 from xbai.errors import UserError
-from xbai.evaluate import plots
-from xbai.evaluate.estimate import Estimate
-from xbai.evaluate.graded import GradedQuestion
-from xbai.evaluate.metric_command import MetricOptions, run_metric
-from xbai.evaluate.metrics import Report, compare, measure, repeated_accuracy, report_files
-from xbai.evaluate.plots import plot_accuracy, plot_results
-from xbai.evaluate.step_curve import step_curve
-from xbai.evaluate.strategies import candidate_counts, possible_strategies
-from xbai.evaluate.summary import build_summary
-from xbai.evaluate.tables import STRATEGY_NAMES, accuracy_grid, comparison_grid, quality_grid, show
-from xbai.evaluate.training_plot import plot_training
+from xbai.measure import plots
+from xbai.measure.estimate import Estimate
+from xbai.measure.graded import GradedQuestion
+from xbai.measure.metric_command import run_metric
+from xbai.measure.metrics import Report, compare, measure, repeated_accuracy, report_files
+from xbai.measure.options import MetricOptions
+from xbai.measure.plots import plot_accuracy, plot_results
+from xbai.measure.step_curve import step_curve
+from xbai.measure.strategies import candidate_counts, possible_strategies
+from xbai.measure.summary import build_summary
+from xbai.measure.tables import STRATEGY_NAMES, accuracy_grid, comparison_grid, quality_grid, show
 
 RIGHT, WRONG = "The answer is \\boxed{7+8-1+1-5}.", "The answer is \\boxed{7+8+1+1+5}."
 
@@ -57,7 +57,7 @@ def result_line(index: int, responses: list[str], scores: list[float | None]) ->
 
 
 def write(path: Path, *lines: dict) -> Path:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
 
 
@@ -303,12 +303,7 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
     base, rl = reports()
     plot_accuracy({"Before RL": base, "After RL": rl}, tmp_path / "accuracy.png")
     plot_results({"rl": rl, "base": base}, random_questions(12, 32, seed=1), tmp_path / "results.png")
-    records = [{"step": i, "reward/pass_rate": i / 40, "score/auc": float("nan") if i == 3 else 0.9} for i in range(40)]
-    metrics = write(tmp_path / "metrics.jsonl", *records)
-    with metrics.open("a") as stream:
-        stream.write('{"step": 40, "rew')
-    plot_training(metrics, tmp_path / "training.png")
-    for name in ("accuracy", "results", "training"):
+    for name in ("accuracy", "results"):
         assert 0.02 < drawn(tmp_path / f"{name}.png") < 0.6
 
 
@@ -324,17 +319,6 @@ def test_panels_of_unlike_reports_show_all_and_name_all(tmp_path: Path, monkeypa
     assert bottom < 0.1 < 0.9 < top
     labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
     assert labels == ["Best-of-N", "majority vote", "pass@1"]
-
-
-def test_figures_without_data_say_so(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="none of the training curves"):
-        plot_training(write(tmp_path / "m.jsonl", {"step": 1, "other": 2.0}), tmp_path / "x.png")
-    with pytest.raises(UserError, match="no such file"):
-        plot_training(tmp_path / "none.jsonl", tmp_path / "x.png")
-    (tmp_path / "bad.jsonl").write_text('{"step": \n{"step": 2}\n')
-    with pytest.raises(UserError, match=r"bad\.jsonl:1"):
-        plot_training(tmp_path / "bad.jsonl", tmp_path / "x.png")
-    assert not (tmp_path / "x.png").exists()
 
 
 def test_a_figure_needs_neither_scores_nor_tokens(tmp_path: Path) -> None:
@@ -360,13 +344,13 @@ def test_the_command_writes_what_is_asked_for(tmp_path: Path, capsys: pytest.Cap
     ours = write(tmp_path / "ours.jsonl", result_line(0, [RIGHT, WRONG], [0.9, 0.1]))
     base = write(tmp_path / "base.jsonl", result_line(0, [WRONG, WRONG], [0.9, 0.1]))
     options = MetricOptions(
-        "make10", [str(ours)], 2, [str(base)], tmp_path / "m.json", Path("-"), plot_path=tmp_path / "m.png"
+        "make10", [str(ours)], 2, (), [str(base)], tmp_path / "m.json", Path("-"), tmp_path / "m.png"
     )
     run_metric(options)
     printed = capsys.readouterr().out
     assert printed.startswith("Test 1 times  \npass@1 (Best-of-2): 100.00\n")
     assert "**ours less base" in printed and "─" not in printed, "Markdown takes the place of the tables"
-    values = json.loads((tmp_path / "m.json").read_text())
+    values = json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))
     assert values["repeated"] == {"strategy": "best_of_n", "n": 2, "repetitions": 1, "accuracies": [1.0], "mean": 1.0}
     assert values["base"]["mean_at_1"]["mean"] == 0.0
     assert values["difference"]["curves"]["best_of_n"]["2"] == {"mean": 1.0, "standard_error": None}

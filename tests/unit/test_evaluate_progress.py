@@ -6,9 +6,9 @@ import logging
 
 import pytest
 
-from xbai.evaluate import progress as progress_module
-from xbai.evaluate.progress import Progress
-from xbai.evaluate.tally import Tally
+from xbai.infer import progress as progress_module
+from xbai.infer.progress import Progress
+from xbai.infer.tally import Tally
 
 
 def test_the_tally_takes_the_best_of_each_whole_group() -> None:

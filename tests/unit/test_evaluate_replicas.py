@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from xbai.evaluate.replicas import RETRY_MAX_S, Replica, Replicas
+from xbai.client.replicas import RETRY_MAX_S, Replica, Replicas
 
 
 def busy(count: int, max_in_flight: int = 8) -> Replica:
@@ -15,7 +15,7 @@ def busy(count: int, max_in_flight: int = 8) -> Replica:
 
 
 def refuse(replica: Replica, now: float, retry_after_s: float = 2.0) -> None:
-    replica.is_full(now, retry_after_s)
+    replica.refused(now, retry_after_s)
     replica.give_back(1)
 
 

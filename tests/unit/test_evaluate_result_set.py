@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from xbai.errors import UserError
-from xbai.evaluate.metrics import compare, repeated_accuracy, report_files
-from xbai.evaluate.result_set import read_lines, result_files
-from xbai.evaluate.results import ResultLine
-from xbai.evaluate.settings import differing_settings
+from xbai.measure.metrics import compare, repeated_accuracy, report_files
+from xbai.measure.result_set import read_lines, result_files
+from xbai.results.lines import REFUSED, ResultLine, Sample
+from xbai.results.settings import BEST_OF_N, differing_settings
 
 RIGHT, WRONG = "The answer is \\boxed{7+8-1+1-5}.", "The answer is \\boxed{7+8+1+1+5}."
-SETTINGS = {"task": "make10", "model": "m", "questions": "d", "temperature": 1.0, "seed": 0}
+SETTINGS = {"task": "make10", "model": "m", "questions": "d", "temperature": 1.0, "seed": 0, "search": BEST_OF_N}
 
 
 def result_line(index: int, responses: list[str], first_sample: int = 0, **settings: object) -> dict:
@@ -41,14 +41,14 @@ def xbai_line(question: str, responses: list[str], scores: list[float], template
 
 
 def write(path: Path, *lines: dict) -> Path:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
 
 
 def test_files_of_globs_are_put_together(tmp_path: Path) -> None:
     write(tmp_path / "part0.jsonl", result_line(0, [RIGHT]))
     write(tmp_path / "part1.jsonl", result_line(0, [WRONG], first_sample=1))
-    (tmp_path / "part2.jsonl.journal").write_text("{}")
+    (tmp_path / "part2.jsonl.journal").write_text("{}", encoding="utf-8")
     report, _ = report_files("make10", [str(tmp_path / "part*"), str(tmp_path / "part0.jsonl")])
     assert (report.questions, report.samples, report.mean_at_1.mean) == (1, 2, 0.5)
 
@@ -119,12 +119,37 @@ def test_files_of_xbais_own_pipeline(tmp_path: Path) -> None:
 @pytest.mark.parametrize("response", ["", RIGHT, "Q", "<u>Q<a>", "Q" + RIGHT])
 def test_responses_hold_no_prompt_in_either_form(template: str, response: str) -> None:
     prompt = template.format("Q")
-    theirs = ResultLine.from_dict(xbai_line("Q", [response, prompt], [0.5, None], template))
+    theirs = ResultLine.from_json(json.dumps(xbai_line("Q", [response, prompt], [0.5, None], template)))
     assert (theirs.responses, theirs.prompt) == ([response, prompt], prompt)
     ours = result_line(0, [])
     ours |= {"prompt": prompt, "output": {"content": response, "solution_lst": [prompt + response], "sample_lst": [0]}}
-    for line in (ours, ResultLine.from_dict(ours).to_dict()):
-        assert ResultLine.from_dict(line).responses == [response]
+    once = ResultLine.from_json(json.dumps(ours))
+    for line in (once, ResultLine.from_json(once.to_json())):
+        assert line.responses == [response]
+
+
+def test_the_layout_of_a_line() -> None:
+    samples = [
+        Sample(3, 0, "Ä", finish_reason="stop", token_count=7, seconds=1.5, score=0.5, step_scores=[0.25, 1.0]),
+        Sample(3, 2, "", finish_reason=REFUSED, error="413: too long", mean_log_prob=-0.5),
+    ]
+    line = ResultLine(3, "P ", "10", {"question": "Q"}, samples, content="Ä", time=1.5, settings={"task": "make10"})
+    assert line.to_json() == (
+        '{"prompt": "P ", "answer": "10", "output": {"content": "Ä", "time": 1.5, "solution_lst": ["P Ä", "P "], '
+        '"score_lst": [0.5, null], "sample_lst": [0, 2], "finish_reason_lst": ["stop", "refused"], '
+        '"token_count_lst": [7, null], "step_score_lst": [[0.25, 1.0], null], "seconds_lst": [1.5, 0.0], '
+        '"error_lst": [null, "413: too long"], "mean_log_prob_lst": [null, -0.5]}, "index": 3, '
+        '"meta": {"question": "Q"}, "settings": {"task": "make10"}}'
+    )
+    assert ResultLine.from_json(line.to_json()) == line
+
+
+@pytest.mark.parametrize("column", ["sample_lst", "finish_reason_lst", "seconds_lst", "mean_log_prob_lst"])
+def test_a_list_that_is_not_as_long_as_the_responses_is_named(column: str, tmp_path: Path) -> None:
+    line = result_line(0, [RIGHT, WRONG])
+    line["output"][column] = [0]
+    with pytest.raises(UserError, match=rf"a\.jsonl:1: not a result line .*solution_lst has 2 items, {column} 1"):
+        read_lines([write(tmp_path / "a.jsonl", line)])
 
 
 def test_a_line_of_theirs_with_fewer_responses_than_scores_is_named(tmp_path: Path) -> None:
@@ -149,7 +174,7 @@ def test_their_parts_add_up_and_their_files_and_ours_are_not_mixed_but_compared(
 def test_missing_files_and_candidates_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         result_files([str(tmp_path / "none*")])
-    (tmp_path / "out.jsonl.journal").write_text("")
+    (tmp_path / "out.jsonl.journal").write_text("", encoding="utf-8")
     for name in ("out.jsonl", "out.jsonl.journal"):
         with pytest.raises(UserError, match=r"out\.jsonl\.journal is an unfinished run"):
             result_files([str(tmp_path / name)])
@@ -159,14 +184,14 @@ def test_missing_files_and_candidates_are_named(tmp_path: Path) -> None:
 
 def test_an_unfinished_extension_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "out.jsonl", result_line(0, [RIGHT]))
-    (tmp_path / "out.jsonl.journal").write_text("")
+    (tmp_path / "out.jsonl.journal").write_text("", encoding="utf-8")
     with caplog.at_level(logging.WARNING):
         read_lines([path])
     assert "unfinished run adds to this file" in caplog.text
 
 
-def test_settings_of_before_searches_are_those_of_best_of_n() -> None:
-    assert differing_settings(SETTINGS, {**SETTINGS, "search": {"name": "best_of_n"}}) == []
+def test_settings_differ_by_their_search_and_seed() -> None:
+    assert differing_settings(SETTINGS, {**SETTINGS}) == []
     beam = {**SETTINGS, "search": {"name": "beam"}, "seed": 3}
     assert sorted(differing_settings(SETTINGS, beam)) == ["search", "seed"]
     assert differing_settings(None, SETTINGS) == []

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from xbai.client.served_model import ServedModel
+from xbai.client.wire import ReadyAnswer
 from xbai.errors import UserError
-from xbai.evaluate.options import RunOptions
-from xbai.evaluate.run import run, use_fused_scores
-from xbai.evaluate.served_model import ServedModel
-from xbai.evaluate.wire import ReadyAnswer
+from xbai.infer.options import RunOptions
+from xbai.infer.run import run, use_fused_scores
 
 READY = {"model": "/models/m", "identity": "m:1a", "lang": "en", "scores": True}
 OTHER = READY | {"identity": "other:2b"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xbai.evaluate.results import StoredQuestion
-from xbai.evaluate.schedule import Schedule, missing_requests
+from xbai.infer.schedule import Schedule, missing_requests
+from xbai.results.lines import StoredQuestion
 
 QUESTIONS = [StoredQuestion(index, f"p{index}", "", {}) for index in range(3)]
 KEYS = [(question.index, sample) for question in QUESTIONS for sample in range(6)]

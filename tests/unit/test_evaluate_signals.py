@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xbai.evaluate.estimate import Estimate
-from xbai.evaluate.estimators import expected_vote, subset_masks
-from xbai.evaluate.graded import GradedQuestion
-from xbai.evaluate.length_bands import length_bands
-from xbai.evaluate.metrics import measure, report_files
-from xbai.evaluate.results import REFUSED
-from xbai.evaluate.separation import separation
-from xbai.evaluate.strategies import possible_strategies
-from xbai.evaluate.tables import differences_grid, length_grid, report_grids, show, signals_grid
+from xbai.measure.estimate import Estimate
+from xbai.measure.estimators import expected_vote, subset_masks
+from xbai.measure.graded import GradedQuestion
+from xbai.measure.length_bands import length_bands
+from xbai.measure.metrics import measure, report_files
+from xbai.measure.separation import separation
+from xbai.measure.strategies import possible_strategies
+from xbai.measure.tables import differences_grid, length_grid, report_grids, show, signals_grid
+from xbai.results.lines import REFUSED
 
 LEVELS = st.sampled_from([-np.inf, 0.1, 0.2, 0.3])
 GRADES = st.sampled_from([0.0, 1.0, np.nan])
@@ -84,7 +84,9 @@ def test_a_files_log_probs_are_read_and_older_files_have_none(tmp_path: Path) ->
     output = {"solution_lst": [RIGHT, WRONG], "score_lst": [0.4, 0.6], "sample_lst": [0, 1]}
     path = tmp_path / "out.jsonl"
     for more, expected in (({}, None), ({"mean_log_prob_lst": [-0.1, -0.2]}, 1.0), ({"mean_log_prob_lst": None}, None)):
-        path.write_text(json.dumps({"prompt": "", "answer": "7 8 1 1 5", "output": output | more, "index": 0}))
+        path.write_text(
+            json.dumps({"prompt": "", "answer": "7 8 1 1 5", "output": output | more, "index": 0}), encoding="utf-8"
+        )
         report, _ = report_files("make10", [str(path)])
         found = report.curves.get("best_of_n_log_prob")
         assert (None if found is None else found[2].mean) == expected

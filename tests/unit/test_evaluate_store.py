@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xbai.errors import UserError
-from xbai.evaluate.journal import encode_line
-from xbai.evaluate.results import Sample, StoredQuestion, read_result_lines
-from xbai.evaluate.settings import RunSettings, request_seed
-from xbai.evaluate.store import ResultStore
+from xbai.infer.journal import encode_line
+from xbai.infer.store import ResultStore
 from xbai.model_identity import is_same_model, model_identity
+from xbai.results.lines import Sample, StoredQuestion, read_result_lines
+from xbai.results.settings import RunSettings, request_seed
 
 SETTINGS = RunSettings("make10", "m", "q", 0.8, 0.95, -1, 1.05, 64, (), 0)
 QUESTIONS = [StoredQuestion(i, f"<p{i}>", str(i), {"question": f"q{i}"}) for i in range(3)]
@@ -41,7 +41,7 @@ def test_results_have_the_published_layout(tmp_path: Path) -> None:
         results.add_score((1, 1), 0.9, [0.9])
         results.add_score((1, 0), 0.4, [0.4])
         results.write_results()
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [line["index"] for line in lines] == [0, 1, 2]
     assert lines[1]["prompt"] == "<p1>"
     assert lines[1]["answer"] == "1"
@@ -92,8 +92,8 @@ def test_a_journal_cut_anywhere_loses_only_what_was_cut(
             results.add_score(key, 0.5)
         results.write_results()
     for line in read_result_lines(path):
-        assert line.sample_indices == [0, 1]
-        assert line.scores == [0.5, 0.5]
+        assert [each.key for each in line.samples] == [(line.index, 0), (line.index, 1)]
+        assert [each.score for each in line.samples] == [0.5, 0.5]
         assert line.responses == [sample(line.index, 0).response, sample(line.index, 1).response]
 
 
@@ -109,7 +109,7 @@ def test_a_finished_file_is_extended_and_retried(tmp_path: Path) -> None:
         results.add_score((0, 0), 0.6)
         results.add(sample(0, 2, 0.1))
         results.write_results()
-    assert next(iter(read_result_lines(path))).scores == [0.6, 0.3, 0.1]
+    assert [each.score for each in next(read_result_lines(path)).samples] == [0.6, 0.3, 0.1]
 
 
 def test_log_probs_are_kept_and_older_files_have_none(tmp_path: Path) -> None:
@@ -125,14 +125,13 @@ def test_log_probs_are_kept_and_older_files_have_none(tmp_path: Path) -> None:
         results.add(replace(sample(0, 2, 0.3), mean_log_prob=-0.75))
         results.write_results()
     (line, *_) = read_result_lines(path)
-    assert line.mean_log_probs == [-0.25, None, -0.75]
-    assert [each.mean_log_prob for each in line.samples()] == line.mean_log_probs
+    assert [each.mean_log_prob for each in line.samples] == [-0.25, None, -0.75]
     with store(path) as results:
         assert results.get((0, 2)) == replace(sample(0, 2, 0.3), mean_log_prob=-0.75)
-    old = line.to_dict()
+    old = json.loads(line.to_json())
     del old["output"]["mean_log_prob_lst"]
-    path.write_text(json.dumps(old) + "\n")
-    assert next(read_result_lines(path)).mean_log_probs == [None] * 3
+    path.write_text(json.dumps(old) + "\n", encoding="utf-8")
+    assert [each.mean_log_prob for each in next(read_result_lines(path)).samples] == [None] * 3
 
 
 def test_parts_share_a_file_one_after_the_other(tmp_path: Path) -> None:
@@ -191,19 +190,19 @@ def test_models_are_recorded_and_others_refused(tmp_path: Path, finished: bool) 
                 results.record(**models)
         results.record(policy=None)
         results.write_results()
-    assert json.loads(path.read_text().splitlines()[0])["settings"]["policy"] == "renamed:1a"
+    assert json.loads(path.read_text(encoding="utf-8").splitlines()[0])["settings"]["policy"] == "renamed:1a"
 
 
-def test_a_file_of_before_models_were_recorded_is_taken_up(tmp_path: Path) -> None:
+def test_a_file_that_does_not_name_its_models_is_taken_up(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     with store(path) as results:
         results.add(sample(0, 0, 0.5))
         results.write_results()
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     for line in lines:
-        for name in ("policy", "scorer", "lang", "search"):
+        for name in ("policy", "scorer", "lang"):
             del line["settings"][name]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     with store(path) as results:
         results.record(policy="m:1a", scorer="m:1a", lang="en")
         assert len(results) == 1
@@ -248,16 +247,16 @@ def test_a_foreign_result_file_is_not_overwritten(tmp_path: Path) -> None:
         "answer": "1",
         "output": {"content": "", "time": 1, "solution_lst": ["px"], "score_lst": [0.5]},
     }
-    path.write_text(json.dumps(line) + "\n")
+    path.write_text(json.dumps(line) + "\n", encoding="utf-8")
     with pytest.raises(UserError, match="another run"), store(path):
         pass
     assert next(iter(read_result_lines(path))).responses == ["x"]
-    assert json.loads(path.read_text()) == line
+    assert json.loads(path.read_text(encoding="utf-8")) == line
 
 
 def test_a_damaged_result_file_is_named_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    path.write_text('{"prompt": "p"}\n')
+    path.write_text('{"prompt": "p"}\n', encoding="utf-8")
     with pytest.raises(UserError, match=r"out\.jsonl:1: not a result line"):
         list(read_result_lines(path))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xbai.serve.fair_queue import FairQueue
+from xbai.serve.engine_thread import FairQueue
 
 
 def drain(queue: FairQueue[str]) -> str:

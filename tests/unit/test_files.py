@@ -27,32 +27,39 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def test_a_text_is_utf_8_whatever_the_locale_says(tmp_path):
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    code = f"{WRITE}    stream.write('\\u5206\\u6570')"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "file"], env={**os.environ, **ascii_only}, check=True)
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "分数"
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.json"
-    path.write_text("old")
+    path.write_text("old", encoding="utf-8")
     with pytest.raises(RuntimeError), atomic_write(path, "w") as stream:
         stream.write("new")
         raise RuntimeError
-    assert path.read_text() == "old"
+    assert path.read_text(encoding="utf-8") == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_failed_folder_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError), atomic_directory(tmp_path / "d") as folder:
-        (folder / "x").write_text("x")
+        (folder / "x").write_text("x", encoding="utf-8")
         raise RuntimeError
     assert not list(tmp_path.iterdir())
 
 
 def test_success_takes_the_name(tmp_path):
     with atomic_directory(tmp_path / "d") as folder:
-        (folder / "x").write_text("x")
+        (folder / "x").write_text("x", encoding="utf-8")
         assert not (tmp_path / "d").exists()
-    assert (tmp_path / "d" / "x").read_text() == "x"
+    assert (tmp_path / "d" / "x").read_text(encoding="utf-8") == "x"
     with pytest.raises(FileExistsError), atomic_directory(tmp_path / "d"):
         pass
     with atomic_directory(tmp_path / "d", replace=True) as folder:
-        (folder / "y").write_text("y")
+        (folder / "y").write_text("y", encoding="utf-8")
         assert (tmp_path / "d" / "x").exists()
     assert [path.name for path in (tmp_path / "d").iterdir()] == ["y"]
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
@@ -60,10 +67,10 @@ def test_success_takes_the_name(tmp_path):
 
 def test_a_killed_writer_leaves_the_old_file(tmp_path):
     path = tmp_path / "a"
-    path.write_text("old")
+    path.write_text("old", encoding="utf-8")
     code = WRITE + " stream.write('new'); stream.flush(); os.kill(os.getpid(), 9)\n"
     assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == -9
-    assert path.read_text() == "old"
+    assert path.read_text(encoding="utf-8") == "old"
 
 
 def test_a_link_is_followed_and_stays(tmp_path):
@@ -73,7 +80,7 @@ def test_a_link_is_followed_and_stays(tmp_path):
     for text in ("made, as are folders that are missing", "replaced"):
         check_writable(chain)
         write(chain, text)
-        assert target.read_text() == text
+        assert target.read_text(encoding="utf-8") == text
         assert target.is_file() and not target.is_symlink() and link.is_symlink() and chain.is_symlink()
     assert followed(chain) == target
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["chain", "link", "target", "there"]
@@ -85,7 +92,7 @@ def test_a_linked_folder_is_replaced_where_it_is(tmp_path):
     link.symlink_to("disk/model")
     for text in ("made", "replaced"):
         with atomic_directory(link, replace=True) as folder:
-            (folder / text).write_text(text)
+            (folder / text).write_text(text, encoding="utf-8")
         assert [path.name for path in (tmp_path / "disk/model").iterdir()] == [text]
     with pytest.raises(FileExistsError), atomic_directory(link):
         pass
@@ -96,10 +103,10 @@ def test_a_linked_folder_is_replaced_where_it_is(tmp_path):
 
 
 def test_a_folder_does_not_replace_a_file(tmp_path):
-    (tmp_path / "d").write_text("old")
+    (tmp_path / "d").write_text("old", encoding="utf-8")
     with pytest.raises(FileExistsError), atomic_directory(tmp_path / "d", replace=True):
         pass
-    assert (tmp_path / "d").read_text() == "old"
+    assert (tmp_path / "d").read_text(encoding="utf-8") == "old"
 
 
 def refused(path: Path, message: str) -> None:
@@ -129,7 +136,7 @@ def test_folders_and_sockets_are_refused_in_one_line(tmp_path):
 
 
 def test_what_could_not_be_written_is_known_before(tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     for path, why in (
         (tmp_path / LONG_NAME, "choose a shorter path"),
         (tmp_path / (LONG_NAME * 2), "choose a shorter path"),
@@ -147,7 +154,7 @@ def test_a_device_receives_the_bytes(tmp_path):
     null = tmp_path / "null"
     try:
         os.mknod(null, stat.S_IFCHR | 0o666, os.makedev(1, 3))
-        null.open("w").close()
+        null.open("w", encoding="utf-8").close()
     except PermissionError:
         pytest.skip("devices cannot be made here")
     (tmp_path / "link").symlink_to(null)
@@ -162,7 +169,7 @@ def test_a_device_receives_the_bytes(tmp_path):
 def test_a_fifo_receives_the_bytes(tmp_path):
     fifo, received = tmp_path / "fifo", []
     os.mkfifo(fifo)
-    reader = threading.Thread(target=lambda: received.append(fifo.read_text()))
+    reader = threading.Thread(target=lambda: received.append(fifo.read_text(encoding="utf-8")))
     reader.start()
     check_writable(fifo)
     write(fifo, "through")

@@ -14,10 +14,10 @@ import torch
 
 from verl.utils.tracking import METRICS_FILE, Tracking
 from xbai.errors import UserError, exit_on_user_error
-from xbai.evaluate.results import Sample, StoredQuestion, read_result_lines
-from xbai.evaluate.settings import RunSettings
-from xbai.evaluate.store import ResultStore
 from xbai.files import atomic_write, check_directory, check_writable
+from xbai.infer.store import ResultStore
+from xbai.results.lines import Sample, StoredQuestion, read_result_lines
+from xbai.results.settings import RunSettings
 from xbai.sprm import ScoreHead, save_score_head
 from xbai.sprm.step_features import FeatureSource, StepFeatures
 from xbai.sprm.steps import StepRule
@@ -52,11 +52,11 @@ def head(folder: Path) -> None:
 def test_what_does_not_fit_is_one_line_and_leaves_what_was_there(
     small_disk: Path, write: Callable[[Path], None]
 ) -> None:
-    (small_disk / "a").write_text("old")
+    (small_disk / "a").write_text("old", encoding="utf-8")
     with pytest.raises(UserError, match=FULL) as refused:
         write(small_disk)
     assert str(refused.value).startswith(str(small_disk))
-    assert [(path.name, path.read_text()) for path in small_disk.iterdir()] == [("a", "old")]
+    assert [(path.name, path.read_text(encoding="utf-8")) for path in small_disk.iterdir()] == [("a", "old")]
 
 
 def test_errors_of_what_is_read_meanwhile_are_not_of_the_file(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_run_whose_result_file_does_not_fit_goes_on_when_there_is_room(
         assert len(store) == len(kept)
         store.write_results()
     (line,) = read_result_lines(path)
-    assert list(line.samples()) == kept
+    assert line.samples == kept
 
 
 def test_metrics_that_do_not_fit_end_the_run_in_one_line(small_disk: Path) -> None:
@@ -104,10 +104,10 @@ def test_metrics_that_do_not_fit_end_the_run_in_one_line(small_disk: Path) -> No
         for step in range(2, 1000):
             tracking.log({"reward": 0.5}, step)
     (small_disk / "other").unlink()
-    steps = len((small_disk / METRICS_FILE).read_text().splitlines())
+    steps = len((small_disk / METRICS_FILE).read_text(encoding="utf-8").splitlines())
     with Tracking("p", "e", ["file"], small_disk, resume_step=1000) as tracking:
         tracking.log({"reward": 0.5}, steps + 1)
-    assert (small_disk / METRICS_FILE).read_text().endswith(f'{{"step": {steps + 1}, "reward": 0.5}}\n')
+    assert (small_disk / METRICS_FILE).read_text(encoding="utf-8").endswith(f'{{"step": {steps + 1}, "reward": 0.5}}\n')
 
 
 def test_a_command_whose_disk_is_full_ends_in_one_line(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:

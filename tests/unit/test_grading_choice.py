@@ -8,7 +8,10 @@ import pytest
 from xbai.grading import GradeRequest, answer_key, grade
 from xbai.grading.choice import chosen_option
 
-CASES = [json.loads(line) for line in (Path(__file__).parents[1] / "cases" / "choice.jsonl").read_text().splitlines()]
+CASES = [
+    json.loads(line)
+    for line in (Path(__file__).parents[1] / "cases" / "choice.jsonl").read_text(encoding="utf-8").splitlines()
+]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,10 @@ from xbai.grading.code import grade_code, same_output, same_result
 from xbai.grading.program import find_program
 from xbai.sandbox.job import Limits
 
-CASES = [json.loads(line) for line in (Path(__file__).parents[1] / "cases/code.jsonl").read_text().splitlines()]
+CASES = [
+    json.loads(line)
+    for line in (Path(__file__).parents[1] / "cases/code.jsonl").read_text(encoding="utf-8").splitlines()
+]
 
 SUM = {"tests": [{"input": "3\n1 2 3\n", "output": "6\n"}, {"input": "1\n-5\n", "output": "-5\n"}]}
 HALF = {"tests": [{"input": "3", "output": "1.5"}, {"input": "4", "output": "2"}]}

@@ -44,7 +44,7 @@ def test_other_code_is_still_code(source: str):
 
 
 def test_the_documentation_lists_them_all():
-    section = TRAINING.read_text().partition("### Data sources")[2].partition("\n## ")[0]
+    section = TRAINING.read_text(encoding="utf-8").partition("### Data sources")[2].partition("\n## ")[0]
     listed = set(re.findall(r"`([\w/-]+)`", section))
     assert {*PUBLIC, *NOT_GRADED} <= listed
     assert all(any(f"`{prefix}" in section for prefix in (name, f"{name}*")) for name in ANSWER_CHECKS)

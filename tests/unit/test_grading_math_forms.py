@@ -9,7 +9,10 @@ import pytest
 
 from xbai.grading.math import grade_math
 
-CASES = [json.loads(line) for line in (Path(__file__).parents[1] / "cases/math_forms.jsonl").read_text().splitlines()]
+CASES = [
+    json.loads(line)
+    for line in (Path(__file__).parents[1] / "cases/math_forms.jsonl").read_text(encoding="utf-8").splitlines()
+]
 RIGHT = [case for case in CASES if case["same"]]
 
 

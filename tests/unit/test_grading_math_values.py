@@ -16,7 +16,10 @@ from xbai.grading.math import grade_math, same_answer
 from xbai.grading.numeric import same_values
 from xbai.grading.symbolic import symbolically_equal
 
-CASES = [json.loads(line) for line in (Path(__file__).parents[1] / "cases/math_values.jsonl").read_text().splitlines()]
+CASES = [
+    json.loads(line)
+    for line in (Path(__file__).parents[1] / "cases/math_values.jsonl").read_text(encoding="utf-8").splitlines()
+]
 FORMULAS = [case for case in CASES if case["kind"] != "sentence"]
 
 

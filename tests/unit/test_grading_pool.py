@@ -14,7 +14,8 @@ import pytest
 
 from xbai.errors import UserError
 from xbai.grading import CustomGrader, GradeRequest, GraderPool, pool
-from xbai.grading.dispatch import Grade
+from xbai.grading.dispatch import Grade, Preparation
+from xbai.grading.worker import Graded
 
 HOSTILE = """
 import os, subprocess, sys, time
@@ -66,7 +67,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info):
         from multiprocessing.connection import Connection
         import gc
         (connection,) = (each for each in gc.get_objects() if isinstance(each, Connection))
-        connection.send(("graded", extra_info["grade"], extra_info["number"]))
+        connection.send((extra_info["number"], extra_info["reply"]))
         return 1.0
     if solution_str == "pid":
         return os.getpid()
@@ -77,7 +78,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info):
 @pytest.fixture
 def grader(tmp_path):
     path = tmp_path / "hostile.py"
-    path.write_text(HOSTILE)
+    path.write_text(HOSTILE, encoding="utf-8")
     return CustomGrader(str(path))
 
 
@@ -87,7 +88,7 @@ def request(response, **extra_info):
 
 def process_is_alive(pid):
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
 
@@ -115,7 +116,7 @@ FORKS = ["fork", "fork and answer later", "fork and fail"]
 def test_a_grader_that_forks_shifts_no_grades(tmp_path, fork):
     path = tmp_path / "hostile.py"
     # What the function is asked for is what it is to return: any shift shows.
-    path.write_text(HOSTILE.replace("float(solution_str == ground_truth)", "extra_info['grade']"))
+    path.write_text(HOSTILE.replace("float(solution_str == ground_truth)", "extra_info['grade']"), encoding="utf-8")
     requests = [request("plain" if number % 4 else fork, grade=float(number)) for number in range(40)]
     with GraderPool(2, timeout_s=20.0, grader=CustomGrader(str(path))) as pool:
         grades = pool.grade(requests)
@@ -125,7 +126,7 @@ def test_a_grader_that_forks_shifts_no_grades(tmp_path, fork):
 
 def test_a_module_that_forks_when_it_is_imported_shifts_no_grades(tmp_path):
     path = tmp_path / "forks.py"
-    path.write_text("import os\nos.fork()\n" + HOSTILE)
+    path.write_text("import os\nos.fork()\n" + HOSTILE, encoding="utf-8")
     with GraderPool(2, timeout_s=20.0, grader=CustomGrader(str(path))) as pool:
         assert pool.grade([request("right"), request("wrong")] * 20) == [1.0, 0.0] * 20
 
@@ -138,7 +139,7 @@ def test_a_reply_that_is_none_costs_its_sample_only(grader, hostile):
 
 def test_a_reply_to_another_request_is_no_grade(grader):
     with GraderPool(1, timeout_s=20.0, grader=grader) as pool:
-        early = request("reply again", grade=Grade(0.25), number=1)
+        early = request("reply again", reply=Graded([Grade(0.25)]), number=1)
         assert pool.grade([request("wrong"), early, request("right"), request("right")]) == [0.0, 0.25, None, 1.0]
         assert pool.failures == {"crash": 1}
 
@@ -172,7 +173,7 @@ def test_a_graders_children_die_with_it(grader, tmp_path):
     pid_file = tmp_path / "pid"
     with GraderPool(1, timeout_s=5.0, grader=grader) as pool:
         assert pool.grade([request("child", pid_file=str(pid_file))]) == [None]
-        assert wait_until(lambda: not process_is_alive(int(pid_file.read_text())))
+        assert wait_until(lambda: not process_is_alive(int(pid_file.read_text(encoding="utf-8"))))
 
 
 def test_workers_end_when_the_parent_is_killed(grader):
@@ -191,7 +192,7 @@ def test_workers_end_when_the_parent_is_killed(grader):
 def test_user_errors_reach_the_caller(tmp_path):
     with GraderPool(1) as pool, pytest.raises(UserError, match="'sudoku'"):
         pool.grade([GradeRequest("sudoku", "", "")])
-    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "empty.py").write_text("", encoding="utf-8")
     for path, complaint in [("missing.py", "is not a file"), ("empty.py", "defines no function compute_score")]:
         with (
             GraderPool(1, grader=CustomGrader(str(tmp_path / path))) as pool,
@@ -276,18 +277,18 @@ def test_a_hard_answer_times_out():
 
 
 @pytest.mark.parametrize(
-    ("response", "answers", "status"), [("right", ["started", "graded"], 0), ("hang", ["started"], -14)]
+    ("response", "answers", "status"), [("right", [Preparation, Graded], 0), ("hang", [Preparation], -14)]
 )
 def test_an_orphans_alarm_leaves_time_for_imports(tmp_path, response, answers, status):
     path = tmp_path / "slow.py"
-    path.write_text("import time\ntime.sleep(1.5)\n" + HOSTILE)
+    path.write_text("import time\ntime.sleep(1.5)\n" + HOSTILE, encoding="utf-8")
     ours, theirs = Pipe()
     code = f"from xbai.grading import worker; worker.ORPHAN_GRACE_S = 0.5; worker.main({theirs.fileno()})"
     with theirs:
         process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()])
     ours.send((CustomGrader(str(path)), 0.5, 2**30))
-    ours.send((0, request(response)))
-    assert [ours.recv()[0] for _ in answers] == answers
+    ours.send((0, [request(response)]))
+    assert [type(ours.recv()[1]) for _ in answers] == answers
     if status:
         with pytest.raises(EOFError):
             ours.recv()

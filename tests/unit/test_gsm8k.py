@@ -25,7 +25,7 @@ def row(number: int) -> dict[str, str]:
 def published(tmp_path: Path) -> Path:
     folder = tmp_path / "published"
     folder.mkdir()
-    with (folder / "train.jsonl").open("w") as stream:
+    with (folder / "train.jsonl").open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(row(number)) + "\n" for number in range(40))
     pd.DataFrame([row(number) for number in range(50, 55)]).to_parquet(folder / "test-00000-of-00001.parquet")
     return folder
@@ -64,12 +64,12 @@ def test_the_seed_decides_which_problem_goes_where(published: Path, tmp_path: Pa
 
 
 def test_what_is_no_gsm8k_is_one_line(published: Path, tmp_path: Path):
-    (published / "train.json").write_text("[]")
+    (published / "train.json").write_text("[]", encoding="utf-8")
     with pytest.raises(UserError, match=r"needs one file train\*.* found train.json, train.jsonl"):
         find_file(published, "train")
     with pytest.raises(UserError, match="found none"):
         find_file(tmp_path, "train")
-    (tmp_path / "train.jsonl").write_text('{"question": "How many?", "answer": "7"}\n')
+    (tmp_path / "train.jsonl").write_text('{"question": "How many?", "answer": "7"}\n', encoding="utf-8")
     with pytest.raises(
         UserError, match=r"train.jsonl:1: 'answer' must be a worked solution that ends in '#### NUMBER'"
     ):

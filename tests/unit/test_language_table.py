@@ -10,9 +10,9 @@ from statistics import fmean
 
 import numpy as np
 
-from xbai.evaluate.graded import GradedQuestion
-from xbai.evaluate.metrics import measure
-from xbai.evaluate.summary import build_summary
+from xbai.measure.graded import GradedQuestion
+from xbai.measure.metrics import measure
+from xbai.measure.summary import build_summary
 
 SCRIPT = Path(__file__).parents[2] / "bench/language_table.py"
 COUNTS = ("2", "8", "32")
@@ -50,8 +50,8 @@ def test_both_arms_stand_side_by_side(tmp_path: Path) -> None:
     ours = [{**part(0.6, seed), "held_out": part(0.4, seed)} for seed in (0, 1)]
     theirs = [part(0.5, 0, has_log_probs=False)]
     for seed, summary in enumerate(ours):
-        (tmp_path / f"language_seed{seed}.json").write_text(json.dumps(summary))
-    (tmp_path / "language_published_seed0.json").write_text(json.dumps(theirs[0]))
+        (tmp_path / f"language_seed{seed}.json").write_text(json.dumps(summary), encoding="utf-8")
+    (tmp_path / "language_published_seed0.json").write_text(json.dumps(theirs[0]), encoding="utf-8")
     done = subprocess.run([sys.executable, SCRIPT, "--results", tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     trained, held_out = done.stdout.split("**Held-out kinds**")
@@ -93,7 +93,9 @@ def test_every_row_is_found_in_what_xbai_summary_writes(tmp_path: Path) -> None:
         for number in range(3)
     ]
     report = measure(questions)
-    (tmp_path / "language_seed0.json").write_text(json.dumps(build_summary(report, report, None, report, report)))
+    (tmp_path / "language_seed0.json").write_text(
+        json.dumps(build_summary(report, report, None, report, report)), encoding="utf-8"
+    )
     done = subprocess.run([sys.executable, SCRIPT, "--results", tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for shown in map(rows, done.stdout.split("**Held-out kinds**")):

@@ -52,7 +52,7 @@ LEETCODE = published_row(
 def write(tmp_path):
     def write_rows(*rows):
         path = tmp_path / "lcb.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return path
 
     return write_rows

@@ -95,14 +95,18 @@ def test_splits_share_no_problem_and_follow_the_seed(tmp_path):
     again = write_splits(tmp_path / "b", seed=3, sizes=SMALL)
     other = write_splits(tmp_path / "c", seed=4, sizes=SMALL)
     sft, train, validation = (pd.read_parquet(path) for path in (files.sft, files.train, files.validation))
-    test = [json.loads(line) for line in files.test.read_text().splitlines()]
+    test = [json.loads(line) for line in files.test.read_text(encoding="utf-8").splitlines()]
 
     problems = [{row["ground_truth"] for row in frame.reward_model} for frame in (sft, train, validation)]
     problems.append({line["answer"] for line in test})
     assert [len(part) for part in problems] == [40, 30, 10, 20]
     assert len(set.union(*problems)) == 100
 
-    assert files.test.read_text() == again.test.read_text() != other.test.read_text()
+    assert (
+        files.test.read_text(encoding="utf-8")
+        == again.test.read_text(encoding="utf-8")
+        != other.test.read_text(encoding="utf-8")
+    )
     assert sft.response.tolist() == pd.read_parquet(again.sft).response.tolist()
 
 

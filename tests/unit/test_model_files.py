@@ -92,11 +92,11 @@ def write_both(folder: Path) -> None:
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    return json.loads((folder / name).read_text())
+    return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
 def write_json(folder: Path, name: str, value: dict[str, Any]) -> None:
-    (folder / name).write_text(json.dumps(value))
+    (folder / name).write_text(json.dumps(value), encoding="utf-8")
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -166,22 +166,22 @@ def test_a_published_folder_stays_as_it_is(tmp_path: Path) -> None:
         "tokenizer.model": "\x00",
     }
     (source / "additional_chat_templates").mkdir()
-    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ y }}")
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ y }}", encoding="utf-8")
     staying = ["sprm_config.json", "score_module.pt", "model.safetensors.index.json", ".gitattributes", "figure.png"]
     for name, content in {**travelling, **dict.fromkeys(staying, "1")}.items():
-        (source / name).write_text(content)
+        (source / name).write_text(content, encoding="utf-8")
     (source / "original").mkdir()
     ModelFiles.read(source).write(target)
     assert read_json(target, "config.json") == config | {"dtype": "bfloat16"}
     changed = {"config.json", "tokenizer_config.json"}
-    written = {path.name: path.read_text() for path in target.glob("*.*") if path.name not in changed}
+    written = {path.name: path.read_text(encoding="utf-8") for path in target.glob("*.*") if path.name not in changed}
     assert written == {name: content for name, content in travelling.items() if name not in changed}
-    assert (target / "additional_chat_templates" / "tools.jinja").read_text() == "{{ y }}"
+    assert (target / "additional_chat_templates" / "tools.jinja").read_text(encoding="utf-8") == "{{ y }}"
     tokenizer = json.loads(travelling["tokenizer_config.json"])
     assert read_json(target, "tokenizer_config.json") == tokenizer | {"chat_template": "{{ x }}"}
 
 
-@pytest.mark.parametrize("case", map(json.loads, GENERATION_CONFIGS.read_text().splitlines()))
+@pytest.mark.parametrize("case", map(json.loads, GENERATION_CONFIGS.read_text(encoding="utf-8").splitlines()))
 def test_generation_settings_travel_whether_transformers_would_save_them_or_not(case: dict, tmp_path: Path) -> None:
     content = json.dumps(case["generation_config"], indent=3).encode()
     source, target, saved = (tmp_path / name for name in ("source", "target", "saved"))

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from xbai.benchmarks.registry import get_benchmark
+from xbai.errors import UserError
 from xbai.grading import GradeRequest, GraderPool, grade
 
 SCRIPT = Path(__file__).parents[2] / "data" / "prepare.py"
@@ -315,7 +316,7 @@ def test_training_sets_keep_only_rows_that_can_be_checked(prepared):
 
 
 def test_sums_and_origins_are_recorded_for_every_file(prepared):
-    sums = json.loads((prepared / "SHA256SUMS.json").read_text())
+    sums = json.loads((prepared / "SHA256SUMS.json").read_text(encoding="utf-8"))
     assert set(sums) == {path.name for path in prepared.iterdir() if path.is_file()} - {"SHA256SUMS.json"}
     for name, entry in sums.items():
         assert entry["sha256"] == hashlib.sha256((prepared / name).read_bytes()).hexdigest()
@@ -337,16 +338,19 @@ def test_what_is_there_is_checked_and_made_again_from_the_same_revision(prepared
         "math500 is there already, and its checksums are right",
     ]
     assert not hub.asked
-    (tmp_path / "gsm8k.jsonl").write_text("{}")
+    (tmp_path / "gsm8k.jsonl").write_text("{}", encoding="utf-8")
     (tmp_path / "math500.jsonl").unlink()
     (tmp_path / "deepscaler.parquet").touch()
     assert "gsm8k.jsonl has changed since it was prepared" in run("gsm8k", "--out", tmp_path).stderr
     monkeypatch.setattr(HubRequest, "revision", "f" * 40)
     assert "wrote" in run("math500", "--out", tmp_path).stdout
-    assert json.loads((tmp_path / "SHA256SUMS.json").read_text())["math500.jsonl"]["revision"] == old_revision
-    (tmp_path / "aime24.jsonl").write_text("my own")
+    assert (
+        json.loads((tmp_path / "SHA256SUMS.json").read_text(encoding="utf-8"))["math500.jsonl"]["revision"]
+        == old_revision
+    )
+    (tmp_path / "aime24.jsonl").write_text("my own", encoding="utf-8")
     assert "aime24.jsonl exists, and is not listed" in run("aime24", "--out", tmp_path).stderr
-    assert (tmp_path / "aime24.jsonl").read_text() == "my own"
+    assert (tmp_path / "aime24.jsonl").read_text(encoding="utf-8") == "my own"
 
 
 def test_a_download_that_breaks_off_goes_on_where_it_stopped(hub, run, tmp_path):
@@ -359,7 +363,7 @@ def test_a_download_that_breaks_off_goes_on_where_it_stopped(hub, run, tmp_path)
     cache = {"HF_HOME": str(tmp_path / "cache")}
     finished = run(*arguments, tmp_path / "first", **cache)
     assert finished.returncode == 0, finished.stderr
-    assert len((tmp_path / "first/livecodebench.jsonl").read_text().splitlines()) == len(rows)
+    assert len((tmp_path / "first/livecodebench.jsonl").read_text(encoding="utf-8").splitlines()) == len(rows)
     downloads = [each for each in hub.asked if each.startswith("GET /datasets/livecodebench")]
     assert len(downloads) == 2
     assert re.search(r"test\.jsonl bytes=\d{4,}-$", downloads[1])
@@ -395,6 +399,12 @@ def test_one_line_errors(run, tmp_path, arguments, environment, complaint):
     assert result.returncode == 2
     assert result.stderr.startswith(complaint)
     assert result.stderr.count("\n") == 1
+
+
+def test_a_set_of_the_hub_names_the_extra_that_reads_it(prepare, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"^owner/name is read with the package datasets: pip install -e '\.\[data\]'$"):
+        next(prepare.download(prepare.HubSource("owner/name", "test"), "main"))
 
 
 def test_ceval_prompts_hold_subject_question_and_options(prepare):

@@ -134,7 +134,7 @@ def test_an_8_gb_allocation(sandbox):
 
 def test_no_file_is_changed(sandbox, tmp_path):
     victim = tmp_path / "victim"
-    victim.write_text("precious")
+    victim.write_text("precious", encoding="utf-8")
     victim.chmod(0o666)
     tmp_path.chmod(0o777)
     tmp_path.joinpath("mine").touch()
@@ -160,7 +160,7 @@ def test_no_file_is_changed(sandbox, tmp_path):
         "fcntl.fcntl(0, fcntl.F_SETLEASE, fcntl.F_RDLCK)",
     )
     after = victim.stat(), sorted(tmp_path.iterdir())
-    assert victim.read_text() == "precious"
+    assert victim.read_text(encoding="utf-8") == "precious"
     assert [(stat.st_mode, stat.st_mtime_ns, files) for stat, files in (before, after)] == [
         (before[0].st_mode, before[0].st_mtime_ns, before[1])
     ] * 2
@@ -178,7 +178,7 @@ def test_files_of_others_are_not_read(sandbox, tmp_path):
         assert "can read (not write) this machine's files" in sandbox.warning
         return
     secret = tmp_path / "secret"
-    secret.write_text("answers")
+    secret.write_text("answers", encoding="utf-8")
     assert refused(sandbox, f"open({str(secret)!r})", "open('/etc/passwd')", f"os.listdir({str(Path.home())!r})")
     assert refused(sandbox, f"open('/proc/{os.getpid()}/environ')", "open('/proc/self/mem')")
 
@@ -267,7 +267,7 @@ def test_what_is_missing_is_said(monkeypatch):
 
 
 def test_a_bubblewrap_that_does_not_work_here_is_named(tmp_path, monkeypatch):
-    (tmp_path / "bwrap").write_text("#!/bin/sh\necho 'bwrap: No permissions' >&2\nexit 1\n")
+    (tmp_path / "bwrap").write_text("#!/bin/sh\necho 'bwrap: No permissions' >&2\nexit 1\n", encoding="utf-8")
     (tmp_path / "bwrap").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     with Sandbox() as sandbox:

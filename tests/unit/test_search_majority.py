@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from xbai.evaluate.response_choice import ResponseChoice
+from xbai.results.response_choice import ResponseChoice
 from xbai.search.majority import voted_candidate
 
 RESPONSES = ["\\boxed{1}", "\\boxed{2}", "\\boxed{2.0}", "no answer"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
@@ -13,21 +13,21 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from xbai.client.pool import RequestFailedError, RequestTooLongError, ServicePool
+from xbai.client.retry import RetryPolicy
 from xbai.engine import Engine, SamplingParams, load_engine
-from xbai.engine.base import sample_seed
-from xbai.errors import UserError
-from xbai.evaluate.client import RequestFailedError, RequestTooLongError, RetryPolicy, ServicePool
-from xbai.evaluate.options import RunOptions
-from xbai.evaluate.progress import Progress
-from xbai.evaluate.results import Sample, StoredQuestion
-from xbai.evaluate.schedule import missing_requests
-from xbai.evaluate.step_search import StepSearchDriver
-from xbai.evaluate.tally import Tally
-from xbai.search.engine_source import EngineLoop, EngineSource
-from xbai.search.expander import Continuation, Expander, Limits
-from xbai.search.path import ROOT, Path
+from xbai.infer.options import RunOptions
+from xbai.infer.progress import Progress
+from xbai.infer.schedule import missing_requests
+from xbai.infer.step_search import StepSearchDriver
+from xbai.infer.tally import Tally
+from xbai.results.lines import Sample, StoredQuestion
+from xbai.search.expander import Continuation, Expander, SearchLimits
+from xbai.search.options import SearchOptions
+from xbai.search.path import ROOT, SearchPath
 from xbai.search.service_source import ServiceSource, StepServices
-from xbai.search.strategy import SearchOptions, search_response
+from xbai.search.strategy import search_response
+from xbai.seeds import sample_seed
 from xbai.sprm import StepRule, step_feature_mask
 from xbai.sprm.steps import ScoredPart, joined_scores
 
@@ -37,7 +37,7 @@ PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_model_dir: FilePath) -> Engine:
+def engine(tiny_model_dir: Path) -> Engine:
     return load_engine("hf", tiny_model_dir, with_scores=True)
 
 
@@ -46,79 +46,73 @@ def rule(tiny_tokenizer: PreTrainedTokenizerFast) -> StepRule:
     return StepRule.from_tokenizer(tiny_tokenizer)
 
 
-def eager_for_steps(engine: Engine, rule: StepRule, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the random model end steps often, so that searches on it have steps to choose among."""
-    head = engine._model.lm_head
-    weight = head.weight.detach().clone()
+class EnginePolicy:
+    """`/generate` by an engine in this process, of letters and steps: any text of theirs has one encoding."""
 
-    def forward(hidden: torch.Tensor) -> torch.Tensor:
-        logits = hidden @ weight.T
-        logits[..., list(rule.step_ids)] += 3.0
-        return logits
+    def __init__(self, engine: Engine, rule: StepRule, monkeypatch: pytest.MonkeyPatch) -> None:
+        head, tokenizer = engine._model.lm_head, engine.tokenizer
+        weight = head.weight.detach().clone()
+        kept = torch.full((engine.vocab_size,), float("-inf"))
+        kept[[*tokenizer.encode("abcdefghij</think>"), tokenizer.eos_token_id]] = 0.0
+        # So often that there are steps to choose among.
+        kept[list(rule.step_ids)] = 3.0
+        monkeypatch.setattr(head, "forward", lambda hidden: hidden @ weight.T + kept)
+        self.engine = engine
+        self.generated = 0
 
-    monkeypatch.setattr(head, "forward", forward)
-
-
-def searches(engine: Engine, options: SearchOptions, prompts: list[str], seed: int) -> list[tuple[Path, int]]:
-    async def run() -> list[tuple[Path, int]]:
-        loop = EngineLoop(engine)
-        sources = [EngineSource(loop, engine.tokenizer.encode(prompt), SamplingParams()) for prompt in prompts]
-        return await asyncio.gather(*(search_response(options, source, 40, seed) for source in sources))
-
-    return asyncio.run(run())
+    async def post(self, payload: dict[str, Any], read: Callable[[bytes], T], ticket: int) -> T:
+        params = SamplingParams(
+            max_tokens=payload["max_tokens"],
+            seed=payload["seed"],
+            stop_token_ids=payload.get("stop_token_ids", ()),
+        )
+        prompt_ids = self.engine.tokenizer.encode(payload["prefix_prompt"])
+        [[one]] = self.engine.generate([prompt_ids], params, return_scores=payload["return_scores"])
+        self.generated += len(one.token_ids)
+        answer = {
+            "results": [one.text],
+            "finish_reasons": [one.finish_reason],
+            "token_counts": [len(one.token_ids)],
+            "step_scores": [one.step_scores],
+        }
+        return read(json.dumps(answer).encode())
 
 
 @pytest.mark.parametrize("name", ["beam", "dvts", "mcts"])
-def test_a_search_on_an_engine_scores_as_the_whole_response_is_scored(
+def test_a_search_scores_as_the_whole_response_is_scored(
     name: str, engine: Engine, rule: StepRule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    eager_for_steps(engine, rule, monkeypatch)
-    monkeypatch.setattr(engine, "score", None)  # Scores come with the tokens: none is computed again.
+    policy = EnginePolicy(engine, rule, monkeypatch)
+    services = StepServices(policy, None, {}, rule, engine.tokenizer)
     options = SearchOptions(name, beam_width=2, expand=2, token_budget=200)
-    found = searches(engine, options, [PROMPT, "two "], seed=0)
-    assert any(len(path.step_scores) > 1 for path, _ in found)
-    for prompt, (path, spent) in zip([PROMPT, "two "], found):
-        prompt_ids = engine.tokenizer.encode(prompt)
-        (scored,) = engine.scorer.score([prompt_ids + list(path.token_ids)], [len(prompt_ids)])
+
+    def search(prompt: str) -> tuple[SearchPath, int]:
+        return asyncio.run(search_response(options, ServiceSource(services, prompt, 0), 40, seed=0))
+
+    found = {prompt: search(prompt) for prompt in (PROMPT, "one ", "two ", "three ", "four ")}
+    assert sum(spent for _, spent in found.values()) == policy.generated
+    assert any(len(path.step_scores) > 1 for path, _ in found.values())
+    for prompt, (path, spent) in found.items():
+        prompt_ids, ids = engine.tokenizer.encode(prompt), engine.tokenizer.encode(path.text)
+        (scored,) = engine.score([prompt_ids + ids], [len(prompt_ids)])
         assert path.step_scores == pytest.approx(scored.step_scores, abs=1e-5)
-        assert path.token_count == len(path.token_ids) <= 40
+        assert path.token_count == len(ids) + (path.finish_reason == "stop") <= 40
         assert spent <= 200
-        assert path.text == engine.tokenizer.decode(path.token_ids, skip_special_tokens=True)
-    again = searches(engine, options, [PROMPT], seed=0)
-    assert again[0][0].token_ids == found[0][0].token_ids
+    assert search(PROMPT) == found[PROMPT]
 
 
 def test_an_engine_pauses_after_a_step_token(engine: Engine, rule: StepRule, monkeypatch: pytest.MonkeyPatch) -> None:
-    eager_for_steps(engine, rule, monkeypatch)
+    services = StepServices(EnginePolicy(engine, rule, monkeypatch), None, {}, rule, engine.tokenizer)
 
-    async def write(to_end: bool, start: Path) -> Path:
-        source = EngineSource(EngineLoop(engine), engine.tokenizer.encode(PROMPT), SamplingParams())
-        return (await source.write_on(start, 60, to_end, seed=1)).path
+    def write(to_end: bool, start: SearchPath) -> SearchPath:
+        return asyncio.run(ServiceSource(services, PROMPT, 0).write_on(start, 60, to_end, seed=1)).path
 
-    paused = asyncio.run(write(False, ROOT))
+    paused = write(False, ROOT)
     assert paused.open
-    assert paused.token_ids[-1] in rule.step_ids
     assert paused.text.endswith(".\n\n")
-    assert not set(rule.step_ids) & set(paused.token_ids[:-1])
-    assert asyncio.run(write(True, ROOT)).token_count > paused.token_count
-    closed = Path("</think>", 1, (), None, tuple(engine.tokenizer.encode("</think>")))
-    assert asyncio.run(write(False, closed)).text.count(".\n\n") > 1
-
-
-def test_an_engine_that_fails_fails_every_search(tiny_model_dir: FilePath, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing = load_engine("hf", tiny_model_dir, with_scores=True)
-
-    def fail(*_: object) -> None:
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(failing, "step", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        searches(failing, SearchOptions("dvts", beam_width=2, token_budget=100), [PROMPT, "two "], seed=0)
-
-
-def test_an_engine_without_head_is_refused(tiny_model_dir: FilePath) -> None:
-    with pytest.raises(UserError, match="has no score head"):
-        EngineLoop(load_engine("hf", tiny_model_dir, with_scores=False))
+    assert paused.text.count(".\n\n") == 1
+    assert write(True, ROOT).token_count > paused.token_count
+    assert write(False, SearchPath("</think>", 1)).text.count(".\n\n") > 1
 
 
 @pytest.mark.parametrize(
@@ -201,7 +195,7 @@ def test_a_service_response_is_written_step_by_step_and_whole(
     policy = ScriptedPolicy(text, tiny_tokenizer, PROMPT)
     services = StepServices(policy, None if fused else ScriptedScorer(), {}, rule, tiny_tokenizer)
 
-    async def write() -> list[Path]:
+    async def write() -> list[SearchPath]:
         paths, spent = [ROOT], 0
         while paths[-1].open:
             continuation = await ServiceSource(services, PROMPT, 0).write_on(paths[-1], 80, False, seed=1)
@@ -225,7 +219,7 @@ def test_a_context_that_is_full_ends_a_response(tiny_tokenizer: PreTrainedTokeni
             raise RequestTooLongError("413: prefix_prompt: 512 tokens leave no room in the model's 512")
 
     source = ServiceSource(StepServices(Refusing(), None, {}, rule, tiny_tokenizer), PROMPT, 0)
-    begun = Path("begun", 5)
+    begun = SearchPath("begun", 5)
     assert asyncio.run(source.write_on(begun, 10, False, 0)).path.finish_reason == "length"
     with pytest.raises(RequestTooLongError):
         asyncio.run(source.write_on(ROOT, 10, False, 0))
@@ -254,7 +248,7 @@ def test_what_the_score_service_cannot_take_ends_a_response_and_refuses_no_quest
 
 
 def test_searches_end_one_after_the_other_while_the_service_stays_busy(
-    tiny_tokenizer: PreTrainedTokenizerFast, rule: StepRule, tmp_path: FilePath
+    tiny_tokenizer: PreTrainedTokenizerFast, rule: StepRule, tmp_path: Path
 ) -> None:
     searches, steps, expand, slots = 20, 10, 4, 4
     asked = answered = running = 0
@@ -305,7 +299,7 @@ def test_what_a_failed_search_had_asked_for_is_cancelled() -> None:
     cancelled = []
 
     class Failing:
-        async def write_on(self, path: Path, max_tokens: int, to_end: bool, seed: int) -> Continuation:
+        async def write_on(self, path: SearchPath, max_tokens: int, to_end: bool, seed: int) -> Continuation:
             if not cancelled and seed == first_seed:
                 raise RequestFailedError("a time-out")
             try:
@@ -316,5 +310,5 @@ def test_what_a_failed_search_had_asked_for_is_cancelled() -> None:
 
     first_seed = sample_seed(0, 0)
     with pytest.raises(RequestFailedError, match="a time-out"):
-        asyncio.run(Expander(Failing(), Limits(100), seed=0).extend([ROOT] * 3))
+        asyncio.run(Expander(Failing(), SearchLimits(100), seed=0).extend([ROOT] * 3))
     assert len(cancelled) == 2

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from xbai.errors import UserError
 from xbai.search.beam import beam_search
 from xbai.search.dvts import diverse_tree_search
-from xbai.search.expander import Continuation, Expander, Limits
+from xbai.search.expander import Continuation, Expander, SearchLimits
 from xbai.search.mcts import Node, finished_paths, tree_search
-from xbai.search.path import Path, highest, step_value
-from xbai.search.strategy import SearchOptions, search_response
+from xbai.search.options import SearchOptions
+from xbai.search.path import SearchPath, highest, step_value
+from xbai.search.strategy import search_response
 
 BRANCHES, DEPTH, STEP_TOKENS = 3, 3, 10
 ROOM = 1000
@@ -44,7 +45,7 @@ class Tree:
             for path in itertools.product(self.letters, repeat=length)
         }
 
-    async def write_on(self, path: Path, max_tokens: int, to_end: bool, seed: int | None) -> Continuation:
+    async def write_on(self, path: SearchPath, max_tokens: int, to_end: bool, seed: int | None) -> Continuation:
         assert path.open
         assert max_tokens > 0
         self.requests.append((path.text, seed))
@@ -61,19 +62,21 @@ class Tree:
             if len(text) == self.depth or not to_end:
                 return self._grown(path, text, tokens, "stop" if len(text) == self.depth else None)
 
-    def _grown(self, path: Path, text: str, tokens: int, finish_reason: str | None) -> Continuation:
+    def _grown(self, path: SearchPath, text: str, tokens: int, finish_reason: str | None) -> Continuation:
         self.generated += tokens - path.token_count
         scores = tuple(self.scores[text[: i + 1]] for i in range(len(text)))
-        return Continuation(Path(text, tokens, scores, finish_reason), tokens - path.token_count)
+        return Continuation(SearchPath(text, tokens, scores, finish_reason), tokens - path.token_count)
 
-    def leaves(self) -> list[Path]:
+    def leaves(self) -> list[SearchPath]:
         """All whole responses."""
         texts = [text for text in self.scores if len(text) == self.depth]
-        return [Path(text, 0, tuple(self.scores[text[: i + 1]] for i in range(self.depth)), "stop") for text in texts]
+        return [
+            SearchPath(text, 0, tuple(self.scores[text[: i + 1]] for i in range(self.depth)), "stop") for text in texts
+        ]
 
 
 def expander(tree: Tree, budget: int = 10**9, **limits: int) -> Expander:
-    return Expander(tree, Limits(limits.pop("max_tokens", ROOM), budget, **limits), seed=0)
+    return Expander(tree, SearchLimits(limits.pop("max_tokens", ROOM), budget, **limits), seed=0)
 
 
 seeds = st.integers(0, 2**32)
@@ -217,7 +220,7 @@ def test_all_requests_of_a_round_are_in_flight_at_once() -> None:
     class Gate(Tree):
         waiting = most = 0
 
-        async def write_on(self, path: Path, max_tokens: int, to_end: bool, seed: int | None) -> Continuation:
+        async def write_on(self, path: SearchPath, max_tokens: int, to_end: bool, seed: int | None) -> Continuation:
             self.waiting += 1
             self.most = max(self.most, self.waiting)
             await asyncio.sleep(0.001)
@@ -235,21 +238,23 @@ def test_all_requests_of_a_round_are_in_flight_at_once() -> None:
 
 def test_shares_that_are_not_used_go_to_steps_that_were_cut() -> None:
     tree = Tree()
-    extended = asyncio.run(expander(tree, budget=4 * STEP_TOKENS + 5, max_tokens=STEP_TOKENS + 4).extend([Path()] * 4))
+    extended = asyncio.run(
+        expander(tree, budget=4 * STEP_TOKENS + 5, max_tokens=STEP_TOKENS + 4).extend([SearchPath()] * 4)
+    )
     assert [path.finish_reason for path in extended] == [None] * 4
     longer = Tree()
     longer.scores = {}
-    cut = asyncio.run(expander(longer, budget=4 * (STEP_TOKENS - 1)).extend([Path()] * 4))
+    cut = asyncio.run(expander(longer, budget=4 * (STEP_TOKENS - 1)).extend([SearchPath()] * 4))
     assert [path.finish_reason for path in cut] == ["length"] * 4
     assert longer.generated == 4 * (STEP_TOKENS - 1)
 
 
 def test_equal_responses_count_once_and_the_cut_off_come_last() -> None:
-    good, poor = Path("good", step_scores=(0.9,)), Path("poor", step_scores=(0.1,))
-    cut = Path("cut", step_scores=(0.99,), finish_reason="length")
+    good, poor = SearchPath("good", step_scores=(0.9,)), SearchPath("poor", step_scores=(0.1,))
+    cut = SearchPath("cut", step_scores=(0.99,), finish_reason="length")
     assert highest([cut, poor, good, replace(good)], 9, GEOMETRIC) == [good, poor, cut]
     assert highest([cut, poor, good], 1, GEOMETRIC) == [good]
-    assert math.isclose(Path(step_scores=(0.4, 0.9)).score, 0.6)
+    assert math.isclose(SearchPath(step_scores=(0.4, 0.9)).score, 0.6)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from xbai.engine import seeded_draw
-from xbai.engine.base import sample_seed
 from xbai.engine.seeded_draw import draw_tokens, uniforms
+from xbai.seeds import sample_seed
 
 
 def numbers(seeds: list[int], positions: int) -> Tensor:

@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from xbai.engine import Completion, Engine
-from xbai.engine.base import Sample, sample_seed
+from xbai.engine.base import Sample
 from xbai.engine.weight_check import HeldWeight
 from xbai.errors import UserError
-from xbai.serve import protocol
+from xbai.seeds import sample_seed
+from xbai.serve import server
 from xbai.serve.engine_thread import EngineThread
 from xbai.serve.limits import Limits
 from xbai.serve.policy import create_policy_app
@@ -41,10 +42,10 @@ class GatedEngine(Engine):
     def watch(self, on_failure: Callable[[], None]) -> None:
         self.on_failure = on_failure
 
-    def _enqueue(self, samples: list[Sample]) -> None:
-        if samples[0].index == self.refused:
+    def _enqueue(self, sample: Sample) -> None:
+        if sample.index == self.refused:
             raise UserError("not this one")
-        self.queued += samples
+        self.queued.append(sample)
 
     def _advance(self) -> list[tuple[Sample, Completion]]:
         if self.failure is not None:
@@ -363,7 +364,7 @@ def connect(url: str) -> socket.socket:
 
 
 def test_slow_clients_are_cut_off(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.6)
+    monkeypatch.setattr(server, "HEAD_TIMEOUT_S", 0.6)
     url, engine, _ = start(Limits(receive_timeout_s=0.6))
     with connect(url) as silent, connect(url) as slow_head, connect(url) as slow_body:
         slow_head.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nX-Slow: ")
@@ -383,7 +384,7 @@ def test_slow_clients_are_cut_off(start: Start, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_clients_that_do_not_read_are_cut_off(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "READ_TIMEOUT_S", 0.6)
+    monkeypatch.setattr(server, "READ_TIMEOUT_S", 0.6)
     url, engine, _ = start()
     engine.gate.set()
     engine._text = lambda sample: "x" * (8 << 20)

@@ -53,7 +53,7 @@ def test_wrong_files_are_named(tmp_path):
         load_score_head(tmp_path, 8, CONFIG)
     with pytest.raises(UserError, match="trained with lang=en"):
         load_sprm_config(tmp_path, tokenizer=None, lang="zh")
-    (tmp_path / "sprm_config.json").write_text("{")
+    (tmp_path / "sprm_config.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=r"sprm_config\.json: not a valid"):
         load_sprm_config(tmp_path, tokenizer=None)
 
@@ -111,7 +111,7 @@ def changed(**changes):
     ],
 )
 def test_a_configuration_of_another_form_is_named(tmp_path, content):
-    (tmp_path / "sprm_config.json").write_text(json.dumps(content))
+    (tmp_path / "sprm_config.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match=rf"^{tmp_path}/sprm_config.json: not a valid SPRM configuration") as refused:
         load_sprm_config(tmp_path, tokenizer=None)
     assert "\n" not in str(refused.value)

@@ -138,6 +138,15 @@ def test_the_pairwise_gradient_is_that_of_the_pairs_themselves():
     assert scores.grad.sum().abs() < 1e-12
 
 
+def test_a_loss_that_compares_is_not_computed_without_rivals():
+    logits, mask, labels, graded, _ = random_batch(0)
+    objective = ScoreObjective("pairwise")
+    counted = objective.counted_steps(logits, mask, labels, graded)
+    totals = ScoreTotals.from_tensor(objective.local_totals(counted, mask, labels, graded, None))
+    with pytest.raises(ValueError, match="loss=pairwise compares responses with their rivals"):
+        objective.response_loss(logits, mask, labels, graded, None, totals)
+
+
 def test_rivals_are_of_the_same_prompt_and_the_other_label_and_count():
     scores, labels = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0])
     counted = torch.tensor([True, True, False, True, True])

@@ -89,7 +89,7 @@ def test_a_stored_rule_gets_its_pieces_from_the_tokenizer(tmp_path, bytes_and_me
     config = SPRMConfig(StepRule.from_tokenizer(bytes_and_merges))
     assert config.step_rule.tag_pieces
     save_sprm_config(tmp_path, config)
-    assert "tag_pieces" not in (tmp_path / "sprm_config.json").read_text()
+    assert "tag_pieces" not in (tmp_path / "sprm_config.json").read_text(encoding="utf-8")
     assert load_sprm_config(tmp_path, bytes_and_merges) == config
 
 

@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 from xbai.cli import app
 from xbai.engine import Scorer
 from xbai.errors import UserError
-from xbai.evaluate.feature_files import FeatureFiles, FeatureOptions, encode_response
-from xbai.evaluate.graded_responses import GradedResponse, response_files
+from xbai.measure.feature_files import FeatureFiles, encode_response
+from xbai.measure.graded_responses import GradedResponse, response_files
+from xbai.measure.options import FeatureOptions
 from xbai.model_identity import model_identity
 from xbai.sprm import ScoreHead, StepRule, load_score_head, save_score_head, trajectory_scores
 from xbai.sprm.step_features import FeatureSource, StepFeatures
@@ -39,7 +40,7 @@ ROWS = [
 @pytest.fixture
 def rollouts(tmp_path: Path) -> Path:
     path = tmp_path / "7.jsonl"
-    path.write_text("".join(json.dumps({"step": 7, **row}) + "\n" for row in ROWS))
+    path.write_text("".join(json.dumps({"step": 7, **row}) + "\n" for row in ROWS), encoding="utf-8")
     return path
 
 
@@ -83,7 +84,7 @@ def test_steps_share_a_state_when_all_before_them_is_the_same(tiny_model_dir: Pa
     texts = ["One.\n\nTwo.\n\n", "One.\n\nTwo.\n\nThree.\n\n", "Zero.\n\nTwo.\n\n"]
     rows = [{"prompt": prompt, "response": text, "correct": 1} for prompt in PROMPTS for text in texts]
     path = tmp_path / "1.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     stored = make(tiny_model_dir, path, tmp_path)
     assert stored.steps.tolist() == [2, 3, 2] * 2
     first, second = stored.states.reshape(2, 7).tolist()
@@ -159,7 +160,7 @@ def test_result_files_are_graded(tiny_model_dir: Path, tmp_path: Path, caplog: p
         "settings": {"task": "make10"},
     }
     path = tmp_path / "results.jsonl"
-    path.write_text(json.dumps(line) + "\n")
+    path.write_text(json.dumps(line) + "\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"is a result file: name the benchmark by which it is graded"):
         make(tiny_model_dir, path, tmp_path)
     stored = make(tiny_model_dir, path, tmp_path, task="make10")
@@ -181,7 +182,7 @@ def test_kept_features_are_used_again_by_the_same_model_alone(
         assert again.of(stored) == stored
     assert FeatureFiles(FeatureOptions(str(other)), tmp_path).of(rollouts) != stored
     assert FeatureFiles(FeatureOptions(str(model), lang="en", layers=(1,)), tmp_path).of(rollouts) != stored
-    rollouts.write_text(rollouts.read_text().replace("One", "Six"))
+    rollouts.write_text(rollouts.read_text(encoding="utf-8").replace("One", "Six"), encoding="utf-8")
     assert files.of(rollouts) != stored
     with pytest.raises(UserError, match=rf"features of another model, .*{model_identity(model, with_head=False)}"):
         FeatureFiles(FeatureOptions(str(other)), tmp_path).of(stored)
@@ -225,6 +226,8 @@ def test_prompts_of_another_template_are_said(
     tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "1.jsonl"
-    path.write_text(json.dumps({"prompt": "user\nHi\nassistant\n", "response": "b.\n\nc", "correct": 1}))
+    path.write_text(
+        json.dumps({"prompt": "user\nHi\nassistant\n", "response": "b.\n\nc", "correct": 1}), encoding="utf-8"
+    )
     make(tiny_model_dir, path, tmp_path)
     assert "1 of 1 prompts lack what the model's chat template puts before a response" in caplog.text

@@ -117,16 +117,24 @@ def test_splits_repeat_no_question_and_follow_the_seed(tmp_path):
     names = [path.name for path in (files.sft, files.train, files.validation)]
     asked = {name: [prompt[0]["content"] for prompt in pd.read_parquet(tmp_path / "a" / name).prompt] for name in names}
     for path in (files.test, files.held_out):
-        asked[path.name] = [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
+        asked[path.name] = [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()]
     assert [len(questions) for questions in asked.values()] == [40, 30, 10, 20, 10]
     assert len({question for questions in asked.values() for question in questions}) == 110
 
-    assert files.test.read_text() == again.test.read_text() != other.test.read_text()
-    assert files.held_out.read_text() == again.held_out.read_text() != other.held_out.read_text()
+    assert (
+        files.test.read_text(encoding="utf-8")
+        == again.test.read_text(encoding="utf-8")
+        != other.test.read_text(encoding="utf-8")
+    )
+    assert (
+        files.held_out.read_text(encoding="utf-8")
+        == again.held_out.read_text(encoding="utf-8")
+        != other.held_out.read_text(encoding="utf-8")
+    )
     assert pd.read_parquet(files.sft).response.tolist() == pd.read_parquet(again.sft).response.tolist()
     # How much there is to train on does not change the tests.
-    assert files.test.read_text() == more.test.read_text()
-    assert files.held_out.read_text() == more.held_out.read_text()
+    assert files.test.read_text(encoding="utf-8") == more.test.read_text(encoding="utf-8")
+    assert files.held_out.read_text(encoding="utf-8") == more.held_out.read_text(encoding="utf-8")
 
 
 def test_held_out_kinds_are_in_their_file_alone(tmp_path):
@@ -158,7 +166,7 @@ def test_the_judges_questions_are_the_last_of_the_training(tmp_path):
 def test_worked_solutions_are_graded_right_and_other_answers_wrong(tmp_path):
     files = write_splits(tmp_path, sizes=SMALL)
     benchmark = get_benchmark("stories")
-    for question, line in zip(benchmark.read(files.test), files.test.read_text().splitlines()):
+    for question, line in zip(benchmark.read(files.test), files.test.read_text(encoding="utf-8").splitlines()):
         solution = json.loads(line)["solution"]
         assert grade(benchmark.grade_request(question, solution)) == 1.0
         wrong = solution.replace(f"\\boxed{{{question.answer}}}", f"\\boxed{{{int(question.answer) + 1}}}")

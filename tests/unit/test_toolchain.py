@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from xbai.engine import toolchain
-from xbai.engine.toolchain import Toolchain, search_path
+from xbai.engine.vllm import toolchain
+from xbai.engine.vllm.toolchain import Toolchain, search_path
 from xbai.errors import UserError
 
 HOPPER, BLACKWELL = (9, 0), (10, 0)

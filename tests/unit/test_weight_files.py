@@ -19,7 +19,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from verl.utils.model import build_joint_model, loading_dtype
+from verl.models.loading import build_joint_model, loading_dtype
 from xbai.engine import Scorer, load_engine
 from xbai.engine.feature_extractor import FeatureExtractor
 from xbai.engine.files import load_tokenizer, read_config
@@ -59,7 +59,7 @@ def sharded(then: Change = lambda folder: None) -> Change:
         for shard in SHARDS:
             part = {name: tensors[name] for name, place in places.items() if place == shard}
             save_file(part, folder / shard, metadata={"format": "pt"})
-        (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8")
         then(folder)
 
     return change
@@ -196,8 +196,8 @@ def test_files_beside_the_weights_are_not_looked_at(folder: Path) -> None:
 
 
 def test_sizes_that_make_no_model_are_one_line(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text()) | {"num_key_value_heads": 0}
-    (folder / "config.json").write_text(json.dumps(config))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"num_key_value_heads": 0}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(UserError, match=r"config\.json: no "):
         check(folder)
 

@@ -15,15 +15,15 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
 from transformers import AutoModelForCausalLM
 
+from xbai.client import replicas
+from xbai.client.retry import RetryPolicy
 from xbai.engine import SamplingParams, load_engine
 from xbai.engine.scorer import Scorer
 from xbai.errors import UserError
-from xbai.evaluate import replicas
-from xbai.evaluate.client import RetryPolicy
-from xbai.evaluate.metrics import report_files
-from xbai.evaluate.options import RunOptions
-from xbai.evaluate.run import run
-from xbai.search.strategy import SearchOptions
+from xbai.infer.options import RunOptions
+from xbai.infer.run import run
+from xbai.measure.metrics import report_files
+from xbai.search.options import SearchOptions
 from xbai.serve.engine_thread import EngineThread
 from xbai.serve.limits import Limits
 from xbai.serve.policy import create_policy_app
@@ -93,7 +93,9 @@ class XBaiServices:
 @pytest.fixture
 def options(tmp_path: Path, tiny_model_dir: Path) -> RunOptions:
     questions = tmp_path / "questions.jsonl"
-    questions.write_text("".join(json.dumps({"prompt": f"Make 10 ({n})", "answer": "7 8 1 1 5"}) + "\n" for n in "ab"))
+    questions.write_text(
+        "".join(json.dumps({"prompt": f"Make 10 ({n})", "answer": "7 8 1 1 5"}) + "\n" for n in "ab"), encoding="utf-8"
+    )
     return RunOptions(
         task="make10",
         input_file=str(questions),
@@ -119,7 +121,7 @@ def on(services: XBaiServices, options: RunOptions, **changes: Any) -> RunOption
 
 
 def lines(options: RunOptions) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(options.output_file).read_text().splitlines()]
+    return [json.loads(line) for line in Path(options.output_file).read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.mark.parametrize("extra", [IGNORES, FORBIDS], ids=["ignores", "forbids"])
@@ -163,7 +165,7 @@ def test_what_is_set_is_sent(serve_app: ServeApp, options: RunOptions, caplog: p
         ({"score_api_url": None}, "the service offers no scores; give --score_api_url, or --score_source none"),
         ({"score_source": "fused"}, "the service offers no scores"),
         (
-            {"search": SearchOptions("beam"), "branch": 1},
+            {"search": SearchOptions("beam"), "branch": None},
             "/generate does not return finish_reasons and token_counts, which a search by steps needs",
         ),
     ],

@@ -24,13 +24,13 @@ from rich.logging import RichHandler
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from verl.trainer.ppo.checkpoint_folder import LATEST_FILE, CheckpointFolder
-from verl.utils.checkpoint import HUGGINGFACE_FOLDER
-from verl.utils.checksums import CHECKSUM_FILE, check_files, read_checksums
-from verl.utils.model import dtype_name, load_tokenizer, torch_dtype
-from verl.utils.stored_model import StoredModel, is_checkpoint, open_stored_model
-from verl.utils.verl_shards import has_verl_shards
-from verl.utils.weight_files import write_weights
+from verl.checkpoints.checksums import CHECKSUM_FILE, check_files, read_checksums
+from verl.checkpoints.folder import LATEST_FILE, CheckpointFolder
+from verl.checkpoints.state import HUGGINGFACE_FOLDER
+from verl.checkpoints.stored_model import StoredModel, is_checkpoint, open_stored_model
+from verl.checkpoints.verl_shards import has_verl_shards
+from verl.checkpoints.weight_files import write_weights
+from verl.models.loading import dtype_name, load_tokenizer, torch_dtype
 from xbai.engine.files import read_config
 from xbai.engine.scorer import HEAD_PREFIX
 from xbai.errors import UserError, exit_on_user_error

@@ -38,7 +38,7 @@ def training_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     datasets.Dataset.from_list(rows).to_parquet(folder / "train.parquet")
     datasets.Dataset.from_list(rows[:4]).to_parquet(folder / "val.parquet")
-    (folder / "reward.py").write_text(PARITY_REWARD)
+    (folder / "reward.py").write_text(PARITY_REWARD, encoding="utf-8")
     return folder
 
 
@@ -78,7 +78,7 @@ class TrainerRun:
     def __init__(self, folder: Path, command: list[str]) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._log = (folder / "log.txt").open("a")
+        self._log = (folder / "log.txt").open("a", encoding="utf-8")
         self._process = subprocess.Popen(
             [sys.executable, "-m", *command],
             stdout=self._log,
@@ -112,12 +112,12 @@ class TrainerRun:
 
     def log(self) -> str:
         """What it printed."""
-        return (self.folder / "log.txt").read_text()
+        return (self.folder / "log.txt").read_text(encoding="utf-8")
 
     def metrics(self) -> dict[int, dict[str, float]]:
         """Logged metrics by step."""
         path = self.folder / METRICS_FILE
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         return {row.pop("step"): row for row in map(json.loads, lines)}
 
 

@@ -10,14 +10,13 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from verl import DataProto
-from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+from verl.trainer.ppo.credit import add_baseline
 from verl.utils.tracking import METRICS_FILE
 from verl.workers.reward_manager import Reward
 
@@ -43,7 +42,7 @@ def train(folder: Path, overrides: list[str]) -> Metrics:
         env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = map(json.loads, (folder / METRICS_FILE).read_text().splitlines())
+    rows = map(json.loads, (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines())
     return {row.pop("step"): row for row in rows}
 
 
@@ -58,7 +57,9 @@ def run(small_run: list[str], tmp_path: Path) -> Callable[..., Metrics]:
 
 
 def samples(folder: Path, step: int) -> list[Sample]:
-    return [json.loads(line) for line in (folder / "samples" / f"{step}.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (folder / "samples" / f"{step}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def by_prompt(batch: list[Sample]) -> list[list[Sample]]:
@@ -109,9 +110,7 @@ def test_a_greedy_response_without_a_grade_masks_its_prompt() -> None:
     graded = torch.tensor([False, True, True])
     baseline = Reward(rewards, torch.zeros(3), graded, {}, {})
     batch = DataProto.from_dict({"graded": torch.tensor([True, True, True, False, True, True])})
-    metrics: dict[str, float] = {}
-    trainer = SimpleNamespace(_rollout=SimpleNamespace(n=2))
-    RayPPOTrainer._add_baseline(trainer, batch, baseline, metrics)
+    metrics = add_baseline(batch, baseline)
     assert batch.batch["graded"].tolist() == [False, False, True, False, True, True]
     assert batch.batch["baselines"][2:].tolist() == [0.75, 0.75, 0.25, 0.25]
     assert metrics == {"reward/baseline": 0.5, "reward/ungraded_baselines": 1.0}

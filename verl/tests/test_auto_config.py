@@ -8,31 +8,39 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
-from omegaconf import DictConfig
 
-from verl.trainer import auto_config, main_ppo
-from verl.trainer.auto_config import AUTO_KEYS, CHECKPOINTING, resolve_auto
-from verl.trainer.compose import compose_config
-from verl.trainer.config_check import DEFAULTS_FILE, check_config
-from verl.trainer.dry_run import dry_run
-from verl.trainer.memory_estimate import GIB
-from verl.trainer.memory_phases import GPUS_GIB, MARGIN, PhaseMemory
+from verl.trainer import main_ppo
+from verl.trainer.config import auto as auto_config
+from verl.trainer.config.auto import AUTO_KEYS, CHECKPOINTING, resolve_auto
+from verl.trainer.config.check import check_config
+from verl.trainer.config.compose import compose_config
+from verl.trainer.config.schema import YAML, PPOConfig, ppo_config
+from verl.trainer.planning.memory_estimate import GIB
+from verl.trainer.planning.memory_phases import GPUS_GIB, MARGIN, PhaseMemory
+from verl.trainer.planning.report import dry_run
 from xbai.errors import UserError
 
 MODEL = "actor_rollout_ref.model"
 
 
-def _config(*overrides: str) -> DictConfig:
-    base = [f"{MODEL}.path=DeepSeek-R1-Distill-Qwen-1.5B", "data.train_files=nowhere.parquet", "trainer.device=cuda"]
-    return compose_config(DEFAULTS_FILE.stem, [*base, f"{MODEL}.use_remove_padding=true", *overrides])
+BASE = [
+    f"{MODEL}.path=DeepSeek-R1-Distill-Qwen-1.5B",
+    "data.train_files=nowhere.parquet",
+    "trainer.device=cuda",
+    f"{MODEL}.use_remove_padding=true",
+]
 
 
-def _resolved(config: DictConfig, gib: float | None = None) -> tuple[dict[str, bool], dict[str, str]]:
+def _config(*overrides: str) -> PPOConfig:
+    return ppo_config([*BASE, *overrides])
+
+
+def _resolved(config: PPOConfig, gib: float | None = None) -> tuple[dict[str, bool], dict[str, str]]:
     """Values and lines by the name of the key."""
-    lines = resolve_auto(config, gib and gib * GIB)
+    config, lines = resolve_auto(config, gib and gib * GIB)
     names = [key.rpartition(".")[2] for key in AUTO_KEYS]
     said = {name: line for name in names for line in lines if f".{name}=auto: " in line}
-    return {name: config.actor_rollout_ref.model[name] for name in names}, said
+    return {name: getattr(config.actor_rollout_ref.model, name) for name in names}, said
 
 
 @pytest.fixture
@@ -43,8 +51,7 @@ def liger(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_on_cpu_it_means_what_cpu_runs_have_always_had(small_run: list[str]) -> None:
-    config = compose_config(DEFAULTS_FILE.stem, small_run)
-    check_config(config)
+    config = check_config(compose_config(YAML, small_run))
     values, said = _resolved(config, gib=80)
     assert values == {"use_liger": False, "use_fused_kernels": False, CHECKPOINTING: True}
     assert said.keys() == values.keys()
@@ -61,7 +68,7 @@ def test_what_is_said_explicitly_stays(value: bool) -> None:
 def test_another_value_is_one_clear_line(key: str, small_run: list[str]) -> None:
     for value in ("yes", "1", "null"):
         with pytest.raises(UserError, match=rf"^{key}=\w+ must be true, false or auto"):
-            check_config(compose_config(DEFAULTS_FILE.stem, [*small_run, f"{key}={value}"]))
+            check_config(compose_config(YAML, [*small_run, f"{key}={value}"]))
 
 
 @pytest.mark.usefixtures("liger")
@@ -69,7 +76,9 @@ def test_liger_is_used_where_it_is_installed_and_knows_the_model(tmp_path: Path)
     values, said = _resolved(_config())
     assert values["use_liger"]
     assert said["use_liger"] == f"{MODEL}.use_liger=auto: true (liger-kernel 0.8.1 is installed)"
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2}), encoding="utf-8"
+    )
     values, said = _resolved(_config(f"{MODEL}.path={tmp_path}"))
     assert not values["use_liger"]
     assert "no kernels are known for gpt2" in said["use_liger"]
@@ -104,7 +113,7 @@ def test_without_a_gpu_to_look_at_checkpointing_stays_on() -> None:
 
 
 def test_a_dry_run_says_what_it_means_on_every_gpu() -> None:
-    report = dry_run(_config()).report
+    report = dry_run(compose_config(YAML, BASE)).report
     assert "use_liger: auto" not in report
     line = next(line for line in report.splitlines() if line.startswith(f"{MODEL}.{CHECKPOINTING}=auto: "))
     plain = {name: PhaseMemory.from_config(_config(), gib * GIB).checkpointing for name, gib in GPUS_GIB.items()}
@@ -118,12 +127,12 @@ def test_a_run_resolves_it_before_any_worker_starts(
 ) -> None:
     from verl.trainer.ppo import ray_trainer
 
-    seen: list[DictConfig] = []
+    seen: list[PPOConfig] = []
 
     class Trainer:
         is_done = True
 
-        def __init__(self, config: DictConfig) -> None:
+        def __init__(self, config: PPOConfig) -> None:
             seen.append(config)
 
         def end_without_training(self) -> None: ...
@@ -134,7 +143,7 @@ def test_a_run_resolves_it_before_any_worker_starts(
     monkeypatch.setattr(sys, "argv", ["main_ppo", *small_run, f"trainer.default_local_dir={tmp_path}"])
     with caplog.at_level("INFO", logger=main_ppo.logger.name):
         main_ppo.main()
-    assert [seen[0].actor_rollout_ref.model[name] for name in (*auto_config.KERNELS, CHECKPOINTING)] == [
+    assert [getattr(seen[0].actor_rollout_ref.model, name) for name in (*auto_config.KERNELS, CHECKPOINTING)] == [
         False,
         False,
         True,

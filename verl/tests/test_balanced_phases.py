@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from verl import DataProto
 from verl.single_controller import Dispatch
 from verl.single_controller.decorator import dispatch
-from verl.trainer.ppo.ray_trainer import MODEL_INPUT_KEYS, RayPPOTrainer
+from verl.trainer.ppo.phases import MODEL_INPUT_KEYS, Phases
 
 # Four responses to each of five prompts, as alike in length as those to one prompt are.
 LENGTHS = torch.tensor([[20, 19, 18, 17], [12, 11, 13, 12], [3, 2, 4, 3], [7, 6, 8, 7], [1, 2, 1, 1]]).flatten()
@@ -34,9 +33,8 @@ class CountTokens:
 def compute(rows: int, shares: int, balance: bool) -> tuple[DataProto, list[int], dict[str, float]]:
     mask = (torch.arange(20) < LENGTHS[:rows, None]).long()
     batch = DataProto.from_dict({**dict.fromkeys(MODEL_INPUT_KEYS, mask), "kinds": torch.arange(rows)})
-    trainer, method, metrics = object.__new__(RayPPOTrainer), CountTokens(shares), {}
-    trainer.config = OmegaConf.create({"trainer": {"balance_batch": balance}})
-    trainer._compute(method, batch, metrics)
+    method, metrics = CountTokens(shares), {}
+    Phases(balance).compute(method, batch, metrics)
     return batch, method.of_rank, metrics
 
 

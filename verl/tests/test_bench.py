@@ -28,7 +28,10 @@ sys.argv = sys.argv[1:2] + sys.argv[3:]
 sys.path.insert(0, str(Path(sys.argv[0]).parent))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-NOT_NEEDED = "ray,hydra,omegaconf,tensordict,vllm,datasets,pyarrow,torchdata,pebble,fastapi,wandb,torchao,accelerate"
+NOT_NEEDED = (
+    "ray,hydra,omegaconf,tensordict,vllm,datasets,pyarrow,torchdata,pebble,fastapi,wandb,torchao,accelerate,"
+    "jaxtyping,beartype"
+)
 
 
 def _run(command: list[object], tmp_path: Path) -> dict:
@@ -37,7 +40,7 @@ def _run(command: list[object], tmp_path: Path) -> dict:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     last_line = json.loads(done.stdout.splitlines()[-1])
-    assert json.loads((tmp_path / "result.json").read_text()) == last_line
+    assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8")) == last_line
     assert last_line["machine"]["cores"] >= 1
     return last_line
 

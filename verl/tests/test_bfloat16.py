@@ -18,16 +18,18 @@ import test_critic
 import test_joint_update
 import torch
 import torch.distributed as dist
-from tiny import PROMPT, tiny_lm
+from tiny import PROMPT, fsdp_section, tiny_lm
 from transformers import Qwen3ForCausalLM
 
-from verl.utils.fsdp import init_distributed
-from verl.utils.model import attention_for
-from verl.utils.optim import JointOptimizer, Optimizers
-from verl.utils.ulysses import sequence_parallel_group
+from verl.models.fsdp import init_distributed
+from verl.models.joint_model import JointModel
+from verl.models.loading import attention_for
+from verl.models.reference import ReferencePolicy
+from verl.models.ulysses import sequence_parallel_group
+from verl.optim.optimizers import JointOptimizer, Optimizers
+from verl.trainer.config.placement import TrainedPlacement
 from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.actor.joint_model import JointModel
-from verl.workers.actor.reference import ReferencePolicy
+from verl.workers.actor.log_probs import PolicyLogProbs
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
 from verl.workers.placed_model import PlacedModel
 from xbai.sprm import ScoreHead
@@ -64,26 +66,25 @@ def rows_of_rank(batch: Any, sp_size: int) -> Any:
 
 
 def policy_flow(
-    fsdp_config: dict[str, Any], packed: bool, kl: str, sp_size: int, checkpointing: bool, logits_dtype: torch.dtype
+    fsdp_config: TrainedPlacement, packed: bool, kl: str, sp_size: int, checkpointing: bool, logits_dtype: torch.dtype
 ) -> dict[str, Any]:
     """Log-probs of policy and reference, and an update, as the workers make them."""
     config = test_joint_update.make_config(packed, kl_loss_type=kl, ppo_micro_batch_size_per_gpu=1)
     policy = PlacedModel(
         JointModel(make_lm(packed, checkpointing), ScoreHead(32, dropout=0.0), logits_dtype=logits_dtype),
         fsdp_config,
-        lambda model: JointOptimizer(model, config.actor.optim, config.score.optim),
+        lambda model: JointOptimizer(model, test_joint_update.OPTIM, test_joint_update.OPTIM),
     )
     frozen = JointModel(make_lm(packed, False, seed=1).bfloat16(), logits_dtype=logits_dtype).requires_grad_(False)
     reference, group = PlacedModel(frozen, fsdp_config), sequence_parallel_group(sp_size)
-    reference_actor = DataParallelPPOActor(config, reference.model, log_prob_config=config.rollout, sp_group=group)
-    actor = DataParallelPPOActor(
-        config, policy.model, policy.optimizer, sp_group=group, reference=ReferencePolicy(reference.model)
-    )
+    reference_log_probs = PolicyLogProbs(config, reference.model, config.rollout, group)
+    reference_policy = ReferencePolicy(reference.model)
+    actor = DataParallelPPOActor(config, policy.model, policy.optimizer, sp_group=group, reference=reference_policy)
     batch = rows_of_rank(test_joint_update.make_batch("mixed"), sp_size)
     with policy.on_device(), reference.on_device():
-        before = actor.compute_log_prob(batch, compute_kl=kl == "full")
+        before = actor.compute_log_prob(batch, reference=reference_policy if kl == "full" else None)
     with reference.on_device():
-        ref_log_prob = reference_actor.compute_log_prob(batch, compute_entropy=False)["old_log_probs"]
+        ref_log_prob = reference_log_probs.compute_log_prob(batch, compute_entropy=False)["old_log_probs"]
     old = before["old_log_probs"] + batch["noise"]
     with reference.on_device(), policy.on_device(with_optimizer=True):
         metrics = actor.update_policy({**batch, **before, "old_log_probs": old, "ref_log_prob": ref_log_prob})
@@ -91,13 +92,14 @@ def policy_flow(
 
 
 def critic_flow(
-    fsdp_config: dict[str, Any], packed: bool, sp_size: int, checkpointing: bool, **of_policy: Any
+    fsdp_config: TrainedPlacement, packed: bool, sp_size: int, checkpointing: bool, **of_policy: Any
 ) -> dict[str, Any]:
-    config = test_critic.make_config(model={"use_remove_padding": packed}, ppo_micro_batch_size_per_gpu=1)
-    config["ulysses_sequence_parallel_size"] = sp_size
+    config = test_critic.make_config({"model.use_remove_padding": packed, "ppo_micro_batch_size_per_gpu": 1})
     model = test_critic.ValueModel(make_lm(packed, checkpointing).model, torch.nn.Linear(32, 1))
     placed = PlacedModel(model, fsdp_config, lambda model: Optimizers({"critic": (model, test_critic.OPTIM)}))
-    critic = DataParallelPPOCritic(config, placed.model, placed.optimizer, sequence_parallel_group(sp_size))
+    critic = DataParallelPPOCritic(
+        config, test_critic.SAMPLES, placed.model, placed.optimizer, sequence_parallel_group(sp_size)
+    )
     batch = rows_of_rank(test_critic.make_batch(), sp_size)
     values = critic.compute_values(batch)
     return {"before": {"values": values}, "metrics": critic.update_critic(test_critic.with_old_values(batch, values))}
@@ -112,7 +114,8 @@ def run_rank(output: Path) -> None:
             continue
         for dtype in DTYPES:
             torch.manual_seed(0)
-            chosen = DEFAULTS | keys | {"fsdp_config": keys.get("fsdp_config", {}) | {"compute_dtype": dtype}}
+            section = fsdp_section(**keys.get("fsdp_config", {}), compute_dtype=dtype)
+            chosen = DEFAULTS | keys | {"fsdp_config": section}
             policy, critic = policy_flow(**chosen), critic_flow(**chosen)
             results[name, dtype] = {part: policy[part] | critic[part] for part in policy}
     if dist.get_rank() == 0:

@@ -34,6 +34,7 @@ SCRIPT = "scripts/check_gpu.sh"
 NOT_NEEDED = (
     *("ray", "hydra", "omegaconf", "tensordict", "vllm", "datasets", "pyarrow", "pandas", "torchdata", "pebble"),
     *("fastapi", "uvicorn", "httpx", "wandb", "torchao", "accelerate", "math_verify", "matplotlib"),
+    *("jaxtyping", "beartype"),
 )
 # Stands for a machine where none of these is installed.
 WITHOUT = """
@@ -76,14 +77,14 @@ def exits(context: Context) -> str:
 @step(means="it hangs", limit_s=1.0)
 def hangs(context: Context) -> str:
     child = subprocess.Popen(["sleep", "600"])
-    (context.work / "child").write_text(str(child.pid))
+    (context.work / "child").write_text(str(child.pid), encoding="utf-8")
     time.sleep(600)
     return "never"
 
 
 @step(means="it leaves a process")
 def leaves_a_process(context: Context) -> str:
-    (context.work / "child").write_text(str(subprocess.Popen(["sleep", "600"]).pid))
+    (context.work / "child").write_text(str(subprocess.Popen(["sleep", "600"]).pid), encoding="utf-8")
     return "left one"
 
 
@@ -128,11 +129,11 @@ def test_however_a_step_ends_it_has_an_outcome(
 @pytest.mark.parametrize("one", [hangs, leaves_a_process], ids=lambda one: one.name)
 def test_no_process_outlives_its_step(one: Step, context: Context, tmp_path: Path):
     run_step(one, context, tmp_path / "log")
-    status = Path(f"/proc/{(tmp_path / 'child').read_text()}/status")
+    status = Path(f"/proc/{(tmp_path / 'child').read_text(encoding='utf-8')}/status")
     deadline = time.monotonic() + 10
-    while status.exists() and "Z (zombie)" not in status.read_text() and time.monotonic() < deadline:
+    while status.exists() and "Z (zombie)" not in status.read_text(encoding="utf-8") and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not status.exists() or "Z (zombie)" in status.read_text()
+    assert not status.exists() or "Z (zombie)" in status.read_text(encoding="utf-8")
 
 
 def test_a_spawned_process_runs_the_same_step(tmp_path: Path):
@@ -146,7 +147,7 @@ def test_the_report_is_whole_after_every_step(tmp_path: Path):
     report = Report(path, {"device": "a GPU"})
     for number, outcome in enumerate([Outcome("pass", "1", 0.1234, 2.5), Outcome("fail", "2", details="why")], 1):
         report.add(fails, outcome)
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         assert found["device"] == "a GPU"
         assert not found["finished"]
         assert len(found["steps"]) == number
@@ -168,14 +169,14 @@ def test_a_check_goes_on_after_any_failure(tmp_path: Path, capsys: pytest.Captur
     steps = [kills_its_process, raises, hangs, lacks_a_gpu, passes]
     out = tmp_path / "check.json"
     report = command.check(steps, "cpu", out)
-    statuses = [entry["status"] for entry in json.loads(out.read_text())["steps"]]
+    statuses = [entry["status"] for entry in json.loads(out.read_text(encoding="utf-8"))["steps"]]
     assert statuses == ["fail", "fail", "fail", "skipped", "pass"]
     assert report.finished
     said = capsys.readouterr().out
     assert "REHEARSAL ON THE CPU" in said
     assert "[1/5] FAIL kills_its_process" in said
     assert "what it means: a segmentation fault, say" in said
-    assert "died of SIGSEGV" in (tmp_path / "check.json").read_text()
+    assert "died of SIGSEGV" in (tmp_path / "check.json").read_text(encoding="utf-8")
 
 
 def test_steps_are_chosen_by_name_or_by_quickness():
@@ -198,7 +199,7 @@ def _smi(folder: Path, *used: str) -> str:
     """A PATH with a `nvidia-smi` that says so of each GPU."""
     rows = "".join(f"{index}, GPU-{index}, {cell}\\n" for index, cell in enumerate(used))
     tool = folder / "nvidia-smi"
-    tool.write_text(f"#!/bin/bash\nprintf '{rows}'\n")
+    tool.write_text(f"#!/bin/bash\nprintf '{rows}'\n", encoding="utf-8")
     tool.chmod(0o755)
     return f"{folder}{os.pathsep}{os.environ['PATH']}"
 
@@ -312,7 +313,7 @@ def _rehearse(tmp_path: Path, *options: str, limit_s: float, **environment: str)
     out = tmp_path / "check_gpu.json"
     started = time.monotonic()
     done = _check(*options, "--out", str(out), **environment)
-    report = json.loads(out.read_text())
+    report = json.loads(out.read_text(encoding="utf-8"))
     failed = [entry for entry in report["steps"] if entry["status"] == "fail"]
     assert not failed, "\n".join(f"{entry['name']}: {entry['figure']}\n{entry['details']}" for entry in failed)
     assert done.returncode == 0, done.stderr
@@ -331,7 +332,7 @@ def _rehearse(tmp_path: Path, *options: str, limit_s: float, **environment: str)
 
 @pytest.mark.slow
 def test_the_quick_part_rehearses_with_torch_and_transformers_alone(tmp_path: Path):
-    (tmp_path / "sitecustomize.py").write_text(WITHOUT.format(missing=set(NOT_NEEDED)))
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT.format(missing=set(NOT_NEEDED)), encoding="utf-8")
     report = _rehearse(tmp_path, "--quick", limit_s=90, PYTHONPATH=str(tmp_path))
     assert [entry["name"] for entry in report["steps"]] == [one.name for one in all_steps() if one.quick]
     skipped = {entry["name"] for entry in report["steps"] if entry["status"] == "skipped"}
@@ -357,7 +358,7 @@ def test_without_a_python_that_has_torch_it_is_one_line(tmp_path: Path):
         (tmp_path / tool).symlink_to(shutil.which(tool))
     done = _check(PATH=str(tmp_path), XBAI_VENV=str(tmp_path / "none"))
     assert (done.returncode, done.stderr) == (2, "error: no python here; run: bash scripts/setup.sh\n")
-    (tmp_path / "python3").write_text("#!/bin/bash\nexit 1\n")
+    (tmp_path / "python3").write_text("#!/bin/bash\nexit 1\n", encoding="utf-8")
     (tmp_path / "python3").chmod(0o755)
     done = _check(PATH=str(tmp_path), XBAI_VENV=str(tmp_path / "none"))
     assert done.returncode == 2

@@ -16,59 +16,45 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from tensordict import TensorDict
+from tiny import adam, policy_section
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from transformers import PreTrainedTokenizerFast
 
-from verl.utils.checkpoint import BackgroundSaves, load_checkpoint, save_checkpoint, try_saving
-from verl.utils.fsdp import create_mesh, init_distributed, named_full_tensors, shard_model
-from verl.utils.model import build_joint_model, load_tokenizer
-from verl.utils.optim import JointOptimizer
+from verl.checkpoints.state import BackgroundSaves, load_checkpoint, save_checkpoint, try_saving
+from verl.models.fsdp import create_mesh, init_distributed, named_full_tensors, shard_model
+from verl.models.joint_model import JointModel
+from verl.models.loading import build_joint_model, load_tokenizer
+from verl.optim.optimizers import JointOptimizer
 from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.actor.joint_model import JointModel
 from xbai.errors import UserError
 from xbai.model_files import ModelFiles
 from xbai.sprm import load_sprm_config
 
 ROWS, PROMPT, RESPONSE = 8, 3, 5
-OPTIM = {
-    "lr": 1e-3,
-    "weight_decay": 0.01,
-    "warmup_style": "cosine",
-    "lr_warmup_steps": 1,
-    "total_training_steps": 5,
-}
-
-
-def make_config() -> DictConfig:
-    return OmegaConf.create(
-        {
-            "actor": {
-                "ppo_mini_batch_size": 2,
-                "ppo_micro_batch_size_per_gpu": 2,
-                "ppo_epochs": 2,
-                "shuffle": True,
-                "grad_clip": 1.0,
-                "clip_ratio": 0.2,
-                "optim": OPTIM,
-            },
-            "rollout": {"n": 2, "temperature": 1.0, "log_prob_micro_batch_size_per_gpu": 4},
-            "use_score": True,
-            "score": {"agreement_weighting": False, "optim": OPTIM},
-        }
-    )
+SCHEDULE = {"warmup_style": "cosine", "lr_warmup_steps": 1}
+TOTAL_STEPS = 5
+CONFIG = policy_section(
+    {
+        "actor.ppo_mini_batch_size": 2,
+        "actor.ppo_micro_batch_size_per_gpu": 2,
+        "actor.ppo_epochs": 2,
+        "actor.shuffle": True,
+        "rollout.n": 2,
+        "rollout.log_prob_micro_batch_size_per_gpu": 4,
+        "score.agreement_weighting": False,
+    }
+)
 
 
 def build(model_folder: Path, fsdp_size: int = -1) -> tuple[JointModel, JointOptimizer]:
-    config = make_config()
     tokenizer = load_tokenizer(model_folder)
     sprm_config = load_sprm_config(model_folder, tokenizer)
     model = build_joint_model(model_folder, sprm_config=sprm_config, gradient_checkpointing=True)
-    shard_model(model, create_mesh(fsdp_size), OmegaConf.create({}))
-    return model, JointOptimizer(model, config.actor.optim, config.score.optim)
+    shard_model(model, create_mesh(fsdp_size))
+    return model, JointOptimizer(model, adam(**SCHEDULE), adam(**SCHEDULE), TOTAL_STEPS)
 
 
 def random_batch() -> TensorDict:
@@ -93,7 +79,7 @@ def random_batch() -> TensorDict:
 
 
 def train_step(model: JointModel, optimizer: JointOptimizer) -> dict[str, float]:
-    actor = DataParallelPPOActor(make_config(), model, optimizer)
+    actor = DataParallelPPOActor(CONFIG, model, optimizer)
     batch = random_batch()
     return actor.update_policy(batch.update(actor.compute_log_prob(batch)))
 

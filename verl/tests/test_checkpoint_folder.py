@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from verl.trainer.ppo.checkpoint_folder import LATEST_FILE, CheckpointFolder, read_state
+from verl.checkpoints.folder import LATEST_FILE, CheckpointFolder, read_state
 from xbai.errors import UserError
 
 
@@ -52,7 +52,7 @@ def test_leftovers_of_a_killed_save_are_removed_and_never_found(tmp_path):
 def test_death_between_rename_and_pointer_saves_the_step_again(tmp_path):
     checkpoints = CheckpointFolder(tmp_path)
     _save(checkpoints, 1, 2)
-    (tmp_path / LATEST_FILE).write_text("1")
+    (tmp_path / LATEST_FILE).write_text("1", encoding="utf-8")
     assert checkpoints.find("auto", None) == tmp_path / "global_step_1"
     _save(checkpoints, 2)
     assert checkpoints.find("auto", None) == tmp_path / "global_step_2"
@@ -91,6 +91,8 @@ def test_an_incomplete_folder_is_refused(tmp_path):
         checkpoints.find("resume_path", str(tmp_path / "global_step_1"))
     with pytest.raises(UserError, match="is called global_step_N"):
         checkpoints.find("resume_path", str(tmp_path))
+    with pytest.raises(UserError, match=r"needs trainer\.resume_from_path"):
+        checkpoints.find("resume_path", None)
 
 
 @pytest.mark.parametrize("content", [b"global_step_4", b"", b"-1", b"\xff\xfe", b"9" * 5000, "٤".encode(), b"<html>\n"])
@@ -101,7 +103,7 @@ def test_a_pointer_without_a_step_is_named(tmp_path, content):
 
 
 def test_a_pointer_that_is_a_folder_or_names_none_is_named(tmp_path):
-    (tmp_path / LATEST_FILE).write_text("7")
+    (tmp_path / LATEST_FILE).write_text("7", encoding="utf-8")
     with pytest.raises(UserError, match=rf"{LATEST_FILE} names {tmp_path}/global_step_7, which is no complete"):
         CheckpointFolder(tmp_path).find("auto", None)
     (tmp_path / LATEST_FILE).unlink()
@@ -202,7 +204,7 @@ def test_a_checkpoint_of_verl_is_to_be_merged_first(named, tmp_path):
     (actor / "huggingface").mkdir(parents=True)
     (actor / "model_world_size_8_rank_0.pt").touch()
     (actor.parent / "data.pt").touch()
-    (tmp_path / LATEST_FILE).write_text("80")
+    (tmp_path / LATEST_FILE).write_text("80", encoding="utf-8")
     mode = "auto" if named is None else "resume_path"
     checkpoint = tmp_path / (named or "global_step_80")
     with pytest.raises(UserError, match="a checkpoint of verl's FSDP trainer") as caught:

@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from checkpoint_flips import SmallCheckpoint, flip_bits
 
-from verl.trainer.ppo.checkpoint_folder import TRAINER_STATE_FILE, write_state
-from verl.utils.checkpoint_storage import METADATA_FILE, read_metadata
-from verl.utils.checksums import CHECKSUM_FILE, check_checkpoint, file_digest, read_checksums, write_checksums
-from verl.utils.rng_state import load_with_rng, rng_state, set_rng_state
+from verl.checkpoints.checksums import CHECKSUM_FILE, check_checkpoint, file_digest, read_checksums, write_checksums
+from verl.checkpoints.folder import TRAINER_STATE_FILE, write_state
+from verl.checkpoints.rng_state import load_with_rng, rng_state, set_rng_state
+from verl.checkpoints.storage import METADATA_FILE, read_metadata
 from xbai.errors import UserError
 
 CANARY = "canary"

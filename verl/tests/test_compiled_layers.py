@@ -15,11 +15,11 @@ import torch.distributed as dist
 from tiny import PROMPT, padded_rows, tiny_lm
 from torch import Tensor
 
-from verl.utils.fsdp import create_mesh, init_distributed, named_full_tensors, shard_model
-from verl.utils.model import build_joint_model
-from verl.utils.packing import layout_maker
-from verl.utils.ulysses import sequence_parallel_group
-from verl.workers.actor.joint_model import JointModel
+from verl.models.fsdp import create_mesh, init_distributed, named_full_tensors, shard_model
+from verl.models.joint_model import JointModel
+from verl.models.loading import build_joint_model
+from verl.models.packing import layout_maker
+from verl.models.ulysses import sequence_parallel_group
 from xbai.engine.packed_attention import PACKED_ATTENTION
 from xbai.sprm import ScoreHead
 
@@ -63,7 +63,7 @@ def train(way: str, compiled: bool) -> dict[str, Tensor | dict[str, Tensor] | in
     for layer in lm.model.layers if compiled else ():
         layer.compile(dynamic=True)
     torch.manual_seed(1)
-    model = shard_model(JointModel(lm, ScoreHead(32, dropout=0.0)), create_mesh(), {})
+    model = shard_model(JointModel(lm, ScoreHead(32, dropout=0.0)), create_mesh())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     make_layout = layout_maker(packed, torch.device("cpu"), sequence_parallel_group(sharers))
     losses = []

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import datasets
@@ -13,9 +14,9 @@ import torch
 
 from verl.single_controller import WorkerLostError
 from verl.trainer import main_ppo
-from verl.trainer.compose import compose_config
-from verl.trainer.config_check import DEFAULTS_FILE, check_config, leaves
-from verl.trainer.critic_config import critic_config
+from verl.trainer.config.check import check_config
+from verl.trainer.config.compose import compose_config, leaves
+from verl.trainer.config.schema import YAML, PPOConfig
 from xbai.errors import UserError
 
 TOKEN_BUDGETS = (
@@ -28,10 +29,8 @@ TOKEN_BUDGETS = (
 RUN_SINGLE_NODE = Path(__file__).parents[2] / "scripts" / "run_single_node.sh"
 
 
-def _check(overrides):
-    config = compose_config(DEFAULTS_FILE.stem, overrides)
-    check_config(config)
-    return config
+def _check(overrides) -> PPOConfig:
+    return check_config(compose_config(YAML, overrides))
 
 
 @pytest.fixture
@@ -152,14 +151,17 @@ def test_a_mistake_in_the_critic_is_one_line(fails, override, said):
 
 
 def test_the_critic_needs_the_policys_vocabulary(fails, tmp_path, tiny_model_dir):
-    shape = json.loads((tiny_model_dir / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**shape, "vocab_size": 7}))
+    shape = json.loads((tiny_model_dir / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**shape, "vocab_size": 7}), encoding="utf-8")
+    (tmp_path / "model.safetensors").symlink_to(tiny_model_dir / "model.safetensors")
     assert "vocab_size 7" in fails("algorithm.adv_estimator=gae", f"critic.model.path={tmp_path}")
 
 
 def test_processes_that_share_rows_divide_the_critics_own_heads(small_run, tmp_path, tiny_model_dir):
-    shape = json.loads((tiny_model_dir / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**shape, "num_attention_heads": 3, "num_key_value_heads": 3}))
+    shape = json.loads((tiny_model_dir / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**shape, "num_attention_heads": 3, "num_key_value_heads": 3}), encoding="utf-8"
+    )
     packed = ["algorithm.adv_estimator=gae", "actor_rollout_ref.model.use_remove_padding=true"]
     shared = [*small_run, *packed, f"critic.model.path={tmp_path}", "critic.ulysses_sequence_parallel_size=2"]
     with pytest.raises(UserError, match=r"critic: .*size=2 does not divide the model's 3 attention heads"):
@@ -168,12 +170,12 @@ def test_processes_that_share_rows_divide_the_critics_own_heads(small_run, tmp_p
 
 def test_nulls_in_the_critic_are_the_actors_values(small_run):
     overrides = ["algorithm.adv_estimator=gae", "actor_rollout_ref.actor.ppo_epochs=3", "critic.ppo_mini_batch_size=2"]
-    config = compose_config(DEFAULTS_FILE.stem, [*small_run, *overrides])
-    critic = critic_config(config)
-    assert (critic.ppo_epochs, critic.ppo_mini_batch_size, critic.rollout_n) == (3, 2, 4)
+    config = _check([*small_run, *overrides])
+    critic = config.critic
+    assert (critic.ppo_epochs, critic.ppo_mini_batch_size) == (3, 2)
     assert critic.ppo_micro_batch_size_per_gpu == critic.forward_micro_batch_size_per_gpu == 8
     assert critic.model.path == config.actor_rollout_ref.model.path
-    assert None not in [value for key, value in leaves(critic) if not key.endswith("compute_dtype")]
+    assert None not in [value for key, value in leaves(asdict(critic)) if not key.endswith("_dtype")]
 
 
 @pytest.mark.parametrize(("section", "switch", "budget"), TOKEN_BUDGETS)
@@ -195,7 +197,7 @@ def test_two_ways_to_offload_exclude_each_other(small_run, monkeypatch, section)
 
 
 def test_a_file_that_is_not_parquet(fails, tmp_path):
-    (tmp_path / "rows.parquet").write_text("{}")
+    (tmp_path / "rows.parquet").write_text("{}", encoding="utf-8")
     assert "rows.parquet is cut off, or not a parquet file" in fails(f"data.train_files={tmp_path}/rows.parquet")
 
 
@@ -217,7 +219,7 @@ def test_shards_that_are_not_here_yet_are_said_after_the_report_of_a_dry_run(cap
     folder = shutil.copytree(model.partition("=")[2], tmp_path / "model")
     (folder / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     (folder / "another.safetensors").touch()
     command = ["main_ppo", "--dry-run", *small_run, f"actor_rollout_ref.model.path={folder}"]
     monkeypatch.setattr(sys, "argv", command)
@@ -241,7 +243,7 @@ def test_row_without_prompt(fails, tmp_path):
 def test_a_prompt_that_the_template_refuses(fails, training_files, tiny_model_dir, tmp_path, key):
     model = shutil.copytree(tiny_model_dir, tmp_path / "model")
     template = "{% if messages|length > 1 %}{{ raise_exception('System role\nnot supported') }}{% endif %}?"
-    (model / "chat_template.jinja").write_text(template)
+    (model / "chat_template.jinja").write_text(template, encoding="utf-8")
     rows = datasets.Dataset.from_parquet(str(training_files / "train.parquet")).to_list()
     rows[5]["prompt"].insert(0, {"role": "system", "content": "Be brief."})
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
@@ -286,8 +288,9 @@ def test_missing_gpus_are_explained_by_the_launch_script(tmp_path):
         ["bash", str(RUN_SINGLE_NODE), "trainer.n_gpus_per_node=4096"], capture_output=True, text=True, cwd=tmp_path
     )
     assert ended.returncode == 2
-    assert ended.stderr.count("\n") == 1
-    assert "needs 4096 GPUs; this machine has" in ended.stderr and "trainer.device=cpu" in ended.stderr
+    lines = ended.stderr.splitlines()
+    assert all(line.startswith("error: ") for line in lines)
+    assert "needs 4096 GPUs; this machine has" in lines[0] and "trainer.device=cpu" in lines[0]
 
 
 def test_sequence_parallel_sizes_fit_the_model_and_multiply_budgets(small_run):

@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 from torch import Tensor
 
+from verl.trainer.config.algorithm import KLControl
+from verl.trainer.config.schema import ppo_defaults
 from verl.trainer.ppo.core_algos import (
     ADVANTAGE_ESTIMATORS,
     KL_ESTIMATORS,
@@ -131,17 +132,12 @@ def test_gae() -> None:
 def test_every_estimator_leaves_padding_and_ungraded_rows_alone(name: str) -> None:
     token_rewards, values, mask, graded = token_batch()
     inputs = AdvantageInputs(token_rewards * mask, mask, graded, ["a", "a", "a", "b"], values, torch.zeros(4))
-    advantages, returns = compute_advantages(inputs, OmegaConf.create({"adv_estimator": name}))
+    advantages, returns = compute_advantages(inputs, ppo_defaults(f"algorithm.adv_estimator={name}").algorithm)
     for tensor in (advantages, returns):
         assert tensor.shape == mask.shape
         assert not tensor[~mask].any()
         assert not tensor[2].any()
     assert advantages[0].any()
-
-
-def test_an_unknown_estimator_is_a_clear_error() -> None:
-    with pytest.raises(UserError, match=r"adv_estimator=ppo is unknown.*grpo"):
-        compute_advantages(None, OmegaConf.create({"adv_estimator": "ppo"}))
 
 
 @quick
@@ -224,7 +220,7 @@ def test_loss_aggregation_adds_up_over_micro_batches(mode: str) -> None:
 
 def test_an_unknown_aggregation_is_a_clear_error() -> None:
     with pytest.raises(UserError, match="loss_agg_mode=mean is unknown"):
-        token_weights(torch.ones(1, 1), "mean", Denominators(1, 1))
+        token_weights(torch.ones(1, 1, dtype=torch.bool), "mean", Denominators(1, 1))
 
 
 @quick
@@ -322,16 +318,12 @@ def test_the_score_function_is_no_loss(kind: str) -> None:
 
 
 def test_kl_controllers() -> None:
-    fixed = get_kl_controller(OmegaConf.create({"type": "fixed", "kl_coef": 0.1}))
+    fixed = get_kl_controller(KLControl(type="fixed", kl_coef=0.1, target_kl=1.0, horizon=1000))
     fixed.update(5.0, 100)
     assert fixed.value == 0.1
-    adaptive = get_kl_controller(
-        OmegaConf.create({"type": "adaptive", "kl_coef": 0.1, "target_kl": 1.0, "horizon": 1000})
-    )
+    adaptive = get_kl_controller(KLControl(type="adaptive", kl_coef=0.1, target_kl=1.0, horizon=1000))
     assert isinstance(adaptive, AdaptiveKLController)
     adaptive.update(1.1, 100)
     assert adaptive.value == pytest.approx(0.1 * (1 + 0.1 * 100 / 1000))
     adaptive.update(0.0, 100)
     assert adaptive.value == pytest.approx(0.1 * 1.01 * (1 - 0.2 * 100 / 1000))
-    with pytest.raises(UserError, match="horizon"):
-        get_kl_controller(OmegaConf.create({"type": "adaptive", "kl_coef": 0.1, "target_kl": 1.0, "horizon": 0}))

@@ -9,53 +9,50 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import RESPONSE, ROWS, padded_rows, tiny_lm
+from tiny import RESPONSE, ROWS, adam, fsdp_section, padded_rows, tiny_lm
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from verl.utils.fsdp import init_distributed, named_full_tensors
-from verl.utils.optim import Optimizers
-from verl.utils.ulysses import sequence_parallel_group
+from verl.models.fsdp import init_distributed, named_full_tensors
+from verl.models.ulysses import sequence_parallel_group
+from verl.models.value_model import ValueModel, build_value_model
+from verl.optim.optimizers import Optimizers
+from verl.trainer.config.critic import CriticConfig
+from verl.trainer.config.fields import with_values
+from verl.trainer.config.schema import ppo_defaults
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
-from verl.workers.critic.value_model import ValueModel, build_value_model
 from verl.workers.placed_model import PlacedModel
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "padded": {},
     "by_three": {"ppo_micro_batch_size_per_gpu": 3, "forward_micro_batch_size_per_gpu": 2},
     "by_tokens": {"use_dynamic_bsz": True},
-    "packed_by_tokens": {"use_dynamic_bsz": True, "model": {"use_remove_padding": True}},
+    "packed_by_tokens": {"use_dynamic_bsz": True, "model.use_remove_padding": True},
     "two_mini_batches": {"ppo_mini_batch_size": 1, "ppo_epochs": 2},
 }
-SEQUENCE_PARALLEL = {"model": {"use_remove_padding": True}, "ulysses_sequence_parallel_size": 2}
-OPTIM = {"name": "AdamW", "lr": 1e-3, "weight_decay": 0.01}
+SEQUENCE_PARALLEL = {"model.use_remove_padding": True, "ulysses_sequence_parallel_size": 2}
+OPTIM, SAMPLES = adam(), 4
 CLIP = 0.2
 
 
-def make_config(**changes: object) -> dict[str, Any]:
-    """A `critic` section as `critic_config` gives it."""
-    return {
-        "model": {"use_remove_padding": False},
+def make_config(changes: Mapping[str, Any]) -> CriticConfig:
+    """A `critic` section."""
+    small = {
         "ppo_mini_batch_size": 2,
-        "rollout_n": 4,
         "ppo_micro_batch_size_per_gpu": 8,
         "forward_micro_batch_size_per_gpu": 8,
-        "use_dynamic_bsz": False,
         "ppo_max_token_len_per_gpu": 20,
         "forward_max_token_len_per_gpu": 30,
-        "ulysses_sequence_parallel_size": 1,
-        "ppo_epochs": 1,
-        "shuffle": False,
-        "grad_clip": 1.0,
         "cliprange_value": CLIP,
-        **changes,
     }
+    return with_values(ppo_defaults().critic, small | dict(changes))
 
 
 def make_folder(folder: Path) -> Path:
@@ -91,15 +88,15 @@ def with_old_values(batch: dict[str, Tensor], values: Tensor) -> dict[str, Tenso
     return batch | {"values": values + batch["noise"]}
 
 
-def make_critic(folder: Path, **changes: object) -> tuple[PlacedModel[ValueModel], DataParallelPPOCritic]:
-    config = make_config(**changes)
+def make_critic(folder: Path, **changes: object) -> tuple[PlacedModel[ValueModel, Optimizers], DataParallelPPOCritic]:
+    config = make_config(changes)
     placed = PlacedModel(
-        make_model(folder, packed=config["model"]["use_remove_padding"]),
-        {},
+        make_model(folder, packed=config.model.use_remove_padding),
+        fsdp_section(),
         lambda model: Optimizers({"critic": (model, OPTIM)}),
     )
-    group = sequence_parallel_group(config["ulysses_sequence_parallel_size"])
-    return placed, DataParallelPPOCritic(config, placed.model, placed.optimizer, group)
+    group = sequence_parallel_group(config.ulysses_sequence_parallel_size)
+    return placed, DataParallelPPOCritic(config, SAMPLES, placed.model, placed.optimizer, group)
 
 
 def run_rank(model_folder: Path, output: Path) -> None:
@@ -189,7 +186,7 @@ def test_any_split_over_micro_batches_and_ranks_is_the_plain_update(
             metrics = results[variant]["metrics"]
             assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6), variant
             assert metrics["critic/skipped_updates"] == 0
-            assert metrics["critic/lr"] == OPTIM["lr"]
+            assert metrics["critic/lr"] == OPTIM.lr
 
 
 @pytest.mark.slow
@@ -239,9 +236,9 @@ def test_the_backbone_is_the_lms_without_its_head(tmp_path: Path) -> None:
 
 def test_a_token_that_pads_is_trained_as_any_other(tmp_path: Path) -> None:
     folder, rows, gradients = make_folder(tmp_path), torch.tensor([[5, 9, 2, 7, 2]]), []
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for pad in (2, 11):
-        (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": pad}))
+        (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": pad}), encoding="utf-8")
         backbone = build_value_model(folder).backbone
         backbone(input_ids=rows).last_hidden_state[..., 0].sum().backward()
         gradients.append(backbone.get_input_embeddings().weight.grad)

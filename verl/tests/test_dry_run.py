@@ -14,19 +14,28 @@ import datasets
 import pytest
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
+from omegaconf import DictConfig
+from tiny import adam
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from verl.checkpoints.folder import LATEST_FILE
+from verl.checkpoints.remote import COMPLETE_FILE
+from verl.models.fsdp import create_mesh, shard_model
+from verl.models.joint_model import JointModel
+from verl.models.lm_head import LMHead
+from verl.models.log_probs import token_log_probs
+from verl.optim import optimizers as optim
+from verl.optim.optimizers import build_optimizer
 from verl.trainer import main_ppo
-from verl.trainer.compose import compose_config
-from verl.trainer.config_check import DEFAULTS_FILE
-from verl.trainer.dry_run import batches, dry_run
-from verl.trainer.host_memory import host_memory, saves_anew
-from verl.trainer.memory_estimate import (
+from verl.trainer.config.compose import compose_config
+from verl.trainer.config.fields import with_values
+from verl.trainer.config.schema import YAML, PPOConfig, ppo_config
+from verl.trainer.planning.host_memory import host_memory, saves_anew
+from verl.trainer.planning.memory_estimate import (
     EIGHT_BIT_STATE,
     GIB,
     LOGIT_BACKWARD,
@@ -37,16 +46,9 @@ from verl.trainer.memory_estimate import (
     saved_activations,
     training_peak,
 )
-from verl.trainer.memory_phases import GPUS_GIB, PhaseMemory, changes_to_fit
-from verl.trainer.ppo.checkpoint_folder import LATEST_FILE
-from verl.trainer.ppo.remote_folder import COMPLETE_FILE
-from verl.utils import optim
-from verl.utils.fsdp import create_mesh, shard_model
-from verl.utils.lm_head import LMHead
-from verl.utils.model_shapes import KNOWN_CONFIGS, ModelShape, known_config
-from verl.utils.optim import build_optimizer
-from verl.utils.torch_functional import token_log_probs
-from verl.workers.actor.joint_model import JointModel
+from verl.trainer.planning.memory_phases import GPUS_GIB, PhaseMemory, changes_to_fit
+from verl.trainer.planning.model_shapes import KNOWN_CONFIGS, ModelShape, known_config
+from verl.trainer.planning.report import batches, dry_run
 from xbai.errors import UserError
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -68,9 +70,21 @@ VARIANTS = [
 ]
 
 
-def _config(*overrides: str):
-    base = ["actor_rollout_ref.model.path=DeepSeek-R1-Distill-Qwen-1.5B", "data.train_files=nowhere.parquet"]
-    return compose_config(DEFAULTS_FILE.stem, [*base, *overrides])
+BASE = ["actor_rollout_ref.model.path=DeepSeek-R1-Distill-Qwen-1.5B", "data.train_files=nowhere.parquet"]
+
+
+def _composed(*overrides: str) -> DictConfig:
+    return compose_config(YAML, [*BASE, *overrides])
+
+
+def _config(*overrides: str) -> PPOConfig:
+    return ppo_config([*BASE, *overrides])
+
+
+def _placement(shape: ModelShape, world: int, on_gpu: bool, **changes: object) -> Placement:
+    """Of a policy."""
+    actor = _config().actor_rollout_ref.actor
+    return Placement.from_config(shape, with_values(actor.fsdp_config, changes), actor.optim, world, on_gpu)
 
 
 def _memory(gib: float, *overrides: str, model: str = "DeepSeek-R1-Distill-Qwen-1.5B") -> PhaseMemory:
@@ -178,9 +192,9 @@ def test_two_ranks_hold_what_is_estimated(tmp_path: Path) -> None:
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     shape = ModelShape.from_config(AutoConfig.for_model(**SMALL | VARIANTS[1]))
-    placed = Placement.from_config(shape, {}, {"name": "AdamW"}, world=2, on_gpu=False)
+    placed = _placement(shape, world=2, on_gpu=False)
     for rank in range(2):
-        held = json.loads((tmp_path / f"{rank}.json").read_text())
+        held = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))
         assert held["weights"] == held["gradients"] == placed.weights
         assert held["states"] == placed.optimizer
         assert held["copies"] == placed.weights + placed.optimizer
@@ -190,8 +204,8 @@ def measure_two_ranks(folder: Path) -> None:
     """Of `test_two_ranks_hold_what_is_estimated`: what each of them holds after an update."""
     dist.init_process_group("gloo")
     config = AutoConfig.for_model(**SMALL | VARIANTS[1])
-    model = shard_model(JointModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32)), create_mesh(), {})
-    optimizer = build_optimizer(model.named_parameters(), {"name": "AdamW", "lr": 1e-3})
+    model = shard_model(JointModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32)), create_mesh())
+    optimizer = build_optimizer(model.named_parameters(), adam())
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
@@ -205,7 +219,7 @@ def measure_two_ranks(folder: Path) -> None:
     stager = DefaultStager(StagingOptions(False, False, False, False))
     copies = [value for value in tree_leaves(stager.stage(state)) if value.dim() > 0]
     sizes["copies"] = sum(copy.to_local().nbytes for copy in copies)
-    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(sizes))
+    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(sizes), encoding="utf-8")
     dist.destroy_process_group()
 
 
@@ -224,7 +238,7 @@ def test_the_optimiser_of_a_gpu_makes_no_copy(monkeypatch: pytest.MonkeyPatch) -
     ours, theirs = weights(), weights()
     named = [(str(number), weight) for number, weight in enumerate(ours)]
     steps = (
-        build_optimizer(named, {"name": "AdamW", "lr": 1e-2}).step,
+        build_optimizer(named, adam(lr=1e-2)).step,
         torch.optim.AdamW(theirs, lr=1e-2, foreach=True).step,
     )
     for step in steps:
@@ -239,7 +253,7 @@ def test_the_optimiser_of_a_gpu_makes_no_copy(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(("dtype", "counted"), [("bfloat16", 4), ("float32", 0)])
 def test_the_lm_heads_gradient_is_summed_in_float32(dtype: str, counted: int) -> None:
     shape = ModelShape.from_config(known_config("Qwen2.5-7B"))
-    placed = Placement.from_config(shape, {"compute_dtype": dtype}, {"name": "AdamW"}, world=8, on_gpu=True)
+    placed = _placement(shape, world=8, on_gpu=True, compute_dtype=dtype)
     moment = training_peak(placed, 64, 64, checkpointing=True, packed=True, logits=2**30)
     assert moment["logits chunk"] == LOGIT_BACKWARD * 2**30
     assert moment.get("LM head's gradient", 0) == counted * shape.embedding_parameters
@@ -298,7 +312,7 @@ def test_eight_bit_states_take_what_is_estimated() -> None:
 )
 def test_placement_outside_its_phases(changes: dict, weights: float, states: float) -> None:
     shape = ModelShape.from_config(known_config("Qwen2.5-7B"))
-    placed = Placement.from_config(shape, changes, {"name": "AdamW"}, world=64, on_gpu=True)
+    placed = _placement(shape, world=64, on_gpu=True, **changes)
     resident = (weights * shape.parameters, states * shape.parameters)
     assert placed.resident(in_use=False) == pytest.approx(resident)
     if not changes.get("offload_policy"):
@@ -375,9 +389,8 @@ def test_the_advice_makes_it_fit() -> None:
     assert memory.excess > 0
     changes = changes_to_fit(memory)
     assert changes
-    for key, value in changes.items():
-        OmegaConf.update(memory.config, key, value)
-    assert PhaseMemory(memory.config, memory.shape, memory.shape, memory.gpu_bytes).excess <= 0
+    changed = with_values(memory.config, changes)
+    assert PhaseMemory(changed, memory.shape, memory.shape, memory.gpu_bytes).excess <= 0
     assert changes_to_fit(_memory(23.5, "trainer.n_gpus_per_node=1", model="QwQ-32B")) is None
 
 
@@ -493,8 +506,8 @@ def test_a_dry_run_ends_as_the_run_would(
     datasets.Dataset.from_list([row | {"reward_model": "1"}]).to_parquet(tmp_path / "no_answer.parquet")
     for folder in ("half", "bad"):
         (tmp_path / folder).mkdir()
-    (tmp_path / "half" / LATEST_FILE).write_text("3")
-    (tmp_path / "bad" / LATEST_FILE).write_text("nonsense")
+    (tmp_path / "half" / LATEST_FILE).write_text("3", encoding="utf-8")
+    (tmp_path / "bad" / LATEST_FILE).write_text("nonsense", encoding="utf-8")
     command = [*small_run, f"trainer.default_local_dir={tmp_path}/run", override.format(folder=tmp_path)]
 
     def ending(*further: str) -> tuple[int, str]:
@@ -514,8 +527,8 @@ def test_a_dry_run_fetches_nothing(
 ) -> None:
     whole = tmp_path / "remote/global_step_3"
     whole.mkdir(parents=True)
-    (whole / COMPLETE_FILE).write_text("{}")
-    (whole.parent / LATEST_FILE).write_text("3")
+    (whole / COMPLETE_FILE).write_text("{}", encoding="utf-8")
+    (whole.parent / LATEST_FILE).write_text("3", encoding="utf-8")
     folders = [f"trainer.default_local_dir={tmp_path}/run", f"trainer.default_hdfs_dir={tmp_path}/remote"]
     monkeypatch.setattr(sys, "argv", ["main_ppo", *small_run, *folders, "--dry-run"])
     main_ppo.main()
@@ -525,13 +538,13 @@ def test_a_dry_run_fetches_nothing(
 
 def test_mistakes_stay_errors() -> None:
     with pytest.raises(UserError, match="must be a multiple of"):
-        dry_run(_config("trainer.n_gpus_per_node=7"))
-    report = dry_run(_config("actor_rollout_ref.model.path=nowhere")).report
+        dry_run(_composed("trainer.n_gpus_per_node=7"))
+    report = dry_run(_composed("actor_rollout_ref.model.path=nowhere")).report
     assert "No memory estimate for nowhere: its config.json is not here" in report
 
 
 def test_the_smallest_gpu_that_fits_is_shown() -> None:
-    report = dry_run(_config("trainer.nnodes=8", "data.max_response_length=1024")).report
+    report = dry_run(_composed("trainer.nnodes=8", "data.max_response_length=1024")).report
     assert f"Memory of one GPU with {next(iter(GPUS_GIB))}" in report
 
 

@@ -16,19 +16,20 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from tiny import adam
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from verl.utils.eight_bit_adam import check_eight_bit
-from verl.utils.fsdp import create_mesh, init_distributed
-from verl.utils.optim import build_optimizer
+from verl.models.fsdp import create_mesh, init_distributed
+from verl.optim.eight_bit_adam import check_eight_bit
+from verl.optim.optimizers import build_optimizer
 from xbai.errors import UserError
 
 needs_torchao = pytest.mark.skipif(
     importlib.util.find_spec("torchao") is None, reason="torchao is not installed: pip install 'torchao>=0.18,<0.19'"
 )
-CONFIG = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95)}
+CONFIG = {"lr": 1e-2, "weight_decay": 0.1, "betas": [0.9, 0.95]}
 STEPS = 3
 
 
@@ -62,7 +63,7 @@ def run_training(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("AdamW", "AdamW8bit", "Adam8bit"):
         model = make_model(seed=0)
-        optimizer = build_optimizer(model.named_parameters(), {**CONFIG, "name": name})
+        optimizer = build_optimizer(model.named_parameters(), adam(**CONFIG, name=name))
         found[name] = {"weights": steps(model, optimizer), "state": state_of(model, optimizer)}
         if name == "AdamW8bit":
             found["kinds"] = [type(state["exp_avg"]).__name__ for state in optimizer.state.values()]
@@ -77,7 +78,7 @@ def run_loading(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("AdamW", "AdamW8bit"):
         model = make_model(seed=1)
-        optimizer = build_optimizer(model.named_parameters(), {**CONFIG, "name": name})
+        optimizer = build_optimizer(model.named_parameters(), adam(**CONFIG, name=name))
         state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
         dcp.load(state, checkpoint_id=folder / "optimizer")
         set_optimizer_state_dict(model, optimizer, optim_state_dict=state["optimizer"])

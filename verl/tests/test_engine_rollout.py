@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from verl import DataProto
-from verl.trainer.config_check import DEFAULTS_FILE
+from verl.trainer.config.fields import with_values
+from verl.trainer.config.rollout import RolloutConfig
+from verl.trainer.config.schema import ppo_defaults
 from verl.workers import fsdp_workers
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
 from verl.workers.rollout import EngineRollout, engine_rollout
@@ -47,16 +48,14 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> RecordingEngine:
     return engine
 
 
-def rollout_config(**changes: object) -> DictConfig:
-    config = OmegaConf.load(DEFAULTS_FILE)
-    config.data.max_prompt_length, config.data.max_response_length = 256, 8
-    config.actor_rollout_ref.rollout.update(dtype="float32", max_num_seqs=8, **changes)
-    OmegaConf.resolve(config.actor_rollout_ref.rollout)
-    return config.actor_rollout_ref.rollout
+def rollout_config(**changes: object) -> RolloutConfig:
+    overrides = ["data.max_prompt_length=256", "data.max_response_length=8"]
+    overrides += ["actor_rollout_ref.rollout={dtype: float32, max_num_seqs: 8}"]
+    return with_values(ppo_defaults(*overrides).actor_rollout_ref.rollout, changes)
 
 
 def make_rollout(folder: Path, sprm_config: SPRMConfig | None = None, **changes: object) -> EngineRollout:
-    model = OmegaConf.create({"path": str(folder)})
+    model = ppo_defaults(f"actor_rollout_ref.model.path={folder}").actor_rollout_ref.model
     return EngineRollout(rollout_config(**changes), model, pad_token_id=0, sprm_config=sprm_config)
 
 
@@ -93,7 +92,7 @@ def test_level_1_keeps_weights_that_have_not_changed(engine: RecordingEngine, ti
     assert wake_up(rollout, engine) == {}
     assert engine.calls == ["sleep 1", "wake weights", "wake kv_cache"]
     rollout.sleep()
-    rollout.policy_has_changed()
+    rollout.mark_stale()
     wake_up(rollout, engine)
     assert engine.calls[3:] == ["sleep 1", *SYNC]
 
@@ -106,7 +105,7 @@ def test_an_engine_that_keeps_its_memory_only_takes_weights(
     rollout = make_rollout(tiny_model_dir, free_cache_engine=frees)
     wake_up(rollout, engine)
     rollout.sleep()
-    rollout.policy_has_changed()
+    rollout.mark_stale()
     wake_up(rollout, engine)
     wake_up(rollout, engine)
     assert engine.calls == SYNC[1:4]
@@ -119,7 +118,7 @@ def test_two_generations_of_a_step_share_one_wake_up(
 ):
     rollout = make_rollout(tiny_model_dir)
     rollout.generate = lambda prompts: engine.calls.append("generate") or prompts
-    worker = ActorRolloutRefWorker(OmegaConf.create({}), "actor_rollout")
+    worker = ActorRolloutRefWorker(ppo_defaults().actor_rollout_ref, "actor_rollout", total_steps=1)
     worker._rollout, worker._policy_weights = rollout, lambda: nullcontext(WEIGHTS.items())
     monkeypatch.setattr(fsdp_workers, "measure_phase", lambda _: nullcontext({}))
     mask = torch.ones(1, 1)
@@ -149,7 +148,7 @@ def test_samples_of_a_prompt_share_its_cache_until_the_weights_change(make_tiny_
     def policy_weights() -> Iterator[Iterable[tuple[str, Tensor]]]:
         yield ((name, weight.detach()) for name, weight in weights.items())
 
-    rollout.policy_has_changed()
+    rollout.mark_stale()
     rollout.wake_up(policy_weights)
     changed = rollout.generate(prompts)
     assert changed.meta_info["metrics"]["rollout/prefix_cache_hit_rate"] == pytest.approx(3 / 4 / 2)

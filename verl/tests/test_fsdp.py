@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
+from tiny import adam, fsdp_section
 from transformers import AutoModelForCausalLM
 
-from verl.utils.fsdp import create_mesh, named_full_tensors, shard_model
-from verl.utils.model import attention_for, build_joint_model, loading_dtype
-from verl.utils.optim import JointOptimizer
-from verl.utils.packing import padded_layout
+from verl.models.fsdp import create_mesh, named_full_tensors, shard_model
+from verl.models.loading import attention_for, build_joint_model, loading_dtype
+from verl.models.packing import padded_layout
+from verl.optim.optimizers import JointOptimizer
 from verl.workers.placed_model import PlacedModel
 
 IDS = torch.arange(1, 9)[None]
@@ -42,7 +42,7 @@ def test_sixteen_bits_are_widened_after_sharding(
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model = build_joint_model(folder, loading_dtype(folder, torch.float32))
     assert model.lm.dtype == torch.bfloat16
-    model = shard_model(model, create_mesh(), OmegaConf.create({}), stored_dtype=torch.float32).eval()
+    model = shard_model(model, create_mesh(), stored_dtype=torch.float32).eval()
     assert model.lm.config.dtype == torch.float32
     found = dict(named_full_tensors(model))
     assert found.keys() == dict(expected.named_parameters()).keys()
@@ -59,12 +59,11 @@ def test_sixteen_bits_are_widened_after_sharding(
 def test_what_is_not_trained_stays_as_it_was_loaded(
     process_group: None, tiny_model_dir: Path, tmp_path: Path, compute: str
 ) -> None:
-    folder, fsdp_config = tmp_path / "half", {"compute_dtype": compute}
+    folder, fsdp_config = tmp_path / "half", fsdp_section(compute_dtype=compute)
     AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.bfloat16).save_pretrained(folder)
     models = [build_joint_model(folder, loading_dtype(folder, torch.float32)) for _ in range(2)]
-    optim = {"name": "AdamW", "lr": 1.0}
     frozen = PlacedModel(models[0], fsdp_config).model.eval()
-    widened = PlacedModel(models[1], fsdp_config, lambda model: JointOptimizer(model, optim)).model.eval()
+    widened = PlacedModel(models[1], fsdp_config, lambda model: JointOptimizer(model, adam(lr=1.0))).model.eval()
     assert {weight.dtype for weight in frozen.parameters()} == {torch.bfloat16}
     assert {weight.dtype for weight in widened.parameters()} == {torch.float32}
     with torch.no_grad():
@@ -87,5 +86,5 @@ def test_only_whole_sixteen_bit_checkpoints_are_loaded_so(tiny_model_dir: Path) 
 def test_flash_attention_where_it_can_run(
     monkeypatch: pytest.MonkeyPatch, available: bool, dtype: torch.dtype, chosen: str
 ) -> None:
-    monkeypatch.setattr("verl.utils.model.is_flash_attn_2_available", lambda: available)
+    monkeypatch.setattr("verl.models.loading.is_flash_attn_2_available", lambda: available)
     assert attention_for(dtype) == chosen

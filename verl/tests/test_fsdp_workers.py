@@ -10,41 +10,43 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from verl import DataProto
-from verl.single_controller import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
-from verl.trainer.auto_config import resolve_auto
-from verl.trainer.config_check import DEFAULTS_FILE
-from verl.workers.fsdp_workers import ActorRolloutRefWorker
+from verl.single_controller import RayClassWithInitArgs, RayResourcePool
+from verl.trainer.config.auto import resolve_auto
+from verl.trainer.config.policy import ActorRolloutRefConfig
+from verl.trainer.config.schema import ppo_defaults
+from verl.workers.fsdp_workers import ActorRolloutRefWorker, PolicyWorkers
 from xbai.engine import SamplingParams, load_engine
 from xbai.errors import UserError
 
 pytestmark = pytest.mark.slow
 
 MERGER = Path(__file__).parents[1] / "scripts" / "model_merger.py"
-PROMPTS, SAMPLES, PROMPT_LENGTH, RESPONSE_LENGTH = 3, 2, 6, 24
+PROMPTS, SAMPLES, PROMPT_LENGTH, RESPONSE_LENGTH, TOTAL_STEPS = 3, 2, 6, 24, 10
 ENGINES = {"vllm": True, "hf": False}
 """Engine and whether the model it runs ties its embeddings."""
 
 
-def make_config(model: Path, engine: str) -> DictConfig:
+def make_config(model: Path, engine: str) -> ActorRolloutRefConfig:
     """The trainer's own defaults, made small."""
-    config = OmegaConf.load(DEFAULTS_FILE)
-    config.trainer.device = "cpu"
-    resolve_auto(config, gpu_bytes=None)
-    config.data.max_prompt_length, config.data.max_response_length = PROMPT_LENGTH, RESPONSE_LENGTH
-    config = config.actor_rollout_ref
-    config.model.path = str(model)
-    config.rollout.update(name=engine, n=SAMPLES, dtype="float32", temperature=0.7, max_num_seqs=16, top_p=0.9)
-    config.rollout.log_prob_micro_batch_size_per_gpu = 2
-    config.rollout.val_kwargs.update(n=1, do_sample=False)
-    config.actor.update(ppo_mini_batch_size=2, ppo_micro_batch_size_per_gpu=2)
-    config.actor.optim.lr = config.score.optim.lr = 0.01
-    OmegaConf.resolve(config)
-    return config
+    config = ppo_defaults(
+        "trainer.device=cpu",
+        f"data.max_prompt_length={PROMPT_LENGTH}",
+        f"data.max_response_length={RESPONSE_LENGTH}",
+        f"actor_rollout_ref.model.path={model}",
+        f"actor_rollout_ref.rollout.name={engine}",
+        f"actor_rollout_ref.rollout.n={SAMPLES}",
+        "actor_rollout_ref.rollout={dtype: float32, temperature: 0.7, max_num_seqs: 16, top_p: 0.9}",
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=2",
+        "actor_rollout_ref.rollout.val_kwargs.do_sample=false",
+        "actor_rollout_ref.actor={ppo_mini_batch_size: 2, ppo_micro_batch_size_per_gpu: 2, optim: {lr: 0.01}}",
+        "actor_rollout_ref.score.optim.lr=0.01",
+    )
+    config, _ = resolve_auto(config, gpu_bytes=None)
+    return config.actor_rollout_ref
 
 
 def make_prompts(vocabulary: int) -> DataProto:
@@ -86,17 +88,18 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.fixture(params=ENGINES)
-def group(request, make_tiny_model: Callable[..., Path]) -> Iterator[RayWorkerGroup]:
+def group(request, make_tiny_model: Callable[..., Path]) -> Iterator[PolicyWorkers]:
     config = make_config(make_tiny_model(tied=ENGINES[request.param]), request.param)
     pool = RayResourcePool([2], use_gpu=False, cpus_per_process=0.5)
-    group = RayWorkerGroup(pool, RayClassWithInitArgs(ActorRolloutRefWorker, config, "actor_rollout_ref"), name="actor")
+    init = RayClassWithInitArgs(ActorRolloutRefWorker, config, "actor_rollout_ref", TOTAL_STEPS)
+    group = PolicyWorkers(pool, init, name="actor")
     group.init_model()
     yield group
     group.shutdown()
     pool.release()
 
 
-def test_a_step_of_training_and_its_merged_model(group: RayWorkerGroup, tiny_tokenizer, tmp_path: Path):
+def test_a_step_of_training_and_its_merged_model(group: PolicyWorkers, tiny_tokenizer, tmp_path: Path):
     prompts = make_prompts(len(tiny_tokenizer))
     batch = generate_and_compare(group, prompts)
     plant_steps(batch, tiny_tokenizer.convert_tokens_to_ids(".\n\n"))
@@ -120,7 +123,7 @@ def test_a_step_of_training_and_its_merged_model(group: RayWorkerGroup, tiny_tok
         group.load_checkpoint(str(tmp_path))
 
 
-def generate_and_compare(group: RayWorkerGroup, prompts: DataProto) -> DataProto:
+def generate_and_compare(group: PolicyWorkers, prompts: DataProto) -> DataProto:
     """Sample; the shapes, the masks and the engine's log-probs must be what the actor sees."""
     batch = group.generate_sequences(prompts)
     assert batch.meta_info.pop("metrics")["perf/generate_tokens_per_s"] > 0
@@ -141,7 +144,7 @@ def generate_and_compare(group: RayWorkerGroup, prompts: DataProto) -> DataProto
     return batch
 
 
-def update(group: RayWorkerGroup, batch: DataProto) -> None:
+def update(group: PolicyWorkers, batch: DataProto) -> None:
     for compute in (group.compute_log_prob, group.compute_ref_log_prob):
         result = compute(batch)
         result.meta_info.pop("metrics")
@@ -182,7 +185,7 @@ def compare_with_merged(merged: Path, batch: DataProto, after: DataProto) -> Non
     engine.close()
 
 
-def compare_greedy(group: RayWorkerGroup, prompts: DataProto, merged: Path) -> None:
+def compare_greedy(group: PolicyWorkers, prompts: DataProto, merged: Path) -> None:
     """After the weight sync, greedy responses of the engine must be the merged model's."""
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
     prompts.meta_info["validate"] = True

@@ -15,17 +15,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import PROMPT, RESPONSE, ROWS, padded_rows, tiny_lm
+from tiny import PROMPT, RESPONSE, ROWS, adam, fsdp_section, padded_rows, policy_section, tiny_lm
 from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
-from verl.utils.fsdp import init_distributed
-from verl.utils.model import build_joint_model
-from verl.utils.optim import JointOptimizer
-from verl.utils.ulysses import sequence_parallel_group
+from verl.models.fsdp import init_distributed
+from verl.models.loading import build_joint_model
+from verl.models.reference import ReferencePolicy
+from verl.models.ulysses import sequence_parallel_group
+from verl.optim.optimizers import JointOptimizer
+from verl.trainer.config.policy import ActorRolloutRefConfig
 from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.actor.reference import ReferencePolicy
 from verl.workers.placed_model import PlacedModel
 from xbai.errors import UserError
 
@@ -38,27 +39,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_config(packed: bool = False, sp_size: int = 1, **actor: object) -> dict[str, Any]:
-    """An `actor_rollout_ref` tree without a score head."""
-    return {
-        "model": {"use_remove_padding": packed},
-        "actor": {
-            "ppo_mini_batch_size": 2,
-            "ppo_micro_batch_size_per_gpu": 8,
-            "ppo_epochs": 1,
-            "shuffle": False,
-            "grad_clip": 1.0,
-            "clip_ratio": 0.2,
-            "use_kl_loss": True,
-            "kl_loss_coef": KL_COEF,
-            "kl_loss_type": "full",
-            "tis_imp_ratio_cap": CAP,
-            "optim": {"name": "AdamW", "lr": 1e-3},
-            **actor,
-        },
-        "rollout": {"n": 4, "temperature": TEMPERATURE, "log_prob_micro_batch_size_per_gpu": 3},
-        "use_score": False,
-    }
+def make_config(packed: bool = False, sp_size: int = 1, **actor: object) -> ActorRolloutRefConfig:
+    """An `actor_rollout_ref` section without a score head."""
+    return policy_section(
+        {
+            "use_score": False,
+            "model.use_remove_padding": packed,
+            "actor.ppo_mini_batch_size": 2,
+            "actor.ppo_micro_batch_size_per_gpu": 8,
+            "actor.use_kl_loss": True,
+            "actor.kl_loss_coef": KL_COEF,
+            "actor.kl_loss_type": "full",
+            "actor.tis_imp_ratio_cap": CAP,
+            "rollout.n": 4,
+            "rollout.temperature": TEMPERATURE,
+            "rollout.log_prob_micro_batch_size_per_gpu": 3,
+            **{f"actor.{key}": value for key, value in actor.items()},
+        }
+    )
 
 
 def make_folder(folder: Path, seed: int, tied: bool) -> Path:
@@ -93,22 +91,22 @@ def run_rank(folder: Path) -> None:
     results = {}
     for variant, changes in VARIANTS.items():
         config = make_config(**changes)
-        sp_size, packed = changes.get("sp_size", 1), config["model"]["use_remove_padding"]
+        sp_size, packed = changes.get("sp_size", 1), config.model.use_remove_padding
         if sp_size > world_size:
             continue
-        reference = PlacedModel(build_joint_model(folder / "reference", packed=packed).requires_grad_(False), {})
+        frozen = build_joint_model(folder / "reference", packed=packed).requires_grad_(False)
+        reference = PlacedModel(frozen, fsdp_section())
         policy = PlacedModel(
             build_joint_model(folder / "policy", packed=packed),
-            {},
-            lambda model: JointOptimizer(model, make_config()["actor"]["optim"]),
+            fsdp_section(),
+            lambda model: JointOptimizer(model, adam()),
         )
         group = sequence_parallel_group(sp_size)
-        actor = DataParallelPPOActor(
-            config, policy.model, policy.optimizer, sp_group=group, reference=ReferencePolicy(reference.model)
-        )
+        reference_policy = ReferencePolicy(reference.model)
+        actor = DataParallelPPOActor(config, policy.model, policy.optimizer, sp_group=group, reference=reference_policy)
         size, share = ROWS * sp_size // world_size, rank // sp_size
         batch = {name: column[share * size :][:size] for name, column in make_batch().items()}
-        before = actor.compute_log_prob(batch, compute_kl=True)
+        before = actor.compute_log_prob(batch, reference=reference_policy)
         metrics = actor.update_policy(with_old_policy(batch, before["old_log_probs"]))
         frozen = all(p.grad is None for p in reference.model.parameters())
         results[variant] = {"ref_kl": before["ref_kl"], "metrics": metrics, "frozen": frozen}

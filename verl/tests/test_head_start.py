@@ -18,20 +18,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
-from tiny import PROMPT, RESPONSE, ROWS, padded_rows, tiny_lm
+from tiny import PROMPT, RESPONSE, ROWS, adam, padded_rows, policy_section, tiny_lm
 from torch import Tensor
 from torch.nn.functional import pad
 
-from verl.utils.checkpoint import load_checkpoint, save_checkpoint
-from verl.utils.fsdp import create_mesh, init_distributed, named_full_tensors, shard_model
-from verl.utils.head_start import standardize_features
-from verl.utils.model import attention_for, build_joint_model, load_tokenizer
-from verl.utils.optim import JointOptimizer
-from verl.utils.packing import padded_layout
-from verl.utils.ulysses import sequence_parallel_group
-from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.actor.joint_model import JointModel
+from verl.checkpoints.state import load_checkpoint, save_checkpoint
+from verl.models.fsdp import create_mesh, init_distributed, named_full_tensors, shard_model
+from verl.models.head_start import standardize_features
+from verl.models.joint_model import JointModel
+from verl.models.loading import attention_for, build_joint_model, load_tokenizer
+from verl.models.packing import padded_layout
+from verl.models.ulysses import sequence_parallel_group
+from verl.optim.optimizers import JointOptimizer
+from verl.workers.actor.log_probs import PolicyLogProbs
 from xbai.model_files import ModelFiles
 from xbai.sprm import FeatureMoments, ScoreHead, load_sprm_config, save_score_head, shift_head, standardize_head
 from xbai.sprm.head import SCORE_MODULE_FILE, SPRM_CONFIG_FILE
@@ -39,7 +38,7 @@ from xbai.sprm.head import SCORE_MODULE_FILE, SPRM_CONFIG_FILE
 RANKS = 2
 WAYS = ("padded", "packed", "shared", "replicated")
 """How they compute; in `shared` both have the same rows, in `replicated` each has the whole head."""
-OPTIM = {"name": "AdamW", "lr": 1e-2, "weight_decay": 0.01}
+OPTIM = adam(lr=1e-2)
 
 
 def make_model(packed: bool = False) -> JointModel:
@@ -72,15 +71,15 @@ def run_rank(output: Path) -> None:
     rank, groups, results = dist.get_rank(), {size: sequence_parallel_group(size) for size in (1, RANKS)}, {}
     for way in WAYS:
         packed, sp_size = way in ("packed", "shared"), RANKS if way == "shared" else 1
-        rollout = {"n": 4, "temperature": 1.0, "log_prob_micro_batch_size_per_gpu": 3}
-        config = OmegaConf.create({"model": {"use_remove_padding": packed}, "rollout": rollout})
-        model = shard_model(make_model(packed), create_mesh(1 if way == "replicated" else -1), {})
+        changes = {"model.use_remove_padding": packed, "rollout.log_prob_micro_batch_size_per_gpu": 3}
+        config = policy_section(changes)
+        model = shard_model(make_model(packed), create_mesh(1 if way == "replicated" else -1))
         optimizer = JointOptimizer(model, OPTIM, OPTIM)
-        actor = DataParallelPPOActor(config, model, sp_group=groups[sp_size])
+        policy = PolicyLogProbs(config, model, config.rollout, groups[sp_size])
         half = slice(rank * ROWS // RANKS, (rank + 1) * ROWS // RANKS)
         mine = slice(None) if way == "shared" else half
         batch = {name: column[mine] for name, column in make_batch().items()}
-        steps = standardize_features(model, partial(actor.compute_log_prob, batch, compute_entropy=False))
+        steps = standardize_features(model, partial(policy.compute_log_prob, batch, compute_entropy=False))
         shift_head(model.score_head, 0.25)
         started = head_of(model)
         for parameter in model.score_head.parameters():
@@ -148,7 +147,7 @@ def test_a_checkpoint_keeps_what_a_head_was_standardised_by(tiny_model_dir: Path
     moments.add(torch.randn(50, 64) + 3)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        models = [shard_model(build_joint_model(tiny_model_dir, sprm_config=config), create_mesh(), {}) for _ in "ab"]
+        models = [shard_model(build_joint_model(tiny_model_dir, sprm_config=config), create_mesh()) for _ in "ab"]
         optimizers = [JointOptimizer(model, OPTIM, OPTIM) for model in models]
         save_checkpoint(tmp_path / "published", models[0], optimizers[0], files, config)
         standardize_head(models[0].score_head, moments)
@@ -168,9 +167,9 @@ def model_without_head(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("model") / "without_head"
     shutil.copytree(tiny_model_dir, folder)
     (folder / SCORE_MODULE_FILE).unlink()
-    config = json.loads((folder / SPRM_CONFIG_FILE).read_text())
+    config = json.loads((folder / SPRM_CONFIG_FILE).read_text(encoding="utf-8"))
     config["step_rule"] |= {"step_ids": list(range(80)), "think_open_id": None, "think_close_id": None}
-    (folder / SPRM_CONFIG_FILE).write_text(json.dumps(config))
+    (folder / SPRM_CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
     return folder
 
 

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from tiny import padded_rows, tiny_lm
 from torch import Tensor
 
-from verl.utils.identical_rows import DistinctRows, sum_over_kinds
-from verl.utils.model import attention_for
-from verl.utils.packing import packed_layout, padded_layout
-from verl.utils.seqlen_balancing import balanced_partitions, rows_by_rank
-from verl.workers.actor.joint_model import JointModel
-from verl.workers.critic.value_model import ValueModel
+from verl.models.identical_rows import DistinctRows, sum_over_kinds
+from verl.models.joint_model import JointModel
+from verl.models.loading import attention_for
+from verl.models.packing import packed_layout, padded_layout
+from verl.models.value_model import ValueModel
+from verl.workers.batching.seqlen_balancing import balanced_partitions, rows_by_rank
 from xbai.sprm import ScoreHead
 
 LAYOUTS = {False: padded_layout, True: packed_layout}

@@ -13,19 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
-from tiny import PROMPT, RESPONSE, ROWS, padded_rows, tiny_lm
+from tiny import PROMPT, RESPONSE, ROWS, adam, padded_rows, policy_section, tiny_lm
 from torch import Tensor
 from torch.nn.functional import pad
 
-from verl.utils.fsdp import create_mesh, init_distributed, named_full_tensors, shard_model
-from verl.utils.model import attention_for
-from verl.utils.optim import JointOptimizer
-from verl.utils.packing import packed_layout
-from verl.utils.ulysses import sequence_parallel_group
+from verl.models.fsdp import create_mesh, init_distributed, named_full_tensors, shard_model
+from verl.models.joint_model import JointModel
+from verl.models.loading import attention_for
+from verl.models.packing import packed_layout
+from verl.models.ulysses import sequence_parallel_group
+from verl.optim.optimizers import JointOptimizer
+from verl.trainer.config.policy import ActorRolloutRefConfig
 from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.actor.joint_model import JointModel
 from xbai.sprm import ScoreHead
 
 SCENARIOS = ("mixed", "rank_1_without_steps", "only_wrong", "ungraded", "nothing_graded", "identical")
@@ -44,35 +44,26 @@ CASES = {
     4: [(scenario, "shared_by_tokens") for scenario in ("mixed", "rank_1_without_steps", "identical")],
 }
 """What each number of ranks runs; in the shared splits two ranks compute the same rows."""
-OPTIM = {"name": "AdamW", "lr": 1e-3, "weight_decay": 0.01}
+OPTIM = adam()
 
 
-def make_config(packed: bool = False, **actor: object) -> DictConfig:
-    """An `actor_rollout_ref` tree in which every term of the loss acts."""
-    return OmegaConf.create(
+def make_config(packed: bool = False, **actor: object) -> ActorRolloutRefConfig:
+    """An `actor_rollout_ref` section in which every term of the loss acts."""
+    return policy_section(
         {
-            "actor": {
-                "ppo_mini_batch_size": 2,
-                "ppo_micro_batch_size_per_gpu": 8,
-                "ppo_epochs": 1,
-                "shuffle": False,
-                "grad_clip": 1.0,
-                "clip_ratio": 0.2,
-                "clip_ratio_low": None,
-                "clip_ratio_high": 0.25,
-                "clip_ratio_c": 1.5,
-                "loss_agg_mode": "token-mean",
-                "entropy_coeff": 0.01,
-                "use_kl_loss": True,
-                "kl_loss_coef": 0.1,
-                "kl_loss_type": "low_var_kl",
-                "optim": OPTIM,
-                **actor,
-            },
-            "model": {"use_remove_padding": packed},
-            "rollout": {"n": 4, "temperature": 0.8, "log_prob_micro_batch_size_per_gpu": 3},
-            "use_score": True,
-            "score": {"loss_coef": 1.0, "backbone_grad_scale": 0.3, "optim": OPTIM},
+            "model.use_remove_padding": packed,
+            "actor.ppo_mini_batch_size": 2,
+            "actor.ppo_micro_batch_size_per_gpu": 8,
+            "actor.clip_ratio_high": 0.25,
+            "actor.clip_ratio_c": 1.5,
+            "actor.entropy_coeff": 0.01,
+            "actor.use_kl_loss": True,
+            "actor.kl_loss_coef": 0.1,
+            "rollout.n": 4,
+            "rollout.temperature": 0.8,
+            "rollout.log_prob_micro_batch_size_per_gpu": 3,
+            "score.backbone_grad_scale": 0.3,
+            **{f"actor.{key}": value for key, value in actor.items()},
         }
     )
 
@@ -133,8 +124,8 @@ def run_rank(output: Path) -> None:
         keys = dict(SPLITS[split])
         sp_size = keys.pop("sp", 1)
         config = make_config(**keys)
-        model = shard_model(make_model(config.model.use_remove_padding), create_mesh(), {})
-        optimizer = JointOptimizer(model, config.actor.optim, config.score.optim)
+        model = shard_model(make_model(config.model.use_remove_padding), create_mesh())
+        optimizer = JointOptimizer(model, OPTIM, OPTIM)
         actor = DataParallelPPOActor(config, model, optimizer, sp_group=groups[sp_size])
         batch = make_batch(scenario).chunk(world_size // sp_size)[rank // sp_size].contiguous()
         before = actor.compute_log_prob(batch)
@@ -268,7 +259,7 @@ def test_weights_after_the_update_agree(scenario: str, split: str, one_rank: dic
     for name, tensor in one.items():
         close = torch.isclose(tensor, two[name], atol=1e-5)
         assert close.float().mean() > 0.99, name
-        assert (tensor - two[name]).abs().max() <= 2.1 * OPTIM["lr"], name
+        assert (tensor - two[name]).abs().max() <= 2.1 * OPTIM.lr, name
 
 
 @pytest.mark.slow

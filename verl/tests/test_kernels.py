@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from verl.models.liger import apply_liger, check_liger, has_liger_kernels
+from verl.models.lm_head import LMHead
+from verl.models.loading import build_joint_model
+from verl.models.log_probs import token_log_probs
 from verl.utils.compiler import check_compiler
-from verl.utils.liger import apply_liger, check_liger, has_liger_kernels
-from verl.utils.lm_head import LMHead
-from verl.utils.model import build_joint_model
-from verl.utils.torch_functional import token_log_probs
 from xbai.errors import UserError
 
 needs_compiler = pytest.mark.skipif(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from verl.trainer.plot import TRAINING_PANELS
 from verl.utils.tracking import METRICS_FILE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -70,7 +71,12 @@ def test_every_metric_is_logged_and_engine_agrees_with_actor(uninterrupted):
     assert rows[1]["rollout/log_prob_diff_mean"] < 1e-3
     assert rows[1]["actor/kl_loss"] == pytest.approx(0, abs=1e-6) and rows[3]["actor/kl_loss"] > 0
     assert {"val/pass@1", "val/auc", "val/best_of_2"} <= set(rows[5])
-    samples = [json.loads(line) for line in (uninterrupted.folder / "samples" / "3.jsonl").read_text().splitlines()]
+    drawn = {name.replace("best_of_8", "best_of_2") for panel in TRAINING_PANELS for name in panel.lines}
+    assert drawn <= logged, "the figure leaves out what is not logged"
+    samples = [
+        json.loads(line)
+        for line in (uninterrupted.folder / "samples" / "3.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert len(samples) == 16
     assert samples[0]["prompt"].startswith("<|im_start|>user\nMake 10 from")
     assert samples[0]["prompt"].endswith("<|im_end|>\n<|im_start|>assistant\n")
@@ -80,7 +86,7 @@ def test_every_metric_is_logged_and_engine_agrees_with_actor(uninterrupted):
 def test_killed_during_and_between_saves_it_goes_on_exactly(uninterrupted, overrides, tmp_path, start_run):
     run = start_run(tmp_path, overrides)
     run.kill_when(lambda: any(tmp_path.glob(".global_step_4.*.tmp")))
-    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text(encoding="utf-8") == "2"
     assert any(tmp_path.glob(".global_step_4.*.tmp"))
 
     # The log of the first run reaches step 4; the second drops what came after step 2 as it starts.
@@ -88,14 +94,16 @@ def test_killed_during_and_between_saves_it_goes_on_exactly(uninterrupted, overr
     while max(run.metrics()) > 2:
         time.sleep(0.001)
     run.kill_when(lambda: 3 in run.metrics())
-    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text(encoding="utf-8") == "2"
 
     resumed = start_run(tmp_path, overrides).finish()
     assert "going on from" in resumed.log()
     assert not any(tmp_path.glob(".global_step_*.tmp"))
     expected = {step: _lasting(row) for step, row in uninterrupted.metrics().items()}
     assert {step: _lasting(row) for step, row in resumed.metrics().items()} == expected
-    assert [json.loads(line)["step"] for line in (tmp_path / METRICS_FILE).read_text().splitlines()] == [*range(6)]
+    assert [
+        json.loads(line)["step"] for line in (tmp_path / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    ] == [*range(6)]
 
 
 def test_nothing_left_to_do(uninterrupted, overrides, start_run):

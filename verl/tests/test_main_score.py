@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from verl.trainer.compose import compose_config
+from verl.trainer.config.compose import compose_config
+from verl.trainer.config.score import YAML, check_score_config
 from verl.trainer.main_score import ScoreTrainer
 from verl.utils.dataset.step_dataset import StepDataset
 from verl.utils.head_quality import candidates, head_quality
 from xbai.engine import Scorer
 from xbai.errors import UserError
-from xbai.evaluate.feature_files import FeatureFiles, FeatureOptions, encode_response
-from xbai.evaluate.graded_responses import read_graded_responses
+from xbai.measure.feature_files import FeatureFiles, encode_response
+from xbai.measure.graded_responses import read_graded_responses
+from xbai.measure.options import FeatureOptions
 from xbai.sprm import StepRule, load_score_head, load_sprm_config
 from xbai.sprm.step_features import FeatureSource, StepFeatures
 
@@ -64,7 +66,7 @@ def source(model: Path, tmp_path_factory: pytest.TempPathFactory) -> FeatureSour
 
 def trainer(model: Path, folder: Path, *overrides: str) -> ScoreTrainer:
     named = [f"model.path={model}", f"trainer.output_dir={folder / 'head'}", "trainer.total_epochs=12"]
-    return ScoreTrainer(compose_config("score_trainer", [*named, *overrides]))
+    return ScoreTrainer(check_score_config(compose_config(YAML, [*named, *overrides])))
 
 
 @pytest.mark.parametrize("changes", [[], ["score.loss=pairwise"], ["score.loss=both", "score.normalize_features=true"]])
@@ -82,7 +84,9 @@ def test_a_head_learns_what_the_features_hold(
     after = head_quality(head, training.val_data, torch.device("cpu"))
     assert after.within_prompt_auc > 0.95 > before.within_prompt_auc
     assert after.best_of_n[8] > after.best_of_n[1] + 0.3
-    rows = [json.loads(line) for line in (tmp_path / "head_logs" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "head_logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert max(row["val/within_prompt_auc"] for row in rows) == pytest.approx(after.within_prompt_auc, abs=1e-4)
     assert (tmp_path / "head_logs" / "training.png").stat().st_size > 10_000
     assert "Best-of-N" in capsys.readouterr().out
@@ -97,7 +101,9 @@ def test_the_best_epoch_is_kept_and_training_ends_when_none_is_better(
     training = trainer(model, tmp_path, f"data.train_files={train}", f"data.val_files={val}", *overrides)
     assert "1 of the 33 prompts of data.val_files are in data.train_files too" in caplog.text
     training.fit()
-    rows = [json.loads(line) for line in (tmp_path / "head_logs" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "head_logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     quality = [row["val/within_prompt_auc"] for row in rows]
     best = quality.index(max(quality))
     assert len(rows) == best + 1 + 3 < 30
@@ -124,7 +130,7 @@ def rollouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
                         "graded": number != 3,
                     }
                 )
-        (folder / f"{step}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{step}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
 
 
@@ -206,8 +212,8 @@ def stepless(row: dict) -> dict:
 def test_responses_from_which_nothing_can_be_learnt(
     model: Path, rollouts: Path, tmp_path: Path, change: Callable[[dict], dict], message: str
 ) -> None:
-    rows = [change(json.loads(line)) for line in (rollouts / "1.jsonl").read_text().splitlines()]
-    (tmp_path / "1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [change(json.loads(line)) for line in (rollouts / "1.jsonl").read_text(encoding="utf-8").splitlines()]
+    (tmp_path / "1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     with pytest.raises(UserError, match=message):
         trainer(model, tmp_path, f"data.train_files={tmp_path}/1.jsonl")
     assert not (tmp_path / "head").exists()
@@ -267,7 +273,7 @@ def test_the_laboratory_compares_heads_on_the_same_responses(source: FeatureSour
     ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "lab.json").read_text())
+    result = json.loads((tmp_path / "lab.json").read_text(encoding="utf-8"))
     free, *heads = result["rows"]
     assert free["title"] == "mean log-prob" and free["within_prompt_auc"] == 0.5
     assert [head["title"] for head in heads] == [f"{title}{end}" for title in titles for end in ("", " + log-prob")]

@@ -18,20 +18,20 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from tiny import adam
 from torch.distributed._shard.sharded_tensor import Shard as ShardOfTensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor, init_from_local_shards
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from verl.utils.checkpoint import load_checkpoint, save_checkpoint
-from verl.utils.checksums import CHECKSUM_FILE
-from verl.utils.fsdp import create_mesh, shard_model
-from verl.utils.model import build_joint_model
-from verl.utils.optim import JointOptimizer
-from verl.utils.packing import padded_layout
+from verl.checkpoints.checksums import CHECKSUM_FILE
+from verl.checkpoints.state import load_checkpoint, save_checkpoint
+from verl.models.fsdp import create_mesh, shard_model
+from verl.models.loading import build_joint_model
+from verl.models.packing import padded_layout
+from verl.optim.optimizers import JointOptimizer
 from xbai.errors import UserError
 from xbai.model_files import ModelFiles
 from xbai.sprm import SPRMConfig, StepRule, load_score_head, load_sprm_config
@@ -56,10 +56,10 @@ def experiment(
     source, folder = make_tiny_model(tied=request.param), tmp_path_factory.mktemp("experiment")
     tokenizer = AutoTokenizer.from_pretrained(source)
     sprm_config = load_sprm_config(source, tokenizer)
-    model = shard_model(build_joint_model(source, sprm_config=sprm_config), create_mesh(), OmegaConf.create({}))
-    optimizer = JointOptimizer(model, OmegaConf.create({"lr": 1e-3}), OmegaConf.create({"lr": 1e-3}))
+    model = shard_model(build_joint_model(source, sprm_config=sprm_config), create_mesh())
+    optimizer = JointOptimizer(model, adam(), adam())
     save_checkpoint(folder / "global_step_3" / "actor", model, optimizer, ModelFiles.read(source), sprm_config)
-    (folder / "latest_checkpointed_iteration.txt").write_text("3")
+    (folder / "latest_checkpointed_iteration.txt").write_text("3", encoding="utf-8")
     return folder, source
 
 
@@ -96,13 +96,11 @@ def test_the_merged_model_gives_every_token_the_actors_probability(
     process_group: None, make_tiny_model: Callable[..., Path], merge: Callable, tmp_path: Path
 ):
     source = make_tiny_model(tied=False)
-    actor = shard_model(build_joint_model(source), create_mesh(), OmegaConf.create({})).eval()
+    actor = shard_model(build_joint_model(source), create_mesh()).eval()
     with torch.no_grad():
         for parameter in actor.parameters():
             parameter.mul_(1.1)
-    save_checkpoint(
-        tmp_path / "actor", actor, JointOptimizer(actor, OmegaConf.create({"lr": 1e-3})), ModelFiles.read(source)
-    )
+    save_checkpoint(tmp_path / "actor", actor, JointOptimizer(actor, adam()), ModelFiles.read(source))
     merge(tmp_path / "actor", tmp_path / "merged")
 
     before, after = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (source, tmp_path / "merged"))
@@ -123,9 +121,8 @@ def one_token_responses(ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def checkpoint_of(source: Path, folder: Path, sprm_config: SPRMConfig | None = None) -> Path:
     """What one rank saves that holds the model of `source` in float32."""
-    model = shard_model(build_joint_model(source, sprm_config=sprm_config), create_mesh(), OmegaConf.create({}))
-    score = OmegaConf.create({"lr": 1e-3}) if sprm_config is not None else None
-    optimizer = JointOptimizer(model, OmegaConf.create({"lr": 1e-3}), score)
+    model = shard_model(build_joint_model(source, sprm_config=sprm_config), create_mesh())
+    optimizer = JointOptimizer(model, adam(), adam() if sprm_config is not None else None)
     save_checkpoint(folder / "actor", model, optimizer, ModelFiles.read(source), sprm_config)
     return folder
 
@@ -139,7 +136,7 @@ def as_dtype(source: Path, folder: Path, dtype: torch.dtype) -> Path:
 
 def stored_in(folder: Path) -> tuple[set[torch.dtype], str, str]:
     """Dtypes of a model folder's weights, and what its configuration calls them."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     weights = load_file(folder / "model.safetensors")
     return {tensor.dtype for tensor in weights.values()}, config["dtype"], config["torch_dtype"]
 
@@ -164,9 +161,9 @@ def test_where_no_configuration_says_a_dtype_it_is_that_of_the_weights(
     process_group, make_tiny_model, merge: Callable, tmp_path: Path
 ):
     source = as_dtype(make_tiny_model(), tmp_path / "source", torch.bfloat16)
-    config = json.loads((source / "config.json").read_text())
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     del config["dtype"]
-    (source / "config.json").write_text(json.dumps(config))
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
     merge(checkpoint_of(source, tmp_path / "step"), tmp_path / "out")
     assert stored_in(tmp_path / "out") == ({torch.bfloat16}, "bfloat16", "bfloat16")
 
@@ -257,7 +254,9 @@ def test_a_tensor_that_does_not_fit_is_named(experiment: tuple[Path, Path], merg
     copy = tmp_path / "actor"
     shutil.copytree(experiment[0] / "global_step_3" / "actor", copy)
     path = copy / "huggingface" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 96}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"intermediate_size": 96}), encoding="utf-8"
+    )
     (copy / CHECKSUM_FILE).unlink()
     wrong = r"12 tensors do not fit .*: model.layers.0.mlp.down_proj.weight has shape \[64, 128\], .*\[64, 96\]"
     with pytest.raises(UserError, match=wrong):
@@ -379,8 +378,8 @@ def test_a_checkpoint_whose_head_is_not_finite_is_neither_gone_on_from_nor_merge
 ):
     source, actor = make_tiny_model(tied=False), tmp_path / "actor"
     sprm_config = load_sprm_config(source, AutoTokenizer.from_pretrained(source))
-    model = shard_model(build_joint_model(source, sprm_config=sprm_config), create_mesh(), OmegaConf.create({}))
-    optimizer = JointOptimizer(model, OmegaConf.create({"lr": 1e-3}), OmegaConf.create({"lr": 1e-3}))
+    model = shard_model(build_joint_model(source, sprm_config=sprm_config), create_mesh())
+    optimizer = JointOptimizer(model, adam(), adam())
     with torch.no_grad():
         model.score_head[3].bias.fill_(torch.nan)
     save_checkpoint(actor, model, optimizer, ModelFiles.read(source), sprm_config)
@@ -408,7 +407,7 @@ def test_an_output_that_cannot_be_made_is_told_before_the_sums_are_checked(
     experiment: tuple[Path, Path], merge: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(merge.__globals__, "check_sums", None)
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     for target, why in (
         (tmp_path / ("n" * 250), "choose a shorter path"),
         (tmp_path / "file" / "out", "another folder"),

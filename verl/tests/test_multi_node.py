@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from verl.trainer.ppo.checkpoint_folder import LATEST_FILE
+from verl.checkpoints.folder import LATEST_FILE
 from verl.utils.tracking import METRICS_FILE
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
@@ -77,7 +77,7 @@ class World:
         Path("/tmp/ray").mkdir(exist_ok=True)
         tools = self.folder / "bin"
         tools.mkdir()
-        (tools / "ssh").write_text(_fake_ssh(self.folder))
+        (tools / "ssh").write_text(_fake_ssh(self.folder), encoding="utf-8")
         (tools / "ssh").chmod(0o755)
         network = BRIDGE.format(address=ADDRESSES[HEAD])
         script = MACHINE.format(name=HEAD, folder=self.folder, network=network)
@@ -90,7 +90,7 @@ class World:
             )
         while not (self.folder / f"{HEAD}.up").exists():
             if self._init.poll() is not None:
-                pytest.skip(f"cannot make machines of namespaces here: {log.read_text().strip()}")
+                pytest.skip(f"cannot make machines of namespaces here: {log.read_text(encoding='utf-8').strip()}")
             time.sleep(0.02)
         self.plug_in_worker()
 
@@ -117,7 +117,7 @@ class World:
         path = f"{self.folder}/bin:{Path(sys.executable).parent}:/usr/bin:/bin:/usr/sbin:/sbin"
         entry = ["nsenter", "--target", str(self._init_pid()), "--mount", "--uts", "--net", "--pid", "--"]
         if machine == WORKER:
-            pid = (self.folder / f"{WORKER}.pid").read_text().strip()
+            pid = (self.folder / f"{WORKER}.pid").read_text(encoding="utf-8").strip()
             entry += ["nsenter", "--target", pid, "--mount", "--uts", "--net", "--pid", "--"]
         settings = {**ENVIRONMENT, "HOME": f"{self.folder}/{machine}", "PATH": path, **variables}
         environment = ["env", "-i", *(f"{name}={value}" for name, value in settings.items())]
@@ -137,9 +137,9 @@ class World:
             status = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             process.kill()
-            raise AssertionError(f"{command}: not within {timeout_s} s\n{log.read_text()}") from None
-        assert status == expect, f"{command}: status {status}\n{log.read_text()}"
-        return log.read_text()
+            raise AssertionError(f"{command}: not within {timeout_s} s\n{log.read_text(encoding='utf-8')}") from None
+        assert status == expect, f"{command}: status {status}\n{log.read_text(encoding='utf-8')}"
+        return log.read_text(encoding="utf-8")
 
     def trainers(self, machine: str) -> list[str]:
         """Worker processes of the trainer that a machine runs."""
@@ -157,7 +157,7 @@ class World:
             self._init.wait()
 
     def _init_pid(self) -> int:
-        children = Path(f"/proc/{self._init.pid}/task/{self._init.pid}/children").read_text()
+        children = Path(f"/proc/{self._init.pid}/task/{self._init.pid}/children").read_text(encoding="utf-8")
         return int(children.split()[0])
 
 
@@ -186,7 +186,7 @@ def _installed(tool: str) -> bool:
 PLACEMENT = """
 import json, os, socket, sys
 import ray, torch
-from verl.single_controller import Dispatch, RayClassWithInitArgs, RayResourcePool, RayWorkerGroup, Worker, register
+from verl.single_controller import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup, Worker, each, register
 from verl.trainer.ppo.cluster import worker_env
 
 class Adder(Worker):
@@ -197,10 +197,13 @@ class Adder(Worker):
         torch.distributed.all_reduce(total)
         return float(total), {name: os.environ.get(name) for name in names}
 
+class Adders(RayWorkerGroup):
+    add = each(Adder.add)
+
 ray.init(address="auto", log_to_driver=False)
 pool = RayResourcePool([1, 1], use_gpu=False)
-group = RayWorkerGroup(pool, RayClassWithInitArgs(Adder), worker_env=worker_env(on_gpu=False))
-places = [(info.rank, info.node, info.address, info.node_id) for info in group.worker_infos]
+group = Adders(pool, RayClassWithInitArgs(Adder), worker_env=worker_env(on_gpu=False))
+places = [(info.rank, info.node, info.address, info.node_id) for info in group.processes.infos]
 print("RESULT", json.dumps([places, group.add(sys.argv[1:])]))
 group.shutdown()
 """
@@ -208,7 +211,7 @@ group.shutdown()
 
 def test_one_process_a_node_lies_on_two_nodes_and_reaches_the_other(world):
     script = world.folder / "placement.py"
-    script.write_text(PLACEMENT)
+    script.write_text(PLACEMENT, encoding="utf-8")
     variables = {"NCCL_DEBUG": "WARN", "WANDB_MODE": "offline", "WANDB_API_KEY": "secret"}
     output = world.run(HEAD, f"python {script} GLOO_SOCKET_IFNAME {' '.join(variables)}", **variables)
     places, results = json.loads(output.partition("RESULT ")[2].splitlines()[0])
@@ -240,21 +243,23 @@ class Run:
 
     def finish(self) -> Run:
         """Start, and wait for a good end."""
-        assert self.start().wait(500) == 0, self.log.read_text()[-5000:]
+        assert self.start().wait(500) == 0, self.log.read_text(encoding="utf-8")[-5000:]
         return self
 
     def refused(self, **variables: str) -> str:
         """Start, and return the one line with which it ends."""
-        self.log.write_text("")
-        assert self.start(**variables).wait(120) == 2, self.log.read_text()[-5000:]
-        errors = [line for line in self.log.read_text().splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1 and "Traceback" not in self.log.read_text(), self.log.read_text()[-5000:]
+        self.log.write_text("", encoding="utf-8")
+        assert self.start(**variables).wait(120) == 2, self.log.read_text(encoding="utf-8")[-5000:]
+        errors = [line for line in self.log.read_text(encoding="utf-8").splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and "Traceback" not in self.log.read_text(encoding="utf-8"), self.log.read_text(
+            encoding="utf-8"
+        )[-5000:]
         return errors[0]
 
     def steps(self) -> dict[int, dict[str, float]]:
         """What was logged that does not depend on the clock, by step."""
         path = self.folder / METRICS_FILE
-        rows = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+        rows = map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.exists() else [])
         return {
             row.pop("step"): {name: row[name] for name in row if not name.startswith(("timing_s/", "perf/"))}
             for row in rows
@@ -318,7 +323,7 @@ def _plug_in(world: World) -> None:
 
 
 def _join(world: World) -> None:
-    token = (world.folder / HEAD / ".ray" / "auth_token").read_text()
+    token = (world.folder / HEAD / ".ray" / "auth_token").read_text(encoding="utf-8")
     world.run(WORKER, f"bash verl/examples/ray/run_worker.sh {ADDRESSES[HEAD]}", RAY_AUTH_TOKEN=token)
     _wait(lambda: len(_alive(world)) == 2, 60, "the node does not join again")
 
@@ -346,23 +351,23 @@ LOSSES = [(3, _kill_worker_process, _repair_nothing), (9, _power_off, _power_on)
 def test_a_loss_ends_the_run_within_a_minute_and_the_next_start_goes_on(world, uninterrupted, overrides):
     run = Run(world, world.folder / "interrupted", overrides)
     for step, lose, repair in LOSSES:
-        run.log.write_text("")
+        run.log.write_text("", encoding="utf-8")
         _end_by_loss(run, step, lose)
         repair(world)
     assert run.finish().steps() == uninterrupted.steps()
-    assert "going on from" in run.log.read_text()
+    assert "going on from" in run.log.read_text(encoding="utf-8")
 
 
 def _end_by_loss(run: Run, step: int, lose: Callable[[World], None]) -> None:
     """Start, lose the worker once `step` is done, and check how that ends."""
     process = run.start()
     done = f"] step {step}\n"
-    _wait(lambda: done in run.log.read_text() or process.poll() is not None, 400, f"no step {step}")
-    assert process.poll() is None, run.log.read_text()[-5000:]
+    _wait(lambda: done in run.log.read_text(encoding="utf-8") or process.poll() is not None, 400, f"no step {step}")
+    assert process.poll() is None, run.log.read_text(encoding="utf-8")[-5000:]
     lose(run.world)
     start = time.monotonic()
     status = process.wait(120)
-    seconds, output = time.monotonic() - start, run.log.read_text()
+    seconds, output = time.monotonic() - start, run.log.read_text(encoding="utf-8")
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert status == 1 and seconds < 60 and len(errors) == 1, f"{status} after {seconds:.0f} s\n{output[-5000:]}"
     assert "worker rank 1 of actor_rollout" in errors[0] and f"on node {WORKER}, {ADDRESSES[WORKER]}" in errors[0]
@@ -397,17 +402,17 @@ def test_a_lost_head_ends_the_run_and_a_new_cluster_goes_on(world, overrides, lo
     """The last test here: it takes the cluster with it."""
     run = Run(world, world.folder / f"lost_{lost.count(' ')}", [*overrides, "trainer.total_training_steps=1000"])
     process = run.start()
-    _wait(lambda: "] step 3\n" in run.log.read_text() or process.poll() is not None, 400, "no step 3")
-    assert process.poll() is None, run.log.read_text()[-5000:]
+    _wait(lambda: "] step 3\n" in run.log.read_text(encoding="utf-8") or process.poll() is not None, 400, "no step 3")
+    assert process.poll() is None, run.log.read_text(encoding="utf-8")[-5000:]
     _kill_on_head(world, lost)
-    status, output = process.wait(180), run.log.read_text()
+    status, output = process.wait(180), run.log.read_text(encoding="utf-8")
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert status == 1 and len(errors) == 1 and "Traceback" not in output, f"{status}\n{output[-9000:]}"
     assert f"the Ray head at {ADDRESSES[HEAD]}:6379 does not answer either: start the cluster anew" in errors[0]
     for machine in (WORKER, HEAD):
         world.run(machine, "ray stop --force")
     world.run(HEAD, f"bash verl/examples/ray/run_worker_n.sh {ADDRESSES[WORKER]}")
-    last = int((run.folder / LATEST_FILE).read_text())
+    last = int((run.folder / LATEST_FILE).read_text(encoding="utf-8"))
     assert f"the same command goes on from {run.folder}/global_step_{last}" in errors[0]
     run.overrides[-1] = f"trainer.total_training_steps={last + 2}"
     assert sorted(run.finish().steps()) == [*range(1, last + 3)]

@@ -30,7 +30,7 @@ def test_a_run_that_is_no_longer_finite_stops_and_goes_on_from_the_last_checkpoi
     assert stopped.returncode == 2, said
     assert re.search(r"step 2: 2 updates in a row were not finite \(last: loss (nan|inf)", said), said[-1000:]
     # What step 1 skipped had changed nothing: its checkpoint is as good as the start.
-    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text().strip() == "1"
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text(encoding="utf-8").strip() == "1"
 
     resumed = run([*small, "trainer.total_training_steps=2"])
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr

@@ -9,17 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_full_kl import make_batch, make_config
-from tiny import tiny_lm
+from tiny import adam, fsdp_section, tiny_lm
 from torch import Tensor
 
-from verl.trainer.compose import compose_config
-from verl.trainer.config_check import DEFAULTS_FILE
-from verl.trainer.old_log_prob_use import needs_old_log_probs
+from verl.models.joint_model import JointModel
+from verl.models.loading import attention_for
+from verl.optim.optimizers import JointOptimizer
+from verl.trainer.config.schema import ppo_defaults
 from verl.trainer.ppo.metrics import log_prob_difference
-from verl.utils.model import attention_for
-from verl.utils.optim import JointOptimizer
 from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.actor.joint_model import JointModel
 from verl.workers.placed_model import PlacedModel
 
 
@@ -36,7 +34,7 @@ def updated(packed: bool, has_old_log_probs: bool, **actor_keys: object) -> tupl
     config = make_config(packed, **keys | actor_keys)
     lm = tiny_lm()
     lm.set_attn_implementation(attention_for(torch.float32, packed))
-    placed = PlacedModel(JointModel(lm), {}, lambda model: JointOptimizer(model, config["actor"]["optim"]))
+    placed = PlacedModel(JointModel(lm), fsdp_section(), lambda model: JointOptimizer(model, adam()))
     actor = DataParallelPPOActor(config, placed.model, placed.optimizer)
     batch = make_batch()
     before = actor.compute_log_prob(batch)["old_log_probs"]
@@ -80,7 +78,6 @@ def test_a_second_optimiser_step_needs_them(one_rank: None) -> None:
     ],
 )
 def test_who_needs_them(change: str, needed: bool) -> None:
-    overrides = ["data.train_files=none", "actor_rollout_ref.model.path=none", "actor_rollout_ref.use_score=false"]
-    config = compose_config(DEFAULTS_FILE.stem, [*overrides, "data.train_batch_size=64", change])
+    config = ppo_defaults("actor_rollout_ref.use_score=false", "data.train_batch_size=64", change)
     assert config.actor_rollout_ref.actor.ppo_mini_batch_size == 64
-    assert needs_old_log_probs(config) is needed
+    assert config.needs_old_log_probs is needed

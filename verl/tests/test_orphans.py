@@ -41,7 +41,7 @@ def begin(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
     def begin(session: str, title: str = "ray::IDLE") -> subprocess.Popen:
         logs = tmp_path / session / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        with (logs / "worker.out").open("a") as log:
+        with (logs / "worker.out").open("a", encoding="utf-8") as log:
             processes.append(subprocess.Popen([title, "300"], executable="/bin/sleep", stdout=log))
         return processes[-1]
 
@@ -92,11 +92,11 @@ def run(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen]]:
     runs = []
 
     def start() -> subprocess.Popen:
-        with (tmp_path / "log.txt").open("a") as log:
+        with (tmp_path / "log.txt").open("a", encoding="utf-8") as log:
             command = [sys.executable, "-c", RUN, tmp_path]
             run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
         runs.append(run)
-        assert run.stdout.readline() == "started\n", (tmp_path / "log.txt").read_text()
+        assert run.stdout.readline() == "started\n", (tmp_path / "log.txt").read_text(encoding="utf-8")
         return run
 
     yield start

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
-from verl.utils import ulysses
+from verl.models import ulysses
 from xbai.engine.packed_attention import (
     PACKED_ATTENTION,
     Packing,

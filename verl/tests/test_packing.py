@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import policy_section
 from torch import Tensor
 from transformers import (
     BloomConfig,
@@ -23,12 +24,12 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
+from verl.models.joint_model import JointModel, JointOutput
+from verl.models.loading import attention_for, check_packable
+from verl.models.packing import TokenLayout, packed_layout, padded_layout
 from verl.trainer.ppo.core_algos import Denominators
-from verl.utils.model import attention_for, check_packable
-from verl.utils.packing import TokenLayout, packed_layout, padded_layout
-from verl.workers.actor.joint_loss import LossConfig, Totals, joint_loss
-from verl.workers.actor.joint_model import JointModel, JointOutput
-from verl.workers.actor.micro_batches import MicroBatching, RowSizes
+from verl.workers.actor.joint_loss import JointLoss, LossConfig, Totals
+from verl.workers.batching.micro_batches import MicroBatching, RowSizes
 from xbai.errors import UserError
 from xbai.sprm import ScoreHead, ScoreTotals, StepCounts
 
@@ -172,24 +173,21 @@ def make_model(name: str, packed: bool, **shape: object) -> JointModel:
 def loss_of(
     model: JointModel, layout: TokenLayout, batch: dict[str, Tensor], agg_mode: str
 ) -> tuple[JointOutput, Tensor]:
-    config = LossConfig.from_config(
+    section = policy_section(
         {
-            "actor": {
-                "clip_ratio": 0.2,
-                "entropy_coeff": 0.01,
-                "use_kl_loss": True,
-                "kl_loss_coef": 0.1,
-                "loss_agg_mode": agg_mode,
-            },
-            "use_score": True,
-            "score": {"backbone_grad_scale": 0.5},
+            "actor.entropy_coeff": 0.01,
+            "actor.use_kl_loss": True,
+            "actor.kl_loss_coef": 0.1,
+            "actor.loss_agg_mode": agg_mode,
+            "score.backbone_grad_scale": 0.5,
         }
     )
+    config = LossConfig.from_config(section)
     output = model(layout, temperature=0.7, compute_entropy=True, backbone_grad_scale=0.5)
     mask = batch["response_mask"]
     score = ScoreTotals(StepCounts(4.0, 6.0), StepCounts(2.0, 3.0), pairs=12.0)
     totals = Totals(Denominators(float(mask.sum()), float(mask.any(-1).sum())), score)
-    loss, _ = joint_loss(output, layout, batch, totals, config)
+    loss = JointLoss(config)(output, layout, batch, totals).loss
     model.zero_grad()
     loss.backward()
     return output, loss
@@ -261,14 +259,14 @@ for name in sys.argv[1:]:
 CORE_MODULES = (
     "verl.workers.actor.dp_actor",
     "verl.workers.critic.dp_critic",
-    "verl.utils.fsdp",
-    "verl.utils.optim",
-    "verl.utils.muon",
-    "verl.utils.model",
-    "verl.utils.ulysses",
+    "verl.models.fsdp",
+    "verl.optim.optimizers",
+    "verl.optim.muon",
+    "verl.models.loading",
+    "verl.models.ulysses",
     "xbai.engine.packed_attention",
     "verl.trainer.ppo.core_algos",
-    "xbai.engine.hf",
+    "xbai.engine.hf.engine",
     "xbai.engine.scorer",
     "xbai.files",
 )

@@ -16,16 +16,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import VOCABULARY, tiny_lm
+from tiny import VOCABULARY, adam, fsdp_section, policy_section, tiny_lm
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from verl.utils.checkpoint import load_checkpoint, save_checkpoint
-from verl.utils.fsdp import init_distributed, named_full_tensors, shard_model
-from verl.utils.optim import JointOptimizer
+from verl.checkpoints.state import load_checkpoint, save_checkpoint
+from verl.models.fsdp import init_distributed, named_full_tensors, shard_model
+from verl.models.joint_model import JointModel
+from verl.optim.optimizers import JointOptimizer
 from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.actor.joint_model import JointModel
 from verl.workers.placed_model import PlacedModel
 from xbai.errors import UserError
 from xbai.model_files import ModelFiles
@@ -33,22 +33,19 @@ from xbai.sprm import ScoreHead
 
 RANKS, ROWS, PROMPT, RESPONSE = 4, 8, 4, 12
 LAYERS = 4
-OPTIM = {"name": "AdamW", "lr": 1e-3, "weight_decay": 0.01}
-CONFIG: dict[str, Any] = {
-    "actor": {
-        "ppo_mini_batch_size": 2,
-        "ppo_micro_batch_size_per_gpu": 1,
-        "ppo_epochs": 1,
-        "shuffle": False,
+OPTIM = adam()
+CONFIG = policy_section(
+    {
+        "actor.ppo_mini_batch_size": 2,
+        "actor.ppo_micro_batch_size_per_gpu": 1,
         # Below the norms that come up, so that clipping acts.
-        "grad_clip": 0.1,
-        "clip_ratio": 0.2,
-        "optim": OPTIM,
-    },
-    "rollout": {"n": 4, "temperature": 1.0, "log_prob_micro_batch_size_per_gpu": 2},
-    "use_score": True,
-    "score": {"backbone_grad_scale": 0.5, "agreement_weighting": False, "optim": OPTIM},
-}
+        "actor.grad_clip": 0.1,
+        "rollout.n": 4,
+        "rollout.log_prob_micro_batch_size_per_gpu": 2,
+        "score.backbone_grad_scale": 0.5,
+        "score.agreement_weighting": False,
+    }
+)
 PLACEMENTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "hybrid": {"fsdp_size": 2},
@@ -89,11 +86,11 @@ def make_batch(seed: int) -> dict[str, Tensor]:
     return {name: column.chunk(dist.get_world_size())[dist.get_rank()] for name, column in batch.items()}
 
 
-def place(name: str, **fsdp_config: Any) -> tuple[PlacedModel[JointModel], DataParallelPPOActor]:
+def place(name: str, **changes: Any) -> tuple[PlacedModel[JointModel, JointOptimizer], DataParallelPPOActor]:
     def build_optimizer(model: JointModel) -> JointOptimizer:
         return JointOptimizer(model, OPTIM, OPTIM, max_nonfinite=2)
 
-    placed = PlacedModel(make_model(name == "checkpointed"), fsdp_config, build_optimizer)
+    placed = PlacedModel(make_model(name == "checkpointed"), fsdp_section(**changes), build_optimizer)
     return placed, DataParallelPPOActor(CONFIG, placed.model, placed.optimizer)
 
 
@@ -105,7 +102,7 @@ def update(actor: DataParallelPPOActor, seed: int, poison: Callable[[dict[str, T
     return actor.update_policy(batch)
 
 
-def weights_of(placed: PlacedModel[JointModel]) -> dict[str, Tensor]:
+def weights_of(placed: PlacedModel[JointModel, JointOptimizer]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in named_full_tensors(placed.model)}
 
 
@@ -154,7 +151,7 @@ def watched(model: JointModel, optimizer: JointOptimizer) -> Iterator[dict[str, 
         handle.remove()
 
 
-def run_updates(name: str) -> tuple[dict[str, Any], PlacedModel[JointModel], DataParallelPPOActor]:
+def run_updates(name: str) -> tuple[dict[str, Any], PlacedModel[JointModel, JointOptimizer], DataParallelPPOActor]:
     placed, actor = place(name, **PLACEMENTS[name])
     with placed.on_device(with_optimizer=True), watched(placed.model, placed.optimizer) as seen:
         metrics = [update(actor, seed=1), update(actor, seed=2)]
@@ -236,7 +233,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.isclose(found[name], tensor, atol=1e-5).float().mean() > 0.99, name
-        assert (found[name] - tensor).abs().max() <= 4.2 * OPTIM["lr"], name
+        assert (found[name] - tensor).abs().max() <= 4.2 * OPTIM.lr, name
 
 
 @pytest.mark.slow
@@ -244,7 +241,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_placement_changes_no_number(updates: dict[str, Any], name: str) -> None:
     for found, expected in zip(updates[name]["metrics"], updates["plain"]["metrics"]):
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    assert expected["actor/grad_norm"] > CONFIG["actor"]["grad_clip"] < expected["score/grad_norm"]
+    assert expected["actor/grad_norm"] > CONFIG.actor.grad_clip < expected["score/grad_norm"]
     assert_close(updates[name]["weights"], updates["plain"]["weights"])
 
 
@@ -312,7 +309,7 @@ def test_what_is_not_finite_changes_nothing_and_stops_the_run_after_the_second_i
 def test_without_a_gpu_there_is_nothing_to_offload_from(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="offload_policy=true needs a GPU"):
-        shard_model(make_model(), None, {"offload_policy": True})
+        shard_model(make_model(), None, offload=True)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,11 @@ def test_chunk_and_concat_are_inverse(chunks: int, size: int):
     assert_same(DataProto.concat(parts), batch)
 
 
+def test_batches_with_and_without_tensors_are_not_stacked():
+    with pytest.raises(ValueError, match="some have none"):
+        DataProto.concat([make_batch(2), DataProto.from_dict(non_tensors={"text": ["a", "b"]})])
+
+
 @given(st.integers(1, 12), st.integers(1, 7))
 def test_padding_comes_off_again(rows: int, divisor: int):
     batch = make_batch(rows)

@@ -7,9 +7,9 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from verl.trainer.ppo.checkpoint_folder import LATEST_FILE, CheckpointFolder
-from verl.trainer.ppo.remote_folder import COMPLETE_FILE, RemoteFolder, Uploads, check_url, is_url
-from verl.utils.checksums import file_digest, write_checksums
+from verl.checkpoints.checksums import file_digest, write_checksums
+from verl.checkpoints.folder import LATEST_FILE, CheckpointFolder
+from verl.checkpoints.remote import COMPLETE_FILE, RemoteFolder, Uploads, check_url, is_url
 from xbai.errors import UserError
 
 
@@ -41,9 +41,9 @@ def url(request, tmp_path):
 def _write(folder, step, text="state"):
     with folder.write(step) as target:
         (target / "actor" / "huggingface").mkdir(parents=True)
-        (target / "actor" / "weights").write_text(f"weights {step}")
-        (target / "actor" / "huggingface" / "config.json").write_text("{}")
-        (target / "data.pt").write_text(text)
+        (target / "actor" / "weights").write_text(f"weights {step}", encoding="utf-8")
+        (target / "actor" / "huggingface" / "config.json").write_text("{}", encoding="utf-8")
+        (target / "data.pt").write_text(text, encoding="utf-8")
     return folder.step_folder(step)
 
 

@@ -13,18 +13,18 @@ from pathlib import Path
 
 import datasets
 import pytest
-from omegaconf import DictConfig
 
-from verl.trainer.compose import compose_config
+from verl.checkpoints.checksums import file_digest, write_checksums
+from verl.checkpoints.folder import LATEST_FILE, TRAINER_STATE_FILE
+from verl.checkpoints.remote import COMPLETE_FILE
+from verl.checkpoints.state import HUGGINGFACE_FOLDER
+from verl.models.loading import load_tokenizer
+from verl.trainer.config.fields import with_values
+from verl.trainer.config.schema import PPOConfig, ppo_config
 from verl.trainer.ppo import run_state
-from verl.trainer.ppo.checkpoint_folder import LATEST_FILE, TRAINER_STATE_FILE
 from verl.trainer.ppo.core_algos import KLController, get_kl_controller
-from verl.trainer.ppo.remote_folder import COMPLETE_FILE
 from verl.trainer.ppo.run_state import RunState
-from verl.utils.checkpoint import HUGGINGFACE_FOLDER
-from verl.utils.checksums import file_digest, write_checksums
 from verl.utils.dataset.rl_dataset import RLHFDataset, create_dataloader
-from verl.utils.model import load_tokenizer
 from xbai.errors import UserError
 from xbai.files import why_not_written
 from xbai.sprm.head import SPRM_CONFIG_FILE, load_sprm_config
@@ -45,9 +45,9 @@ class Workers:
     def save_checkpoint(self, folder: str, background: bool = False) -> None:
         files = Path(folder) / HUGGINGFACE_FOLDER
         files.mkdir(parents=True)
-        (files / "config.json").write_text((self._model / "config.json").read_text())
+        (files / "config.json").write_text((self._model / "config.json").read_text(encoding="utf-8"), encoding="utf-8")
         rule = load_sprm_config(self._model, load_tokenizer(self._model))
-        (files / SPRM_CONFIG_FILE).write_text(json.dumps(rule.to_dict()))
+        (files / SPRM_CONFIG_FILE).write_text(json.dumps(rule.to_dict()), encoding="utf-8")
         write_sums(files)
 
     def try_saving(self, folder: str) -> list[int]:
@@ -62,12 +62,11 @@ class Workers:
 
 
 @pytest.fixture
-def config(training_files: Path, tiny_model_dir: Path, tmp_path: Path) -> DictConfig:
+def config(training_files: Path, tiny_model_dir: Path, tmp_path: Path) -> PPOConfig:
     """Of a run over 8 prompts in batches of 2, with its own copy of the data."""
     train = tmp_path / "train.parquet"
     train.write_bytes((training_files / "train.parquet").read_bytes())
-    return compose_config(
-        "ppo_trainer",
+    return ppo_config(
         [
             f"data.train_files={train}",
             "data.train_batch_size=2",
@@ -78,7 +77,7 @@ def config(training_files: Path, tiny_model_dir: Path, tmp_path: Path) -> DictCo
     )
 
 
-def start(config: DictConfig, kl_controller: KLController | None = None) -> RunState:
+def start(config: PPOConfig, kl_controller: KLController | None = None) -> RunState:
     """As the trainer does."""
     data = config.data
     dataset = RLHFDataset(data.train_files, load_tokenizer(config.actor_rollout_ref.model.path), data)
@@ -97,7 +96,7 @@ def rows(state: RunState, count: int) -> list[list[int]]:
     return [list(next(batches)["row_index"]) for _ in range(count)]
 
 
-def save(config: DictConfig, steps: int) -> None:
+def save(config: PPOConfig, steps: int) -> None:
     """Go on for `steps` and leave a checkpoint."""
     groups = {"actor": Workers(Path(config.actor_rollout_ref.model.path))}
     state = start(config)
@@ -109,8 +108,8 @@ def save(config: DictConfig, steps: int) -> None:
 
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_place_in_the_data_is_exact(workers: int, shuffle: bool, config: DictConfig) -> None:
-    config.data.update(dataloader_num_workers=workers, shuffle=shuffle)
+def test_the_place_in_the_data_is_exact(workers: int, shuffle: bool, config: PPOConfig) -> None:
+    config = with_values(config, {"data.dataloader_num_workers": workers, "data.shuffle": shuffle})
     uninterrupted = start(config)
     expected = rows(uninterrupted, 11)
     assert sorted(chain.from_iterable(expected[:4])) == list(range(8)) and (expected[:4] != expected[4:8]) == shuffle
@@ -129,7 +128,7 @@ def test_the_place_in_the_data_is_exact(workers: int, shuffle: bool, config: Dic
     assert rows(state, 2) == expected[9:]
 
 
-def test_it_says_where_it_goes_on(config: DictConfig, caplog: pytest.LogCaptureFixture) -> None:
+def test_it_says_where_it_goes_on(config: PPOConfig, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     save(config, 3)
     save(config, 1)
@@ -145,28 +144,33 @@ def test_it_says_where_it_goes_on(config: DictConfig, caplog: pytest.LogCaptureF
     ]
 
 
-def append_row(config: DictConfig) -> None:
+def append_row(config: PPOConfig) -> PPOConfig:
     path = Path(config.data.train_files)
     table = datasets.Dataset.from_parquet(str(path)).to_list()
     datasets.Dataset.from_list([*table, table[0]]).to_parquet(path)
+    return config
+
+
+def repeat_file(config: PPOConfig) -> PPOConfig:
+    return with_values(config, {"data.train_files": [config.data.train_files] * 2})
 
 
 CHANGES = {
     "file": (append_row, r"train\.parquet has changed \(\d+ bytes then, \d+ now\)"),
-    "batch": (lambda c: c.data.update(train_batch_size=4), r"data\.train_batch_size was 2 and is 4"),
-    "order": (lambda c: c.data.update(shuffle=False), r"data\.shuffle was True and is False"),
-    "files": (lambda c: c.data.update(train_files=[c.data.train_files] * 2), r"data\.train_files were 1 and are 2"),
+    "batch": (lambda c: with_values(c, {"data.train_batch_size": 4}), r"data\.train_batch_size was 2 and is 4"),
+    "order": (lambda c: with_values(c, {"data.shuffle": False}), r"data\.shuffle was True and is False"),
+    "files": (repeat_file, r"data\.train_files were 1 and are 2"),
 }
 
 
 @pytest.mark.parametrize("change", ["file", "batch", "order", "files"])
-def test_other_data_is_refused_or_accepted(change: str, config: DictConfig, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_data_is_refused_or_accepted(change: str, config: PPOConfig, caplog: pytest.LogCaptureFixture) -> None:
     save(config, 3)
     apply, message = CHANGES[change]
-    apply(config)
+    config = apply(config)
     with pytest.raises(UserError, match=f"{message} since .*global_step_3 .*trainer.resume_with_new_data=true"):
         start(config)
-    config.trainer.resume_with_new_data = True
+    config = with_values(config, {"trainer.resume_with_new_data": True})
     state = start(config)
     state.restore({})
     assert state.step == 3
@@ -181,7 +185,7 @@ def test_other_data_is_refused_or_accepted(change: str, config: DictConfig, capl
     assert "a new epoch" not in caplog.text
 
 
-def test_other_prompts_after_the_filter_are_noticed(config: DictConfig) -> None:
+def test_other_prompts_after_the_filter_are_noticed(config: PPOConfig) -> None:
     path = Path(config.data.train_files)
     table = datasets.Dataset.from_parquet(str(path)).to_list()
     table[0]["prompt"][0]["content"] += " 5 6 7"
@@ -189,26 +193,26 @@ def test_other_prompts_after_the_filter_are_noticed(config: DictConfig) -> None:
     save(config, 1)
     tokenizer = load_tokenizer(config.actor_rollout_ref.model.path)
     lengths = [len(item["input_ids"]) for item in RLHFDataset(str(path), tokenizer, config.data)]
-    config.data.max_prompt_length = max(lengths) - 1
+    config = with_values(config, {"data.max_prompt_length": max(lengths) - 1})
     with pytest.raises(UserError, match=r"data\.max_prompt_length .*: 8 then, 7 now since"):
         start(config)
 
 
-def test_the_same_data_elsewhere_is_the_same(config: DictConfig, tmp_path: Path) -> None:
+def test_the_same_data_elsewhere_is_the_same(config: PPOConfig, tmp_path: Path) -> None:
     save(config, 1)
     moved = tmp_path / "moved.parquet"
     Path(config.data.train_files).rename(moved)
-    config.data.train_files = str(moved)
+    config = with_values(config, {"data.train_files": str(moved)})
     assert start(config).step == 1
 
 
-def test_another_model_is_refused(config: DictConfig) -> None:
+def test_another_model_is_refused(config: PPOConfig) -> None:
     save(config, 1)
-    config.actor_rollout_ref.use_score = False
+    config = with_values(config, {"actor_rollout_ref.use_score": False})
     with pytest.raises(UserError, match=r"global_step_1 was written with actor_rollout_ref\.use_score=true"):
         start(config)
     saved = Path(config.trainer.default_local_dir) / "global_step_1" / "actor" / HUGGINGFACE_FOLDER / "config.json"
-    saved.write_text(json.dumps({**json.loads(saved.read_text()), "hidden_size": 96}))
+    saved.write_text(json.dumps({**json.loads(saved.read_text(encoding="utf-8")), "hidden_size": 96}), encoding="utf-8")
     with pytest.raises(UserError, match=r"config\.json is damaged: its bytes are not those that were written; take an"):
         start(config)
     write_sums(saved.parent)
@@ -216,24 +220,26 @@ def test_another_model_is_refused(config: DictConfig) -> None:
         start(config)
 
 
-def test_another_step_rule_or_head_is_refused(config: DictConfig, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_another_step_rule_or_head_is_refused(config: PPOConfig, tiny_model_dir: Path, tmp_path: Path) -> None:
     model = shutil.copytree(tiny_model_dir, tmp_path / "model")
     (model / SPRM_CONFIG_FILE).unlink()
-    config.actor_rollout_ref.model.path = str(model)
+    config = with_values(config, {"actor_rollout_ref.model.path": str(model)})
     save(config, 1)
-    config.actor_rollout_ref.score.lang = "zh"
+    config = with_values(config, {"actor_rollout_ref.score.lang": "zh"})
     with pytest.raises(UserError, match=r"global_step_1 was written with lang='en' .* this run has 'zh' .*score\.lang"):
         start(config)
-    config.actor_rollout_ref.score.lang = "en"
+    config = with_values(config, {"actor_rollout_ref.score.lang": "en"})
     assert start(config).step == 1
     saved = Path(config.trainer.default_local_dir) / "global_step_1" / "actor" / HUGGINGFACE_FOLDER / SPRM_CONFIG_FILE
-    saved.write_text(json.dumps({**json.loads(saved.read_text()), "normalize_features": True}))
+    saved.write_text(
+        json.dumps({**json.loads(saved.read_text(encoding="utf-8")), "normalize_features": True}), encoding="utf-8"
+    )
     write_sums(saved.parent)
     with pytest.raises(UserError, match="normalize_features=True for the score head, and this run has False"):
         start(config)
 
 
-def test_a_damaged_state_is_named(config: DictConfig) -> None:
+def test_a_damaged_state_is_named(config: PPOConfig) -> None:
     save(config, 1)
     state = Path(config.trainer.default_local_dir) / "global_step_1" / TRAINER_STATE_FILE
     content = bytearray(state.read_bytes())
@@ -248,11 +254,12 @@ def test_a_damaged_state_is_named(config: DictConfig) -> None:
 
 
 @pytest.mark.parametrize(("kind", "resumed"), [("fixed", 0.5), ("adaptive", 0.02)])
-def test_only_an_adapted_kl_coefficient_is_state(kind: str, resumed: float, config: DictConfig) -> None:
+def test_only_an_adapted_kl_coefficient_is_state(kind: str, resumed: float, config: PPOConfig) -> None:
     def begin(coefficient: float) -> tuple[RunState, KLController]:
-        config.algorithm.kl_ctrl.update(type=kind, kl_coef=coefficient)
-        controller = get_kl_controller(config.algorithm.kl_ctrl)
-        return start(config, controller), controller
+        changes = {"algorithm.kl_ctrl.type": kind, "algorithm.kl_ctrl.kl_coef": coefficient}
+        changed = with_values(config, changes)
+        controller = get_kl_controller(changed.algorithm.kl_ctrl)
+        return start(changed, controller), controller
 
     state, controller = begin(0.001)
     if kind == "adaptive":
@@ -264,13 +271,13 @@ def test_only_an_adapted_kl_coefficient_is_state(kind: str, resumed: float, conf
     assert controller.value == resumed
 
 
-def test_it_says_what_to_start_next(config: DictConfig) -> None:
+def test_it_says_what_to_start_next(config: PPOConfig) -> None:
     folder = Path(config.trainer.default_local_dir)
     assert start(config).how_to_go_on() == "no checkpoint was written yet: the same command starts anew"
     save(config, 1)
     assert start(config).how_to_go_on() == f"the same command goes on from {folder}/global_step_1"
     source = folder / "global_step_1"
-    config.trainer.update(resume_mode="resume_path", resume_from_path=str(source))
+    config = with_values(config, {"trainer.resume_mode": "resume_path", "trainer.resume_from_path": str(source)})
     state, groups = start(config), {"actor": Workers(Path(config.actor_rollout_ref.model.path))}
     assert state.how_to_go_on() == f"the same command goes on from {source}"
     state.save(2, groups)
@@ -279,7 +286,7 @@ def test_it_says_what_to_start_next(config: DictConfig) -> None:
         "the same command with trainer.resume_mode=auto and without trainer.resume_from_path "
         f"goes on from {folder}/global_step_2"
     )
-    config.trainer.update(resume_mode="disable", resume_from_path=None)
+    config = with_values(config, {"trainer.resume_mode": "disable", "trainer.resume_from_path": None})
     anew = start(config)
     assert anew.how_to_go_on().endswith("starts anew")
     anew.save(1, groups)
@@ -287,7 +294,7 @@ def test_it_says_what_to_start_next(config: DictConfig) -> None:
     assert anew.how_to_go_on().startswith("the same command with trainer.resume_mode=auto goes on")
 
 
-def test_a_save_goes_on_while_training_does_and_the_next_one_waits(config: DictConfig) -> None:
+def test_a_save_goes_on_while_training_does_and_the_next_one_waits(config: PPOConfig) -> None:
     written = threading.Event()
     groups = {"actor": Workers(Path(config.actor_rollout_ref.model.path), written.is_set)}
     state = start(config)
@@ -297,20 +304,20 @@ def test_a_save_goes_on_while_training_does_and_the_next_one_waits(config: DictC
     assert not (folder / LATEST_FILE).exists() and list(folder.glob(".global_step_1.*.tmp"))
     threading.Timer(0.5, written.set).start()
     state.save(2, groups)
-    assert (folder / LATEST_FILE).read_text() == "1" and (folder / "global_step_1").is_dir()
+    assert (folder / LATEST_FILE).read_text(encoding="utf-8") == "1" and (folder / "global_step_1").is_dir()
     state.finish()
-    assert (folder / LATEST_FILE).read_text() == "2"
+    assert (folder / LATEST_FILE).read_text(encoding="utf-8") == "2"
 
 
-def test_without_async_save_training_waits(config: DictConfig) -> None:
-    config.trainer.async_save = False
+def test_without_async_save_training_waits(config: PPOConfig) -> None:
+    config = with_values(config, {"trainer.async_save": False})
     state = start(config)
     state.save(1, {"actor": Workers(Path(config.actor_rollout_ref.model.path), lambda: False)})
-    assert (Path(config.trainer.default_local_dir) / LATEST_FILE).read_text() == "1"
+    assert (Path(config.trainer.default_local_dir) / LATEST_FILE).read_text(encoding="utf-8") == "1"
 
 
 @pytest.mark.parametrize("noticed_by", ["check", "save", "finish"])
-def test_a_save_that_fails_is_one_error_and_the_one_before_stays(noticed_by: str, config: DictConfig) -> None:
+def test_a_save_that_fails_is_one_error_and_the_one_before_stays(noticed_by: str, config: PPOConfig) -> None:
     broken = threading.Event()
 
     def is_written() -> bool:
@@ -361,33 +368,36 @@ WHAT_FAILS = {
 
 
 @pytest.mark.parametrize("kind", WHAT_FAILS)
-def test_what_would_fail_at_a_checkpoint_fails_before_training(kind: str, config: DictConfig) -> None:
+def test_what_would_fail_at_a_checkpoint_fails_before_training(kind: str, config: PPOConfig) -> None:
     workers, message = WHAT_FAILS[kind]
     state, folder = start(config), Path(config.trainer.default_local_dir)
     with pytest.raises(UserError, match=message) as caught:
         state.restore({"actor": workers(Path(config.actor_rollout_ref.model.path))})
     assert str(caught.value).startswith(f"trainer.default_local_dir={folder}: no checkpoint can be written (")
     assert "\n" not in str(caught.value) and list(folder.iterdir()) == []
-    config.trainer.save_freq = -1
+    config = with_values(config, {"trainer.save_freq": -1})
     start(config).restore({"actor": workers(Path(config.actor_rollout_ref.model.path))})
 
 
-def test_a_folder_that_cannot_be_is_found_before_the_workers_start(config: DictConfig, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_is_found_before_the_workers_start(config: PPOConfig, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    config.trainer.default_local_dir = f"{tmp_path}/file/run"
+    config = with_values(config, {"trainer.default_local_dir": f"{tmp_path}/file/run"})
     with pytest.raises(UserError, match=r"no checkpoint can be written \(NotADirectoryError: .*choose another folder"):
         start(config).try_saving({})
-    config.trainer.update(default_local_dir=f"{tmp_path}/run", default_hdfs_dir=f"file://{tmp_path}/file/remote")
+    config = with_values(
+        config,
+        {"trainer.default_local_dir": f"{tmp_path}/run", "trainer.default_hdfs_dir": f"file://{tmp_path}/file/remote"},
+    )
     with pytest.raises(
         UserError, match=r"trainer\.default_hdfs_dir=file://.*/file/remote cannot be used: NotADirectory"
     ):
         start(config).try_saving({})
-    config.trainer.default_hdfs_dir = f"file://{tmp_path}/remote"
+    config = with_values(config, {"trainer.default_hdfs_dir": f"file://{tmp_path}/remote"})
     start(config).try_saving({})
     assert list((tmp_path / "remote").iterdir()) == list((tmp_path / "run").iterdir()) == []
 
 
-def test_a_failed_save_says_why_and_gives_no_advice_of_another_failure(config: DictConfig, monkeypatch) -> None:
+def test_a_failed_save_says_why_and_gives_no_advice_of_another_failure(config: PPOConfig, monkeypatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
@@ -400,50 +410,51 @@ def test_a_failed_save_says_why_and_gives_no_advice_of_another_failure(config: D
     assert "room" not in str(caught.value)
 
 
-def test_an_empty_folder_is_filled_from_the_remote_one(config: DictConfig, tmp_path: Path) -> None:
-    config.trainer.default_hdfs_dir = f"file://{tmp_path}/remote"
+def test_an_empty_folder_is_filled_from_the_remote_one(config: PPOConfig, tmp_path: Path) -> None:
+    config = with_values(config, {"trainer.default_hdfs_dir": f"file://{tmp_path}/remote"})
     save(config, 3)
-    config.trainer.default_local_dir = f"{tmp_path}/elsewhere"
+    config = with_values(config, {"trainer.default_local_dir": f"{tmp_path}/elsewhere"})
     state = start(config)
     state.restore({})
     assert state.step == 3 and state.checkpoint == tmp_path / "elsewhere" / "global_step_3"
-    config.trainer.update(
-        default_local_dir=f"{tmp_path}/third",
-        resume_mode="resume_path",
-        resume_from_path=f"file://{tmp_path}/remote/global_step_3",
-    )
+    changes = {
+        "trainer.default_local_dir": f"{tmp_path}/third",
+        "trainer.resume_mode": "resume_path",
+        "trainer.resume_from_path": f"file://{tmp_path}/remote/global_step_3",
+    }
+    config = with_values(config, changes)
     third = start(config)
     third.restore({})
     assert rows(third, 5) == rows(state, 5)
 
 
-def test_copies_go_to_a_folder_as_well(config: DictConfig, tmp_path: Path) -> None:
-    config.trainer.default_hdfs_dir = f"{tmp_path}/copies/"
+def test_copies_go_to_a_folder_as_well(config: PPOConfig, tmp_path: Path) -> None:
+    config = with_values(config, {"trainer.default_hdfs_dir": f"{tmp_path}/copies/"})
     save(config, 3)
-    config.trainer.default_local_dir = f"{tmp_path}/elsewhere"
+    config = with_values(config, {"trainer.default_local_dir": f"{tmp_path}/elsewhere"})
     assert start(config).checkpoint == tmp_path / "elsewhere" / "global_step_3"
 
 
 @pytest.mark.parametrize("form", ["{0}", "{0}/", "file://{0}", "{0}/../{1}"])
-def test_copies_into_the_folder_itself_are_none(config: DictConfig, form: str) -> None:
+def test_copies_into_the_folder_itself_are_none(config: PPOConfig, form: str) -> None:
     local = Path(config.trainer.default_local_dir)
-    config.trainer.default_hdfs_dir = form.format(local, local.name)
+    config = with_values(config, {"trainer.default_hdfs_dir": form.format(local, local.name)})
     save(config, 3)
     start(config).catch_up()
     assert start(config).checkpoint == local / "global_step_3"
     assert not list(local.rglob(COMPLETE_FILE))
 
 
-def test_what_a_killed_run_could_not_copy_is_copied_by_the_next(config: DictConfig, tmp_path: Path) -> None:
+def test_what_a_killed_run_could_not_copy_is_copied_by_the_next(config: PPOConfig, tmp_path: Path) -> None:
     save(config, 2)
-    config.trainer.default_hdfs_dir = f"file://{tmp_path}/remote"
+    config = with_values(config, {"trainer.default_hdfs_dir": f"file://{tmp_path}/remote"})
     start(config).catch_up()
-    assert (tmp_path / "remote" / LATEST_FILE).read_text() == "2"
+    assert (tmp_path / "remote" / LATEST_FILE).read_text(encoding="utf-8") == "2"
 
 
-def test_a_remote_folder_that_cannot_be_used_is_one_line(config: DictConfig, tmp_path: Path) -> None:
+def test_a_remote_folder_that_cannot_be_used_is_one_line(config: PPOConfig, tmp_path: Path) -> None:
     (tmp_path / "remote").mkdir()
-    (tmp_path / "remote" / LATEST_FILE).write_text("nonsense")
-    config.trainer.default_hdfs_dir = f"file://{tmp_path}/remote"
+    (tmp_path / "remote" / LATEST_FILE).write_text("nonsense", encoding="utf-8")
+    config = with_values(config, {"trainer.default_hdfs_dir": f"file://{tmp_path}/remote"})
     with pytest.raises(UserError, match=r"trainer\.default_hdfs_dir=file://.*remote cannot be used: ValueError"):
         start(config)

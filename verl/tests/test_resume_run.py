@@ -23,7 +23,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
 def overrides(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Two steps an epoch, a checkpoint after each, one of them kept, copied to `remote`."""
     folder = tmp_path_factory.mktemp("shared")
-    (folder / "reward.py").write_text(SLOW_REWARD)
+    (folder / "reward.py").write_text(SLOW_REWARD, encoding="utf-8")
     return [
         *small_run,
         "trainer.n_gpus_per_node=1",
@@ -55,7 +55,7 @@ def test_a_run_moves_to_another_machine(
         [*overrides, "trainer.total_training_steps=4", "reward_model.launch_reward_fn_async=false"],
     ).finish()
     assert "fetching file://" in second.log() and "step 2 is done, which ended epoch 1: epoch 2 begins" in second.log()
-    assert (remote / "latest_checkpointed_iteration.txt").read_text() == "4"
+    assert (remote / "latest_checkpointed_iteration.txt").read_text(encoding="utf-8") == "4"
     whole = start_run(
         tmp_path / "whole",
         [*overrides[:-1], "trainer.total_training_steps=4", "trainer.async_save=false"],

@@ -6,33 +6,30 @@ import time
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from verl.protocol import DataProto
+from verl.trainer.config.fields import with_values
+from verl.trainer.config.schema import PPOConfig, ppo_defaults
 from verl.trainer.ppo.core_algos import AdvantageInputs, compute_advantages
-from verl.trainer.ppo.reward import check_gradable
+from verl.trainer.ppo.gradable import check_gradable
 from verl.workers.reward_manager import REWARD_MANAGERS, BatchRewardManager, PrimeRewardManager
 from verl.workers.reward_manager.length_reward import length_reward
 from xbai.errors import UserError
 
 
-def _config(manager="prime", custom=None, workers=1, **trainer):
-    return OmegaConf.create(
-        {
-            "data": {"reward_fn_key": "data_source", "max_response_length": 40},
-            "reward_model": {
-                "reward_manager": manager,
-                "num_workers": workers,
-                "timeout_s": 5,
-                "batch_timeout_s": 5,
-                "memory_gib": 0.25,
-                "max_ungraded_batches": 3,
-                "overlong_buffer": {"len": 10, "penalty_factor": 1.0},
-            },
-            "custom_reward_function": {"path": custom, "name": "compute_score"},
-            "trainer": {"length_penalty": False, "length_penalty_coeff": 0.1, **trainer},
-        }
-    )
+def _config(manager="prime", custom=None, workers=1, **trainer) -> PPOConfig:
+    changes = {
+        "data.max_response_length": 40,
+        "reward_model.reward_manager": manager,
+        "reward_model.num_workers": workers,
+        "reward_model.timeout_s": 5,
+        "reward_model.batch_timeout_s": 5,
+        "reward_model.memory_gib": 0.25,
+        "reward_model.overlong_buffer.len": 10,
+        "custom_reward_function.path": custom,
+        **{f"trainer.{key}": value for key, value in trainer.items()},
+    }
+    return with_values(ppo_defaults(), changes)
 
 
 @pytest.fixture
@@ -92,7 +89,7 @@ def compute_scores(data_sources, solution_strs, ground_truths, extra_infos):
 @pytest.fixture
 def hostile(tmp_path):
     path = tmp_path / "reward.py"
-    path.write_text(HOSTILE)
+    path.write_text(HOSTILE, encoding="utf-8")
     return str(path)
 
 
@@ -116,15 +113,13 @@ def test_a_hostile_function_masks_just_its_sample_in_time(hostile, tiny_tokenize
     assert reward.reward_extra_info["note"].tolist() == [None, "seen"] * 5
 
     inputs = AdvantageInputs(reward.reward_tensor, batch.batch["response_mask"], reward.graded, ["a"] * len(texts))
-    algorithm = OmegaConf.create({"adv_estimator": "grpo", "norm_adv_by_std_in_grpo": False})
+    algorithm = ppo_defaults("algorithm.norm_adv_by_std_in_grpo=false").algorithm
     advantages, _ = compute_advantages(inputs, algorithm)
     assert advantages[:, 0].tolist() == pytest.approx([0, 0.44, 0, -0.26, 0, -0.16, 0, -0.06, 0, 0.04])
 
 
 def _batch_config(path):
-    config = _config("batch", custom=path)
-    config.custom_reward_function.name = "compute_scores"
-    return config
+    return with_values(_config("batch", custom=path), {"custom_reward_function.name": "compute_scores"})
 
 
 def test_a_batch_function_is_called_once_with_lists(hostile, tiny_tokenizer, make_batch):
@@ -146,8 +141,7 @@ def test_a_batch_function_that_fails_masks_the_batch(text, reason, hostile, tiny
 
 
 def test_closing_does_not_wait_for_a_grader(hostile, tiny_tokenizer, make_batch):
-    config = _batch_config(hostile)
-    config.reward_model.batch_timeout_s = 600
+    config = with_values(_batch_config(hostile), {"reward_model.batch_timeout_s": 600})
     manager = BatchRewardManager(tiny_tokenizer, config)
     manager.launch(make_batch(["hang"]))
     time.sleep(1)
@@ -166,7 +160,8 @@ def test_a_function_of_ones_own_sees_the_messages(tmp_path, tiny_tokenizer, make
     path = tmp_path / "reward.py"
     path.write_text(
         "def compute_score(extra_info, **_):\n"
-        "    return len(extra_info['raw_prompt'][0]['content']) + extra_info.get('index', 0)\n"
+        "    return len(extra_info['raw_prompt'][0]['content']) + extra_info.get('index', 0)\n",
+        encoding="utf-8",
     )
     messages = [[{"role": "user", "content": "hi"}], [{"role": "user", "content": "hello"}]]
     batch = make_batch(["a", "b"], raw_prompt=messages, extra_info=[{"index": 10}, None])
@@ -186,10 +181,23 @@ def test_a_run_that_never_gets_a_grade_ends(hostile, tiny_tokenizer, make_batch)
         manager.close()
 
 
+def test_batches_without_a_grade_are_counted_by_what_they_are_for(hostile, tiny_tokenizer, make_batch):
+    manager = PrimeRewardManager(tiny_tokenizer, _config(custom=hostile))
+    bad, good = make_batch(["raise"]), make_batch(["1"])
+    try:
+        for batch, purpose in ((bad, "training"), (good, "validation"), (bad, "baselines"), (bad, "training")):
+            manager.launch(batch, purpose).result()
+        with pytest.raises(UserError, match=r"no response of the last 3 batches of training could be graded"):
+            manager.launch(bad, "training").result()
+    finally:
+        manager.close()
+
+
 def test_grading_goes_on_while_nobody_waits(tmp_path, tiny_tokenizer, make_batch):
     path = tmp_path / "slow.py"
     path.write_text(
-        "import time\ndef compute_score(**_):\n    time.sleep(0.5)\n    return {'score': 0.0, 'acc': True}\n"
+        "import time\ndef compute_score(**_):\n    time.sleep(0.5)\n    return {'score': 0.0, 'acc': True}\n",
+        encoding="utf-8",
     )
     manager = PrimeRewardManager(tiny_tokenizer, _config(custom=str(path), workers=2))
     try:
@@ -240,9 +248,10 @@ def test_dapo_punishes_the_last_tokens_before_the_limit(tiny_tokenizer, make_bat
 
 def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(UserError, match="data_source 'poetry'"):
-        check_gradable([("a: row 0", "make10", {"ground_truth": "1"}), ("a: row 1", "poetry", {})], _config())
+        rows = [("a: row 0", "make10", {"ground_truth": "1"}), ("a: row 1", "poetry", {})]
+        check_gradable(rows, _config().custom_reward_function)
     with pytest.raises(UserError, match=r"custom_reward_function\.path"):
-        check_gradable([("a: row 0", "poetry", {})], _config(custom=str(tmp_path / "none.py")))
+        check_gradable([("a: row 0", "poetry", {})], _config(custom=str(tmp_path / "none.py")).custom_reward_function)
 
 
 @pytest.mark.parametrize(
@@ -256,11 +265,10 @@ def test_unknown_names_are_refused(tmp_path):
     ],
 )
 def test_a_row_without_an_answer_is_named(reward_model, message):
-    check_gradable(
-        [("row", "make10", {"ground_truth": 0}), ("row", "make10", {"ground_truth": {"target": "0"}})], _config()
-    )
+    rows = [("row", "make10", {"ground_truth": 0}), ("row", "make10", {"ground_truth": {"target": "0"}})]
+    check_gradable(rows, _config().custom_reward_function)
     with pytest.raises(UserError, match=message):
-        check_gradable([("a.parquet: row 7", "make10", reward_model)], _config())
+        check_gradable([("a.parquet: row 7", "make10", reward_model)], _config().custom_reward_function)
 
 
 def test_a_box_inside_thinking_is_not_graded_where_tags_are_special_tokens(tiny_tokenizer, make_batch):

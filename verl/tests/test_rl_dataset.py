@@ -6,23 +6,18 @@ import logging
 import datasets
 import pytest
 import torch
-from omegaconf import OmegaConf
 
-from verl.trainer.ppo.reward import check_gradable
+from verl.trainer.config.data import DataConfig
+from verl.trainer.config.fields import with_values
+from verl.trainer.config.schema import ppo_defaults
+from verl.trainer.ppo.gradable import check_gradable
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, create_dataloader
 from xbai.errors import UserError
 from xbai.grading import GradeRequest, grade
 
 
-def _config(**changes):
-    defaults = {
-        "prompt_key": "prompt",
-        "max_prompt_length": 64,
-        "filter_overlong_prompts": True,
-        "truncation": "error",
-        "return_raw_chat": False,
-    }
-    return OmegaConf.create({**defaults, **changes})
+def _config(**changes) -> DataConfig:
+    return with_values(ppo_defaults("data.max_prompt_length=64").data, changes)
 
 
 @pytest.fixture
@@ -174,7 +169,7 @@ def test_rows_as_metastones_trainer_reads_them(tiny_tokenizer, tmp_path):
     datasets.Dataset.from_list([row]).to_parquet(tmp_path / "train.parquet")
     dataset = RLHFDataset(f"{tmp_path}/train.parquet", tiny_tokenizer, _config())
     assert dataset[0]["question"] == row["question"]
-    custom = OmegaConf.create({"custom_reward_function": {"path": None}})
+    custom = ppo_defaults().custom_reward_function
     columns = dataset.values("data_source"), dataset.values("reward_model")
     check_gradable(zip(dataset.places(), *columns), custom)
     (source,), (reward_model,) = columns

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from verl.trainer.compose import compose_config
-from verl.trainer.config_check import DEFAULTS_FILE, check_config
+from verl.trainer.config.check import check_config
+from verl.trainer.config.compose import compose_config
+from verl.trainer.config.schema import YAML
 from xbai.errors import UserError
 
 VLLM = "actor_rollout_ref.rollout.name=vllm"
@@ -16,7 +17,7 @@ ROLLOUT = "actor_rollout_ref.rollout"
 
 
 def check(overrides: list[str]) -> None:
-    check_config(compose_config(DEFAULTS_FILE.stem, overrides))
+    check_config(compose_config(YAML, overrides))
 
 
 @pytest.mark.parametrize(

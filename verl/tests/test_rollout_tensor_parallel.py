@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-from omegaconf import DictConfig, OmegaConf
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from verl import DataProto
-from verl.single_controller import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
-from verl.trainer.auto_config import resolve_auto
-from verl.trainer.config_check import DEFAULTS_FILE
-from verl.workers.fsdp_workers import ActorRolloutRefWorker, group_sizes
+from verl.single_controller import RayClassWithInitArgs, RayResourcePool
+from verl.trainer.config.auto import resolve_auto
+from verl.trainer.config.policy import ActorRolloutRefConfig
+from verl.trainer.config.schema import ppo_defaults
+from verl.workers.fsdp_workers import ActorRolloutRefWorker, PolicyWorkers, group_sizes
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
-PROMPTS, SAMPLES, PROMPT_LENGTH, RESPONSE_LENGTH = 3, 2, 6, 24
+PROMPTS, SAMPLES, PROMPT_LENGTH, RESPONSE_LENGTH, TOTAL_STEPS = 3, 2, 6, 24, 10
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,19 +56,22 @@ def make_model(tiny_tokenizer, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def make_config(model: Path, ranks: int) -> DictConfig:
-    config = OmegaConf.load(DEFAULTS_FILE)
-    config.trainer.device = "cpu"
-    resolve_auto(config, gpu_bytes=None)
-    config.data.max_prompt_length, config.data.max_response_length = PROMPT_LENGTH, RESPONSE_LENGTH
-    config = config.actor_rollout_ref
-    config.model.path, config.use_score = str(model), False
-    config.rollout.update(n=SAMPLES, dtype="float32", temperature=0.7, max_num_seqs=16, top_p=0.9)
-    config.rollout.update(tensor_model_parallel_size=ranks, check_weight_sync=True)
-    config.actor.update(ppo_mini_batch_size=2, ppo_micro_batch_size_per_gpu=2, use_kl_loss=False)
-    config.actor.optim.lr = 0.01
-    OmegaConf.resolve(config)
-    return config
+def make_config(model: Path, ranks: int) -> ActorRolloutRefConfig:
+    config = ppo_defaults(
+        "trainer.device=cpu",
+        f"data.max_prompt_length={PROMPT_LENGTH}",
+        f"data.max_response_length={RESPONSE_LENGTH}",
+        f"actor_rollout_ref.model.path={model}",
+        "actor_rollout_ref.use_score=false",
+        f"actor_rollout_ref.rollout.n={SAMPLES}",
+        f"actor_rollout_ref.rollout.tensor_model_parallel_size={ranks}",
+        "actor_rollout_ref.rollout.check_weight_sync=true",
+        "actor_rollout_ref.rollout={dtype: float32, temperature: 0.7, max_num_seqs: 16, top_p: 0.9}",
+        "actor_rollout_ref.actor={ppo_mini_batch_size: 2, ppo_micro_batch_size_per_gpu: 2, optim: {lr: 0.01}}",
+        "actor_rollout_ref.actor.use_kl_loss=false",
+    )
+    config, _ = resolve_auto(config, gpu_bytes=None)
+    return config.actor_rollout_ref
 
 
 def make_prompts(vocabulary: int) -> DataProto:
@@ -82,8 +85,8 @@ def train_and_generate(model: Path, ranks: int, prompts: DataProto) -> list[Data
     """What the policy says before and after an update, as good as random."""
     config = make_config(model, ranks)
     pool = RayResourcePool([2], use_gpu=False, cpus_per_process=0.5)
-    init = RayClassWithInitArgs(ActorRolloutRefWorker, config, "actor_rollout")
-    group = RayWorkerGroup(pool, init, name="actor", group_sizes=group_sizes(config))
+    init = RayClassWithInitArgs(ActorRolloutRefWorker, config, "actor_rollout", TOTAL_STEPS)
+    group = PolicyWorkers(pool, init, name="actor", group_sizes=group_sizes(config))
     try:
         group.init_model()
         batches = [generate_like_the_actor(group, prompts)]
@@ -98,7 +101,7 @@ def train_and_generate(model: Path, ranks: int, prompts: DataProto) -> list[Data
         pool.release()
 
 
-def generate_like_the_actor(group: RayWorkerGroup, prompts: DataProto, synced: bool = False) -> DataProto:
+def generate_like_the_actor(group: PolicyWorkers, prompts: DataProto, synced: bool = False) -> DataProto:
     batch = group.generate_sequences(prompts)
     assert len(batch) == PROMPTS * SAMPLES
     assert ("perf/weight_sync_gib" in batch.meta_info.pop("metrics")) == synced

@@ -11,10 +11,9 @@ from types import ModuleType
 import pytest
 from transformers import AutoConfig
 
-from verl.trainer.compose import compose_config
-from verl.trainer.config_check import DEFAULTS_FILE
-from verl.utils.model_shapes import ModelShape
-from verl.utils.torch_functional import LOGITS_PER_CHUNK
+from verl.models.log_probs import LOGITS_PER_CHUNK
+from verl.trainer.config.schema import ppo_config
+from verl.trainer.planning.model_shapes import ModelShape
 from xbai.errors import UserError
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -111,12 +110,12 @@ def test_the_command_prints_a_table_and_writes_it(
 ) -> None:
     model = tmp_path / "model"
     model.mkdir()
-    (model / "config.json").write_text(json.dumps({"model_type": "qwen2", **SIZES}))
+    (model / "config.json").write_text(json.dumps({"model_type": "qwen2", **SIZES}), encoding="utf-8")
     overrides = [f"actor_rollout_ref.model.path={model}", "data.max_prompt_length=16", "data.max_response_length=112"]
     overrides += [f"{key}=256" for key in BUDGETS]
     roofline.main(overrides, recipe="single", mean_length=64, prompt=8, out=tmp_path / "out.json")
     *table, last = capsys.readouterr().out.strip().splitlines()
-    written = json.loads((tmp_path / "out.json").read_text())
+    written = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert json.loads(last) == written
     assert written["phases"]["update"].keys() == {variant.name for variant in roofline.variants()}
     assert all(figures["tokens"] == 256 for phase in written["phases"].values() for figures in phase.values())
@@ -140,6 +139,6 @@ BUDGETS = [
 def test_what_cannot_be_modelled_is_one_line(roofline: ModuleType, overrides: list[str], says: str) -> None:
     base = ["actor_rollout_ref.model.path=Qwen2.5-7B", "data.train_files=nowhere.parquet", "trainer.device=cuda"]
     packed = "actor_rollout_ref.model.use_remove_padding=true"
-    config = compose_config(DEFAULTS_FILE.stem, [*base, packed, *overrides])
+    config = ppo_config([*base, packed, *overrides])
     with pytest.raises(UserError, match=says):
         roofline.roofline(config, 1024, 128, rates=None)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from verl.utils.model import build_joint_model, load_tokenizer
-from verl.utils.packing import layout_maker
+from verl.models.loading import build_joint_model, load_tokenizer
+from verl.models.packing import layout_maker
 from xbai.engine import Scorer
 from xbai.sprm import load_score_head, load_sprm_config, step_feature_mask, trajectory_scores
 

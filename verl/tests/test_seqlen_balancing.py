@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verl.utils.seqlen_balancing import balanced_partitions, rows_by_rank
+from verl.workers.batching.seqlen_balancing import balanced_partitions, rows_by_rank
 
 
 @settings(max_examples=50, deadline=None)

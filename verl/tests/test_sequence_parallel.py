@@ -11,19 +11,18 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from verl import DataProto
-from verl.single_controller import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup, register
-from verl.trainer.auto_config import resolve_auto
-from verl.trainer.config_check import DEFAULTS_FILE
-from verl.workers.fsdp_workers import ActorRolloutRefWorker, group_sizes
-from xbai.sprm import ScoreObjective
+from verl.single_controller import RayClassWithInitArgs, RayResourcePool, each, register
+from verl.trainer.config.auto import resolve_auto
+from verl.trainer.config.policy import ActorRolloutRefConfig
+from verl.trainer.config.schema import ppo_defaults
+from verl.workers.fsdp_workers import ActorRolloutRefWorker, PolicyWorkers, group_sizes
 from xbai.sprm.head import SPRM_CONFIG_FILE
 
 pytestmark = pytest.mark.slow
 
-ROWS, PROMPT, RESPONSE = 8, 6, 24
+ROWS, PROMPT, RESPONSE, TOTAL_STEPS = 8, 6, 24, 10
 WAYS = {
     "padded": {},
     "packed": {"model.use_remove_padding": True, "actor.use_dynamic_bsz": True, "actor.ppo_max_token_len_per_gpu": 40},
@@ -45,21 +44,22 @@ REFERENCES = {"compared_shared": "compared"}
 """What a way is compared with, where that is not the padded one."""
 
 
-def make_config(model: Path, overrides: dict[str, object]) -> DictConfig:
+def make_config(model: Path, changes: dict[str, object]) -> ActorRolloutRefConfig:
     """The trainer's own defaults, made small."""
-    config = OmegaConf.load(DEFAULTS_FILE)
-    config.trainer.device = "cpu"
-    resolve_auto(config, gpu_bytes=None)
-    config.data.max_prompt_length, config.data.max_response_length = PROMPT, RESPONSE
-    part = config.actor_rollout_ref
-    part.model.path = str(model)
-    part.rollout.update(name="hf", n=2, dtype="float32", temperature=0.7, log_prob_micro_batch_size_per_gpu=3)
-    part.actor.update(ppo_mini_batch_size=4, ppo_micro_batch_size_per_gpu=3, entropy_coeff=0.01, kl_loss_coef=0.1)
-    part.score.update(agreement_weighting=False, backbone_grad_scale=0.1)
-    for key, value in overrides.items():
-        OmegaConf.update(part, key, value)
-    OmegaConf.resolve(config)
-    return part
+    config = ppo_defaults(
+        "trainer.device=cpu",
+        f"data.max_prompt_length={PROMPT}",
+        f"data.max_response_length={RESPONSE}",
+        f"actor_rollout_ref.model.path={model}",
+        "actor_rollout_ref.rollout={name: hf, n: 2, dtype: float32, temperature: 0.7}",
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=3",
+        "actor_rollout_ref.actor={ppo_mini_batch_size: 4, ppo_micro_batch_size_per_gpu: 3}",
+        "actor_rollout_ref.actor={entropy_coeff: 0.01, kl_loss_coef: 0.1}",
+        "actor_rollout_ref.score={agreement_weighting: false, backbone_grad_scale: 0.1}",
+        *(f"actor_rollout_ref.{key}={value}" for key, value in changes.items()),
+    )
+    config, _ = resolve_auto(config, gpu_bytes=None)
+    return config.actor_rollout_ref
 
 
 def make_batch(step_id: int) -> DataProto:
@@ -89,18 +89,26 @@ class StartingAnew(ActorRolloutRefWorker):
     """Processes take far longer to start than to compute what is compared here."""
 
     @register()
-    def configure(self, config: DictConfig) -> None:
+    def configure(self, config: ActorRolloutRefConfig) -> None:
         self.config = config
         self.init_model()
 
 
-def train(group: RayWorkerGroup, config: DictConfig, batch: DataProto) -> tuple[DataProto, dict[str, float]]:
+class WorkersStartingAnew(PolicyWorkers):
+    """Their group."""
+
+    configure = each(StartingAnew.configure)
+
+
+def train(
+    group: WorkersStartingAnew, config: ActorRolloutRefConfig, batch: DataProto
+) -> tuple[DataProto, dict[str, float]]:
     """Log-probs under policy and reference, one update, and log-probs after it."""
     group.configure(config)
     group.group_sizes = group_sizes(config)
     for compute in (group.compute_log_prob, group.compute_ref_log_prob):
         batch.batch.update(compute(batch).batch)
-    objective = ScoreObjective.from_config(config.score)
+    objective = config.score.objective
     columns = (batch.batch[name] for name in ("old_step_logits", "step_feature_mask", "correct", "graded"))
     # The rows of two prompts, four of each.
     batch.batch["rival_scores"] = objective.rivals(*columns, [row // 4 for row in range(ROWS)])
@@ -114,8 +122,8 @@ def model(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """Without dropout in the score head: whoever holds a step computes the same for it."""
     folder = tmp_path_factory.mktemp("model") / "without_dropout"
     shutil.copytree(tiny_model_dir, folder)
-    settings = json.loads((folder / SPRM_CONFIG_FILE).read_text())
-    (folder / SPRM_CONFIG_FILE).write_text(json.dumps({**settings, "dropout": 0.0}))
+    settings = json.loads((folder / SPRM_CONFIG_FILE).read_text(encoding="utf-8"))
+    (folder / SPRM_CONFIG_FILE).write_text(json.dumps({**settings, "dropout": 0.0}), encoding="utf-8")
     return folder
 
 
@@ -127,8 +135,8 @@ def results(model: Path, tiny_tokenizer) -> Iterator[dict[str, tuple[DataProto, 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     configs = {way: make_config(model, keys) for way, keys in WAYS.items()}
     pool = RayResourcePool([2], use_gpu=False, cpus_per_process=0.5)
-    init = RayClassWithInitArgs(StartingAnew, configs["padded"], "actor_rollout_ref")
-    group = RayWorkerGroup(pool, init, name="actor")
+    init = RayClassWithInitArgs(StartingAnew, configs["padded"], "actor_rollout_ref", TOTAL_STEPS)
+    group = WorkersStartingAnew(pool, init, name="actor")
     yield {way: train(group, config, make_batch(step_id)) for way, config in configs.items()}
     group.shutdown()
     pool.release()

@@ -10,25 +10,38 @@ import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from verl.optim.muon import Muon, orthogonalized
 from verl.trainer import main_sft
-from verl.trainer.compose import compose_config
+from verl.trainer.config.compose import compose_config
+from verl.trainer.config.sft import YAML, SFTConfig, SFTData
 from verl.trainer.sft import model_output
+from verl.trainer.sft.config_check import check_config
 from verl.trainer.sft.metrics_window import MetricsWindow
 from verl.trainer.sft.trainer import SFTTrainer
 from verl.utils.dataset.sft_dataset import SFTDataset, collate_examples, length_grouped_batches
-from verl.utils.muon import Muon, orthogonalized
 from xbai.benchmarks.make10 import Teacher, sample_problems, sft_row
 from xbai.benchmarks.tiny_model import make_tokenizer, write_tiny_model
 from xbai.errors import UserError
 from xbai.files import check_room
 from xbai.sprm import ScoreHead, load_score_head, load_sprm_config, save_score_head
 
-DATA = OmegaConf.create({"prompt_key": "prompt", "response_key": "response", "label_key": "correct", "max_length": 512})
+DATA = SFTData(
+    train_files="none",
+    prompt_key="prompt",
+    response_key="response",
+    label_key="correct",
+    train_batch_size=1,
+    micro_batch_size_per_gpu=1,
+    max_length=512,
+)
 CHAT = [{"role": "user", "content": "Make 10 from 7 3"}]
+
+
+def _config(overrides: list[str]) -> SFTConfig:
+    return check_config(compose_config(YAML, overrides))
 
 
 def write_rows(path, rows):
@@ -190,10 +203,10 @@ def test_the_seed_is_each_ranks_own_and_float16_is_refused(tmp_path):
     ]
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        SFTTrainer(compose_config("sft_trainer", overrides), torch.device("cpu"))
+        SFTTrainer(_config(overrides), torch.device("cpu"))
         assert torch.initial_seed() == 7
         with pytest.raises(UserError, match=r"^model\.compute_dtype=fp16 cannot train"):
-            SFTTrainer(compose_config("sft_trainer", [*overrides, "model.compute_dtype=fp16"]), torch.device("cpu"))
+            _config([*overrides, "model.compute_dtype=fp16"])
     finally:
         dist.destroy_process_group()
 
@@ -211,7 +224,7 @@ def test_gradients_are_added_up_over_replicas_in_the_last_micro_batch_alone(tmp_
     all_reduces, passes = [], []
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        trainer = SFTTrainer(compose_config("sft_trainer", overrides), torch.device("cpu"))
+        trainer = SFTTrainer(_config(overrides), torch.device("cpu"))
         trainer.init_model()
         monkeypatch.setattr(
             type(trainer.model), "set_requires_all_reduce", lambda _, wanted: all_reduces.append(wanted)
@@ -274,7 +287,7 @@ def test_replicas_of_two_shards_train_as_one_rank_and_the_result_loads(tmp_path)
         output = tmp_path / f"out{ranks}"
         done = run_sft(ranks, *common, f"trainer.output_dir={output}", f"fsdp_config.fsdp_size={shards}")
         assert done.returncode == 0, done.stderr[-3000:]
-        lines = (tmp_path / f"out{ranks}_logs" / "metrics.jsonl").read_text().splitlines()
+        lines = (tmp_path / f"out{ranks}_logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         records.append([json.loads(line) for line in lines])
     assert len(records[0]) == 3
     for key in ("sft/loss", "score/loss", "grad_norm/policy", "grad_norm/score"):
@@ -324,7 +337,10 @@ def test_a_fresh_head_starts_undecided_and_a_loaded_one_as_it_is(tmp_path, monke
         folder.mkdir()
         (write_tiny_model if fresh else one_sided_base)(folder / "base")
         sft_alone(monkeypatch, folder, "trainer.total_training_steps=6", "trainer.logger=[file]", rows=LABELLED)
-        records = [json.loads(line) for line in (folder / "out_logs" / "metrics.jsonl").read_text().splitlines()]
+        records = [
+            json.loads(line)
+            for line in (folder / "out_logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         assert ("the fresh score head starts on features standardised by 20 steps" in caplog.text) == fresh
         warnings = [message for message in caplog.messages if "the score head is one-sided" in message]
         assert len(warnings) == (not fresh)
@@ -345,7 +361,7 @@ def test_the_model_is_written_as_it_came_but_for_its_weights(tmp_path, monkeypat
     weights = load_file(out / "model.safetensors")
     assert weights.keys() == load_file(base / "model.safetensors").keys()
     assert {str(weight.dtype) for weight in weights.values()} == {f"torch.{dtype}"}
-    config = json.loads((out / "config.json").read_text())
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     assert config["dtype"] == config["torch_dtype"] == dtype and config["rope_theta"] == 10000.0
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (out / name).read_bytes() == (base / name).read_bytes()

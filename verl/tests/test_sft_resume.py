@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from verl.checkpoints.folder import LATEST_FILE
 from verl.trainer import main_sft
-from verl.trainer.ppo.checkpoint_folder import LATEST_FILE
 from verl.trainer.sft import run_state
 from verl.trainer.sft.trainer import SFTTrainer
 from verl.utils.tracking import METRICS_FILE
@@ -94,7 +94,7 @@ def interrupted(uninterrupted: Path, tmp_path: Path) -> Callable[[int], Path]:
         folder = tmp_path / "run"
         for number in range(1, step + 1):
             shutil.copytree(uninterrupted / f"global_step_{number}", folder / f"global_step_{number}")
-        (folder / LATEST_FILE).write_text(str(step))
+        (folder / LATEST_FILE).write_text(str(step), encoding="utf-8")
         # Written after the checkpoint, and not to be there twice.
         shutil.copy(uninterrupted / METRICS_FILE, folder)
         return folder
@@ -108,7 +108,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -142,7 +142,7 @@ def other_model(overrides: list[str], folder: Path) -> str:
 def other_template(overrides: list[str], folder: Path) -> str:
     shutil.copytree(overrides[1].partition("=")[2], folder / "base")
     template = folder / "base" / "chat_template.jinja"
-    template.write_text("Solve this. " + template.read_text())
+    template.write_text("Solve this. " + template.read_text(encoding="utf-8"), encoding="utf-8")
     return f"model.path={folder}/base"
 
 

@@ -13,6 +13,8 @@ import ray
 import torch
 
 from verl import DataProto
+from verl.models.fsdp import create_mesh, init_distributed
+from verl.models.ulysses import sequence_parallel_group
 from verl.single_controller import (
     Dispatch,
     RayClassWithInitArgs,
@@ -20,12 +22,12 @@ from verl.single_controller import (
     RayWorkerGroup,
     Worker,
     WorkerLostError,
+    each,
+    joined,
     register,
 )
 from verl.single_controller.nodes import Node
-from verl.single_controller.worker_group import _thread_env
-from verl.utils.fsdp import create_mesh, init_distributed
-from verl.utils.ulysses import sequence_parallel_group
+from verl.single_controller.worker_processes import _thread_env
 from xbai.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -92,6 +94,20 @@ class Doubler(Worker):
         time.sleep(0 if self.rank == rank else 600)
 
 
+class Doublers(RayWorkerGroup):
+    environment = each(Doubler.environment)
+    multiply = joined(Doubler.multiply)
+    total = each(Doubler.total)
+    multiply_in_pairs = joined(Doubler.multiply_in_pairs)
+    total_of_pairs = each(Doubler.total_of_pairs)
+    last_seen = each(Doubler.last_seen)
+    refuse = each(Doubler.refuse)
+    all_reduce = each(Doubler.all_reduce)
+    meet = each(Doubler.meet)
+    timeouts = each(Doubler.timeouts)
+    sleep_on_other_ranks = each(Doubler.sleep_on_other_ranks)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
     # Ray would have the workers import this module by a name that only pytest knows.
@@ -102,15 +118,15 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.fixture
-def group() -> Iterator[RayWorkerGroup]:
+def group() -> Iterator[Doublers]:
     pool = RayResourcePool([2], use_gpu=False, cpus_per_process=0.5)
-    group = RayWorkerGroup(pool, RayClassWithInitArgs(Doubler, 2), name="doubler", worker_env={"COLOUR": "green"})
+    group = Doublers(pool, RayClassWithInitArgs(Doubler, 2), name="doubler", worker_env={"COLOUR": "green"})
     yield group
     group.shutdown()
     pool.release()
 
 
-def test_dispatch_and_collect(group: RayWorkerGroup):
+def test_dispatch_and_collect(group: Doublers):
     assert group.environment("RANK") == ["0", "1"]
     assert group.environment("WORLD_SIZE") == ["2", "2"]
     assert group.environment("COLOUR") == ["green", "green"]
@@ -139,7 +155,7 @@ def test_processes_share_the_cores_of_their_node(monkeypatch: pytest.MonkeyPatch
 
 def test_ranks_of_a_group_share_rows_and_the_first_answers():
     pool = RayResourcePool([4], use_gpu=False, cpus_per_process=0.25)
-    group = RayWorkerGroup(pool, RayClassWithInitArgs(Doubler, 2), group_sizes={"pairs": 2, "others": 4})
+    group = Doublers(pool, RayClassWithInitArgs(Doubler, 2), group_sizes={"pairs": 2, "others": 4})
     try:
         assert (group.multiply.shares, group.multiply_in_pairs.shares) == (4, 2)
         for rows in (1, 3, 4):
@@ -155,13 +171,13 @@ def test_ranks_of_a_group_share_rows_and_the_first_answers():
     finally:
         group.shutdown()
     with pytest.raises(ValueError, match=r"groups of 3 ranks \(pairs\) do not divide 4 ranks"):
-        RayWorkerGroup(pool, RayClassWithInitArgs(Doubler, 2), group_sizes={"pairs": 3})
+        Doublers(pool, RayClassWithInitArgs(Doubler, 2), group_sizes={"pairs": 3})
     pool.release()
 
 
 @pytest.mark.parametrize("when", ["working", "idle", "in a collective"])
-def test_a_killed_worker_is_named_at_once(group: RayWorkerGroup, when: str):
-    victim = group.worker_infos[1]
+def test_a_killed_worker_is_named_at_once(group: Doublers, when: str):
+    victim = group.processes.infos[1]
     group.all_reduce()
     start = time.monotonic()
     if when == "working":
@@ -175,10 +191,10 @@ def test_a_killed_worker_is_named_at_once(group: RayWorkerGroup, when: str):
     assert time.monotonic() - start < 60
 
 
-def test_a_rank_that_hangs_in_a_collective_is_named(group: RayWorkerGroup):
-    sleeper, start = group.worker_infos[1], time.monotonic()
+def test_a_rank_that_hangs_in_a_collective_is_named(group: Doublers):
+    sleeper, start = group.processes.infos[1], time.monotonic()
     assert group.timeouts(3) == [[3.0] * 3] * 2, "of groups of groups, too"
-    group.nccl_timeout_s = 3
+    group.processes.nccl_timeout_s = 3
     named = (
         rf"^worker rank 1 of doubler \(pid {sleeper.pid} on node \S+, [\d.]+\) did not come to a collective of meet, "
     )
@@ -189,10 +205,10 @@ def test_a_rank_that_hangs_in_a_collective_is_named(group: RayWorkerGroup):
         group.environment("RANK")
 
 
-def test_a_death_after_the_time_out_of_collectives_names_who_still_runs(group: RayWorkerGroup):
+def test_a_death_after_the_time_out_of_collectives_names_who_still_runs(group: Doublers):
     # As NCCL ends the processes that waited; gloo lets them fail.
-    first, second = group.worker_infos
-    group.nccl_timeout_s = 0.1
+    first, second = group.processes.infos
+    group.processes.nccl_timeout_s = 0.1
     future = group.sleep_on_other_ranks.remote(rank=2)
     time.sleep(0.2)
     os.kill(first.pid, signal.SIGKILL)

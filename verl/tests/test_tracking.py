@@ -10,7 +10,7 @@ from xbai.errors import UserError
 
 
 def _rows(folder):
-    return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
 
 
 def _track(folder, backends=("file",), resume_step=0):
@@ -27,7 +27,7 @@ def test_resume_drops_repeated_steps_and_half_a_line(tmp_path):
     with _track(tmp_path) as tracking:
         for step in (1, 2, 3):
             tracking.log({"reward": float(step)}, step)
-    with (tmp_path / METRICS_FILE).open("a") as stream:
+    with (tmp_path / METRICS_FILE).open("a", encoding="utf-8") as stream:
         stream.write('{"step": 4, "rew')
     with _track(tmp_path, resume_step=2) as tracking:
         tracking.log({"reward": 30.0}, 3)
@@ -42,7 +42,7 @@ def test_a_line_that_is_none_is_named(tmp_path, line):
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match=rf"^{tmp_path}/file/logs: no metrics can be written .*; choose another folder"):
         _track(tmp_path / "file" / "logs")
 
@@ -76,7 +76,7 @@ def test_wandb_logs_offline_without_a_key(tmp_path, monkeypatch):
     with _track(tmp_path, ["wandb"]) as tracking:
         tracking.log({"reward": 0.25}, 1)
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-    assert (tmp_path / "wandb_run_id.txt").read_text()
+    assert (tmp_path / "wandb_run_id.txt").read_text(encoding="utf-8")
 
 
 def test_wandb_takes_the_steps_that_a_resumed_run_repeats(tmp_path, monkeypatch):

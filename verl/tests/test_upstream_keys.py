@@ -14,17 +14,22 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from verl.trainer.compose import compose_config, leaves
-from verl.trainer.config_check import DEFAULTS_FILE, check_config
-from verl.trainer.overrides import read_overrides
-from verl.trainer.upstream_keys import RENAMED, UPSTREAM_KEYS
+from verl.trainer.config.check import check_config
+from verl.trainer.config.compose import as_written, compose_config
+from verl.trainer.config.overrides import read_overrides
+from verl.trainer.config.schema import YAML
+from verl.trainer.config.upstream_keys import RENAMED, UPSTREAM_KEYS
+from verl.trainer.config.validation import default_values
 from xbai.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
 README, README_ZH = REPOSITORY / "README.md", REPOSITORY / "README_zh.md"
 TRAINING = REPOSITORY / "docs/training.md"
-SCRIPTS = [json.loads(line) for line in (REPOSITORY / "tests/cases/public_scripts.jsonl").read_text().splitlines()]
-DEFAULTS = dict(leaves(OmegaConf.load(DEFAULTS_FILE)))
+SCRIPTS = [
+    json.loads(line)
+    for line in (REPOSITORY / "tests/cases/public_scripts.jsonl").read_text(encoding="utf-8").splitlines()
+]
+DEFAULTS = default_values(YAML)
 BASE = [
     "trainer.device=cuda",
     "actor_rollout_ref.model.path=DeepScaleR-1.5B-Preview",
@@ -35,17 +40,19 @@ BASE = [
 def check(*overrides: str) -> list[str]:
     """What a dry run would miss here; raises as it would."""
     missing: list[str] = []
-    check_config(compose_config(DEFAULTS_FILE.stem, [*BASE, *overrides]), missing.append)
+    check_config(compose_config(YAML, [*BASE, *overrides]), missing.append)
     return missing
 
 
 def composed(*overrides: str) -> dict:
-    return dict(leaves(compose_config(DEFAULTS_FILE.stem, [*BASE, *overrides])))
+    return as_written(compose_config(YAML, [*BASE, *overrides]))
 
 
 def table(page: Path, columns: int, after: str = "") -> list[list[str]]:
     """The rows of the first table with so many columns after a heading."""
-    lines = [line for line in page.read_text().partition(after)[2].splitlines() if line.startswith("| ")]
+    lines = [
+        line for line in page.read_text(encoding="utf-8").partition(after)[2].splitlines() if line.startswith("| ")
+    ]
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     start = next(index for index, row in enumerate(rows) if len(row) == columns)
     end = next((index for index, row in enumerate(rows) if index > start and len(row) != columns), len(rows))
@@ -202,7 +209,7 @@ def documented() -> Iterator[str]:
 def test_the_documentation_lists_every_key():
     rows = [
         line
-        for line in TRAINING.read_text().partition("## Keys of the public trainers")[2].splitlines()
+        for line in TRAINING.read_text(encoding="utf-8").partition("## Keys of the public trainers")[2].splitlines()
         if line[:3] == "| `"
     ]
     assert rows == list(documented())

@@ -8,11 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from verl import DataProto
-from verl.trainer.compose import compose_config
-from verl.trainer.config_check import DEFAULTS_FILE
+from verl.trainer.config.schema import ppo_config
+from verl.trainer.planning.model_shapes import ModelShape, known_config
 from verl.trainer.ppo.utilisation import TRAINING, Utilisation
 from verl.utils.device_peaks import peak_tflops
-from verl.utils.model_shapes import ModelShape, known_config
 
 SMALL = {
     "vocab_size": 320,
@@ -71,7 +70,7 @@ def test_training_takes_three_times_as_many(with_lm_head: bool) -> None:
 def _utilisation(device_name: str | None, *overrides: str, critic: bool = False) -> Utilisation:
     base = [f"actor_rollout_ref.model.path={MODEL}", "data.train_files=nowhere.parquet", "trainer.device=cuda"]
     estimator = ["algorithm.adv_estimator=gae"] if critic else []
-    return Utilisation.from_config(compose_config(DEFAULTS_FILE.stem, [*base, *estimator, *overrides]), device_name)
+    return Utilisation.from_config(ppo_config([*base, *estimator, *overrides]), device_name)
 
 
 def _batch() -> DataProto:

@@ -1,12 +1,19 @@
-"""A model and rows that ranks on CPU are done with at once, for test modules that are also their ranks' programs."""
+"""A model, rows and settings that ranks on CPU are done with at once; test modules are also their ranks' programs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from verl.trainer.config.fields import with_values
+from verl.trainer.config.optim import AdamConfig
+from verl.trainer.config.placement import TrainedPlacement
+from verl.trainer.config.policy import ActorRolloutRefConfig
+from verl.trainer.config.schema import ppo_defaults
 
 VOCABULARY, PROMPT, RESPONSE = 40, 6, 10
 PROMPT_LENGTHS, RESPONSE_LENGTHS = (3, 5, 4, 2, 1, 5, 3, 4), (4, 9, 1, 7, 6, 8, 2, 9)
@@ -40,3 +47,19 @@ def padded_rows(generator: Generator) -> dict[str, Tensor]:
         "position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0),
         "response_mask": attention_mask[:, PROMPT:],
     }
+
+
+def adam(**changes: Any) -> AdamConfig:
+    """An optimiser for a few steps."""
+    return with_values(ppo_defaults().critic.optim, {"lr": 1e-3, **changes})
+
+
+def fsdp_section(**changes: Any) -> TrainedPlacement:
+    """How a trained model is placed."""
+    return with_values(ppo_defaults().actor_rollout_ref.actor.fsdp_config, changes)
+
+
+def policy_section(changes: Mapping[str, Any]) -> ActorRolloutRefConfig:
+    """The policy's settings, without a KL to a reference unless `changes` has one."""
+    small = {"actor.use_kl_loss": False, "actor.optim.lr": 1e-3, "score.optim.lr": 1e-3}
+    return with_values(ppo_defaults().actor_rollout_ref, small | dict(changes))

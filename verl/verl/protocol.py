@@ -1,9 +1,20 @@
-"""The batch that travels between the driver and the workers."""
+"""The batch that travels between the driver and the workers.
+
+The columns of B rollouts, whose prompts are padded on the left to P and responses on the right to R tokens:
+
+- `input_ids`, `attention_mask`, `position_ids` [B, P+R], `prompts` [B, P], `responses` and `response_mask` [B, R];
+- `rollout_log_probs`, `old_log_probs`, `ref_log_prob`, `ref_kl`, `values` [B, R]: of the engine, of the policy before
+  the update, of the reference, the KL to it summed over the vocabulary, of the critic;
+- `entropys` [B, R], of the policy before the update; `rollout_scores` [B], of the engine; `kinds` [B], the same number
+  for rows that hold the same tokens;
+- `step_feature_mask` and `old_step_logits` [B, P+R];
+- `token_level_scores`, `token_level_rewards`, `advantages`, `returns` [B, R];
+- `graded` [B] bool, `correct` [B] float, `baselines` [B] (remax), `rival_scores` [B, m] (score losses that compare).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,23 +30,29 @@ def object_array(values: Iterable[Any]) -> np.ndarray:
     return np.fromiter(values, dtype=object)
 
 
-@dataclass(eq=False)
 class DataProto:
     """Rows with tensor columns, object columns, and facts about the whole batch.
 
-    Attributes:
+    Args:
         batch: tensors of shape [rows, ...]; None when there is no tensor column.
         non_tensor_batch: NumPy arrays (mostly of objects) of shape [rows, ...].
         meta_info: anything that belongs to the batch and not to a row.
 
     `union` works in place, the other methods return a new batch.
+
+    Attributes:
+        tensors: as `batch` was given; `batch` itself is for whoever needs them.
     """
 
-    batch: TensorDict | None = None
-    non_tensor_batch: dict[str, np.ndarray] = field(default_factory=dict)
-    meta_info: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        batch: TensorDict | None = None,
+        non_tensor_batch: dict[str, np.ndarray] | None = None,
+        meta_info: dict[str, Any] | None = None,
+    ) -> None:
+        self.tensors = batch
+        self.non_tensor_batch = {} if non_tensor_batch is None else non_tensor_batch
+        self.meta_info = {} if meta_info is None else meta_info
         self.check_consistency()
 
     @classmethod
@@ -44,7 +61,8 @@ class DataProto:
     ) -> DataProto:
         """Sort the columns of `data` into tensors and arrays."""
         tensors = {key: value for key, value in data.items() if isinstance(value, Tensor)}
-        return cls.from_dict(tensors, {key: data[key] for key in data if key not in tensors}, meta_info)
+        arrays = {key: value for key, value in data.items() if not isinstance(value, Tensor)}
+        return cls.from_dict(tensors, arrays, meta_info)
 
     @classmethod
     def from_dict(
@@ -76,9 +94,24 @@ class DataProto:
             if len(value) != len(self):
                 raise ValueError(f"non_tensor_batch[{key!r}] has {len(value)} rows, the batch {len(self)}")
 
+    @property
+    def batch(self) -> TensorDict:
+        """`tensors`, for whoever needs them.
+
+        Raises:
+            ValueError: no tensor column.
+        """
+        if self.tensors is None:
+            raise ValueError(f"the batch has no tensor column, only {sorted(self.non_tensor_batch)}")
+        return self.tensors
+
+    @batch.setter
+    def batch(self, tensors: TensorDict) -> None:
+        self.tensors = tensors
+
     def __len__(self) -> int:
-        if self.batch is not None:
-            return self.batch.batch_size[0]
+        if self.tensors is not None:
+            return self.tensors.batch_size[0]
         return len(next(iter(self.non_tensor_batch.values()), ()))
 
     def __getitem__(self, index: Index) -> DataProto:
@@ -86,7 +119,7 @@ class DataProto:
         if not isinstance(index, slice):
             index = torch.as_tensor(index)
             index = index if index.dtype == torch.bool else index.long()
-        batch = None if self.batch is None else self.batch[index]
+        batch = None if self.tensors is None else self.tensors[index]
         rows = index if isinstance(index, slice) else index.numpy()
         arrays = {key: value[rows] for key, value in self.non_tensor_batch.items()}
         return DataProto(batch, arrays, dict(self.meta_info))
@@ -95,7 +128,7 @@ class DataProto:
         self, batch_keys: Iterable[str] | None = None, non_tensor_batch_keys: Iterable[str] | None = None
     ) -> DataProto:
         """A batch of the named columns (None: all of that kind), sharing their data."""
-        batch, arrays = self.batch, self.non_tensor_batch
+        batch, arrays = self.tensors, self.non_tensor_batch
         if batch is not None and batch_keys is not None:
             batch = batch.select(*batch_keys)
         names = arrays if non_tensor_batch_keys is None else non_tensor_batch_keys
@@ -109,10 +142,12 @@ class DataProto:
         """
         if len(self) and len(other) and len(self) != len(other):
             raise ValueError(f"cannot unite batches of {len(self)} and {len(other)} rows")
-        if other.batch is not None:
-            mine = {} if self.batch is None else self.batch
-            _check_same("batch", mine, other.batch)
-            self.batch = other.batch.clone(recurse=False) if self.batch is None else self.batch.update(other.batch)
+        if other.tensors is not None:
+            mine = {} if self.tensors is None else self.tensors
+            _check_same("batch", mine, other.tensors)
+            self.tensors = (
+                other.tensors.clone(recurse=False) if self.tensors is None else self.tensors.update(other.tensors)
+            )
         for name in ("non_tensor_batch", "meta_info"):
             _check_same(name, getattr(self, name), getattr(other, name))
             getattr(self, name).update(getattr(other, name))
@@ -136,7 +171,10 @@ class DataProto:
     @staticmethod
     def concat(data: Sequence[DataProto]) -> DataProto:
         """Stack batches of the same columns; `meta_info` is that of the first."""
-        batch = None if data[0].batch is None else torch.cat([part.batch for part in data], dim=0)
+        tensors = [part.tensors for part in data if part.tensors is not None]
+        if tensors and len(tensors) < len(data):
+            raise ValueError("some of the batches have tensor columns, and some have none")
+        batch = TensorDict.cat(tensors, dim=0) if tensors else None
         keys = data[0].non_tensor_batch.keys()
         arrays = {key: np.concatenate([part.non_tensor_batch[key] for part in data]) for key in keys}
         return DataProto(batch, arrays, dict(data[0].meta_info))
@@ -144,13 +182,15 @@ class DataProto:
     def __getstate__(self) -> tuple:
         # NumPy arrays travel as out-of-band buffers (one copy into Ray's object store), and a view of a large tensor
         # takes only its own rows along, where a pickled tensor takes its whole storage.
-        tensors = None if self.batch is None else {key: _to_bytes(value) for key, value in self.batch.items()}
+        tensors = (
+            None if self.tensors is None else {key: _to_bytes(value) for key, value in self.tensors.to_dict().items()}
+        )
         return len(self), tensors, self.non_tensor_batch, self.meta_info
 
     def __setstate__(self, state: tuple) -> None:
         rows, tensors, self.non_tensor_batch, self.meta_info = state
         columns = None if tensors is None else {key: _from_bytes(*value) for key, value in tensors.items()}
-        self.batch = None if columns is None else TensorDict(columns, batch_size=[rows])
+        self.tensors = None if columns is None else TensorDict(columns, batch_size=[rows])
 
 
 def pad_dataproto_to_divisor(data: DataProto, size_divisor: int) -> tuple[DataProto, int]:

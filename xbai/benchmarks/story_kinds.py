@@ -74,7 +74,7 @@ Change = Callable[[Tale, int, Person, Person, str], int]
 
 
 def _possible_changes(held: int) -> list[Change]:
-    possible = [_gain, _gain_groups]
+    possible: list[Change] = [_gain, _gain_groups]
     if held >= 4:
         possible.append(_lose)
     if held >= 6 and held % 2 == 0:
@@ -139,7 +139,8 @@ def shopping(rng: Random) -> Story:
     buyer, tale = rng.choice(PEOPLE), Tale(rng)
     goods = rng.sample(GOODS, rng.randint(1, 3))
     counts = [rng.randint(2, 6), rng.randint(1, 6), rng.randint(1, 6)]
-    bought = [(good, count, rng.randint(2, 8)) for good, count in zip(goods, counts)]
+    # As many counts are drawn whatever is bought.
+    bought = [(good, count, rng.randint(2, 8)) for good, count in zip(goods, counts, strict=False)]
     tale.tell(f"{buyer.name} buys {listed([_priced(*purchase) for purchase in bought])}")
     total = _total_price(tale, bought)
     tale.aside(f"{buyer.subject} is {rng.randint(7, 15)} years old")
@@ -159,14 +160,14 @@ def _priced(good: str, count: int, price: int) -> str:
 
 
 def _total_price(tale: Tale, bought: list[tuple[str, int, int]]) -> int:
-    total = None
-    for good, count, price in bought:
+    total = 0
+    for number, (good, count, price) in enumerate(bought):
         if count == 1:
             cost = price
             tale.note(f"the {good} costs {price} dollars")
         else:
             cost = tale.work(f"the {plural(good)} cost", count, "x", price, "dollar")
-        total = cost if total is None else tale.work("that makes", total, "+", cost, "dollar")
+        total = tale.work("that makes", total, "+", cost, "dollar") if number else cost
     return total
 
 
@@ -279,12 +280,12 @@ def legs(rng: Random) -> Story:
     animals, tale = rng.sample(sorted(LEGS), rng.randint(2, 3)), Tale(rng)
     counts = [rng.randint(2, 6) for _ in animals]
     tale.tell(listed([f"{with_article(animal)} has {LEGS[animal]} legs" for animal in animals]))
-    found = listed([counted(count, animal) for animal, count in zip(animals, counts)])
+    found = listed([counted(count, animal) for animal, count in zip(animals, counts, strict=True)])
     tale.tell(f"on a farm there are {found}", f"{rng.choice(PEOPLE).name} counts {found}")
-    total = None
-    for animal, count in zip(animals, counts):
+    total = 0
+    for number, (animal, count) in enumerate(zip(animals, counts, strict=True)):
         more = tale.work(f"the {plural(animal)} have", count, "x", LEGS[animal], "leg")
-        total = more if total is None else tale.work("that makes", total, "+", more, "leg")
+        total = tale.work("that makes", total, "+", more, "leg") if number else more
     tale.aside(f"it is {rng.randint(2, 9)} degrees outside")
     return tale.ask(total, "How many legs is that in total?", "How many legs do the animals have in all?")
 

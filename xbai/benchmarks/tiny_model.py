@@ -78,7 +78,7 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
         max_position_embeddings=1024,
         initializer_range=0.06,
         tie_word_embeddings=False,
-        rope_theta=10_000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

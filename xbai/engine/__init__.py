@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from typing import Any
 import numpy
 import torch
 
-from xbai.engine.base import Completion, Engine, SamplingParams
+from xbai.engine.base import Completion, Engine, Sample, SamplingParams
 from xbai.engine.scorer import PromptTooLong, Scored, Scorer
 from xbai.errors import UserError
 from xbai.sprm.head import SCORE_MODULE_FILE
 
-__all__ = ["Completion", "Engine", "PromptTooLong", "SamplingParams", "Scored", "Scorer", "load_engine"]
+__all__ = ["Completion", "Engine", "PromptTooLong", "Sample", "SamplingParams", "Scored", "Scorer", "load_engine"]
 
 logger = logging.getLogger(__name__)
 
@@ -92,18 +92,18 @@ def _preserved_random_states() -> Iterator[None]:
         torch.cuda.set_rng_state_all(cuda_states)
 
 
-def _engine_class(name: str) -> type[Engine]:
+def _engine_class(name: str) -> Callable[..., Engine]:
     # Imported on demand: vLLM takes seconds, and may be absent.
     if name == "vllm":
-        from xbai.engine.vllm import VLLMEngine
+        from xbai.engine.vllm.engine import VLLMEngine
 
         return VLLMEngine
-    from xbai.engine.hf import HFEngine
+    from xbai.engine.hf.engine import HFEngine
 
     return HFEngine
 
 
-def _check_options(name: str, engine: type[Engine], options: dict[str, Any]) -> None:
+def _check_options(name: str, engine: Callable[..., Engine], options: dict[str, Any]) -> None:
     parameters = inspect.signature(engine).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return

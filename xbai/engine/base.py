@@ -1,15 +1,14 @@
-"""What an engine is: requests in, completions out, scores and weight updates; validation common to all of them."""
+"""What an engine is: samples in, completions out, scores and weight updates; validation common to all of them."""
 
 from __future__ import annotations
 
-import hashlib
 import random
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from itertools import chain, count
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -19,12 +18,18 @@ from xbai.engine.files import LM_HEAD, meta_model, weight_shapes
 from xbai.engine.scorer import HEAD_PREFIX, PromptTooLong, Scored, Scorer, head_shapes
 from xbai.engine.weight_check import HeldWeight, WeightCheck
 from xbai.errors import UserError
+from xbai.seeds import sample_seed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from xbai.sprm import StepRule
 
+
+FinishReason = Literal["stop", "stop_token", "length"]
+"""End of sequence or turn, or a stop string; one of `stop_token_ids`; no room for more tokens."""
+
+EnginePart = Literal["weights", "kv_cache"]
 
 _NO_HEAD = "scores: this engine was loaded without a score head (score_module.pt beside the model)"
 
@@ -41,7 +46,6 @@ class SamplingParams:
         stop: strings that end a completion and are cut from its text; one may be a special token.
         stop_token_ids: tokens that end a completion, or interrupt it: they stay in its text.
         seed: sample i draws from a stream derived from (seed, i); None takes the engine's seed, or a fresh stream.
-        first: number of the first sample, so that a request can be made in parts: its `n` are first, first + 1, ...
         log_probs: return each token's log-prob under softmax(logits / temperature), before penalties, top-k and top-p
             (at temperature 0: under softmax(logits)).
     """
@@ -55,7 +59,6 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
-    first: int = 0
     ignore_eos: bool = False
     log_probs: bool = False
 
@@ -77,29 +80,29 @@ class SamplingParams:
 
 @dataclass
 class Completion:
-    """One sampled response; `token_ids` include the token that ends it or completes a stop string.
-
-    Attributes:
-        finish_reason: `stop` (end of sequence or turn, or a stop string), `stop_token` (one of `stop_token_ids`), or
-            `length`.
-    """
+    """One sampled response; `token_ids` include the token that ends it or completes a stop string."""
 
     token_ids: list[int]
     text: str
-    finish_reason: str
+    finish_reason: FinishReason
     log_probs: list[float] | None = None
     step_scores: list[float] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
-    """One of a request's `n` completions to be: what an implementation schedules.
+    """One completion to be, the unit of work of an engine.
 
     Attributes:
+        key: unique among the samples of its engine.
+        index: which it is of its request's `n`.
+        params: those of the request, `max_tokens` being what there is room for.
+        seed: of its own random stream; None for a fresh one.
+        return_scores: its completion is to have step scores.
         end_ids: tokens that end it and are not in its text.
     """
 
-    request_id: str
+    key: str
     index: int
     prompt_ids: list[int]
     params: SamplingParams
@@ -107,28 +110,10 @@ class Sample:
     return_scores: bool = False
     end_ids: frozenset[int] = frozenset()
 
-    @property
-    def key(self) -> str:
-        """Unique among the unfinished samples."""
-        return f"{self.request_id}/{self.index}"
-
-
-@dataclass
-class _Request:
-    samples: list[Sample]
-    return_scores: bool
-    completions: dict[int, Completion] = field(default_factory=dict)
-
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:
     """`text` up to where the first of the stop strings begins."""
     return text[: min((text.index(string) for string in stop if string in text), default=len(text))]
-
-
-def sample_seed(seed: int, index: int) -> int:
-    """The seed of a request's sample `index`: 63 bits, well mixed, the same on every platform."""
-    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 class Engine(ABC):
@@ -171,7 +156,8 @@ class Engine(ABC):
         self._config = config
         self._trust_remote_code = trust_remote_code
         self._end_ids = set(end_ids)
-        self._requests: dict[str, _Request] = {}
+        self._request_numbers = count()
+        self._unfinished: set[Sample] = set()
         self._seeds = None if seed is None else random.Random(seed)
 
     @property
@@ -179,95 +165,84 @@ class Engine(ABC):
         """The rule that finds the steps, None without a score head."""
         return self.scorer.step_rule if self.scorer else None
 
-    def check(self, prompt_ids: list[int], params: SamplingParams, return_scores: bool = False) -> None:
-        """Raise what `add_request` would of these."""
-        self._check_ids(prompt_ids, most=self.max_model_len - 1)
-        if (wrong := self._outside_vocabulary(params.stop_token_ids)) is not None:
-            raise UserError(f"stop_token_ids: {wrong} is outside the vocabulary of {self.vocab_size}")
-        self.detokenize.stop_ids(params.stop)
-        if return_scores and self.step_rule is None:
-            raise UserError(_NO_HEAD)
-
-    def add_request(
-        self, request_id: str, prompt_ids: list[int], params: SamplingParams, return_scores: bool = False
-    ) -> None:
-        """Queue a request; `step` returns its completions once all `n` are finished.
+    def samples(self, prompt_ids: list[int], params: SamplingParams, return_scores: bool = False) -> list[Sample]:
+        """The `n` samples of a request, each to be added. Callable from any thread.
 
         Raises:
             PromptTooLong: the prompt leaves no room for a response.
             UserError: an empty prompt, a token outside the vocabulary, a stop string that no text can have, or scores
                 asked of an engine without a head.
-            ValueError: a request of this id is unfinished.
         """
-        if request_id in self._requests:
-            raise ValueError(f"request {request_id!r} is still unfinished")
-        self.check(prompt_ids, params, return_scores)
+        self._check_ids(prompt_ids, most=self.max_model_len - 1)
+        if (wrong := self._outside_vocabulary(params.stop_token_ids)) is not None:
+            raise UserError(f"stop_token_ids: {wrong} is outside the vocabulary of {self.vocab_size}")
+        ends = self.detokenize.stop_ids(params.stop) | (set() if params.ignore_eos else self._end_ids)
+        # A tokenizer may know more tokens than its model, and vLLM refuses those.
+        end_ids = frozenset(i for i in ends if i < self.vocab_size)
+        if return_scores and self.step_rule is None:
+            raise UserError(_NO_HEAD)
+        prompt_ids = list(prompt_ids)
         params = replace(params, max_tokens=min(params.max_tokens, self.max_model_len - len(prompt_ids)))
         seed = params.seed
         if seed is None and self._seeds is not None:
             seed = self._seeds.getrandbits(62)
-        end_ids = self.detokenize.stop_ids(params.stop) | (set() if params.ignore_eos else self._end_ids)
-        # A tokenizer may know more tokens than its model, and vLLM refuses those.
-        end_ids = frozenset(i for i in end_ids if i < self.vocab_size)
-        samples = [
-            Sample(
-                request_id,
-                i,
-                list(prompt_ids),
-                params,
-                None if seed is None else sample_seed(seed, i),
-                return_scores,
-                end_ids,
-            )
-            for i in range(params.first, params.first + params.n)
+        seeds = [None if seed is None else sample_seed(seed, i) for i in range(params.n)]
+        request = next(self._request_numbers)
+        return [
+            Sample(f"{request}/{i}", i, prompt_ids, params, each, return_scores, end_ids)
+            for i, each in enumerate(seeds)
         ]
-        self._enqueue(samples)
-        self._requests[request_id] = _Request(samples, return_scores)
 
-    def step(self) -> list[tuple[str, list[Completion]]]:
-        """Run one iteration of the scheduler; the requests it finished, with their completions in sample order."""
-        finished: list[str] = []
-        for sample, completion in self._advance():
-            request = self._requests[sample.request_id]
-            request.completions[sample.index] = completion
-            if len(request.completions) == len(request.samples):
-                finished.append(sample.request_id)
-        done = {request_id: self._requests.pop(request_id) for request_id in finished}
-        self._add_scores([request for request in done.values() if request.return_scores])
-        return [(i, [request.completions[s.index] for s in request.samples]) for i, request in done.items()]
+    def add(self, sample: Sample) -> None:
+        """Queue a sample; `step` returns its completion once it is finished.
 
-    def abort(self, request_id: str) -> None:
-        """Forget an unfinished request; unknown and finished ones are ignored."""
-        request = self._requests.pop(request_id, None)
-        if request is not None:
-            self._drop([sample for sample in request.samples if sample.index not in request.completions])
+        Raises:
+            UserError: the implementation has rules of its own.
+            ValueError: it is queued already.
+        """
+        if sample in self._unfinished:
+            raise ValueError(f"sample {sample.key} is still unfinished")
+        self._enqueue(sample)
+        self._unfinished.add(sample)
+
+    def step(self) -> list[tuple[Sample, Completion]]:
+        """Run one iteration of the scheduler; the samples it finished, with their completions."""
+        finished = self._finished()
+        self._add_scores(finished)
+        return finished
+
+    def abort(self, samples: Iterable[Sample]) -> None:
+        """Forget those of the samples that are unfinished."""
+        dropped = [sample for sample in samples if sample in self._unfinished]
+        self._unfinished.difference_update(dropped)
+        if dropped:
+            self._drop(dropped)
 
     def has_unfinished(self) -> bool:
         """Whether `step` has work."""
-        return bool(self._requests)
+        return bool(self._unfinished)
 
     def generate(
         self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams], return_scores: bool = False
     ) -> list[list[Completion]]:
-        """Complete all prompts, on an engine with no other requests; one list of `n` completions a prompt.
+        """Complete all prompts, on an engine with no other samples; one list of `n` completions a prompt.
 
         One `SamplingParams` with a seed serves every prompt with the same random streams; give a list to vary them.
         """
         if self.has_unfinished():
-            raise RuntimeError("generate() needs an engine without unfinished requests; use add_request() and step()")
+            raise RuntimeError("generate() needs an engine without unfinished samples; use add() and step()")
         each = params if isinstance(params, list) else [params] * len(prompts)
-        prefix = uuid.uuid4().hex
-        ids = [f"{prefix}-{i}" for i in range(len(prompts))]
-        results: dict[str, list[Completion]] = {}
+        requests = [self.samples(ids, chosen, return_scores) for ids, chosen in zip(prompts, each, strict=True)]
+        completions: dict[Sample, Completion] = {}
         try:
-            for request_id, prompt_ids, chosen in zip(ids, prompts, each, strict=True):
-                self.add_request(request_id, prompt_ids, chosen, return_scores)
+            for sample in chain.from_iterable(requests):
+                self.add(sample)
             while self.has_unfinished():
-                results.update(self.step())
+                completions.update(self._finished())
         finally:
-            for request_id in ids:
-                self.abort(request_id)
-        return [results[request_id] for request_id in ids]
+            self.abort(chain.from_iterable(requests))
+        self._add_scores(completions.items())
+        return [[completions[sample] for sample in samples] for samples in requests]
 
     def score(self, sequences: list[list[int]], response_starts: list[int]) -> list[Scored]:
         """Step scores of whole sequences (prompt and response); see `Scorer.score`."""
@@ -286,10 +261,10 @@ class Engine(ABC):
         Raises:
             UserError: a name or shape that is not this model's, a weight left out (a tied LM head may be), or one that
                 did not arrive as it was sent.
-            RuntimeError: requests are unfinished.
+            RuntimeError: samples are unfinished.
         """
         if self.has_unfinished():
-            raise RuntimeError("update_weights() while requests are unfinished would mix two models in one response")
+            raise RuntimeError("update_weights() while samples are unfinished would mix two models in one response")
         if not check:
             self._load_weights(self._checked(weights))
             return
@@ -304,8 +279,8 @@ class Engine(ABC):
             level: 1 keeps the weights in CPU memory, 2 drops them, so that they must be updated after waking up.
         """
 
-    def wake_up(self, parts: Sequence[str] | None = None) -> None:  # noqa: B027
-        """Undo `sleep`, save for weights that it dropped; of `weights` and `kv_cache` only those named (None: both)."""
+    def wake_up(self, parts: Sequence[EnginePart] | None = None) -> None:  # noqa: B027
+        """Undo `sleep`, save for weights that it dropped; of the parts only those named (None: both)."""
 
     def watch(self, on_failure: Callable[[], None]) -> None:  # noqa: B027
         """Have `on_failure` called, from any thread, when another process of the engine's has ended."""
@@ -314,8 +289,8 @@ class Engine(ABC):
         """Free what the engine holds; it cannot be used afterwards."""
 
     @abstractmethod
-    def _enqueue(self, samples: list[Sample]) -> None:
-        """Schedule new samples; those with `return_scores` may come back with scores, or get them by `score`."""
+    def _enqueue(self, sample: Sample) -> None:
+        """Schedule a new sample; one with `return_scores` may come back with scores, or gets them by `score`."""
 
     @abstractmethod
     def _advance(self) -> list[tuple[Sample, Completion]]:
@@ -360,12 +335,17 @@ class Engine(ABC):
         has_ended = bool(token_ids) and token_ids[-1] in sample.end_ids
         return cut_at_stop(self.detokenize(token_ids[:-1] if has_ended else token_ids), sample.params.stop)
 
-    def _add_scores(self, requests: list[_Request]) -> None:
-        pairs = [(s.prompt_ids, request.completions[s.index]) for request in requests for s in request.samples]
-        pairs = [(prompt_ids, completion) for prompt_ids, completion in pairs if completion.step_scores is None]
+    def _finished(self) -> list[tuple[Sample, Completion]]:
+        """As `step`, but scores that take a second forward pass are still missing."""
+        finished = self._advance()
+        self._unfinished.difference_update(sample for sample, _ in finished)
+        return finished
+
+    def _add_scores(self, finished: Iterable[tuple[Sample, Completion]]) -> None:
+        pairs = [(sample, one) for sample, one in finished if sample.return_scores and one.step_scores is None]
         if pairs:
-            sequences = [prompt_ids + completion.token_ids for prompt_ids, completion in pairs]
-            scored = self._require_scorer().score(sequences, [len(prompt_ids) for prompt_ids, _ in pairs])
+            sequences = [sample.prompt_ids + completion.token_ids for sample, completion in pairs]
+            scored = self._require_scorer().score(sequences, [len(sample.prompt_ids) for sample, _ in pairs])
             for (_, completion), result in zip(pairs, scored, strict=True):
                 completion.step_scores = result.step_scores
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from xbai.errors import UserError
 from xbai.sprm.tags import THINK_CLOSE, THINK_OPEN
@@ -29,9 +29,8 @@ class Detokenizer:
 
     def __call__(self, token_ids: Sequence[int]) -> str:
         """The text."""
-        if not self.keeps_special:
-            return self._tokenizer.decode(token_ids, skip_special_tokens=True)
-        return self._tokenizer.decode([i for i in token_ids if i not in self._left_out])
+        ids = [i for i in token_ids if i not in self._left_out] if self.keeps_special else list(token_ids)
+        return cast(str, self._tokenizer.decode(ids, skip_special_tokens=not self.keeps_special))
 
     def stop_ids(self, stop: Sequence[str]) -> set[int]:
         """The tokens of those stop strings that no text has, since they are special tokens.

@@ -97,10 +97,11 @@ class FeatureExtractor:
         model = load_pretrained(
             AutoModelForCausalLM,
             model_path,
+            device="cuda" if torch.cuda.is_available() else "cpu",
             dtype=resolve_dtype(dtype, config),
             trust_remote_code=trust_remote_code,
         )
-        return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"), layers, max_batch_tokens)
+        return cls(model, layers, max_batch_tokens)
 
     def new_batch(self) -> FeatureBatch:
         """An empty batch, to be filled for `run`."""
@@ -132,26 +133,27 @@ class FeatureExtractor:
     def _mean_log_probs(self, final: Tensor, batch: FeatureBatch) -> list[float]:
         """Of each response's tokens; the first token of a text has no log-prob, so none of an empty prompt."""
         counts = [len(response.ids) - max(response.start, 1) for response in batch.responses]
-        if self._lm_head is None:
+        if (lm_head := self._lm_head) is None:
             return [float("nan")] * len(counts)
-        predictors, labels = [], []
+        predictors: list[int] = []
+        labels: list[int] = []
         for path, response in zip(batch.packed.paths, batch.responses, strict=True):
             first = max(response.start, 1)
             predictors += path[first - 1 : len(response.ids) - 1]
             labels += response.ids[first:]
         places, targets = (torch.tensor(values, dtype=torch.long).to(final.device) for values in (predictors, labels))
-        chunk = max(1, LOGITS_PER_CHUNK // self._lm_head.out_features)
+        chunk = max(1, LOGITS_PER_CHUNK // lm_head.out_features)
         found = torch.cat(
             [
-                self._log_probs(final[place], target)
+                _log_probs(lm_head(final[place]).float(), target)
                 for place, target in zip(places.split(chunk), targets.split(chunk), strict=True)
             ]
         )
         return [float(part.double().mean()) for part in found.cpu().split(counts)]
 
-    def _log_probs(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        logits = self._lm_head(hidden).float()
-        return logits.gather(-1, labels[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+def _log_probs(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.gather(-1, labels[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 
 class FeatureBatch:

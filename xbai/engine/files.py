@@ -130,7 +130,8 @@ def resolve_dtype(dtype: str, config: PretrainedConfig) -> torch.dtype:
         UserError: any other name.
     """
     if dtype == "auto":
-        return config.dtype or torch.float32
+        stored = config.dtype or torch.float32
+        return getattr(torch, stored) if isinstance(stored, str) else stored
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is unknown, use auto or one of {', '.join(DTYPES)}")
     return DTYPES[dtype]

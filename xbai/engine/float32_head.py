@@ -22,7 +22,7 @@ def use_float32_output(head: nn.Linear) -> None:
 
     For inference alone. On a GPU that is what its matrix product returns; a CPU makes a copy in float32 for each.
     """
-    head.forward = partial(_float32_linear, head)
+    head.forward = partial(_float32_linear, head)  # type: ignore[method-assign]
 
 
 def _float32_linear(head: nn.Linear, features: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 STEP_LOGIT, LOG_PROB = 0, 1
-"""The columns that come instead of vLLM's log-probs (see vllm_sampler.py); a request gets the first `logprobs + 1`."""
+"""The columns that come instead of vLLM's log-probs (see vllm/sampler.py); a request gets the first `logprobs + 1`."""
 
 _FUSED_CLASSES = {
     "LlamaForCausalLM": "FusedLlamaForCausalLM",
@@ -32,12 +32,12 @@ _FORWARD_PASS = {
 
 
 def register_models() -> None:
-    """Make the models known to vLLM, in each process that is to run one (its plugin `xbai`, see setup.py)."""
+    """Make the models known to vLLM, in each process that is to run one (its plugin `xbai`, see pyproject.toml)."""
     from vllm import ModelRegistry
 
     for name in _FUSED_CLASSES.values():
         if name not in ModelRegistry.models:
-            ModelRegistry.register_model(name, f"xbai.engine.fused_models:{name}")
+            ModelRegistry.register_model(name, f"xbai.engine.vllm.fused_models:{name}")
 
 
 def obstacle(config: PretrainedConfig, options: Mapping[str, Any]) -> str | None:
@@ -47,7 +47,7 @@ def obstacle(config: PretrainedConfig, options: Mapping[str, Any]) -> str | None
         config: the model's.
         options: of vLLM's `EngineArgs`.
     """
-    (architecture, *_) = config.architectures or ["an architecture without a name"]
+    architecture = _architecture(config)
     if architecture not in _FUSED_CLASSES:
         return f"{architecture} is none of {', '.join(_FUSED_CLASSES)}"
     if config.num_hidden_layers < 2:
@@ -70,7 +70,7 @@ class FusedHead:
 
     def engine_arguments(self, config: PretrainedConfig, options: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of vLLM's `EngineArgs` that put it there, beside what `options` say in them."""
-        architecture = _FUSED_CLASSES[config.architectures[0]]
+        architecture = _FUSED_CLASSES[_architecture(config)]
         return {
             "hf_overrides": {**options.get("hf_overrides", {}), "architectures": [architecture]},
             "additional_config": {
@@ -94,6 +94,10 @@ class FusedHead:
         if self.folder is not None:
             return load_score_head(Path(self.folder), hidden_size, self.sprm_config)
         return ScoreHead(hidden_size, self.sprm_config.dropout, self.sprm_config.normalize_features).eval()
+
+
+def _architecture(config: PretrainedConfig) -> str:
+    return next(iter(config.architectures or ()), "an architecture without a name")
 
 
 def step_scores(

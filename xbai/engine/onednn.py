@@ -18,7 +18,7 @@ def use_onednn(model: nn.Module) -> None:
         return
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
-            module.forward = partial(_linear, module)
+            module.forward = partial(_linear, module)  # type: ignore[method-assign]
 
 
 def _linear(module: nn.Linear, features: Tensor) -> Tensor:

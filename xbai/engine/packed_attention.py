@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from functools import cache, cached_property, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +156,7 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _hands_arguments_on(backbone: PreTrainedModel) -> bool:
+def _hands_arguments_on(backbone: Any) -> bool:
     signatures = (inspect.signature(module.forward) for module in (backbone, backbone.layers[0]))
     return all(any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()) for signature in signatures)
 
@@ -192,10 +192,12 @@ def _varlen(
         )
     from torch.nn.attention.varlen import varlen_attn
 
-    if not _varlen_attn_takes_gqa():
+    options: dict[str, Any] = {"scale": scaling, "window_size": window_size}
+    if _varlen_attn_takes_gqa():
+        options["enable_gqa"] = True
+    else:
         key, value = (_repeat_heads(x, query) for x in (key, value))
-        return varlen_attn(query, key, value, *extents, scale=scaling, window_size=window_size)
-    return varlen_attn(query, key, value, *extents, scale=scaling, window_size=window_size, enable_gqa=True)
+    return cast(Tensor, varlen_attn(query, key, value, *extents, **options))
 
 
 @cache
@@ -219,7 +221,11 @@ def _by_sequence(
         key, value = (_repeat_heads(x, query) for x in (key, value))
     keys, values = (x.split(packing.key_lengths) for x in (key, value))
     sequences = zip(query.split(packing.lengths), keys, values, strict=True)
-    outputs = [_causal(*(x.transpose(0, 1)[None] for x in parts), scaling, window) for parts in sequences]
+
+    def alone(x: Tensor) -> Tensor:
+        return x.transpose(0, 1)[None]
+
+    outputs = [_causal(alone(q), alone(k), alone(v), scaling, window) for q, k, v in sequences]
     return torch.cat([output.squeeze(0).transpose(0, 1) for output in outputs])
 
 

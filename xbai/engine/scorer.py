@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -136,10 +136,14 @@ class Scorer:
         torch_dtype = resolve_dtype(dtype, config)
         _drop_last_layer(config)
         backbone = load_pretrained(
-            AutoModel, model_path, config=config, dtype=torch_dtype, trust_remote_code=trust_remote_code
+            AutoModel,
+            model_path,
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            config=config,
+            dtype=torch_dtype,
+            trust_remote_code=trust_remote_code,
         )
         backbone.norm = nn.Identity()
-        backbone.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(backbone, head, sprm_config.step_rule, max_batch_tokens)
 
     def score(self, sequences: list[list[int]], response_starts: list[int]) -> list[Scored]:
@@ -195,7 +199,7 @@ class Scorer:
     def load_weight(self, name: str, tensor: Tensor) -> None:
         """Copy one weight in under its Hugging Face name, the head's under `score_head.*`; others are not needed."""
         if name.startswith(HEAD_PREFIX):
-            target = self.head.get_parameter(name.removeprefix(HEAD_PREFIX))
+            target: nn.Parameter | None = self.head.get_parameter(name.removeprefix(HEAD_PREFIX))
         else:
             target = self._parameters.get(name.removeprefix(BACKBONE_PREFIX))
         if target is not None:
@@ -222,7 +226,8 @@ def prepare_for_packing(model: PreTrainedModel) -> bool:
     else:
         logger.warning("%s computes one text at a time: no packed sequences, %s", type(model).__name__, reason)
     use_onednn(model)
-    for layer in model.base_model.layers:
+    backbone: Any = model.base_model
+    for layer in backbone.layers:
         layer.mlp.forward = partial(_by_chunks, layer.mlp.forward)
     return reason is None
 
@@ -235,7 +240,7 @@ def head_shapes(head: ScoreHead) -> dict[str, torch.Size]:
 def truncate_backbone(backbone: PreTrainedModel) -> PreTrainedModel:
     """A decoder without last layer and final norm; its parameters stay shared with `backbone`."""
     shared = {id(tensor): tensor for tensor in chain(backbone.parameters(), backbone.buffers())}
-    view = copy.deepcopy(backbone, shared)
+    view: Any = copy.deepcopy(backbone, shared)
     _drop_last_layer(view.config)
     view.layers = view.layers[:-1]
     view.norm = nn.Identity()
@@ -246,7 +251,7 @@ def _by_chunks(forward: Callable[[Tensor], Tensor | tuple[Tensor, ...]], hidden:
     """An MLP's `forward` on a few tokens of [1, N, c] at a time; a router's scores [N, experts] may come beside."""
     if hidden.shape[1] <= CHUNK_TOKENS:
         return forward(hidden)
-    chunks = [forward(chunk) for chunk in hidden.split(CHUNK_TOKENS, dim=1)]
+    chunks: list[Any] = [forward(chunk) for chunk in hidden.split(CHUNK_TOKENS, dim=1)]
     if isinstance(chunks[0], Tensor):
         return torch.cat(chunks, dim=-2)
     return tuple(torch.cat(parts, dim=-2) for parts in zip(*chunks, strict=True))

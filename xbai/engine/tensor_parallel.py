@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from xbai.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _DIVIDED = ("num_attention_heads", "intermediate_size", "num_key_value_heads")
 
@@ -37,6 +43,23 @@ def largest_tensor_parallel_size(most: int, config: Mapping[str, Any]) -> int:
         config: the content of its `config.json`.
     """
     return next(size for size in range(most, 0, -1) if _divides(size, config))
+
+
+def visible_gpus_that_share(config: Mapping[str, Any]) -> int:
+    """How many of the GPUs that CUDA_VISIBLE_DEVICES gives this process can share a model; one if unset.
+
+    Args:
+        config: the content of its `config.json`.
+    """
+    visible = max(1, torch.cuda.device_count()) if "CUDA_VISIBLE_DEVICES" in os.environ else 1
+    size = largest_tensor_parallel_size(visible, config)
+    if size < visible:
+        logger.warning(
+            "%d of the %d GPUs in CUDA_VISIBLE_DEVICES share the model: its heads and MLP do not divide among more",
+            size,
+            visible,
+        )
+    return size
 
 
 def _divides(size: int, config: Mapping[str, Any]) -> bool:

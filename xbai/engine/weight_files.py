@@ -81,20 +81,30 @@ def check_weights(model_path: str | Path, config: PretrainedConfig) -> None:
     if config.tie_word_embeddings:
         expected.pop(LM_HEAD, None)
     # Saved without its LM head, a model has no prefix.
-    found = {name: stored.get(name) or stored.get(name.removeprefix(BACKBONE_PREFIX)) for name in expected}
-    _check_complete(model_path, [name for name in expected if found[name] is None], len(expected))
+    found = {
+        name: tensor
+        for name in expected
+        if (tensor := stored.get(name) or stored.get(name.removeprefix(BACKBONE_PREFIX))) is not None
+    }
+    _check_complete(model_path, [name for name in expected if name not in found], len(expected))
     for name, shape in expected.items():
         _check_shape(model_path, name, found[name].shape, shape)
 
 
 def load_pretrained(
-    auto_class: type[_BaseAutoModelClass], model_path: str | Path, *, trust_remote_code: bool = False, **options: Any
+    auto_class: type[_BaseAutoModelClass],
+    model_path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
 ) -> PreTrainedModel:
-    """A transformers model with all of its weights from a folder, on the CPU.
+    """A transformers model with all of its weights from a folder.
 
     Args:
         auto_class: transformers' `AutoModel...` of the parts that are needed.
         model_path: the folder.
+        device: where it is to be; by default where transformers has it, on the CPU.
         trust_remote_code: run the Python code that comes with it.
         **options: further ones of `from_pretrained`.
 
@@ -123,7 +133,7 @@ def load_pretrained(
     if getattr(model.config, "quantization_config", None) is None:
         weights = dict(model.named_parameters(remove_duplicate=False))
         _check_complete(model_path, loading["missing_keys"] & weights.keys(), len(weights))
-    return model
+    return model if device is None else model.to(device)
 
 
 def _files(folder: Path) -> list[Path]:

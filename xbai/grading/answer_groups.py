@@ -58,7 +58,7 @@ class AnswerGroups:
         groups = [self._joined(by_key) for by_key in plainest]
         return [
             [None if answer is None else group[self._keys[answer]] for answer in of_question]
-            for of_question, group in zip(answers, groups)
+            for of_question, group in zip(answers, groups, strict=True)
         ]
 
     def close(self) -> None:
@@ -76,7 +76,7 @@ class AnswerGroups:
         self._keys |= {answer: key_of_answer(answer) for answer in missing if is_plain(answer)}
         asked = [answer for answer in missing if answer not in self._keys]
         futures = [self._pool.submit(GradeRequest(self._data_source, _boxed(answer), None)) for answer in asked]
-        for answer, future in zip(asked, futures):
+        for answer, future in zip(asked, futures, strict=True):
             grade = future.result()
             if grade.value is None:
                 self._unreadable.add(answer)
@@ -100,7 +100,7 @@ class AnswerGroups:
     def _compare(self, pairs: Iterable[Pair]) -> None:
         asked = [pair for pair in dict.fromkeys(pairs) if pair not in self._equal]
         futures = [self._pool.submit(GradeRequest(self._data_source, _boxed(a), _boxed(b))) for a, b in asked]
-        self._equal |= {pair: future.result().value == 1.0 for pair, future in zip(asked, futures)}
+        self._equal |= {pair: future.result().value == 1.0 for pair, future in zip(asked, futures, strict=True)}
 
     def _joined(self, by_key: dict[str, str]) -> dict[str, str]:
         """Each key's group, by the smallest key in it."""

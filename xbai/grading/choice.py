@@ -14,9 +14,9 @@ def chosen_option(response: str) -> str | None:
     first or last line.
     """
     text = unicodedata.normalize("NFKC", after_thinking(response)).strip()
-    statements = list(STATED.finditer(text))
+    statements = [statement[statement.lastgroup] for statement in STATED.finditer(text) if statement.lastgroup]
     if statements:
-        return _single(statements[-1][statements[-1].lastgroup])
+        return _single(statements[-1])
     return _only_right_one(text) or _option_alone(text)
 
 

@@ -69,11 +69,12 @@ def _sandbox() -> Sandbox:
 
 def _passes(code: str, function: str | None, case: Case) -> bool:
     if function is None:
-        job, same = Job(code, stdin=case.input, limits=LIMITS), same_output
+        job = Job(code, stdin=case.input, limits=LIMITS)
     else:
         arguments = [json.loads(line) for line in case.input.split("\n") if line.strip()]
-        job, same = Job(code, function=function, arguments=arguments, limits=LIMITS), same_result
+        job = Job(code, function=function, arguments=arguments, limits=LIMITS)
     outcome = _sandbox().run(job)
+    same = same_output if function is None else same_result
     return outcome.status is Status.DONE and same(outcome.output.decode(errors="replace"), case.output)
 
 
@@ -83,7 +84,7 @@ def _same_line(line: str, expected: str) -> bool:
     numbers, true_numbers = line.split(), expected.split()
     try:
         return len(numbers) == len(true_numbers) and all(
-            Decimal(number) == Decimal(true) for number, true in zip(numbers, true_numbers)
+            Decimal(number) == Decimal(true) for number, true in zip(numbers, true_numbers, strict=True)
         )
     except InvalidOperation:
         return False

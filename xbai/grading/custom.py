@@ -15,24 +15,11 @@ from xbai.grading.dispatch import GradeRequest
 
 
 @dataclass(frozen=True)
-class CustomGrader:
-    """Grades by calling `name(data_source, solution_str, ground_truth, extra_info)` of the Python file `path`.
-
-    The function returns the score, or a dict that holds it as `score` (see `as_grade`). Picklable, so that it reaches
-    the grading processes.
-    """
+class CustomFunction:
+    """The function `name` of the Python file `path`. Picklable, so that it reaches the grading processes."""
 
     path: str
     name: str = "compute_score"
-
-    def __call__(self, request: GradeRequest) -> Any:
-        """What the function returns for one response."""
-        return self.load()(
-            data_source=request.data_source,
-            solution_str=request.response,
-            ground_truth=request.ground_truth,
-            extra_info=request.extra_info,
-        )
 
     def load(self) -> Callable[..., Any]:
         """The function itself.
@@ -48,7 +35,23 @@ class CustomGrader:
         return function
 
 
-class CustomBatchGrader(CustomGrader):
+class CustomGrader(CustomFunction):
+    """Grades one response by a call of `name(data_source, solution_str, ground_truth, extra_info)`.
+
+    The function returns the score, or a dict that holds it as `score` (see `as_grade`).
+    """
+
+    def __call__(self, request: GradeRequest) -> Any:
+        """What the function returns for one response."""
+        return self.load()(
+            data_source=request.data_source,
+            solution_str=request.response,
+            ground_truth=request.ground_truth,
+            extra_info=request.extra_info,
+        )
+
+
+class CustomBatchGrader(CustomFunction):
     """Grades many responses by one call, `name(data_sources, solution_strs, ground_truths, extra_infos)`: four lists.
 
     The function returns a list with a score or dict for each response; None for one that it could not grade.

@@ -11,8 +11,6 @@ from typing import Any
 
 from xbai.errors import UserError
 
-Grader = Callable[..., Any]
-"""From a `GradeRequest` (or, for a batch, a list of them) to what `as_grade` takes (or a list of that)."""
 AnswerCheck = Callable[[str, str], bool]
 
 ANSWER_CHECKS = {
@@ -75,10 +73,15 @@ class GradeRequest:
         """
         truth = self.ground_truth.get("target") if isinstance(self.ground_truth, dict) else self.ground_truth
         if isinstance(truth, Real) and not isinstance(truth, bool) and math.isfinite(truth):
-            truth = str(int(truth) if truth == int(truth) else truth)
+            whole = math.floor(truth)
+            truth = str(whole if truth == whole else truth)
         if not isinstance(truth, str) or not truth.strip():
             raise ValueError(f"the right answer is not known: the ground truth is {truth!r}")
         return truth
+
+
+Grader = Callable[[GradeRequest], Any]
+"""Returns what `as_grade` takes."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import TypeAlias
 
 from mpmath import isfinite, mp, mpc, mpf, workprec
 from sympy import (
@@ -47,7 +48,7 @@ HIDDEN_BITS = 2_000
 """How much smaller than a sum a term must be to count as hidden by it."""
 
 Point = dict[str, Fraction]
-Number = mpf | mpc
+Number: TypeAlias = mpf | mpc
 
 
 class UndefinedError(Exception):

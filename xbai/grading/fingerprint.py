@@ -62,8 +62,13 @@ def _of_formula(formula: Expr) -> Fraction | str | None:
     variables = sorted(formula.free_symbols, key=str)
     if not variables:
         return _constant(formula)
-    values = [_value(formula.xreplace(point)) for point in _points(variables)]
-    return None if None in values else f"{','.join(map(str, variables))}: {' '.join(map(_text, values))}"
+    texts = []
+    for point in _points(variables):
+        value = _value(formula.xreplace(point))
+        if value is None:
+            return None
+        texts.append(_text(value))
+    return f"{','.join(map(str, variables))}: {' '.join(texts)}"
 
 
 def _constant(formula: Expr) -> Fraction | str | None:

@@ -42,9 +42,9 @@ def solve_relation(left: str, sign: str, right: str) -> tuple[Set, str] | None:
         right: LaTeX of the other side; `\\pm` in it stands for two numbers.
     """
     if "\\pm" in right and sign in ("==", "!="):
-        both = [solve_relation(left, sign, re.sub(r"\\pm ?", case, right)) for case in ("", "-")]
+        first, second = (solve_relation(left, sign, re.sub(r"\\pm ?", case, right)) for case in ("", "-"))
         combine = Union if sign == "==" else Intersection
-        return (combine(*(reals for reals, _ in both)), both[0][1]) if all(both) else None
+        return (combine(first[0], second[0]), first[1]) if first and second else None
     for side, other, direction in ((left, right, sign), (right, left, _MIRRORED[sign])):
         bound, letter = real_number(other), unknown(side)
         if bound is not None and letter:

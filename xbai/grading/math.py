@@ -1,4 +1,10 @@
-"""Mathematical answers: the last box of the response, compared exactly where possible and by computer algebra else."""
+"""Mathematical answers: the last box of the response, compared exactly where possible and by computer algebra else.
+
+In this order: answers are found (`boxed.py`) and spelt alike (`latex.py`, `notation.py`); numbers with their units
+are read by `quantity.py`; what a form means is each form's own module, a text's reading or None (`option.py`,
+`named.py`, `real_set.py`, `inequality.py`, `equation.py`, `collection.py`); what is left are formulas, which
+`symbolic.py` compares, by their values at points (`numeric.py`, `evaluator.py`) before any algebra.
+"""
 
 from __future__ import annotations
 
@@ -55,8 +61,10 @@ def _same(answer: str, truth: str) -> bool:
         return _same_expressions(without_separators(answer), truth)
     if true_number and items is None:
         return _same_expressions(answer, without_separators(truth))
-    if items or true_items:
-        return (items or _beside(true_items, answer)).matches(true_items or _beside(items, truth), _same)
+    if items:
+        return items.matches(true_items or _beside(items, truth), _same)
+    if true_items:
+        return _beside(true_items, answer).matches(true_items, _same)
     return _same_expressions(answer, truth)
 
 

@@ -109,7 +109,7 @@ def _key_of_items(items: list[str], brackets: str) -> str:
     several_unknowns = len({compact(item["name"]) for item in named if item}) > 1
     keys = [
         f"{compact(item['name'])}={_key(item['value'])}" if item and several_unknowns else _key(text)
-        for item, text in zip(named, items)
+        for item, text in zip(named, items, strict=True)
     ]
     if brackets:
         return f"tuple {brackets} {keys}"

@@ -85,7 +85,7 @@ def read_solutions(text: str) -> list[Solution] | None:
             values = _tuples(item)
             if values is None or any(len(value) != len(names) for value in values):
                 return None
-            solutions += [dict(zip(names, value)) for value in values]
+            solutions += [dict(zip(names, value, strict=True)) for value in values]
             continue
         *symbols, value = (part.strip() for part in item.split("="))
         if not symbols or not value or not all(re.fullmatch(_SYMBOL, symbol) for symbol in symbols):
@@ -141,5 +141,5 @@ def _tuples(text: str) -> list[list[str]] | None:
         return [found.items]
     if not found:
         return None
-    values = [Collection.parse(item) for item in found.items]
-    return [value.items for value in values] if all(value and value.brackets == "()" for value in values) else None
+    values = [value.items for item in found.items if (value := Collection.parse(item)) and value.brackets == "()"]
+    return values if len(values) == len(found.items) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 _FUNCTIONS = (
     "sqrt pi sin cos tan cot csc sinh cosh tanh coth arcsin arccos arctan arccot exp ln log lg tg ctg cotg arctg arcctg"
@@ -77,28 +78,28 @@ def _counted(letters: str) -> list[re.Pattern[str]]:
 _COMBINATIONS = _counted("C")
 _PERMUTATIONS = _counted("AP")
 
-_REWRITES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        (r"\*\*", "^"),
-        (r"<=", r"\\le "),
-        (r">=", r"\\ge "),
-        (r"\\ast(?![A-Za-z])", r"\\cdot "),
-        (r"\\imath(?![A-Za-z])", "i"),
-        (r"\^\s*([+-]\s*\d+)", r"^{\1}"),
-        (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
-        (r"\{\s*\{?([^{}]*)\}?\s*\\choose(?![A-Za-z])\s*\{?([^{}]*)\}?\s*\}", r"\\binom{\1}{\2}"),
-        (r"^([^{}\\]*)\\choose(?![A-Za-z])([^{}\\]*)$", r"\\binom{\1}{\2}"),
-        (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
-        (r"(\.\d*)\\bar(?![A-Za-z])\s*\{?(\d+)\}?", r"\1\\overline{\2}"),
-        (r"((?<!\d)\d+\.)\((\d+)\)", r"\1\\overline{\2}"),
-        (r"(\\sqrt(?:\[[^][]*\])?)\s*(\d+|[A-Za-z]|\\pi(?![A-Za-z]))", r"\1{\2}"),
-        (r"^(?:\s|=|\\(?:approx|sim|simeq|doteq|thickapprox)(?![A-Za-z]))+", ""),
-        (r"^(?:\\text\s*\{\s*)?(?:approximately|approx\.?|about)\s*\}?\s*(?=[-\d\\.])", ""),
-        (r"^([A-Za-z](?:_\{?\w+\}?)?)\s*\\approx(?![A-Za-z])", r"\1="),
-        (rf"\\({'|'.join(_REGIONAL)})(?![A-Za-z])", lambda found: _spaced(_REGIONAL[found[1]], found)),
-    ]
+_Replacement = str | Callable[[re.Match[str]], str]
+
+_WRITTEN: list[tuple[str, _Replacement]] = [
+    (r"\*\*", "^"),
+    (r"<=", r"\\le "),
+    (r">=", r"\\ge "),
+    (r"\\ast(?![A-Za-z])", r"\\cdot "),
+    (r"\\imath(?![A-Za-z])", "i"),
+    (r"\^\s*([+-]\s*\d+)", r"^{\1}"),
+    (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
+    (r"\{\s*\{?([^{}]*)\}?\s*\\choose(?![A-Za-z])\s*\{?([^{}]*)\}?\s*\}", r"\\binom{\1}{\2}"),
+    (r"^([^{}\\]*)\\choose(?![A-Za-z])([^{}\\]*)$", r"\\binom{\1}{\2}"),
+    (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+    (r"(\.\d*)\\bar(?![A-Za-z])\s*\{?(\d+)\}?", r"\1\\overline{\2}"),
+    (r"((?<!\d)\d+\.)\((\d+)\)", r"\1\\overline{\2}"),
+    (r"(\\sqrt(?:\[[^][]*\])?)\s*(\d+|[A-Za-z]|\\pi(?![A-Za-z]))", r"\1{\2}"),
+    (r"^(?:\s|=|\\(?:approx|sim|simeq|doteq|thickapprox)(?![A-Za-z]))+", ""),
+    (r"^(?:\\text\s*\{\s*)?(?:approximately|approx\.?|about)\s*\}?\s*(?=[-\d\\.])", ""),
+    (r"^([A-Za-z](?:_\{?\w+\}?)?)\s*\\approx(?![A-Za-z])", r"\1="),
+    (rf"\\({'|'.join(_REGIONAL)})(?![A-Za-z])", lambda found: _spaced(_REGIONAL[found[1]], found)),
 ]
+_REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in _WRITTEN]
 
 
 def standard_notation(text: str) -> str:

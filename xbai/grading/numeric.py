@@ -55,9 +55,8 @@ def same_values(first: Expr, second: Expr) -> bool | None:
 
 def _same_numbers(first: Expr, second: Expr) -> bool | None:
     decimal, second_decimal = _decimal(first), _decimal(second)
-    if (decimal is None) != (second_decimal is None):
-        number, other = (second_decimal, first) if decimal is None else (decimal, second)
-        if number.denominator > 1:
+    for number, other, beside in ((decimal, second, second_decimal), (second_decimal, first, decimal)):
+        if number is not None and beside is None and number.denominator > 1:
             return _approximates(number, other)
     for real in (True, False):
         try:

@@ -35,7 +35,7 @@ class Option:
         # Space keeps `\text{(B) }(1,2)` from reading as a product.
         text = _IN_TEXT.sub(_out_of_text, text, count=1) if text.startswith(("\\text", "(\\text")) else text
         found = _LABEL.match(text)
-        if not found:
+        if not found or not found.lastgroup:
             return None
         rest = text[found.end() :].strip()
         if _OPERATOR.match(rest) or _ANOTHER.search(rest):

@@ -27,8 +27,9 @@ from types import TracebackType
 
 import xbai
 from xbai.errors import UserError
-from xbai.grading.dispatch import CRASH, ERROR, MEMORY, TIMEOUT, Grade, Grader, GradeRequest, grade
-from xbai.grading.worker import OUT_OF_MEMORY, RAISED, REFUSED, START_TIMEOUT_S, STARTED, Reply
+from xbai.grading.custom import CustomBatchGrader
+from xbai.grading.dispatch import CRASH, ERROR, MEMORY, TIMEOUT, Grade, Grader, GradeRequest, Preparation, grade
+from xbai.grading.worker import START_TIMEOUT_S, Graded, OutOfMemory, Raised, Refused, Reply
 from xbai.sandbox.forking import patiently
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class GraderPool:
         self,
         workers: int | None = None,
         timeout_s: float = 10.0,
-        grader: Grader = grade,
+        grader: Grader | CustomBatchGrader = grade,
         memory_bytes: int = 4 * GIBIBYTE,
         failure_level: int = logging.WARNING,
     ) -> None:
@@ -107,26 +108,22 @@ class GraderPool:
         self.close()
 
     def _grade_one(self, request: GradeRequest) -> Grade:
-        try:
-            grade = self._ask(request)
-        except _CouldNotGradeError as failure:
-            grade = failure.grade
+        [grade] = self._ask([request])
         self._note([grade], f"a response of {request.data_source} was")
         return grade
 
     def _grade_batch(self, requests: list[GradeRequest]) -> list[Grade]:
-        try:
-            grades = self._ask(requests)
-        except _CouldNotGradeError as failure:
-            grades = [failure.grade] * len(requests)
+        grades = self._ask(requests)
         failed = sum(grade.value is None for grade in grades)
         self._note(grades, f"{failed} of {len(grades)} responses were")
         return grades
 
-    def _ask(self, request: GradeRequest | list[GradeRequest]) -> Grade | list[Grade]:
+    def _ask(self, requests: list[GradeRequest]) -> list[Grade]:
         worker = self._idle.get()
         try:
-            return worker.grade(request)
+            return worker.grade(requests)
+        except _CouldNotGradeError as error:
+            return [Grade(None, error.failure, error.detail)] * len(requests)
         finally:
             self._idle.put(worker)
 
@@ -134,9 +131,9 @@ class GraderPool:
         failed = [grade for grade in grades if grade.value is None]
         if failed and not self._killed:
             with self._failures_lock:
-                self.failures.update(grade.failure for grade in failed)
-            failure = failed[0]
-            logger.log(self._failure_level, "%s not graded: %s (%s)", subject, failure.failure, failure.detail)
+                self.failures.update(grade.failure or ERROR for grade in failed)
+            first = failed[0]
+            logger.log(self._failure_level, "%s not graded: %s (%s)", subject, first.failure, first.detail)
 
 
 @cache
@@ -148,13 +145,13 @@ def _warn_once(warning: str) -> None:
 class _CouldNotGradeError(Exception):
     def __init__(self, failure: str, detail: str) -> None:
         super().__init__(f"{failure} ({detail})")
-        self.grade = Grade(None, failure, detail)
+        self.failure, self.detail = failure, detail
 
 
 class _Worker:
     """One grading process; started on the first request and again after it had to be killed."""
 
-    def __init__(self, grader: Grader, timeout_s: float, memory_bytes: int) -> None:
+    def __init__(self, grader: Grader | CustomBatchGrader, timeout_s: float, memory_bytes: int) -> None:
         self._memory_bytes = memory_bytes
         self._settings = pickle.dumps((grader, timeout_s, memory_bytes))
         self._process: subprocess.Popen | None = None
@@ -170,26 +167,37 @@ class _Worker:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
-    def grade(self, request: GradeRequest | list[GradeRequest]) -> Grade | list[Grade]:
+    def grade(self, requests: list[GradeRequest]) -> list[Grade]:
+        """A grade for each.
+
+        Raises:
+            UserError: the grader refuses the requests.
+            _CouldNotGradeError: there is none for all of them.
+        """
         try:
             if self._process is None:
                 self._start()
             number = next(self._numbers)
-            self._connection.send((number, request))
-            kind, value = self._receive(number, START_TIMEOUT_S)
-            if kind == STARTED:
-                _warn_once(value.warning)
-                kind, value = self._receive(number, value.time_limit_s)
+            self._connection.send((number, requests))
+            reply = self._receive(number, START_TIMEOUT_S)
+            if isinstance(reply, Preparation):
+                _warn_once(reply.warning)
+                reply = self._receive(number, reply.time_limit_s)
         except (EOFError, OSError) as error:
             raise _CouldNotGradeError(CRASH, f"the process ended with status {self.stop()}: {error!r}") from error
-        if kind == REFUSED:
-            raise UserError(value)
-        if kind == OUT_OF_MEMORY:
-            self.stop()
-            raise _CouldNotGradeError(MEMORY, f"more than {self._memory_bytes / GIBIBYTE:.1f} GiB")
-        if kind == RAISED:
-            raise _CouldNotGradeError(ERROR, value)
-        return value
+        match reply:
+            case Graded(grades) if len(grades) == len(requests):
+                return grades
+            case Refused(message):
+                raise UserError(message)
+            case Raised(detail):
+                raise _CouldNotGradeError(ERROR, detail)
+            case OutOfMemory():
+                self.stop()
+                raise _CouldNotGradeError(MEMORY, f"more than {self._memory_bytes / GIBIBYTE:.1f} GiB")
+            case _:
+                self.stop()
+                raise _CouldNotGradeError(CRASH, "the process sent what is no reply to this request")
 
     def stop(self) -> int | None:
         """Kill the process and its descendants, if there is one; returns its exit status."""
@@ -203,12 +211,12 @@ class _Worker:
             return process.wait(KILL_GRACE_S)
         return None
 
-    def _receive(self, number: int, timeout_s: float) -> tuple[str, Reply]:
+    def _receive(self, number: int, timeout_s: float) -> Reply:
         if not self._connection.poll(timeout_s):
             self.stop()
             raise _CouldNotGradeError(TIMEOUT, f"no answer within {timeout_s:g} s")
         try:
-            kind, value, of = self._connection.recv()
+            of, reply = self._connection.recv()
         except (EOFError, OSError):
             raise
         except Exception as error:  # Bytes that are no reply can fail to be unpickled in any way.
@@ -217,7 +225,7 @@ class _Worker:
         if of != number:
             self.stop()
             raise _CouldNotGradeError(CRASH, "the process replied to another request")
-        return kind, value
+        return reply
 
     def _start(self) -> None:
         try:

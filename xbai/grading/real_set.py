@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 from sympy import Expr, FiniteSet, Intersection, Interval, S, Set, Union, oo
 
@@ -164,11 +165,15 @@ def _read_chain(text: str) -> RealSet:
         return RealSet(members if relations == [r"\in"] else S.Reals - members, letter)
     if not set(relations) <= set(_SIGNS):
         raise _NotASetError
-    solved = [solve_relation(left, _SIGNS[sign], right) for left, sign, right in zip(sides, relations, sides[1:])]
-    if not all(solved):
-        raise _NotASetError
-    sets = [RealSet(*found) for found in solved]
+    sets = [_solved(left, _SIGNS[sign], right) for (left, right), sign in zip(pairwise(sides), relations, strict=True)]
     return RealSet(Intersection(*(part.reals for part in sets)), _united(sets).variable)
+
+
+def _solved(left: str, sign: str, right: str) -> RealSet:
+    found = solve_relation(left, sign, right)
+    if found is None:
+        raise _NotASetError
+    return RealSet(*found)
 
 
 def _united(sets: list[RealSet]) -> RealSet:
@@ -200,7 +205,7 @@ def _parts(reals: Set) -> list[tuple[Expr, Expr, bool, bool]]:
 def _same_parts(parts: list[tuple[Expr, Expr, bool, bool]], others: list[tuple[Expr, Expr, bool, bool]]) -> bool:
     return len(parts) == len(others) and all(
         bounds[2:] == other[2:] and _same_number(bounds[0], other[0]) and _same_number(bounds[1], other[1])
-        for bounds, other in zip(parts, others)
+        for bounds, other in zip(parts, others, strict=True)
     )
 
 

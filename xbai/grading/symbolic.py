@@ -112,7 +112,7 @@ def _unambiguous(latex: str) -> str:
 
 def _as_fraction(repeating: re.Match[str]) -> str:
     number = parse_number(repeating.group())
-    return rf"\frac{{{number.numerator}}}{{{number.denominator}}}"
+    return repeating.group() if number is None else rf"\frac{{{number.numerator}}}{{{number.denominator}}}"
 
 
 def _in_factorials(binomial: re.Match[str]) -> str:

@@ -6,22 +6,51 @@ import os
 import resource
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Any
 
 from xbai.errors import UserError
 from xbai.grading.comparison import compare
-from xbai.grading.custom import CustomGrader
+from xbai.grading.custom import CustomBatchGrader, CustomFunction
 from xbai.grading.dispatch import Grade, Grader, GradeRequest, Preparation, as_grade, grade, prepare
 from xbai.sandbox.confine import hide_memory
-
-STARTED, GRADED, RAISED, REFUSED, OUT_OF_MEMORY = "started", "graded", "raised", "refused", "memory"
-Reply = Grade | list[Grade] | Preparation | str
-"""What goes with a kind of reply; the third part of a reply is the number of its request."""
 
 START_TIMEOUT_S = 120.0
 """What the imports of a grader may take."""
 ORPHAN_GRACE_S = 30.0
 """A worker whose pool was killed ends itself this long after a time limit."""
+
+
+@dataclass(frozen=True)
+class Graded:
+    """The grades of what was asked, in its order."""
+
+    grades: list[Grade]
+
+
+@dataclass(frozen=True)
+class Raised:
+    """The grader failed, in words."""
+
+    detail: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A mistake of the user's, in words."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class OutOfMemory:
+    """The grader asked for more than it may have."""
+
+
+Answer = Graded | Raised | Refused | OutOfMemory
+Reply = Preparation | Answer
+"""What the worker sends, behind the number of the request: a `Preparation` when the grader starts, then an answer."""
 
 
 def main(file_descriptor: int) -> None:
@@ -34,18 +63,18 @@ def main(file_descriptor: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     own_pid = os.getpid()
 
-    def reply(kind: str, value: Reply) -> None:
+    def send(reply: Reply) -> None:
         if os.getpid() != own_pid:
             # The grader forked, and this is the copy: the answer is the other one's to give.
             os._exit(0)
-        connection.send((kind, value, number))
+        connection.send((number, reply))
 
     while True:
         try:
-            number, request = connection.recv()
+            number, requests = connection.recv()
         except EOFError:
             return
-        reply(*_answer(grader, request, timeout_s, reply))
+        send(_answer(grader, requests, timeout_s, send))
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
@@ -55,24 +84,39 @@ def _end_after(seconds: float) -> None:
 
 
 def _answer(
-    grader: Grader, request: GradeRequest | list[GradeRequest], timeout_s: float, reply: Callable[[str, Reply], None]
-) -> tuple[str, Reply]:
+    grader: Grader | CustomBatchGrader,
+    requests: list[GradeRequest],
+    timeout_s: float,
+    send: Callable[[Preparation], None],
+) -> Answer:
     _end_after(START_TIMEOUT_S)
     try:
         # Imports first: the pool's clock starts with the message below.
-        preparation = Preparation()
-        if grader in (grade, compare):
-            preparation = prepare(request)
-        elif isinstance(grader, CustomGrader):
-            grader.load()
+        preparation = _prepare(grader, requests)
         limit_s = max(timeout_s, preparation.time_limit_s)
         _end_after(limit_s)
-        reply(STARTED, Preparation(limit_s, preparation.warning))
-        result = grader(request)
-        return GRADED, [as_grade(each) for each in result] if isinstance(request, list) else as_grade(result)
+        send(Preparation(limit_s, preparation.warning))
+        return Graded([as_grade(result) for result in _results(grader, requests)])
     except UserError as error:
-        return REFUSED, str(error)
+        return Refused(str(error))
     except MemoryError:
-        return OUT_OF_MEMORY, ""
+        return OutOfMemory()
     except Exception as error:
-        return RAISED, f"{type(error).__name__}: {error}"[:500]
+        return Raised(f"{type(error).__name__}: {error}"[:500])
+
+
+def _prepare(grader: Grader | CustomBatchGrader, requests: list[GradeRequest]) -> Preparation:
+    if isinstance(grader, CustomFunction):
+        grader.load()
+    if grader not in (grade, compare):
+        return Preparation()
+    [request] = requests
+    return prepare(request)
+
+
+def _results(grader: Grader | CustomBatchGrader, requests: list[GradeRequest]) -> list[Any]:
+    """What a grader of batches returns for all, or another one for the single request that it is given."""
+    if isinstance(grader, CustomBatchGrader):
+        return grader(requests)
+    [request] = requests
+    return [grader(request)]

@@ -61,7 +61,7 @@ class Sandbox:
             landlock=use_landlock and landlock.is_available(),
             held_threads=seccomp.is_available() and seccomp.can_hold_calls(),
         )
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start the harness, if it does not run, and see that it runs an empty program.
@@ -132,9 +132,8 @@ class Sandbox:
         self._complaints = os.fdopen(os.memfd_create("stderr"), "w+b")
         with theirs:
             command = [*prefix, sys.executable, "-I", "-c", _CODE]
-            streams = {"stdin": theirs, "stdout": subprocess.DEVNULL, "stderr": self._complaints}
             try:
-                self._process = patiently(lambda: subprocess.Popen(command, cwd="/", env=_environment(), **streams))
+                self._process = patiently(lambda: self._spawn(command, theirs))
             except OSError as error:
                 self._connection.close()
                 self._complaints.close()
@@ -143,6 +142,16 @@ class Sandbox:
         if outcome.status is not Status.DONE:
             self.close()
             raise SandboxError(f"an empty program fails in it: {outcome.status}")
+
+    def _spawn(self, command: list[str], connection: socket.socket) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            command,
+            stdin=connection.fileno(),
+            stdout=subprocess.DEVNULL,
+            stderr=self._complaints,
+            cwd="/",
+            env=_environment(),
+        )
 
     def _ask(self, job: Job, timeout_s: float, *before: Walls) -> Outcome:
         try:
@@ -153,7 +162,7 @@ class Sandbox:
                 return Outcome(status, self._receive(size))
         except (EOFError, OSError) as error:
             with suppress(subprocess.TimeoutExpired):
-                if self._process.wait(END_TIMEOUT_S) == UNABLE:
+                if self._process is not None and self._process.wait(END_TIMEOUT_S) == UNABLE:
                     self.close()
                     raise SandboxError("no room for another process of this user") from error
             raise _HarnessEndedError(self.close()) from error

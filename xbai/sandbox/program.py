@@ -10,8 +10,9 @@ import socket
 import sys
 import threading
 from contextlib import suppress
+from decimal import Decimal
 from multiprocessing.connection import Connection
-from numbers import Number
+from numbers import Complex
 from types import CodeType, ModuleType
 from typing import Any, NoReturn
 
@@ -57,7 +58,7 @@ def run_in_this_process(
     code = FAILED
     try:
         die_with(parent)
-        job = connection.recv()
+        job: Job = connection.recv()
         _redirect(job, output_fd, control.fileno())
         _hand_over(confine(job.limits, walls))
         sys.setrecursionlimit(_RECURSION_LIMIT)
@@ -71,7 +72,7 @@ def run_in_this_process(
         if job.function is None:
             _run_program(job.code, module)
         else:
-            _call_function(job, module)
+            _call_function(job, job.function, module)
         code = DONE
     except MemoryError:
         code = OUT_OF_MEMORY
@@ -125,11 +126,11 @@ def _run_program(code: str, module: ModuleType) -> None:
     sys.stdout.flush()
 
 
-def _call_function(job: Job, module: ModuleType) -> None:
+def _call_function(job: Job, name: str, module: ModuleType) -> None:
     exec(compile(job.code, _FILE_NAME, "exec"), module.__dict__)
     owner = module.__dict__["Solution"]() if "Solution" in module.__dict__ else module
-    result = getattr(owner, job.function)(*job.arguments)
-    with open(_RESULT_FD, "w") as stream:
+    result = getattr(owner, name)(*job.arguments)
+    with open(_RESULT_FD, "w", encoding="utf-8") as stream:
         json.dump(result, stream, default=_plain)
 
 
@@ -143,8 +144,10 @@ def _plain(value: Any) -> Any:
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, (numpy.generic, numpy.ndarray)):
         return value.tolist()
-    if isinstance(value, Number):
-        for plain in (int(value.real), float(value.real)):
+    if isinstance(value, Complex | Decimal):
+        # mpmath's numbers can become an int, but not be truncated.
+        real: Any = value.real
+        for plain in (int(real), float(real)):
             if plain == value:
                 return plain
     raise TypeError(f"a result of type {type(value).__name__}")

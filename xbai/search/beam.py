@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from xbai.search.expander import Expander
-from xbai.search.path import ROOT, Path, Value, highest
+from xbai.search.path import ROOT, SearchPath, Value, highest
 
 
-async def beam_search(expander: Expander, width: int, expand: int, value: Value) -> list[Path]:
+async def beam_search(expander: Expander, width: int, expand: int, value: Value) -> list[SearchPath]:
     """Sample `expand` next steps of each of `width` paths, keep the `width` best of all; until all have ended.
 
     Finished paths hold their place for as long as they are among the best.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from xbai.search.expander import Expander, together
-from xbai.search.path import ROOT, Path, Value, highest
+from xbai.search.path import ROOT, SearchPath, Value, highest
 
 
-async def diverse_tree_search(expander: Expander, subtrees: int, expand: int, value: Value) -> list[Path]:
+async def diverse_tree_search(expander: Expander, subtrees: int, expand: int, value: Value) -> list[SearchPath]:
     """Grow `subtrees` paths side by side, each on a budget of its own.
 
     Returns:
@@ -16,7 +16,7 @@ async def diverse_tree_search(expander: Expander, subtrees: int, expand: int, va
     return highest(ends, subtrees, value)
 
 
-async def greedy_search(expander: Expander, expand: int, value: Value, start: Path = ROOT) -> Path:
+async def greedy_search(expander: Expander, expand: int, value: Value, start: SearchPath = ROOT) -> SearchPath:
     """Sample `expand` next steps, go on with the best; until the end."""
     path = start
     while path.open:

@@ -9,8 +9,9 @@ from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
-from xbai.engine.base import sample_seed
-from xbai.search.path import Path
+from xbai.errors import first_error
+from xbai.search.path import SearchPath
+from xbai.seeds import sample_seed
 
 T = TypeVar("T")
 
@@ -22,14 +23,14 @@ SMALLEST_SHARE = 8
 class Continuation:
     """A path after some more tokens, and how many were generated for it."""
 
-    path: Path
+    path: SearchPath
     spent: int
 
 
 class StepSource(Protocol):
     """A model that writes on at the responses to one prompt and scores their steps."""
 
-    async def write_on(self, path: Path, max_tokens: int, to_end: bool, seed: int | None) -> Continuation:
+    async def write_on(self, path: SearchPath, max_tokens: int, to_end: bool, seed: int | None) -> Continuation:
         """Continue an open path.
 
         Args:
@@ -46,7 +47,7 @@ class StepSource(Protocol):
 
 
 @dataclass(frozen=True)
-class Limits:
+class SearchLimits:
     """How far one search may go.
 
     Attributes:
@@ -72,7 +73,7 @@ class Expander:
         spent: tokens generated so far.
     """
 
-    def __init__(self, source: StepSource, limits: Limits, seed: int | None) -> None:
+    def __init__(self, source: StepSource, limits: SearchLimits, seed: int | None) -> None:
         self._source = source
         self._limits = limits
         self._seed = seed
@@ -94,7 +95,7 @@ class Expander:
         """An expander that writes to the end in one go, with all that is left and the reserve."""
         return self._part(token_budget=self._limits.token_budget - self.spent, reserve=0, max_steps=0)
 
-    async def extend(self, paths: Sequence[Path]) -> list[Path]:
+    async def extend(self, paths: Sequence[SearchPath]) -> list[SearchPath]:
         """Every path one step further, all at once: name a path several times for several samples of its next step.
 
         Returns:
@@ -119,16 +120,16 @@ class Expander:
         self._parts.append(Expander(self._source, replace(self._limits, **limits), self._next_seed()))
         return self._parts[-1]
 
-    async def _write_on(self, path: Path, share: int) -> Continuation:
+    async def _write_on(self, path: SearchPath, share: int) -> Continuation:
         max_tokens = min(share, self._limits.max_tokens - path.token_count)
         to_end = len(path.step_scores) >= self._limits.max_steps
         return await self._source.write_on(path, max_tokens, to_end, self._next_seed())
 
-    def _is_within_step(self, before: Path, after: Path) -> bool:
+    def _is_within_step(self, before: SearchPath, after: SearchPath) -> bool:
         room = after.token_count < self._limits.max_tokens
         return room and after.open and len(after.step_scores) <= len(before.step_scores)
 
-    def _ended(self, before: Path, after: Path) -> Path:
+    def _ended(self, before: SearchPath, after: SearchPath) -> SearchPath:
         full = after.token_count >= self._limits.max_tokens
         if after.open and (full or len(after.step_scores) <= len(before.step_scores)):
             return replace(after, finish_reason="length")
@@ -145,5 +146,5 @@ async def together(parts: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(part) for part in parts]
     except ExceptionGroup as failures:
-        raise failures.exceptions[0] from None
+        raise first_error(failures) from None
     return [task.result() for task in tasks]

@@ -10,9 +10,10 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from xbai.search.expander import Expander
-from xbai.search.path import ROOT, Path, Value, highest
+from xbai.search.path import ROOT, SearchPath, Value, highest
 
 
 @dataclass(eq=False)
@@ -25,7 +26,7 @@ class Node:
         closed: nothing is left to expand from here on (or it is being expanded).
     """
 
-    path: Path
+    path: SearchPath
     parent: Node | None = None
     prior: float = 1.0
     children: list[Node] = field(default_factory=list)
@@ -40,9 +41,9 @@ class Node:
             yield node
             node = node.parent
 
-    def upper_bound(self, exploration: float) -> float:
+    def upper_bound(self, exploration: float, parent_visits: int) -> float:
         """PUCT: mean value, and a bonus that is large for likely steps with few visits."""
-        bonus = exploration * self.prior * math.sqrt(self.parent.visits) / (1 + self.visits)
+        bonus = exploration * self.prior * math.sqrt(parent_visits) / (1 + self.visits)
         return self.total / self.visits + bonus
 
 
@@ -60,7 +61,7 @@ async def tree_search(expander: Expander, width: int, expand: int, value: Value,
     return root
 
 
-def finished_paths(root: Node, value: Value) -> list[Path]:
+def finished_paths(root: Node, value: Value) -> list[SearchPath]:
     """The ended paths of a tree, best first; only cut-off ones where the budget ended before any response did."""
     ends, nodes = [], [root]
     while nodes:
@@ -76,9 +77,8 @@ def _select(root: Node, width: int, exploration: float) -> list[Node]:
     while len(leaves) < width and not root.closed:
         node = root
         while node.children:
-            node = max(
-                (child for child in node.children if not child.closed), key=lambda child: child.upper_bound(exploration)
-            )
+            bound = partial(Node.upper_bound, exploration=exploration, parent_visits=node.visits)
+            node = max((child for child in node.children if not child.closed), key=bound)
         leaves.append(node)
         _close(node)
     return leaves
@@ -89,7 +89,7 @@ def _close(node: Node) -> None:
         ancestor.closed = all(child.closed for child in ancestor.children)
 
 
-def _grow(leaf: Node, children: Sequence[Path], value: Value) -> None:
+def _grow(leaf: Node, children: Sequence[SearchPath], value: Value) -> None:
     """Hang the distinct children under their leaf and pass their values up."""
     samples = Counter(path.text for path in children)
     for path in highest(children, len(children), value):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
-from xbai.sprm import aggregate
+from xbai.aggregation import aggregate
 
 
 @dataclass(frozen=True)
-class Path:
+class SearchPath:
     """The response to one question as far as it is written.
 
     Attributes:
@@ -17,14 +18,12 @@ class Path:
         token_count: tokens of `text`.
         step_scores: one a step.
         finish_reason: `stop` (the model ended it), `length` (tokens or context ran out), or None: it can go on.
-        token_ids: of `text`; empty where the source of continuations works on texts.
     """
 
     text: str = ""
     token_count: int = 0
     step_scores: tuple[float, ...] = ()
-    finish_reason: str | None = None
-    token_ids: tuple[int, ...] = ()
+    finish_reason: Literal["stop", "length"] | None = None
 
     @property
     def open(self) -> bool:
@@ -37,21 +36,21 @@ class Path:
         return aggregate(self.step_scores)
 
 
-ROOT = Path()
+ROOT = SearchPath()
 """Where every search begins: nothing is written yet."""
 
-Value = Callable[[Path], float]
+Value = Callable[[SearchPath], float]
 """How promising a path is, in [0, 1]."""
 
 
 def step_value(how: str) -> Value:
-    """The value by one of `xbai.sprm.score.AGGREGATIONS`: `last` is the step score, `geometric` the running score."""
+    """The value by one of `xbai.aggregation.AGGREGATIONS`: `last` is the step score, `geometric` the running score."""
     return lambda path: aggregate(path.step_scores, how)
 
 
-def highest(paths: Iterable[Path], count: int, value: Value) -> list[Path]:
+def highest(paths: Iterable[SearchPath], count: int, value: Value) -> list[SearchPath]:
     """The `count` best distinct paths, best first; those cut off by a limit come last, of equals the first stays."""
-    distinct: dict[str, Path] = {}
+    distinct: dict[str, SearchPath] = {}
     for path in paths:
         distinct.setdefault(path.text, path)
     ranked = sorted(distinct.values(), key=lambda path: (path.finish_reason == "length", -value(path)))

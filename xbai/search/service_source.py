@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from xbai.client.pool import RequestFailedError, RequestTooLongError, ServicePool
+from xbai.client.wire import read_responses, read_score, score_request
 from xbai.errors import UserError
-from xbai.evaluate.client import RequestFailedError, RequestTooLongError, ServicePool
-from xbai.evaluate.wire import read_responses, read_score, score_request
 from xbai.search.expander import Continuation
-from xbai.search.path import Path
+from xbai.search.path import SearchPath
 from xbai.sprm import StepRule
 from xbai.sprm.steps import ScoredPart, joined_scores
 from xbai.sprm.tags import THINK_CLOSE
@@ -60,7 +60,7 @@ class ServiceSource:
         self._prompt = prompt
         self._ticket = ticket
 
-    async def write_on(self, path: Path, max_tokens: int, to_end: bool, seed: int | None) -> Continuation:
+    async def write_on(self, path: SearchPath, max_tokens: int, to_end: bool, seed: int | None) -> Continuation:
         """See `StepSource`."""
         try:
             answer = await self._post(path, max_tokens, to_end or THINK_CLOSE in path.text, seed)
@@ -74,7 +74,7 @@ class ServiceSource:
             if not path.text:
                 raise RequestFailedError(f"no score for what the response begins with: {error}") from None
             return Continuation(replace(path, finish_reason="length"), answer.token_count)
-        grown = Path(
+        grown = SearchPath(
             text=path.text + answer.text,
             token_count=path.token_count + answer.token_count,
             step_scores=step_scores,
@@ -82,7 +82,7 @@ class ServiceSource:
         )
         return Continuation(grown, answer.token_count)
 
-    async def _post(self, path: Path, max_tokens: int, to_end: bool, seed: int | None) -> _Answer:
+    async def _post(self, path: SearchPath, max_tokens: int, to_end: bool, seed: int | None) -> _Answer:
         is_fused = self._services.scorer is None
         columns = ("finish_reasons", "token_counts", *(("step_scores",) if is_fused else ()))
         ((text, *others),) = await self._services.policy.post(
@@ -105,7 +105,7 @@ class ServiceSource:
             )
         return _Answer(text, *others)
 
-    async def _step_scores(self, path: Path, answer: _Answer) -> tuple[float, ...]:
+    async def _step_scores(self, path: SearchPath, answer: _Answer) -> tuple[float, ...]:
         scorer, tokenizer = self._services.scorer, self._services.tokenizer
         if scorer is None:
             prompt_ids, *ids = (

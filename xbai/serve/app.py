@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from fastapi import FastAPI, Request, Response, Security
 from fastapi.security import HTTPBearer
@@ -18,7 +18,7 @@ from xbai.model_identity import model_identity
 from xbai.prompts import is_far_longer
 from xbai.serve.bodies import BodyRoute
 from xbai.serve.errors import ServiceError, install_error_handlers
-from xbai.serve.limits import Admission, Limits, answer_in_time
+from xbai.serve.limits import RETRY_AFTER_S, Limits
 from xbai.serve.model_thread import ModelThread
 from xbai.serve.monitoring import Metrics, RequestMiddleware
 from xbai.serve.schemas import ErrorResponse, StateResponse
@@ -30,8 +30,10 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+Answers = dict[int | str, dict[str, Any]]
+
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
-ERRORS = {
+ERRORS: Answers = {
     status: {"model": ErrorResponse, "description": description}
     for status, description in {
         400: "unreadable",
@@ -44,8 +46,35 @@ ERRORS = {
         504: "out of time",
     }.items()
 }
-KEY_NEEDED = {401: {"model": ErrorResponse, "description": "no, or not the right, API key"}}
-NOT_READY = {503: {"model": ErrorResponse, "description": "not so"}}
+KEY_NEEDED: Answers = {401: {"model": ErrorResponse, "description": "no, or not the right, API key"}}
+CLIENT_CLOSED_REQUEST = 499
+NOT_READY: Answers = {503: {"model": ErrorResponse, "description": "not so"}}
+
+
+class Admission:
+    """Counts the items accepted and unanswered. Used from the event loop only."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.pending = 0
+        self.closed = False
+
+    @contextmanager
+    def admit(self, items: int) -> Iterator[None]:
+        """Hold `items` places while the block runs. A request larger than the limit is taken when nothing else waits.
+
+        Raises:
+            ServiceError: 429 when the queue is full, 503 when the service is stopping.
+        """
+        if self.closed:
+            raise ServiceError(503, "the service is stopping", RETRY_AFTER_S)
+        if self.pending and self.pending + items > self._limit:
+            raise ServiceError(429, f"the queue is full ({self.pending} of {self._limit} pending)", RETRY_AFTER_S)
+        self.pending += items
+        try:
+            yield
+        finally:
+            self.pending -= items
 
 
 class Service:
@@ -93,7 +122,7 @@ class Service:
         self.app.add_middleware(RequestMiddleware, metrics=self.metrics, routes=known, limits=limits)
         self._add_state_routes()
 
-    def route(self, errors: dict[int, dict[str, Any]] = ERRORS) -> dict[str, Any]:
+    def route(self, errors: Answers = ERRORS) -> dict[str, Any]:
         """What the schema says of a route beside its answer: its errors, and the key where one is needed.
 
         The key itself is checked before a body is read, by the middleware.
@@ -103,8 +132,27 @@ class Service:
         return {"responses": errors | KEY_NEEDED, "dependencies": [Security(HTTPBearer(auto_error=False))]}
 
     async def answer(self, request: Request, work: Awaitable[T]) -> T:
-        """Await `work` as long as the client, the clock and the service allow; see `answer_in_time`."""
-        return await answer_in_time(request, work, self.limits.request_timeout_s, self._end)
+        """Await `work`; cancel it when the client goes away, its time is up, or the service ends.
+
+        Raises:
+            ServiceError: 504 after the request's time; 503 at the end; 499 (which nobody reads) after a disconnect.
+        """
+        timeout_s = self.limits.request_timeout_s
+        task = asyncio.ensure_future(work)
+        watcher = asyncio.create_task(_until_disconnected(request))
+        first: set[asyncio.Future[Any]] = {task, watcher, self._end}
+        try:
+            await asyncio.wait(first, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            if watcher.done():
+                raise ServiceError(CLIENT_CLOSED_REQUEST, "the client closed the connection")
+            if self._end.done():
+                raise ServiceError(503, "the service stopped before the answer", RETRY_AFTER_S)
+            raise ServiceError(504, f"no answer within {timeout_s:g} s")
+        finally:
+            task.cancel()
+            watcher.cancel()
 
     def stop(self) -> None:
         """Take no more work. What there is may go on for the shutdown time-out."""
@@ -160,7 +208,7 @@ class Service:
             logger.warning("the model thread did not end in time")
         self._tokenizing.shutdown(wait=False)
 
-    def _state(self, status: str, has_key: bool = True) -> StateResponse:
+    def _state(self, status: Literal["alive", "ready"], has_key: bool = True) -> StateResponse:
         rule = self.thread.model.step_rule if self.thread.ready else None
         return StateResponse(
             status=status,
@@ -185,14 +233,18 @@ class Service:
             """The model is loaded and answers."""
             if self.stopping:
                 raise ServiceError(503, "the service is stopping")
-            if not self.thread.ready:
-                raise ServiceError(503, "the model is not loaded", retry_after_s=5)
+            self.thread.check_ready()
             return self._state("ready")
 
         @self.app.get("/metrics", response_class=Response, **self.route({}))
         async def metrics() -> Response:
             """Prometheus metrics."""
             return Response(self.metrics.render(), media_type=PROMETHEUS_TEXT)
+
+
+async def _until_disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        continue
 
 
 def _refuse_far_too_long(

@@ -7,8 +7,8 @@ import json
 import re
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from json.decoder import JSONArray, JSONObject
-from json.scanner import py_make_scanner
+from json.decoder import JSONArray, JSONObject  # type: ignore[attr-defined]
+from json.scanner import py_make_scanner  # type: ignore[attr-defined]
 from typing import Any
 
 from fastapi import Request, Response
@@ -67,7 +67,7 @@ def _load_few_values(text: str) -> Any:
             raise ServiceError(422, "body: a number of more characters than any has")
         return scan(text, start)
 
-    decoder = json.JSONDecoder()
+    decoder: Any = json.JSONDecoder()
     decoder.parse_array = lambda place, _: JSONArray(place, scan_value)
     decoder.parse_object = lambda place, strict, _, *hooks: JSONObject(place, strict, scan_value, *hooks)
     scan = py_make_scanner(decoder)

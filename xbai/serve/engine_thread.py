@@ -1,33 +1,69 @@
-"""The thread that owns an engine. Requests of all connections meet there and share its batches."""
+"""The thread that owns an engine. Samples of all connections meet there and share its batches."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-import threading
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
-from xbai.engine import Completion, Engine, PromptTooLong, SamplingParams
+from xbai.engine import Completion, Engine, PromptTooLong, Sample, SamplingParams
 from xbai.errors import UserError
 from xbai.serve.errors import ServiceError
-from xbai.serve.fair_queue import FairQueue
 from xbai.serve.model_thread import ModelThread
 
+Item = TypeVar("Item")
 
-@dataclass
-class _Generation:
-    """A request of `params.n` samples, each of which is a request to the engine."""
 
-    request_id: str
+class FairQueue(Generic[Item]):
+    """Items of requests of clients: the clients take turns, and so do the requests of each.
+
+    A large request, or a client with many, must not keep the others waiting.
+    """
+
+    def __init__(self) -> None:
+        self._clients: OrderedDict[str, OrderedDict[Hashable, deque[Item]]] = OrderedDict()
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def put(self, client: str, request: Hashable, items: Iterable[Item]) -> None:
+        """Add a request that the queue does not hold; its items, one at least, come out in order."""
+        waiting = deque(items)
+        self._clients.setdefault(client, OrderedDict())[request] = waiting
+        self._length += len(waiting)
+
+    def get(self) -> Item:
+        """Take the next item; the queue must not be empty."""
+        client, requests = self._clients.popitem(last=False)
+        request, items = requests.popitem(last=False)
+        item = items.popleft()
+        self._length -= 1
+        if items:
+            requests[request] = items
+        if requests:
+            self._clients[client] = requests
+        return item
+
+    def remove(self, client: str, request: Hashable) -> None:
+        """Drop what is left of a request, if anything."""
+        requests = self._clients.get(client, OrderedDict())
+        self._length -= len(requests.pop(request, ()))
+        if not requests:
+            self._clients.pop(client, None)
+
+
+@dataclass(eq=False)
+class _Request:
+    """Somebody waits for the completions of all `samples`."""
+
     client: str
-    prompt_ids: list[int]
-    params: SamplingParams
-    return_scores: bool
+    samples: list[Sample]
+    completions: dict[Sample, Completion] = field(default_factory=dict)
     future: Future[list[Completion]] = field(default_factory=Future)
-    begun: set[int] = field(default_factory=set)
-    completions: dict[int, Completion] = field(default_factory=dict)
 
 
 class EngineThread(ModelThread[Engine]):
@@ -41,11 +77,10 @@ class EngineThread(ModelThread[Engine]):
 
     def __init__(self, load: Callable[[], Engine]) -> None:
         super().__init__("engine", load)
-        self._numbers = itertools.count()
-        self._requests: dict[str, _Generation] = {}
-        self._queue: FairQueue[tuple[_Generation, int]] = FairQueue()
-        self._begun: dict[str, tuple[_Generation, int]] = {}
-        self._lock = threading.Lock()
+        self._unanswered: set[_Request] = set()
+        self._abandoned: list[_Request] = []
+        self._queue: FairQueue[tuple[_Request, Sample]] = FairQueue()
+        self._begun: dict[Sample, _Request] = {}
 
     @property
     def samples_waiting(self) -> int:
@@ -65,68 +100,68 @@ class EngineThread(ModelThread[Engine]):
         Raises:
             ServiceError: 503 when the engine is not, or no longer, at work; 413 or 422 when it refuses the request.
         """
-        request = _Generation(str(next(self._numbers)), client, prompt_ids, params, return_scores)
-        with self._lock:
-            if not self.ready:
-                raise ServiceError(503, "the model is not loaded", retry_after_s=5)
-            self._requests[request.request_id] = request
-        self._inbox.put(lambda engine: self._add(engine, request))
+        try:
+            samples = self.model.samples(prompt_ids, params, return_scores)
+        except UserError as error:
+            raise ServiceError(413 if isinstance(error, PromptTooLong) else 422, str(error)) from None
+        request = _Request(client, samples)
+        with self._changed:
+            self.check_ready()
+            self._unanswered.add(request)
+            self._queue.put(client, request, ((request, sample) for sample in samples))
+            self._changed.notify()
         try:
             return await asyncio.wrap_future(request.future)
         except asyncio.CancelledError:
-            self._inbox.put(lambda engine: self._abort(engine, request))
+            with self._changed:
+                self._abandoned.append(request)
+                self._changed.notify()
             raise
 
-    def _add(self, engine: Engine, request: _Generation) -> None:
-        try:
-            engine.check(request.prompt_ids, request.params, request.return_scores)
-        except UserError as error:
-            status = 413 if isinstance(error, PromptTooLong) else 422
-            self._finish(request, ServiceError(status, str(error)))
-        else:
-            numbers = range(request.params.n)
-            self._queue.put(request.client, request.request_id, ((request, number) for number in numbers))
-
-    def _abort(self, engine: Engine, request: _Generation) -> None:
-        self._requests.pop(request.request_id, None)
-        self._queue.remove(request.client, request.request_id)
-        for number in request.begun - request.completions.keys():
-            key = f"{request.request_id}/{number}"
-            engine.abort(key)
-            # A client may leave a request that has been refused meanwhile, and so is aborted already.
-            self._begun.pop(key, None)
-
-    def _idle(self, model: Engine) -> bool:
-        return not (self._queue or self._begun)
+    def _has_work(self) -> bool:
+        return bool(self._queue or self._begun or self._abandoned)
 
     def _work(self, model: Engine) -> None:
-        while self._queue and len(self._begun) < model.max_num_seqs:
-            self._begin(model, *self._queue.get())
+        with self._changed:
+            abandoned, self._abandoned = self._abandoned, []
+        for request in abandoned:
+            self._abort(model, request)
+        self._fill(model)
         if not self._begun:
             return
-        for key, [completion] in model.step():
-            request, number = self._begun.pop(key)
-            request.completions[number] = completion
-            if len(request.completions) == request.params.n:
-                self._finish(request, [request.completions[number] for number in range(request.params.n)])
+        for sample, completion in model.step():
+            request = self._begun.pop(sample)
+            request.completions[sample] = completion
+            if len(request.completions) == len(request.samples):
+                self._finish(request, [request.completions[sample] for sample in request.samples])
 
-    def _begin(self, engine: Engine, request: _Generation, number: int) -> None:
-        key = f"{request.request_id}/{number}"
-        one = replace(request.params, n=1, first=number)
-        try:
-            engine.add_request(key, request.prompt_ids, one, request.return_scores)
-        except UserError as error:
-            # `check` passed it, but vLLM has rules of its own.
-            self._finish(request, ServiceError(422, str(error)))
-            self._abort(engine, request)
-            return
-        request.begun.add(number)
-        self._begun[key] = request, number
+    def _fill(self, engine: Engine) -> None:
+        """Give the engine as many samples as it works on at once."""
+        while len(self._begun) < engine.max_num_seqs:
+            with self._changed:
+                if not self._queue:
+                    return
+                request, sample = self._queue.get()
+            try:
+                engine.add(sample)
+            except UserError as error:
+                self._finish(request, ServiceError(422, str(error)))
+                self._abort(engine, request)
+            else:
+                self._begun[sample] = request
 
-    def _finish(self, request: _Generation, answer: list[Completion] | ServiceError) -> None:
-        with self._lock:
-            waited_for = self._requests.pop(request.request_id, None)
-        if waited_for is None or not request.future.set_running_or_notify_cancel():
+    def _abort(self, engine: Engine, request: _Request) -> None:
+        with self._changed:
+            self._unanswered.discard(request)
+            self._queue.remove(request.client, request)
+        engine.abort(sample for sample in request.samples if self._begun.pop(sample, None) is not None)
+
+    def _finish(self, request: _Request, answer: list[Completion] | ServiceError) -> None:
+        with self._changed:
+            if request not in self._unanswered:
+                return
+            self._unanswered.remove(request)
+        if not request.future.set_running_or_notify_cancel():
             return
         if isinstance(answer, ServiceError):
             request.future.set_exception(answer)
@@ -134,9 +169,9 @@ class EngineThread(ModelThread[Engine]):
             request.future.set_result(answer)
 
     def _fail_all(self, error: ServiceError) -> None:
-        with self._lock:
+        with self._changed:
             self._model = None
-            waiting = list(self._requests.values())
+            waiting = list(self._unanswered)
         for request in waiting:
             self._finish(request, error)
 

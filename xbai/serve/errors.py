@@ -69,6 +69,6 @@ async def _on_http_error(request: Request, error: HTTPException) -> JSONResponse
 
 def install_error_handlers(app: FastAPI) -> None:
     """Make every refusal of `app` a JSON answer; a bug's is `RequestMiddleware`'s."""
-    app.add_exception_handler(ServiceError, _on_service_error)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(RequestValidationError, _on_invalid_request)
+    app.exception_handler(ServiceError)(_on_service_error)
+    app.exception_handler(HTTPException)(_on_http_error)
+    app.exception_handler(RequestValidationError)(_on_invalid_request)

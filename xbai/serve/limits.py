@@ -1,21 +1,13 @@
-"""What bounds a request: the queue, the clock, the client's patience and the size of the body."""
+"""What bounds the requests of a service."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Self
 
-from fastapi import Request
-
-from xbai.serve.errors import ServiceError
-
-T = TypeVar("T")
+from xbai.serve.options import ServiceOptions
 
 RETRY_AFTER_S = 2
-CLIENT_CLOSED_REQUEST = 499
 
 
 @dataclass(frozen=True)
@@ -40,55 +32,17 @@ class Limits:
     receive_timeout_s: float = 60.0
     api_key: str | None = None
 
-
-class Admission:
-    """Counts the items accepted and unanswered. Used from the event loop only."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self.pending = 0
-        self.closed = False
-
-    @contextmanager
-    def admit(self, items: int) -> Iterator[None]:
-        """Hold `items` places while the block runs. A request larger than the limit is taken when nothing else waits.
+    @classmethod
+    def of(cls, options: ServiceOptions) -> Self:
+        """Those of a command line.
 
         Raises:
-            ServiceError: 429 when the queue is full, 503 when the service is stopping.
+            UserError: the file with the API key cannot be read.
         """
-        if self.closed:
-            raise ServiceError(503, "the service is stopping", RETRY_AFTER_S)
-        if self.pending and self.pending + items > self._limit:
-            raise ServiceError(429, f"the queue is full ({self.pending} of {self._limit} pending)", RETRY_AFTER_S)
-        self.pending += items
-        try:
-            yield
-        finally:
-            self.pending -= items
-
-
-async def _until_disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        continue
-
-
-async def answer_in_time(request: Request, work: Awaitable[T], timeout_s: float, end: asyncio.Future[None]) -> T:
-    """Await `work`; cancel it when the client goes away, the time is up, or `end` is done.
-
-    Raises:
-        ServiceError: 504 after `timeout_s`; 503 at `end`; 499 (which nobody reads) after a disconnect.
-    """
-    task = asyncio.ensure_future(work)
-    watcher = asyncio.create_task(_until_disconnected(request))
-    try:
-        await asyncio.wait({task, watcher, end}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        if watcher.done():
-            raise ServiceError(CLIENT_CLOSED_REQUEST, "the client closed the connection")
-        if end.done():
-            raise ServiceError(503, "the service stopped before the answer", RETRY_AFTER_S)
-        raise ServiceError(504, f"no answer within {timeout_s:g} s")
-    finally:
-        task.cancel()
-        watcher.cancel()
+        return cls(
+            max_pending=options.max_pending,
+            request_timeout_s=options.request_timeout,
+            max_body_bytes=options.max_body_mb << 20,
+            shutdown_timeout_s=options.shutdown_timeout,
+            api_key=options.api_key.read(),
+        )

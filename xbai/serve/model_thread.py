@@ -1,9 +1,8 @@
-"""A thread that owns a model: its life, its inbox and its end."""
+"""A thread that owns a model: its life, its work and its end."""
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -20,8 +19,8 @@ Model = TypeVar("Model")
 class ModelThread(ABC, Generic[Model]):
     """Loads a model in a thread of its own, which alone touches it from then on.
 
-    Other threads put commands into its inbox and await futures. When loading or a command's work fails, the thread
-    ends and every waiting future fails with 503.
+    Other threads leave work under `_changed`, the lock of all that they share with it, notify it and await futures.
+    When loading or the work fails, the thread ends and every waiting future fails with 503.
 
     Attributes:
         error: why the model is dead; None while it is not.
@@ -30,7 +29,7 @@ class ModelThread(ABC, Generic[Model]):
 
     def __init__(self, name: str, load: Callable[[], Model]) -> None:
         self._load = load
-        self._inbox: queue.SimpleQueue[Callable[[Model], None]] = queue.SimpleQueue()
+        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._model: Model | None = None
         self._stopping = False
@@ -43,7 +42,9 @@ class ModelThread(ABC, Generic[Model]):
 
     def stop(self, timeout_s: float) -> bool:
         """End the thread after the work at hand and close the model; True when it ended within `timeout_s`."""
-        self._inbox.put(self._stop)
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
         self._thread.join(timeout_s)
         return not self.running
 
@@ -79,12 +80,14 @@ class ModelThread(ABC, Generic[Model]):
         Raises:
             ServiceError: 503 when it is not loaded.
         """
-        if not self.ready:
+        model = self._model
+        if model is None or not self.alive:
             raise ServiceError(503, "the model is not loaded", retry_after_s=5)
-        return self._model
+        return model
 
-    def _stop(self, model: Model) -> None:
-        self._stopping = True
+    def check_ready(self) -> None:
+        """Raise what `model` would."""
+        _ = self.model
 
     def _run(self) -> None:
         try:
@@ -96,8 +99,7 @@ class ModelThread(ABC, Generic[Model]):
                 return
             self._watch(model)
             self._model = model
-            while not self._stopping:
-                self._take_commands(model)
+            while self._await_work():
                 self._work(model)
             self._close(model)
         except BaseException as error:
@@ -106,19 +108,15 @@ class ModelThread(ABC, Generic[Model]):
         finally:
             self._fail_all(ServiceError(503, "the engine stopped"))
 
-    def _take_commands(self, model: Model) -> None:
-        block = self._idle(model)
-        while True:
-            try:
-                command = self._inbox.get(block=block)
-            except queue.Empty:
-                return
-            command(model)
-            block = False
+    def _await_work(self) -> bool:
+        """Whether there is some; False once the thread is to end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping or self._has_work())
+            return not self._stopping
 
     @abstractmethod
-    def _idle(self, model: Model) -> bool:
-        """Whether there is nothing to do until a command comes."""
+    def _has_work(self) -> bool:
+        """Whether anything is to be done; asked under the lock."""
 
     @abstractmethod
     def _work(self, model: Model) -> None:

@@ -83,7 +83,8 @@ class RequestMiddleware:
         if not REQUEST_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
         state = scope.setdefault("state", {})
-        log = state["log"] = {}
+        log: dict[str, int] = {}
+        state["log"] = log
         has_key = state["has_key"] = self._has_key(scope)
         status: int | None = None
 

@@ -2,15 +2,48 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
+
 from fastapi import FastAPI, Request
 
-from xbai.engine import Completion, SamplingParams
+from xbai.aggregation import aggregate
+from xbai.engine import Completion, SamplingParams, load_engine
+from xbai.engine.files import check_model_folder
+from xbai.engine.tensor_parallel import check_tensor_parallel_size, visible_gpus_that_share
+from xbai.errors import UserError
 from xbai.serve.app import Service
 from xbai.serve.engine_thread import EngineThread
 from xbai.serve.errors import ServiceError
 from xbai.serve.limits import Limits
+from xbai.serve.options import PolicyOptions
 from xbai.serve.schemas import GenerateRequest, GenerateResponse
-from xbai.sprm import aggregate
+from xbai.serve.server import listen, serve
+from xbai.sprm.head import SCORE_MODULE_FILE
+
+ENGINE_OPTIONS = ("dtype", "max_model_len", "tensor_parallel_size", "gpu_memory_utilization")
+"""Those that `load_engine` takes; None leaves its default."""
+
+
+def run_policy_service(options: PolicyOptions) -> None:
+    """Run the policy service until SIGTERM or SIGINT.
+
+    Raises:
+        UserError: the port is taken, or the model cannot be loaded.
+    """
+    model_path = options.model_path
+    config = check_model_folder(model_path)
+    if options.with_scores and not (Path(model_path) / SCORE_MODULE_FILE).is_file():
+        raise UserError(f"--with_scores: {model_path} has no {SCORE_MODULE_FILE}; leave it out, or serve another model")
+    given = {name: value for name in ENGINE_OPTIONS if (value := getattr(options, name)) is not None}
+    if options.engine != "hf" and find_spec("vllm") is not None:
+        if (size := given.get("tensor_parallel_size")) is not None:
+            check_tensor_parallel_size(size, config, f"--tensor_parallel_size {size}")
+        given["tensor_parallel_size"] = size or visible_gpus_that_share(config)
+    limits = Limits.of(options)
+    with listen(options.ip, options.port) as listener:
+        thread = EngineThread(lambda: load_engine(options.engine, model_path, with_scores=options.with_scores, **given))
+        serve(create_policy_app(thread, model_path, limits), listener)
 
 
 def create_policy_app(thread: EngineThread, model_name: str, limits: Limits) -> FastAPI:
@@ -25,13 +58,14 @@ def create_policy_app(thread: EngineThread, model_name: str, limits: Limits) -> 
     async def generate(body: GenerateRequest, request: Request) -> GenerateResponse:
         """Sample `response_num` responses to a prompt."""
         with service.admission.admit(body.response_num):
-            return await service.answer(request, _generate(service, body, request))
+            return await service.answer(request, _generate(service, thread, body, request))
 
     return service.app
 
 
-async def _generate(service: Service, body: GenerateRequest, request: Request) -> GenerateResponse:
-    thread: EngineThread = service.thread
+async def _generate(
+    service: Service, thread: EngineThread, body: GenerateRequest, request: Request
+) -> GenerateResponse:
     if body.return_scores and thread.model.step_rule is None:
         raise ServiceError(422, "return_scores: this model has no score head")
     (prompt_ids,) = await service.encode(body.prefix_prompt)
@@ -80,5 +114,5 @@ def _response(completions: list[Completion], return_scores: bool, return_log_pro
     )
 
 
-def _mean(log_probs: list[float]) -> float | None:
+def _mean(log_probs: list[float] | None) -> float | None:
     return sum(log_probs) / len(log_probs) if log_probs else None

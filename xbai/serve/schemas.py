@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -120,7 +120,7 @@ class ErrorResponse(BaseModel):
 class StateResponse(BaseModel):
     """Answer of `GET /health` and `GET /ready`."""
 
-    status: str
+    status: Literal["alive", "ready"]
     model: str = Field(description="The model's folder; to those without the key its name alone.")
     identity: str = Field(description="Folder name and digest of the weights, of which the digest tells models apart.")
     scores: bool = Field(description="Whether this service returns scores.")

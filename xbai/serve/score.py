@@ -4,13 +4,38 @@ from __future__ import annotations
 
 from fastapi import FastAPI, Request
 
-from xbai.engine import Scored
+from xbai.engine import Scored, Scorer
+from xbai.engine.files import check_model_folder, load_tokenizer, read_config, resolve_max_model_len
+from xbai.errors import UserError
 from xbai.serve.app import Service
 from xbai.serve.errors import ServiceError, list_problems
 from xbai.serve.limits import Limits
+from xbai.serve.options import ScoreOptions
 from xbai.serve.schemas import ScoreBatchRequest, ScoreBatchResponse, ScoreRequest, ScoreResponse
 from xbai.serve.scorer_thread import ScoreModel, ScorerThread
+from xbai.serve.server import listen, serve
 from xbai.sprm import split_response
+
+
+def run_score_service(options: ScoreOptions) -> None:
+    """Run the score service until SIGTERM or SIGINT.
+
+    Raises:
+        UserError: the port is taken, `score_model_dim` is not the model's, or the model cannot be loaded.
+    """
+    model_path, expected = options.model_path, options.score_model_dim
+    hidden_size = check_model_folder(model_path).get("hidden_size")
+    if expected not in (None, hidden_size):
+        raise UserError(f"--score_model_dim {expected}: {model_path} has hidden_size {hidden_size}")
+    limits = Limits.of(options)
+    with listen(options.ip, options.port) as listener:
+        serve(create_score_app(ScorerThread(lambda: _load_scorer(options)), model_path, limits), listener)
+
+
+def _load_scorer(options: ScoreOptions) -> ScoreModel:
+    path = options.model_path
+    scorer = Scorer.from_folder(path, dtype=options.dtype, lang=options.lang, max_batch_tokens=options.max_batch_tokens)
+    return ScoreModel(scorer, load_tokenizer(path), resolve_max_model_len(options.max_model_len, read_config(path)))
 
 
 def create_score_app(thread: ScorerThread, model_name: str, limits: Limits) -> FastAPI:
@@ -21,7 +46,7 @@ def create_score_app(thread: ScorerThread, model_name: str, limits: Limits) -> F
     async def score(body: ScoreRequest, request: Request) -> ScoreResponse:
         """The trajectory score of one text (prompt and response)."""
         with service.admission.admit(1):
-            scored = await service.answer(request, _score(service, {"text": body.text}, body.prompt, request))
+            scored = await service.answer(request, _score(service, thread, {"text": body.text}, body.prompt, request))
         details = _details(scored) if body.return_all_scores else {}
         return ScoreResponse(value=scored[0].value, **{name: values[0] for name, values in details.items()})
 
@@ -30,16 +55,17 @@ def create_score_app(thread: ScorerThread, model_name: str, limits: Limits) -> F
         """The trajectory scores of several texts. A text that cannot be scored refuses them all, and is named."""
         texts = {f"texts[{i}]": text for i, text in enumerate(body.texts)}
         with service.admission.admit(len(texts)):
-            scored = await service.answer(request, _score(service, texts, body.prompt, request))
+            scored = await service.answer(request, _score(service, thread, texts, body.prompt, request))
         details = _details(scored) if body.return_all_scores else {}
         return ScoreBatchResponse(values=[item.value for item in scored], **details)
 
     return service.app
 
 
-async def _score(service: Service, texts: dict[str, str], prompt: str | None, request: Request) -> list[Scored]:
+async def _score(
+    service: Service, thread: ScorerThread, texts: dict[str, str], prompt: str | None, request: Request
+) -> list[Scored]:
     """Score texts, given by the names that refusals call them."""
-    thread: ScorerThread = service.thread
     tokenized = {name: await _tokenize(service, prompt, name, text) for name, text in texts.items()}
     _check({name: ids for name, (ids, _) in tokenized.items()}, thread.model)
     sequences, starts = zip(*tokenized.values(), strict=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -55,7 +54,6 @@ class ScorerThread(ModelThread[ScoreModel]):
         self._jobs: list[_ScoreJob] = []
         self._unfinished: Counter[str] = Counter()
         self._tokens_begun = 0
-        self._lock = threading.Lock()
 
     async def score(
         self, sequences: Sequence[list[int]], response_starts: Sequence[int], client: str = ""
@@ -70,29 +68,28 @@ class ScorerThread(ModelThread[ScoreModel]):
             _ScoreJob(ids, start, self._tokens_begun + len(ids) * number)
             for ids, start, number in zip(sequences, response_starts, others, strict=False)
         ]
-        with self._lock:
-            if not self.ready:
-                raise ServiceError(503, "the model is not loaded", retry_after_s=5)
+        with self._changed:
+            self.check_ready()
             self._jobs += jobs
-        self._inbox.put(lambda model: None)
+            self._changed.notify()
         self._unfinished[client] += len(jobs)
         try:
             return await asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
         finally:
             self._unfinished -= Counter({client: len(jobs)})
 
-    def _idle(self, model: ScoreModel) -> bool:
-        return not self._jobs
+    def _has_work(self) -> bool:
+        return bool(self._jobs)
 
     def _work(self, model: ScoreModel) -> None:
-        with self._lock:
+        with self._changed:
             self._jobs = [job for job in self._jobs if not job.future.cancelled()]
             waiting = sorted(self._jobs, key=lambda job: job.turn)
         batch = model.scorer.new_batch()
         running = list(itertools.takewhile(lambda job: batch.add(job.ids, job.response_start), waiting))
         self._tokens_begun += sum(len(job.ids) for job in running)
         results = dict(zip(running, model.scorer.run(batch), strict=True))
-        with self._lock:
+        with self._changed:
             # None is left of them where `fail` has been called meanwhile.
             answered = [job for job in self._jobs if job in results]
             self._jobs = [job for job in self._jobs if job not in results]
@@ -101,7 +98,7 @@ class ScorerThread(ModelThread[ScoreModel]):
                 job.future.set_result(results[job])
 
     def _fail_all(self, error: ServiceError) -> None:
-        with self._lock:
+        with self._changed:
             self._model = None
             jobs, self._jobs = self._jobs, []
         for job in jobs:

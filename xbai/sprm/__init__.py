@@ -1,5 +1,12 @@
-"""The self-supervised process reward model: head, step rule, score and loss, in pure torch."""
+"""The self-supervised process reward model: head, step rule, score and loss, in pure torch.
 
+Token tensors are [batch, time] int64, right-padded; masks are bool, True where something is. *Step logits* are the
+head's raw output, *step scores* their sigmoid, in (0, 1); the score of a trajectory is one number made of its step
+scores. A label is 1 for a trajectory whose final answer is right, 0 for a wrong one; `graded` is False where nobody
+knows.
+"""
+
+from xbai.aggregation import AGGREGATIONS, aggregate
 from xbai.sprm.groups import best_of_n_gain, within_prompt_auc
 from xbai.sprm.head import ScoreHead, SPRMConfig, Standardization, load_score_head, load_sprm_config, save_score_head
 from xbai.sprm.loss import (
@@ -12,7 +19,7 @@ from xbai.sprm.loss import (
     sprm_metrics,
 )
 from xbai.sprm.objective import ScoreObjective, ScoreTotals
-from xbai.sprm.score import AGGREGATIONS, aggregate, trajectory_scores
+from xbai.sprm.score import trajectory_scores
 from xbai.sprm.standardize import (
     MIN_FEATURES,
     FeatureMoments,

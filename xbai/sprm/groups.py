@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -10,16 +11,22 @@ from torch import Tensor
 
 from xbai.sprm.loss import auc
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int64, Shaped
 
-def within_prompt_auc(scores: Tensor, labels: Tensor, prompts: Sequence[str | int] | np.ndarray) -> float:
+Prompts: TypeAlias = 'Sequence[str] | Sequence[int] | Shaped[np.ndarray, "n"]'
+"""[n] equal for responses to the same prompt."""
+
+
+def within_prompt_auc(scores: Float[Tensor, "n"], labels: Shaped[Tensor, "n"], prompts: Prompts) -> float:
     """`auc` of the responses to each prompt that has right and wrong ones, averaged over these prompts.
 
     An AUC over all responses rewards a head that knows which questions are easy, which chooses nothing.
 
     Args:
-        scores: [n] of the responses.
-        labels: [n] in {0, 1}.
-        prompts: [n] what each answers.
+        scores: of the responses.
+        labels: in {0, 1}.
+        prompts: what each answers.
 
     Returns:
         nan where no prompt has both.
@@ -28,7 +35,7 @@ def within_prompt_auc(scores: Tensor, labels: Tensor, prompts: Sequence[str | in
     return _mean([value for value in values if not np.isnan(value)])
 
 
-def best_of_n_gain(scores: Tensor, labels: Tensor, prompts: Sequence[str | int] | np.ndarray) -> float:
+def best_of_n_gain(scores: Float[Tensor, "n"], labels: Shaped[Tensor, "n"], prompts: Prompts) -> float:
     """How much more often the response with its prompt's highest score is right than any response to it.
 
     Arguments as of `within_prompt_auc`; of tied responses each is chosen as often. The mean over prompts; nan without.
@@ -40,7 +47,7 @@ def best_of_n_gain(scores: Tensor, labels: Tensor, prompts: Sequence[str | int] 
     return _mean(gains)
 
 
-def _groups(prompts: Sequence[str | int] | np.ndarray) -> Iterator[Tensor]:
+def _groups(prompts: Prompts) -> Iterator[Int64[Tensor, "_"]]:
     _, group_of = np.unique(np.asarray(prompts), return_inverse=True)
     order = torch.from_numpy(group_of.argsort(kind="stable"))
     return iter(order.split(np.bincount(group_of).tolist())) if len(order) else iter(())

@@ -18,6 +18,7 @@ from xbai.files import atomic_write
 from xbai.sprm.steps import StepRule
 
 if TYPE_CHECKING:
+    from jaxtyping import Float, Float64
     from transformers import PreTrainedTokenizerBase
 
 SCORE_MODULE_FILE = "score_module.pt"
@@ -56,10 +57,10 @@ class SPRMConfig:
 
 
 class Standardization(NamedTuple):
-    """What makes features standardised: less `mean`, over `deviation`; [c] float64 each."""
+    """What makes features standardised: less `mean`, over `deviation`."""
 
-    mean: Tensor
-    deviation: Tensor
+    mean: Float64[Tensor, "c"]
+    deviation: Float64[Tensor, "c"]
 
 
 class ScoreHead(nn.Sequential):
@@ -80,12 +81,13 @@ class ScoreHead(nn.Sequential):
         self.normalize_features = normalize_features
         self.standardization: Standardization | None = None
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Features [..., c] to step logits [...]; their sigmoid is the step score."""
-        features = features.to(self[0].weight.dtype)
+    def forward(self, features: Float[Tensor, "*steps c"]) -> Float[Tensor, "*steps"]:
+        """Features to step logits, whose sigmoid is the step score."""
+        features = features.to(self.get_parameter("0.weight").dtype)
         if self.normalize_features:
             features = F.rms_norm(features, (self.hidden_size,), eps=1e-6)
-        return super().forward(features).squeeze(-1)
+        logits: Tensor = super().forward(features)
+        return logits.squeeze(-1)
 
 
 def save_score_head(folder: str | Path, state_dict: dict[str, Tensor], config: SPRMConfig | None) -> None:
@@ -115,7 +117,7 @@ def load_sprm_config(folder: str | Path, tokenizer: PreTrainedTokenizerBase, lan
     if not path.exists():
         return SPRMConfig(StepRule.from_tokenizer(tokenizer, lang or "en"))
     try:
-        config = SPRMConfig.from_dict(json.loads(path.read_text()))
+        config = SPRMConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a valid SPRM configuration ({error!r:.300}); copy it again") from error
     if lang is not None and lang != config.step_rule.lang:

@@ -7,12 +7,17 @@ that label. Denominators are global (all micro-batches of all ranks), so that lo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xbai.auc import roc_auc
 from xbai.sprm.score import trajectory_scores
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Float32, Shaped
 
 POSITIVE_CLASS_WEIGHT = 1.5
 
@@ -34,35 +39,37 @@ class StepCounts:
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.scale, None
 
 
-def scale_gradient(x: Tensor, scale: float) -> Tensor:
+def scale_gradient(x: Float[Tensor, "*shape"], scale: float) -> Float[Tensor, "*shape"]:
     """Identity whose gradient is multiplied by `scale`: how much of the score loss reaches the backbone."""
-    return _ScaleGradient.apply(x, scale)
+    scaled: Tensor = _ScaleGradient.apply(x, scale)
+    return scaled
 
 
 def counted_steps(
-    step_logits: Tensor, feature_mask: Tensor, labels: Tensor, graded: Tensor, agreement_weighting: bool
-) -> Tensor:
+    step_logits: Float[Tensor, "batch time"],
+    feature_mask: Bool[Tensor, "batch time"],
+    labels: Shaped[Tensor, "batch"],
+    graded: Shaped[Tensor, "batch"],
+    agreement_weighting: bool,
+) -> Bool[Tensor, "batch time"]:
     """The steps with w_n = 1.
 
     Args:
-        step_logits: [batch, time] raw head outputs.
-        feature_mask: [batch, time] bool, True at the steps.
-        labels: [batch], 1 for a right and 0 for a wrong final answer.
-        graded: [batch] bool; trajectories that could not be graded count nowhere.
+        step_logits: raw head outputs.
+        feature_mask: True at the steps.
+        labels: 1 for a right and 0 for a wrong final answer.
+        graded: trajectories that could not be graded count nowhere.
         agreement_weighting: count only steps where the head agrees with the label (score > 0.5 and right, or
             score < 0.5 and wrong).
-
-    Returns:
-        [batch, time] bool.
     """
     counted = feature_mask & graded.bool()[:, None]
     if not agreement_weighting:
@@ -71,27 +78,31 @@ def counted_steps(
     return counted & torch.where(right, step_logits > 0, step_logits < 0)
 
 
-def count_by_class(counted: Tensor, labels: Tensor) -> Tensor:
-    """[2] float32: counted steps of right and of wrong trajectories (to be summed over ranks)."""
+def count_by_class(counted: Bool[Tensor, "batch time"], labels: Shaped[Tensor, "batch"]) -> Float32[Tensor, "2"]:
+    """Counted steps of right and of wrong trajectories (to be summed over ranks)."""
     steps = counted.sum(-1).float()
     right = (labels > 0.5).float()
     return torch.stack([(steps * right).sum(), (steps * (1 - right)).sum()])
 
 
 def sprm_loss(
-    step_logits: Tensor, counted: Tensor, labels: Tensor, counts: StepCounts, class_balance: bool = True
-) -> Tensor:
+    step_logits: Float[Tensor, "batch time"],
+    counted: Bool[Tensor, "batch time"],
+    labels: Shaped[Tensor, "batch"],
+    counts: StepCounts,
+    class_balance: bool = True,
+) -> Float32[Tensor, ""]:
     """This micro-batch's share of the class-balanced mean of w_n * BCE(score_n, y).
 
     Args:
-        step_logits: [batch, time] raw head outputs.
-        counted: [batch, time] bool, from `counted_steps`.
-        labels: [batch], 1 right, 0 wrong.
+        step_logits: raw head outputs.
+        counted: from `counted_steps`.
+        labels: 1 right, 0 wrong.
         counts: counted steps of the global mini-batch.
         class_balance: weigh the classes by their frequency.
 
     Returns:
-        Scalar; the shares of all micro-batches and ranks add up to the weighted mean. 0 where nothing counts.
+        The shares of all micro-batches and ranks add up to the weighted mean. 0 where nothing counts.
     """
     positive, negative = counts.class_weights(class_balance)
     right = (labels > 0.5)[:, None].expand_as(step_logits)
@@ -104,20 +115,18 @@ def sprm_loss(
     return (per_step * weights).sum() / (total or 1.0)
 
 
-def auc(scores: Tensor, labels: Tensor) -> float:
-    """Area under the ROC curve of `scores` [n] against `labels` [n] in {0, 1}; ties count half; nan with one class."""
-    right = labels > 0.5
-    positives, negatives = int(right.sum()), int((~right).sum())
-    if positives == 0 or negatives == 0:
-        return float("nan")
-    _, ranks_of, tied = torch.unique(scores, return_inverse=True, return_counts=True)
-    mean_rank = tied.cumsum(0).double() - (tied.double() - 1) / 2
-    rank_sum = mean_rank[ranks_of][right].sum()
-    return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))
+def auc(scores: Float[Tensor, "n"], labels: Shaped[Tensor, "n"]) -> float:
+    """`roc_auc` of `scores` against `labels` in {0, 1}."""
+    return roc_auc(scores.detach().double().cpu().numpy(), labels.detach().double().cpu().numpy())
 
 
-def sprm_metrics(step_logits: Tensor, feature_mask: Tensor, labels: Tensor, graded: Tensor) -> dict[str, float]:
-    """How well the head tells right from wrong on a whole batch ([batch, time] and [batch], see `counted_steps`).
+def sprm_metrics(
+    step_logits: Float[Tensor, "batch time"],
+    feature_mask: Bool[Tensor, "batch time"],
+    labels: Shaped[Tensor, "batch"],
+    graded: Shaped[Tensor, "batch"],
+) -> dict[str, float]:
+    """How well the head tells right from wrong on a whole batch (see `counted_steps`).
 
     Returns:
         `one_sided` (share of steps on the side of 0.5 that has more of them: at 1 the head says the same of all),

@@ -9,15 +9,19 @@ the same prompt with the other label (`pairwise_loss`, Bradley and Terry's model
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from xbai.sprm.loss import StepCounts, count_by_class, counted_steps, sprm_loss
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Float32, Shaped
 
 LOSSES = ("step_bce", "outcome_bce", "pairwise", "both")
 SMALLEST_LOSS = 1e-6
@@ -25,7 +29,9 @@ SMALLEST_LOSS = 1e-6
 TRAINED_AGGREGATIONS = ("geometric", "mean_logit", "product", "soft_min")
 
 
-def log_odds(step_logits: Tensor, feature_mask: Tensor, aggregation: str = "geometric") -> Tensor:
+def log_odds(
+    step_logits: Float[Tensor, "batch time"], feature_mask: Bool[Tensor, "batch time"], aggregation: str = "geometric"
+) -> Float32[Tensor, "batch"]:
     """The log-odds of each row's aggregated score, in float32 and with useful gradients at every step.
 
     Of the score p that is, with `geometric`, the geometric mean of the steps' scores and with `product` their product;
@@ -33,12 +39,12 @@ def log_odds(step_logits: Tensor, feature_mask: Tensor, aggregation: str = "geom
     -log(mean(exp(-logit))).
 
     Args:
-        step_logits: [batch, time] raw head outputs; values off the mask are ignored.
-        feature_mask: [batch, time] bool, True at the steps.
+        step_logits: raw head outputs; values off the mask are ignored.
+        feature_mask: True at the steps.
         aggregation: one of `TRAINED_AGGREGATIONS`.
 
     Returns:
-        [batch]; 0 for a row without a step, which no loss may count.
+        0 for a row without a step, which no loss may count.
     """
     steps = feature_mask.sum(-1)
     logits = step_logits.float().masked_fill(~feature_mask, 0.0)
@@ -57,31 +63,42 @@ def log_odds(step_logits: Tensor, feature_mask: Tensor, aggregation: str = "geom
     return odds.where(steps > 0, 0.0)
 
 
-def outcome_loss(odds: Tensor, labels: Tensor, counted: Tensor, counts: StepCounts, class_balance: bool) -> Tensor:
+def outcome_loss(
+    odds: Float[Tensor, "batch"],
+    labels: Shaped[Tensor, "batch"],
+    counted: Bool[Tensor, "batch"],
+    counts: StepCounts,
+    class_balance: bool,
+) -> Float32[Tensor, ""]:
     """This micro-batch's share of the class-balanced mean of BCE(aggregated score, y), one term a response.
 
     Args:
-        odds: [batch] from `log_odds`.
-        labels: [batch], 1 right, 0 wrong.
-        counted: [batch] bool, the responses that count.
+        odds: from `log_odds`.
+        labels: 1 right, 0 wrong.
+        counted: the responses that count.
         counts: responses of each class that count in the global mini-batch.
         class_balance: weigh the classes by their frequency, as the step loss does.
     """
     return sprm_loss(odds[:, None], counted[:, None], labels, counts, class_balance)
 
 
-def rival_scores(scores: Tensor, labels: Tensor, counted: Tensor, groups: Sequence[Any]) -> Tensor:
+def rival_scores(
+    scores: Float[Tensor, "batch"],
+    labels: Shaped[Tensor, "batch"],
+    counted: Bool[Tensor, "batch"],
+    groups: Sequence[Any] | Shaped[np.ndarray, "batch"],
+) -> Float[Tensor, "batch rivals"]:
     """The scores of each response's rivals: the counted responses to the same prompt that have the other label.
 
     Args:
-        scores: [batch], before the update.
-        labels: [batch], 1 right, 0 wrong.
-        counted: [batch] bool; responses that could not be graded, or have no step, are nobody's rivals.
+        scores: before the update.
+        labels: 1 right, 0 wrong.
+        counted: responses that could not be graded, or have no step, are nobody's rivals.
         groups: [batch] hashable, the same for the responses to one prompt.
 
     Returns:
-        [batch, m], m the size of the largest group; nan where there is no such rival, and all nan for rows that do not
-        count.
+        As many columns as the largest group has responses; nan where there is no such rival, and all nan for rows that
+        do not count.
     """
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     of_row = torch.tensor([numbers[group] for group in groups], device=scores.device)
@@ -94,7 +111,13 @@ def rival_scores(scores: Tensor, labels: Tensor, counted: Tensor, groups: Sequen
     return rivals
 
 
-def pairwise_loss(odds: Tensor, labels: Tensor, counted: Tensor, rivals: Tensor, total: float) -> Tensor:
+def pairwise_loss(
+    odds: Float[Tensor, "batch"],
+    labels: Shaped[Tensor, "batch"],
+    counted: Bool[Tensor, "batch"],
+    rivals: Float[Tensor, "batch rivals"],
+    total: float,
+) -> Float[Tensor, ""]:
     """This micro-batch's share of the mean, over pairs of a response and a rival, of -log P(the right one is chosen).
 
     A response is compared with what its rivals scored **before** the update, as PPO's ratio is with the log-probs
@@ -103,10 +126,10 @@ def pairwise_loss(odds: Tensor, labels: Tensor, counted: Tensor, rivals: Tensor,
     responses instead, the larger side would push harder, all scores would drift its way, and no rival stop them.
 
     Args:
-        odds: [batch] from `log_odds`.
-        labels: [batch], 1 right, 0 wrong.
-        counted: [batch] bool, the responses that count.
-        rivals: [batch, m] from `rival_scores`, of the same aggregation.
+        odds: from `log_odds`.
+        labels: 1 right, 0 wrong.
+        counted: the responses that count.
+        rivals: from `rival_scores`, of the same aggregation.
         total: pairs in the global mini-batch, each counted from both sides.
     """
     there = ~rivals.isnan() & counted[:, None]
@@ -132,7 +155,7 @@ class ScoreTotals:
     SIZE = 5
 
     @classmethod
-    def from_tensor(cls, totals: Tensor) -> ScoreTotals:
+    def from_tensor(cls, totals: Float[Tensor, "5"]) -> ScoreTotals:
         """From the sum over ranks of `ScoreObjective.local_totals`."""
         step_right, step_wrong, right, wrong, pairs = totals.tolist()
         return cls(StepCounts(step_right, step_wrong), StepCounts(right, wrong), pairs)
@@ -154,11 +177,6 @@ class ScoreObjective:
     agreement_weighting: bool = True
     class_balance: bool = True
 
-    @classmethod
-    def from_config(cls, section: Mapping[str, Any]) -> ScoreObjective:
-        """Read `loss`, `aggregation`, `agreement_weighting` and `class_balance` of a `score` section."""
-        return cls(**{name: section[name] for name in cls.__dataclass_fields__ if name in section})
-
     @property
     def judges_steps(self) -> bool:
         """Some of the loss is the steps'."""
@@ -174,21 +192,37 @@ class ScoreObjective:
         """Some of the loss compares a response with its rivals."""
         return self.loss in ("pairwise", "both")
 
-    def counted_steps(self, logits_before: Tensor, feature_mask: Tensor, labels: Tensor, graded: Tensor) -> Tensor:
-        """[batch, time] bool: the steps with w_n = 1, by the logits before the update."""
+    def counted_steps(
+        self,
+        logits_before: Float[Tensor, "batch time"],
+        feature_mask: Bool[Tensor, "batch time"],
+        labels: Shaped[Tensor, "batch"],
+        graded: Shaped[Tensor, "batch"],
+    ) -> Bool[Tensor, "batch time"]:
+        """The steps with w_n = 1, by the logits before the update."""
         return counted_steps(logits_before, feature_mask, labels, graded, self.agreement_weighting)
 
     def rivals(
-        self, logits_before: Tensor, feature_mask: Tensor, labels: Tensor, graded: Tensor, groups: Sequence[Any]
-    ) -> Tensor:
+        self,
+        logits_before: Float[Tensor, "batch time"],
+        feature_mask: Bool[Tensor, "batch time"],
+        labels: Shaped[Tensor, "batch"],
+        graded: Shaped[Tensor, "batch"],
+        groups: Sequence[Any] | Shaped[np.ndarray, "batch"],
+    ) -> Float[Tensor, "batch rivals"]:
         """`rival_scores` by the log-odds before the update."""
         before = log_odds(logits_before, feature_mask, self.aggregation)
         return rival_scores(before, labels, counted_responses(feature_mask, graded), groups)
 
     def local_totals(
-        self, counted: Tensor, feature_mask: Tensor, labels: Tensor, graded: Tensor, rivals: Tensor | None
-    ) -> Tensor:
-        """[5] float32, to be summed over ranks: see `ScoreTotals`."""
+        self,
+        counted: Bool[Tensor, "batch time"],
+        feature_mask: Bool[Tensor, "batch time"],
+        labels: Shaped[Tensor, "batch"],
+        graded: Shaped[Tensor, "batch"],
+        rivals: Float[Tensor, "batch rivals"] | None,
+    ) -> Float32[Tensor, "5"]:
+        """To be summed over ranks: see `ScoreTotals`."""
         responses = counted_responses(feature_mask, graded)
         pairs = torch.zeros(1) if rivals is None else (~rivals.isnan()).sum()[None].float()
         return torch.cat(
@@ -197,30 +231,37 @@ class ScoreObjective:
 
     def response_loss(
         self,
-        step_logits: Tensor,
-        feature_mask: Tensor,
-        labels: Tensor,
-        graded: Tensor,
-        rivals: Tensor | None,
+        step_logits: Float[Tensor, "batch time"],
+        feature_mask: Bool[Tensor, "batch time"],
+        labels: Shaped[Tensor, "batch"],
+        graded: Shaped[Tensor, "batch"],
+        rivals: Float[Tensor, "batch rivals"] | None,
         totals: ScoreTotals,
-    ) -> Tensor:
-        """This micro-batch's share of the loss of whole responses; shapes as in `xbai.sprm.loss`."""
+    ) -> Float[Tensor, ""]:
+        """This micro-batch's share of the loss of whole responses; `rivals` where the loss `compares`."""
         odds = log_odds(step_logits, feature_mask, self.aggregation)
         counted = counted_responses(feature_mask, graded)
-        if self.compares:
-            return pairwise_loss(odds, labels, counted, rivals, totals.pairs)
-        return outcome_loss(odds, labels, counted, totals.responses, self.class_balance)
+        if not self.compares:
+            return outcome_loss(odds, labels, counted, totals.responses, self.class_balance)
+        if rivals is None:
+            raise ValueError(f"loss={self.loss} compares responses with their rivals, and none were given")
+        return pairwise_loss(odds, labels, counted, rivals, totals.pairs)
 
     def __call__(
-        self, step_logits: Tensor, feature_mask: Tensor, labels: Tensor, graded: Tensor, groups: Sequence[Any]
-    ) -> Tensor:
+        self,
+        step_logits: Float[Tensor, "batch time"],
+        feature_mask: Bool[Tensor, "batch time"],
+        labels: Shaped[Tensor, "batch"],
+        graded: Shaped[Tensor, "batch"],
+        groups: Sequence[Any] | Shaped[np.ndarray, "batch"],
+    ) -> Float[Tensor, ""]:
         """The loss of a batch that holds its prompts' responses whole, by its own logits before the update.
 
         Args:
-            step_logits: [batch, time].
-            feature_mask: [batch, time] bool.
-            labels: [batch], 1 right, 0 wrong.
-            graded: [batch] bool.
+            step_logits: raw head outputs.
+            feature_mask: True at the steps.
+            labels: 1 right, 0 wrong.
+            graded: those that count.
             groups: [batch] hashable, the same for the responses to one prompt.
         """
         before = step_logits.detach()
@@ -235,6 +276,8 @@ class ScoreObjective:
         return loss
 
 
-def counted_responses(feature_mask: Tensor, graded: Tensor) -> Tensor:
-    """[batch] bool: graded, and with a step to judge."""
+def counted_responses(
+    feature_mask: Bool[Tensor, "batch time"], graded: Shaped[Tensor, "batch"]
+) -> Bool[Tensor, "batch"]:
+    """Graded, and with a step to judge."""
     return graded.bool() & feature_mask.any(-1)

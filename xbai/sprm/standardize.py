@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from torch.distributed.tensor import DTensor
 from xbai.sprm.head import ScoreHead, Standardization
 from xbai.sprm.loss import POSITIVE_CLASS_WEIGHT
 from xbai.sprm.objective import ScoreObjective
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Float64, Shaped
 
 DEVIATION_FLOOR = 0.1
 """Of the median coordinate's deviation: one that hardly moves in the first responses may move later."""
@@ -43,8 +47,8 @@ class FeatureMoments:
     def __init__(self, hidden_size: int, device: torch.device | None = None) -> None:
         self.totals = torch.zeros(1 + 2 * hidden_size, dtype=torch.float64, device=device)
 
-    def add(self, features: Tensor) -> None:
-        """Count in features [..., c]."""
+    def add(self, features: Float[Tensor, "*shape c"]) -> None:
+        """Count in features."""
         rows = features.detach().flatten(0, -2).to(self.totals)
         self.totals += torch.cat([rows.new_full((1,), len(rows)), rows.sum(0), rows.square().sum(0)])
 
@@ -59,13 +63,13 @@ class FeatureMoments:
         return Standardization(self.mean, self.deviation)
 
     @property
-    def mean(self) -> Tensor:
-        """[c] float64."""
+    def mean(self) -> Float64[Tensor, "c"]:
+        """Of each coordinate."""
         return self.totals[1:].chunk(2)[0] / self.totals[0]
 
     @property
-    def deviation(self) -> Tensor:
-        """[c] float64, none of it below `DEVIATION_FLOOR` of the median; 1 where nothing moves at all."""
+    def deviation(self) -> Float64[Tensor, "c"]:
+        """Of each coordinate, none below `DEVIATION_FLOOR` of the median; 1 where nothing moves at all."""
         mean_square = self.totals[1:].chunk(2)[1] / self.totals[0]
         # Rounding makes a little of what is nothing.
         variance = mean_square - self.mean.square()
@@ -87,7 +91,6 @@ def observed_inputs(head: ScoreHead, device: torch.device | None = None) -> Iter
         hook.remove()
 
 
-@torch.no_grad()
 def standardize_head(head: ScoreHead, moments: FeatureMoments) -> None:
     """Make of W x + b, in place, W (x - mean) / deviation + b, and remember mean and deviation.
 
@@ -96,63 +99,69 @@ def standardize_head(head: ScoreHead, moments: FeatureMoments) -> None:
         moments: of at least `MIN_FEATURES` inputs of its first layer.
     """
     head.standardization = moments.standardization
-    _fold(head)
+    _fold(head, head.standardization)
 
 
 @contextmanager
-@torch.no_grad()
 def unfolded(head: ScoreHead) -> Iterator[None]:
     """Inside, the first layer and its gradient are those of standardised features, where the head was standardised.
 
     An optimiser's step there is the one that it would make of a head with fixed standardisation before it.
     """
-    if head.standardization is None:
+    standardization = head.standardization
+    if standardization is None:
         yield
         return
-    layer = weight, bias = [_shard(parameter) for parameter in head[0].parameters()]
-    mean, deviation = (values.to(weight.device) for values in head.standardization)
+    parameters = head.get_parameter("0.weight"), head.get_parameter("0.bias")
+    layer = weight, bias = [_shard(parameter) for parameter in parameters]
+    mean, deviation = (values.to(weight.device) for values in standardization)
     stored = [values.clone() for values in layer]
     bias.add_(weight.double() @ mean)
     weight.mul_(deviation)
     begun = [values.clone() for values in layer]
-    if head[0].weight.grad is not None:
-        of_weight, of_bias = (_shard(parameter.grad) for parameter in head[0].parameters())
+    gradients = [_shard(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    if gradients:
+        of_weight, of_bias = gradients
         of_weight.addr_(of_bias, mean.to(of_bias.dtype), alpha=-1).div_(deviation)
     try:
         yield
     finally:
         if all(map(torch.equal, layer, begun)):
             # A step that was left out changes nothing, not even by rounding.
-            for values, before in zip(layer, stored):
+            for values, before in zip(layer, stored, strict=True):
                 values.copy_(before)
         else:
-            _fold(head)
+            _fold(head, standardization)
 
 
-def _fold(head: ScoreHead) -> None:
+def _fold(head: ScoreHead, standardization: Standardization) -> None:
     weight, bias = map(_shard, head[0].parameters())
-    mean, deviation = (values.to(weight.device) for values in head.standardization)
+    mean, deviation = (values.to(weight.device) for values in standardization)
     weight.div_(deviation)
     # By the weight as it was rounded: at the mean nothing is left of it.
     bias.sub_(weight.double() @ mean)
 
 
-@torch.no_grad()
 def shift_head(head: ScoreHead, shift: float) -> None:
     """Add `shift` to every logit of the head, in place."""
-    _shard(head[3].bias).add_(shift)
+    _shard(head.get_parameter("3.bias")).add_(shift)
 
 
-def start_totals(step_logits: Tensor, feature_mask: Tensor, labels: Tensor, graded: Tensor) -> Tensor:
+def start_totals(
+    step_logits: Float[Tensor, "batch time"],
+    feature_mask: Bool[Tensor, "batch time"],
+    labels: Shaped[Tensor, "batch"],
+    graded: Shaped[Tensor, "batch"],
+) -> Float64[Tensor, "4"]:
     """What `start_shift` needs, to be summed over ranks.
 
     Args:
-        step_logits: [batch, time] of the standardised head in evaluation mode.
-        feature_mask: [batch, time] bool, True at the steps.
-        labels, graded: [batch], see `counted_steps`.
+        step_logits: of the standardised head in evaluation mode.
+        feature_mask: True at the steps.
+        labels, graded: see `counted_steps`.
 
     Returns:
-        [4] float64: sum of the logits, number of steps, of graded steps, and of steps of right answers.
+        Sum of the logits, number of steps, of graded steps, and of steps of right answers.
     """
     steps = feature_mask.sum(-1).double()
     graded_steps = steps * graded
@@ -160,9 +169,10 @@ def start_totals(step_logits: Tensor, feature_mask: Tensor, labels: Tensor, grad
     return torch.stack([logits.sum(), steps.sum(), graded_steps.sum(), (graded_steps * (labels > 0.5)).sum()])
 
 
-def start_shift(totals: Tensor, objective: ScoreObjective) -> float:
+def start_shift(totals: Float64[Tensor, "4"], objective: ScoreObjective) -> float:
     """What to add to the logits, so that their mean is the logit of `starting_score`."""
-    logits, steps, graded, right = totals.tolist()
+    values: list[float] = totals.tolist()
+    logits, steps, graded, right = values
     score = starting_score((right + 1) / (graded + 2), objective)
     return math.log(score / (1 - score)) - logits / max(steps, 1.0)
 
@@ -183,4 +193,6 @@ def starting_score(share_right: float, objective: ScoreObjective) -> float:
 
 
 def _shard(tensor: Tensor) -> Tensor:
+    """What of a tensor this rank holds, to be changed in place without a gradient."""
+    tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,9 @@ from torch import Tensor
 from xbai.errors import UserError
 from xbai.files import atomic_write
 from xbai.sprm.steps import StepRule
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Float32, Int64
 
 FORMAT = "xbai step features 2"
 SUFFIX = ".safetensors"
@@ -72,25 +75,25 @@ class StepFeatures:
 
     Attributes:
         source: what they came from.
-        features: [K, layers, c] in the model's dtype.
-        steps: [R] int64, how many each response has.
-        questions: [R] int64, equal for responses to the same prompt, in every file.
-        correct: [R] float32 in [0, 1]; 0 where not graded.
-        graded: [R] bool.
-        tokens: [R] int64, of the response's text.
-        mean_log_prob: [R] float32, of those tokens at temperature 1; nan where there is none.
-        states: [K] int64, equal for steps before which, and up to which, the same was said to the same prompt.
+        features: in the model's dtype.
+        steps: how many each response has.
+        questions: equal for responses to the same prompt, in every file.
+        correct: in [0, 1]; 0 where not graded.
+        graded: those that were.
+        tokens: of the response's text.
+        mean_log_prob: of those tokens at temperature 1; nan where there is none.
+        states: equal for steps before which, and up to which, the same was said to the same prompt.
     """
 
     source: FeatureSource
-    features: Tensor
-    steps: Tensor
-    questions: Tensor
-    correct: Tensor
-    graded: Tensor
-    tokens: Tensor
-    mean_log_prob: Tensor
-    states: Tensor
+    features: Float[Tensor, "K layers c"]
+    steps: Int64[Tensor, "R"]
+    questions: Int64[Tensor, "R"]
+    correct: Float32[Tensor, "R"]
+    graded: Bool[Tensor, "R"]
+    tokens: Int64[Tensor, "R"]
+    mean_log_prob: Float32[Tensor, "R"]
+    states: Int64[Tensor, "K"]
 
     @classmethod
     def open(cls, path: str | Path) -> StepFeatures:
@@ -152,12 +155,12 @@ class StepFeatures:
             mapped.flush()
 
     @property
-    def starts(self) -> Tensor:
-        """[R] where the steps of each response begin."""
+    def starts(self) -> Int64[Tensor, "R"]:
+        """Where the steps of each response begin."""
         return self.steps.cumsum(0) - self.steps
 
-    def of_layer(self, layer: int) -> Tensor:
-        """[K, c] after one decoder layer, counted from 0.
+    def of_layer(self, layer: int) -> Float[Tensor, "K c"]:
+        """The features after one decoder layer, counted from 0.
 
         Raises:
             UserError: it was not kept.

@@ -15,6 +15,7 @@ from xbai.prompts import TemplateRefusalError, example_text
 from xbai.sprm.tags import THINK_CLOSE, THINK_OPEN, TagPieces, single_id, tag_ends, tag_pieces
 
 if TYPE_CHECKING:
+    from jaxtyping import Bool, Int, Shaped
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ def _step_ids_en(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 def _step_ids_zh(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     ids = sorted(tokenizer.get_vocab().values())
     texts = tokenizer.batch_decode([[i] for i in ids])
-    found = tuple(i for i, text in zip(ids, texts) if _is_zh_delimiter(text))
+    found = tuple(i for i, text in zip(ids, texts, strict=True) if _is_zh_delimiter(text))
     if not found:
         raise UserError("step rule: no token of the vocabulary holds a newline or '。', so lang=zh finds no steps")
     return found
@@ -144,7 +145,9 @@ def split_response(text: str, rule: StepRule) -> tuple[str, str]:
     return before + found + opening, response[len(opening) :]
 
 
-def step_feature_mask(input_ids: Tensor, response_mask: Tensor, rule: StepRule) -> Tensor:
+def step_feature_mask(
+    input_ids: Int[Tensor, "batch time"], response_mask: Shaped[Tensor, "batch time"], rule: StepRule
+) -> Bool[Tensor, "batch time"]:
     """Mark the position just before each step token: its hidden state is the feature of the step.
 
     Only step tokens inside the response's thinking region count. It begins at the response's start where the prompt
@@ -153,12 +156,9 @@ def step_feature_mask(input_ids: Tensor, response_mask: Tensor, rule: StepRule) 
     the first counts; one at the region's very start does not.
 
     Args:
-        input_ids: [batch, time] token ids, prompts included; their padding may be on either side.
-        response_mask: [batch, time], True on response tokens (a contiguous run per row).
+        input_ids: token ids, prompts included; their padding may be on either side.
+        response_mask: true on response tokens (a contiguous run per row).
         rule: the model's step rule.
-
-    Returns:
-        [batch, time] bool mask of feature positions.
     """
     response = response_mask.bool()
     is_step = torch.isin(input_ids, torch.tensor(rule.step_ids, device=input_ids.device)) & response
@@ -194,15 +194,17 @@ def joined_scores(prompt_ids: Sequence[int], before: ScoredPart, added: ScoredPa
     return [*kept, *(score for score, counted in zip(scores, counts, strict=True) if counted)]
 
 
-def _thinking_region(input_ids: Tensor, response: Tensor, rule: StepRule) -> tuple[Tensor, Tensor]:
-    """First position of each row's region and the one after its last, [batch, 1] each."""
+def _thinking_region(
+    input_ids: Int[Tensor, "batch time"], response: Bool[Tensor, "batch time"], rule: StepRule
+) -> tuple[Int[Tensor, "batch 1"], Int[Tensor, "batch 1"]]:
+    """First position of each row's region and the one after its last."""
     length = input_ids.shape[1]
     positions = torch.arange(length, device=input_ids.device)
 
-    def first(mask: Tensor) -> Tensor:
+    def first(mask: Bool[Tensor, "batch time"]) -> Int[Tensor, "batch 1"]:
         return torch.where(mask, positions, length).amin(1, keepdim=True)
 
-    def last(mask: Tensor) -> Tensor:
+    def last(mask: Bool[Tensor, "batch time"]) -> Int[Tensor, "batch 1"]:
         return torch.where(mask, positions, -1).amax(1, keepdim=True)
 
     opens, goes_on = tag_ends(input_ids, THINK_OPEN, rule.think_open_id, rule.tag_pieces)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from jaxtyping import Bool, Int
     from transformers import PreTrainedTokenizerBase
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
@@ -28,21 +29,25 @@ def tag_pieces(tokenizer: PreTrainedTokenizerBase) -> TagPieces:
     ids = sorted(tokenizer.get_vocab().values())
     texts = tokenizer.batch_decode([[i] for i in ids])
     return tuple(
-        (i, text) for i, text in zip(ids, texts) if any(any(_parts(text, tag)) for tag in (THINK_OPEN, THINK_CLOSE))
+        (i, text)
+        for i, text in zip(ids, texts, strict=True)
+        if any(any(_parts(text, tag)) for tag in (THINK_OPEN, THINK_CLOSE))
     )
 
 
-def tag_ends(input_ids: Tensor, tag: str, token_id: int | None, pieces: TagPieces) -> tuple[Tensor, Tensor]:
+def tag_ends(
+    input_ids: Int[Tensor, "batch time"], tag: str, token_id: int | None, pieces: TagPieces
+) -> tuple[Bool[Tensor, "batch time"], Bool[Tensor, "batch time"]]:
     """Which tokens end a tag.
 
     Args:
-        input_ids: [batch, time].
+        input_ids: token ids.
         tag: its text.
         token_id: the tag's own token; None where it is made of `pieces`.
         pieces: tokens of no use where there is an own one; without any, the tag is never found.
 
     Returns:
-        [batch, time] bool each: a tag ends in the token; it does, and the token's text goes on behind it.
+        Where a tag ends in the token; where it does, and the token's text goes on behind it.
     """
     nowhere = torch.zeros_like(input_ids, dtype=torch.bool)
     if token_id is not None:
@@ -78,11 +83,11 @@ def _parts(text: str, tag: str) -> tuple[int, int, int, int]:
 
 
 @lru_cache(maxsize=8)
-def _table(tag: str, pieces: TagPieces) -> tuple[Tensor, ...]:
+def _table(tag: str, pieces: TagPieces) -> tuple[Int[Tensor, "pieces"], ...]:
     """Of each piece its id (ascending), its length up to the tag's, and its `_parts`."""
     rows = [(i, min(len(text), len(tag)), *_parts(text, tag)) for i, text in pieces]
     return tuple(torch.tensor(rows).T.contiguous())
 
 
-def _shift_right(values: Tensor) -> Tensor:
+def _shift_right(values: Int[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
     return torch.cat([torch.zeros_like(values[:, :1]), values[:, :-1]], dim=1)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from xbai.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 class HiddenStateTap:
@@ -31,11 +35,11 @@ class HiddenStateTap:
         self._handle.remove()
         self._captured = None
 
-    def _capture(self, module: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+    def _capture(self, module: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         self._captured = output[0] if isinstance(output, tuple) else output
 
-    def take(self) -> Tensor:
-        """The last forward pass's hidden state [batch, time, hidden], handed over (a second call raises)."""
+    def take(self) -> Float[Tensor, "batch time hidden"]:
+        """The last forward pass's hidden state, handed over (a second call raises)."""
         if self._captured is None:
             raise RuntimeError("no forward pass ran since the last take()")
         captured, self._captured = self._captured, None

@@ -72,8 +72,10 @@ def _compare(
     exact = [x.detach().float().requires_grad_() for x in fast]
     module = torch.nn.Module()
     packing = _packing(context.device, lengths, shared)
-    output = packed_attention(module, *fast, None, packing=packing, sliding_window=window)[0]
-    wanted = _plain(*exact, _paths(lengths, shared), lengths, window)
+    query, key, value = fast
+    output = packed_attention(module, query, key, value, None, packing=packing, sliding_window=window)[0]
+    query, key, value = exact
+    wanted = _plain(query, key, value, _paths(lengths, shared), lengths, window)
     weights = torch.randn(output.shape, generator=generator).to(context.device)
     gradients = torch.autograd.grad((output.float() * weights).sum(), fast)
     wanted_gradients = torch.autograd.grad((wanted * weights).sum(), exact)
@@ -86,8 +88,7 @@ def _compare(
 
 def _paths(lengths: list[int], shared: int) -> list[list[int]]:
     """Which of the tokens each sequence attends to, its own last."""
-    starts = [0, *accumulate(lengths)]
-    own = [list(range(start, start + length)) for start, length in zip(starts, lengths)]
+    own = [list(range(end - length, end)) for end, length in zip(accumulate(lengths), lengths, strict=True)]
     return [own[0], *(own[0][:shared] + tokens for tokens in own[1:])]
 
 

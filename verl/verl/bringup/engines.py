@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from verl.bringup.driver import GIB, now
 from verl.bringup.generation import token_log_probs
 from verl.bringup.step import Context, require, step
-from verl.bringup.workload import build_policy, model_folder, plain_model, process_group
-from verl.utils.fsdp import named_full_tensors
-from xbai.engine import Completion, Engine, SamplingParams, Scorer, load_engine
-from xbai.sprm import aggregate
+from verl.bringup.workload import build_policy, fsdp_section, model_folder, plain_model, process_group
+from verl.models.fsdp import named_full_tensors
+from xbai.aggregation import aggregate
+from xbai.engine import Completion, Engine, Sample, SamplingParams, Scorer, load_engine
 
 TEMPERATURE = 0.8
 EXACT_ERROR = 1e-4
@@ -26,7 +26,10 @@ MEASURED_STEPS = 40
 MEANS = "vLLM's tokens come with scores or log-probs that are not the model's. "
 
 
-@step(means=MEANS + "In float32 and without graphs, where nothing rounds: xbai/engine/fused_models.py.", needs=["vllm"])
+@step(
+    means=MEANS + "In float32 and without graphs, where nothing rounds: xbai/engine/vllm/fused_models.py.",
+    needs=["vllm"],
+)
 def vllm_exact(context: Context) -> str:
     """Float32, eager: scores and log-probs those of the plain model."""
     with closing(_engine(context, dtype="float32", enforce_eager=True)) as engine:
@@ -56,7 +59,7 @@ def vllm_sleep(context: Context) -> str:
     folder, freed = model_folder(context), []
     greedy = SamplingParams(n=2, max_tokens=_tokens(context), temperature=0.0, ignore_eos=True)
     with process_group():
-        policy = build_policy(folder, {"param_offload": True, "compute_dtype": "bfloat16"})
+        policy = build_policy(folder, fsdp_section(param_offload=True, compute_dtype="bfloat16"))
         with closing(_engine(context)) as engine:
             before = _token_ids(engine, greedy)
             for level in (1, 2):
@@ -77,7 +80,7 @@ def vllm_sleep(context: Context) -> str:
 
 @step(
     means="Requests with a seed or a repetition penalty, as evaluation sends them, make every step of vLLM slower than "
-    "plain ones by more than 1.3 times: xbai/engine/vllm_sampler.py. Long answers will end in time-outs.",
+    "plain ones by more than 1.3 times: xbai/engine/vllm/sampler.py. Long answers will end in time-outs.",
     needs=["vllm"],
     limit_s=900,
 )
@@ -85,7 +88,11 @@ def vllm_penalties_and_seeds(context: Context) -> str:
     """Milliseconds a step of 256 rows of 4,000 tokens: plain, seeded, penalised."""
     rows, length = (256, 4000) if context.on_gpu else (8, 40)
     with closing(_engine(context, layers=None)) as engine:
-        kinds = {"plain": {}, "seeded": {"seed": 1}, "penalised": {"repetition_penalty": 1.05}}
+        kinds: dict[str, dict[str, Any]] = {
+            "plain": {},
+            "seeded": {"seed": 1},
+            "penalised": {"repetition_penalty": 1.05},
+        }
         _milliseconds(engine, rows, 1)
         found = {name: _milliseconds(engine, rows, length, **sampling) for name, sampling in kinds.items()}
     figure = f"{rows} x {length}: " + ", ".join(f"{name} {each:.2f} ms" for name, each in found.items())
@@ -119,7 +126,7 @@ def vllm_closed(context: Context) -> str:
 
 
 def _engine(context: Context, layers: int | None = 4, dtype: str = "bfloat16", **options: Any) -> Engine:
-    size = (
+    size: dict[str, Any] = (
         {"max_model_len": 8192, "max_num_seqs": 256} if context.on_gpu else {"max_model_len": 256, "max_num_seqs": 16}
     )
     if context.on_gpu:
@@ -158,23 +165,26 @@ def _wants(index: int) -> tuple[bool, bool]:
 
 
 def _mixed(engine: Engine, prompts: Sequence[list[int]], tokens: int) -> list[Completion]:
+    samples = []
     for i, prompt in enumerate(prompts):
         log_probs, scores = _wants(i)
         params = SamplingParams(max_tokens=tokens, temperature=TEMPERATURE, ignore_eos=True, log_probs=log_probs)
-        engine.add_request(str(i), prompt, params, return_scores=scores)
-    done: dict[str, list[Completion]] = {}
+        samples += engine.samples(prompt, params, return_scores=scores)
+        engine.add(samples[-1])
+    done: dict[Sample, Completion] = {}
     while engine.has_unfinished():
         done.update(engine.step())
-    return [done[str(i)][0] for i in range(len(prompts))]
+    return [done[sample] for sample in samples]
 
 
 def _score_error(scorer: Scorer, prompts: Sequence[list[int]], done: Sequence[Completion]) -> float:
     asked = [i for i in range(len(prompts)) if _wants(i)[1]]
     wanted = scorer.score([prompts[i] + done[i].token_ids for i in asked], [len(prompts[i]) for i in asked])
-    for i, scored in zip(asked, wanted, strict=True):
-        require(len(done[i].step_scores) == len(scored.step_scores), "vLLM counts other steps than the scorer")
+    found = [done[i].step_scores or [] for i in asked]
+    for steps, scored in zip(found, wanted, strict=True):
+        require(len(steps) == len(scored.step_scores), "vLLM counts other steps than the scorer")
     require(any(scored.step_scores for scored in wanted), "no response has a step")
-    return max(abs(aggregate(done[i].step_scores) - scored.value) for i, scored in zip(asked, wanted, strict=True))
+    return max(abs(aggregate(steps) - scored.value) for steps, scored in zip(found, wanted, strict=True))
 
 
 def _log_prob_error(model: PreTrainedModel, prompts: Sequence[list[int]], done: Sequence[Completion]) -> float:
@@ -191,14 +201,14 @@ def _milliseconds(engine: Engine, rows: int, length: int, **sampling: Any) -> fl
     params = SamplingParams(
         max_tokens=length + MEASURED_STEPS + 20, ignore_eos=True, temperature=TEMPERATURE, **sampling
     )
-    for i, prompt in enumerate(_prompts(rows)):
-        engine.add_request(f"speed {i}", prompt, params)
+    samples = [sample for prompt in _prompts(rows) for sample in engine.samples(prompt, params)]
+    for sample in samples:
+        engine.add(sample)
     for _ in range(length):
         engine.step()
     started = now()
     for _ in range(MEASURED_STEPS):
         engine.step()
     each = (now() - started) / MEASURED_STEPS * 1e3
-    for i in range(rows):
-        engine.abort(f"speed {i}")
+    engine.abort(samples)
     return each

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from verl.bringup.driver import now
 from verl.bringup.step import Context, require, step
-from verl.bringup.workload import build_policy, model_folder, plain_model, process_group
-from verl.utils.fsdp import named_full_tensors
+from verl.bringup.workload import build_policy, fsdp_section, model_folder, plain_model, process_group
+from verl.models.fsdp import named_full_tensors
 from xbai.engine import Engine, SamplingParams, load_engine
 
 PROMPTS = [[57, 58, 59], [71] * 20, [55]]
@@ -21,7 +21,7 @@ LOG_PROB_ERROR = 1e-3
 
 @step(
     means="The transformers engine gives other tokens in a batch than for one prompt alone, or log-probs that are not "
-    "the model's: padding and cache positions (xbai/engine/hf.py) on this torch or transformers.",
+    "the model's: padding and cache positions (xbai/engine/hf/engine.py) on this torch or transformers.",
     quick=True,
 )
 def hf_engine(context: Context) -> str:
@@ -52,7 +52,7 @@ def hf_weight_sync(context: Context) -> str:
     """After a sync, with checksums, the engine generates what the trainer's model does, and no more what it did."""
     folder = model_folder(context)
     with process_group():
-        policy = build_policy(folder, {}, with_head=False)
+        policy = build_policy(folder, fsdp_section(), with_head=False)
         engine = load_engine("hf", folder, dtype="float32", with_scores=False)
         before = _greedy(engine)
         engine.update_weights(_turned_around(named_full_tensors(policy.model)), check=True)

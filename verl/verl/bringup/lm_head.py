@@ -6,15 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from verl.bringup.step import Context, require, step
-from verl.utils.lm_head import LMHead
-from verl.utils.torch_functional import token_log_probs
+from verl.models.lm_head import LMHead
+from verl.models.log_probs import token_log_probs
 
 LOG_PROB_ERROR, GRADIENT_ERROR = 1e-3, 0.006
 
 
 @step(
     means="The LM head's products of bfloat16 numbers, which are summed and kept in float32 (torch.mm and torch.addmm "
-    "with out_dtype), are wrong or not there: every training step depends on them. See verl/utils/lm_head.py; "
+    "with out_dtype), are wrong or not there: every training step depends on them. See verl/models/lm_head.py; "
     "model.head_dtype=model does without the first of them.",
     quick=True,
 )
@@ -31,12 +31,15 @@ def lm_head(context: Context) -> str:
         hidden.requires_grad_()
         lm_head = LMHead.of(head, torch.float32)
         log_probs = token_log_probs(hidden, lm_head, labels, logits_per_chunk=chunk * vocabulary).log_probs
-        return log_probs.detach(), *torch.autograd.grad((log_probs * advantages).sum(), (hidden, head.weight))
+        of_hidden, of_weight = torch.autograd.grad((log_probs * advantages).sum(), (hidden, head.weight))
+        return log_probs.detach(), of_hidden, of_weight
 
     found = results(linear, hidden, chunk=tokens // 3)
     wanted = results(linear.float(), hidden.detach().float(), chunk=tokens)
     off = float((found[0] - wanted[0]).abs().max())
     require(off < LOG_PROB_ERROR, f"log-probs are up to {off:.3g} off; at most {LOG_PROB_ERROR}")
-    errors = [float((one.float() - other).norm() / other.norm()) for one, other in zip(found[1:], wanted[1:])]
+    errors = [
+        float((one.float() - other).norm() / other.norm()) for one, other in zip(found[1:], wanted[1:], strict=True)
+    ]
     require(max(errors) < GRADIENT_ERROR, f"gradients are {max(errors):.3g} off; at most {GRADIENT_ERROR}")
     return f"log-probs within {off:.2g} of float32, gradients within {max(errors):.2%}"

@@ -6,8 +6,16 @@ import torch
 
 from verl.bringup.driver import GIB
 from verl.bringup.step import Context, require, step
-from verl.bringup.workload import Sizes, actor_config, build_policy, make_batch, model_folder, process_group
-from verl.utils.fsdp import local_device, named_full_tensors
+from verl.bringup.workload import (
+    Sizes,
+    actor_config,
+    build_policy,
+    fsdp_section,
+    make_batch,
+    model_folder,
+    process_group,
+)
+from verl.models.fsdp import local_device, named_full_tensors
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.placed_model import PlacedModel
 from xbai.engine.files import read_config
@@ -21,7 +29,7 @@ MEANS = (
 SIZES = Sizes(prompts=2, samples=2, prompt_tokens=16, response_tokens=64, tokens_per_micro_batch=256)
 
 
-@step(means=MEANS + "See verl/verl/utils/fsdp.py `named_full_tensors` (NCCL).", quick=True)
+@step(means=MEANS + "See verl/verl/models/fsdp.py `named_full_tensors` (NCCL).", quick=True)
 def placement_plain(context: Context) -> str:
     """Everything on the GPU."""
     return _figure(context)
@@ -33,13 +41,13 @@ def placement_param_offload(context: Context) -> str:
     return _figure(context, "param_offload")
 
 
-@step(means=MEANS + "See verl/verl/utils/fsdp.py `move_optimizer`.", quick=True)
+@step(means=MEANS + "See verl/verl/models/fsdp.py `move_optimizer`.", quick=True)
 def placement_optimizer_offload(context: Context) -> str:
     """The optimiser's state in CPU memory between uses."""
     return _figure(context, "optimizer_offload")
 
 
-@step(means=MEANS + "See `CPUOffloadPolicy` in verl/verl/utils/fsdp.py.", needs=["gpu"], quick=True)
+@step(means=MEANS + "See `CPUOffloadPolicy` in verl/verl/models/fsdp.py.", needs=["gpu"], quick=True)
 def placement_offload_policy(context: Context) -> str:
     """FSDP2 fetches each layer when it is needed."""
     return _figure(context, "offload_policy")
@@ -47,9 +55,9 @@ def placement_offload_policy(context: Context) -> str:
 
 def _figure(context: Context, placement: str | None = None) -> str:
     """Train one update, gather every weight, update again, and see what is left on the GPU between uses."""
-    folder = model_folder(context)
+    folder, changes = model_folder(context), {} if placement is None else {placement: True}
     with process_group():
-        policy = build_policy(folder, {} if placement is None else {placement: True}, lr=1e-3, packed=True)
+        policy = build_policy(folder, fsdp_section(**changes), lr=1e-3, packed=True)
         actor = DataParallelPPOActor(actor_config(SIZES, packed=True), policy.model, policy.optimizer)
         batch = make_batch(SIZES, read_config(folder).vocab_size)
         with policy.on_device():

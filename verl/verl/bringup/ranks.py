@@ -17,14 +17,15 @@ from verl.bringup.workload import (
     Sizes,
     actor_config,
     build_policy,
+    fsdp_section,
     make_batch,
     model_folder,
     model_folder_made_apart,
     process_count,
 )
-from verl.utils.fsdp import init_distributed, named_full_tensors
-from verl.utils.model import load_tokenizer
-from verl.utils.ulysses import sequence_parallel_group
+from verl.models.fsdp import init_distributed, named_full_tensors
+from verl.models.loading import load_tokenizer
+from verl.models.ulysses import sequence_parallel_group
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from xbai.engine import SamplingParams, load_engine
 from xbai.engine.files import read_config
@@ -40,7 +41,7 @@ MEANS = (
 )
 MEANS_ROLLOUT = (
     "Ranks with vLLM engines part ways, or engines lose the weights that they are sent while they sleep: see "
-    "xbai/engine/vllm_executor.py and vllm_weights.py; rollout.tensor_model_parallel_size=1 avoids shared engines. "
+    "executor.py and weights.py of xbai/engine/vllm; rollout.tensor_model_parallel_size=1 avoids shared engines. "
 )
 
 
@@ -105,7 +106,7 @@ def _compare(context: Context, fsdp_size: int = -1, sp_size: int = 1) -> str:
     run_ranks(context, ranks, _update, file, fsdp_size, sp_size)
     together = torch.load(file)
     off = {name: abs(together[name] / alone[name] - 1) for name in LOSSES}
-    name = max(off, key=off.get)
+    name = max(off, key=lambda name: off[name])
     require(off[name] < LOSS_ERROR, f"{name} {together[name]:.6g} on {ranks} ranks, {alone[name]:.6g} on one")
     return f"{ranks} ranks: losses and gradient norms within {off[name]:.1e} of one rank's"
 
@@ -115,7 +116,7 @@ def _update(context: Context, file: Path, fsdp_size: int, sp_size: int) -> None:
     init_distributed()
     folder = model_folder(context)
     config = actor_config(SIZES, packed=True, entropy_coeff=0.01, kl_loss_coef=0.1)
-    fsdp_config = {"compute_dtype": "float32", "fsdp_size": fsdp_size}
+    fsdp_config = fsdp_section(compute_dtype="float32", fsdp_size=fsdp_size)
     policy = build_policy(folder, fsdp_config, packed=True)
     actor = DataParallelPPOActor(config, policy.model, policy.optimizer, sp_group=sequence_parallel_group(sp_size))
     whole = make_batch(SIZES, read_config(folder).vocab_size)
@@ -147,8 +148,8 @@ def _generate(context: Context, tensor_parallel: int) -> None:
     init_distributed()
     folder = model_folder(context)
     sprm_config = load_sprm_config(folder, load_tokenizer(folder))
-    policy = build_policy(folder, {"param_offload": True, "compute_dtype": "bfloat16"})
-    options = {"gpu_memory_utilization": 0.5} if context.on_gpu else {}
+    policy = build_policy(folder, fsdp_section(param_offload=True, compute_dtype="bfloat16"))
+    options: dict[str, Any] = {"gpu_memory_utilization": 0.5} if context.on_gpu else {}
     engine = load_engine(
         "vllm",
         folder,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import importlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -21,6 +20,7 @@ from xbai.errors import UserError
 
 TAIL_LINES = 60
 END_S = 10.0
+STDERR = 2
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,9 @@ def run_step(step: Step, context: Context, log: Path) -> Outcome:
     if (missing := step.missing(context)) is not None:
         return Outcome("skipped", f"needs {missing}")
     log.parent.mkdir(parents=True, exist_ok=True)
-    processes = multiprocessing.get_context(context.start_method)
-    receiver, sender = processes.Pipe(duplex=False)
+    receiver, sender = context.processes.Pipe(duplex=False)
     arguments = (step.run.__module__, step.name, context, log, sender)
-    process = processes.Process(target=_be_the_process, args=arguments, name=step.name)
+    process = context.processes.Process(target=_be_the_process, args=arguments, name=step.name)
     started = time.monotonic()
     process.start()
     sender.close()
@@ -83,24 +82,25 @@ def _outcome(process: BaseProcess, receiver: Connection, limit_s: float) -> Outc
 
 def _end(process: BaseProcess) -> None:
     """End the process and all that it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    if process.pid is not None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     # It may not have had a group of its own yet.
     process.kill()
     process.join()
 
 
 def _tail(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
+    return "\n".join(log.read_text(errors="replace", encoding="utf-8").splitlines()[-TAIL_LINES:])
 
 
 def _be_the_process(module: str, name: str, context: Context, log: Path, sender: Connection) -> None:
     os.setsid()
     with log.open("wb") as stream:
-        for descriptor in (1, 2):
+        for descriptor in (1, STDERR):
             os.dup2(stream.fileno(), descriptor)
     # Also a segmentation fault shows where it was.
-    faulthandler.enable(sys.__stderr__)
+    faulthandler.enable(STDERR)
     # It kept the parent off CUDA; here it would keep torch from noticing a driver that is too old.
     os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
     step: Step = getattr(importlib.import_module(module), name)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from verl.bringup.driver import GIB
 from verl.bringup.machine import ROOT
-from verl.bringup.step import Context, require, step
+from verl.bringup.step import CheckFailed, Context, require, step
 from verl.bringup.workload import model_folder_made_apart, process_count
 
 STEPS = 2
@@ -64,7 +64,7 @@ def _run(context: Context, script: str, model: Path, recipe: list[str]) -> str:
 
     folder = context.work / f"run_{len(list(context.work.glob('run_*')))}"
     data = write_splits(folder, sizes=SplitSizes(sft_problems=8, sft=8, train=64, validation=8, test=8))
-    (folder / "reward.py").write_text(REWARD)
+    (folder / "reward.py").write_text(REWARD, encoding="utf-8")
     overrides = [
         *_small(context),
         *recipe,
@@ -112,7 +112,7 @@ def _small(context: Context) -> list[str]:
 
 
 def _last_metrics(folder: Path) -> dict[str, float]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if "timing_s/step" in row]
     require(len(rows) == STEPS, f"{len(rows)} of {STEPS} steps ended")
     return rows[-1]
@@ -122,12 +122,18 @@ def _memory(config: str, model: Path, metrics: dict[str, float]) -> str:
     """What torch took at most, beside the dry run's estimate of the same configuration (YAML)."""
     from omegaconf import OmegaConf
 
-    from verl.trainer.auto_config import smallest_gpu
-    from verl.trainer.memory_phases import PhaseMemory
-    from verl.utils.model_shapes import ModelShape, config_of
+    from verl.trainer.config.machine import smallest_gpu
+    from verl.trainer.config.schema import YAML, PPOConfig
+    from verl.trainer.config.validation import validated
+    from verl.trainer.planning.memory_phases import PhaseMemory
+    from verl.trainer.planning.model_shapes import ModelShape
+    from xbai.engine.files import read_config
 
-    shape = ModelShape.from_config(config_of(model))
-    memory = PhaseMemory(OmegaConf.create(config), shape, shape, smallest_gpu())
+    shape = ModelShape.from_config(read_config(model))
+    typed = validated(PPOConfig, OmegaConf.create(config), YAML)
+    if (gpu_bytes := smallest_gpu()) is None:
+        raise CheckFailed("no GPU is there any more")
+    memory = PhaseMemory(typed, shape, shape, gpu_bytes)
     found = {}
     for phase, name in PHASES.items():
         expected = sum(size for part, size in memory.phases[phase].items() if part not in OF_VLLM) / GIB

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 
 import torch
+from transformers import PreTrainedModel
 
 from verl.bringup.driver import now
 from verl.bringup.step import Context, require, step
 from verl.bringup.workload import STEP_IDS, model_folder, plain_model
 from xbai.engine import Scored, Scorer
 from xbai.engine.files import read_config
-from xbai.sprm import SPRMConfig, StepRule, load_score_head
+from xbai.sprm import ScoreHead, SPRMConfig, StepRule, load_score_head
 
 SCORE_ERROR = 0.01
 PROMPT_TOKENS = 60
@@ -62,7 +63,7 @@ def _plain_scores(context: Context, scorer: Scorer, asked: list[list[int]]) -> l
 
 
 @torch.no_grad()
-def _plain_score(model: torch.nn.Module, head: torch.nn.Module, scored: Scored) -> float:
+def _plain_score(model: PreTrainedModel, head: ScoreHead, scored: Scored) -> float:
     ids = torch.tensor([scored.token_ids], device=model.device)
     hidden = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[-2][0]
     logits = head(hidden[scored.positions]).double()

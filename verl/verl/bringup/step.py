@@ -7,6 +7,8 @@ import importlib.util
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.context import ForkContext, SpawnContext
 from pathlib import Path
 
 from verl.bringup.machine import gpu_column
@@ -57,6 +59,11 @@ class Context:
     work: Path
     used_mib: tuple[int, ...] = ()
     start_method: str = "fork"
+
+    @property
+    def processes(self) -> ForkContext | SpawnContext:
+        """What starts processes that use CUDA."""
+        return get_context("fork") if self.start_method == "fork" else get_context("spawn")
 
     @property
     def on_gpu(self) -> bool:

@@ -5,18 +5,29 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from verl.bringup.driver import GIB, now
 from verl.bringup.step import Context, require, step
-from verl.bringup.workload import Sizes, actor_config, build_policy, make_batch, model_folder, process_group
-from verl.trainer.memory_estimate import Placement, training_peak
+from verl.bringup.workload import (
+    Modes,
+    Sizes,
+    actor_config,
+    build_policy,
+    fsdp_section,
+    make_batch,
+    model_folder,
+    process_group,
+)
+from verl.models.log_probs import LOGITS_PER_CHUNK
+from verl.trainer.config.defaults import plain_defaults
+from verl.trainer.planning.memory_estimate import Placement, training_peak
+from verl.trainer.planning.model_shapes import ModelShape
 from verl.utils.device_peaks import peak_tflops
-from verl.utils.model_shapes import ModelShape, config_of
-from verl.utils.torch_functional import LOGITS_PER_CHUNK
 from verl.workers.actor.dp_actor import DataParallelPPOActor
+from xbai.engine.files import read_config
 
 REPEATS = 3
 LEAST_MFU = {True: 0.30, False: 0.25}
@@ -61,8 +72,8 @@ def throughput_fastest(context: Context) -> str:
 
 
 @step(
-    means="An update takes another amount of GPU memory than the dry run says (trainer/memory_estimate.py): its "
-    "advice, and README's table of GPUs, are wrong on this torch.",
+    means="An update takes another amount of GPU memory than the dry run says (trainer/planning/memory_estimate.py): "
+    "its advice, and README's table of GPUs, are wrong on this torch.",
     needs=["gpu"],
     quick=True,
 )
@@ -84,19 +95,20 @@ def memory_of_an_update(context: Context) -> str:
 
 def _expected_memory(shape: ModelShape, sizes: Sizes) -> float:
     """Weights, gradients, moments, the score head's, and what an update has on top at its highest."""
-    placement = Placement.from_config(shape, {}, {"name": "AdamW"}, world=1, on_gpu=True)
+    optim = plain_defaults().actor_rollout_ref.actor.optim
+    placed = Placement.from_config(shape, fsdp_section(), optim, world=1, on_gpu=True)
     tokens = sizes.tokens_per_micro_batch
     logits = min(LOGITS_PER_CHUNK, tokens * shape.vocabulary)
-    peak = training_peak(placement, tokens, 0, checkpointing=True, packed=True, logits=logits)
-    return 2 * placement.weights + placement.optimizer + 4 * 7 * shape.score_head_parameters + sum(peak.values())
+    peak = training_peak(placed, tokens, 0, checkpointing=True, packed=True, logits=logits)
+    return 2 * placed.weights + placed.optimizer + 4 * 7 * shape.score_head_parameters + sum(peak.values())
 
 
 def _training(
-    context: Context, sizes: Sizes, layers: int | None, **modes: bool
+    context: Context, sizes: Sizes, layers: int | None, **modes: Unpack[Modes]
 ) -> tuple[DataParallelPPOActor, dict[str, torch.Tensor], ModelShape]:
     folder = model_folder(context, layers)
-    shape = ModelShape.from_config(config_of(folder))
-    policy = build_policy(folder, {"compute_dtype": "bfloat16"}, **modes)
+    shape = ModelShape.from_config(read_config(folder))
+    policy = build_policy(folder, fsdp_section(compute_dtype="bfloat16"), **modes)
     actor = DataParallelPPOActor(actor_config(sizes, packed=True), policy.model, policy.optimizer)
     batch = make_batch(sizes, shape.vocabulary)
     batch |= actor.compute_log_prob(batch)
@@ -104,7 +116,7 @@ def _training(
     return actor, batch, shape
 
 
-def _measure(context: Context, **modes: bool) -> dict[str, float]:
+def _measure(context: Context, **modes: Unpack[Modes]) -> dict[str, float]:
     """TFLOP/s of each phase, of the operations that the model asks for."""
     sizes = _sizes(context)
     with process_group():

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from verl.bringup.step import Context, require, step
-from verl.bringup.workload import Sizes, actor_config, build_policy, make_batch, model_folder, process_group
-from verl.utils.model import build_joint_model
-from verl.utils.optim import Optimizers
+from verl.bringup.workload import (
+    Modes,
+    Sizes,
+    actor_config,
+    build_policy,
+    fsdp_section,
+    make_batch,
+    model_folder,
+    process_group,
+)
+from verl.models.loading import build_joint_model
+from verl.models.reference import ReferencePolicy
+from verl.models.value_model import build_value_model
+from verl.optim.optimizers import Optimizers
+from verl.trainer.config.defaults import plain_defaults
+from verl.trainer.config.fields import with_values
 from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.actor.reference import ReferencePolicy
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
-from verl.workers.critic.value_model import build_value_model
 from verl.workers.placed_model import Dtypes, PlacedModel
 from xbai.engine.files import read_config, resolve_head_dtype
 
@@ -58,7 +69,7 @@ def training_without_checkpointing(context: Context) -> str:
 
 
 @step(
-    means=MEANS + "torch.compile's kernel after the LM head (verl/verl/utils/torch_functional.py); "
+    means=MEANS + "torch.compile's kernel after the LM head (verl/verl/models/log_probs.py); "
     "use_fused_kernels=false avoids it.",
     needs=["compiler"],
     quick=True,
@@ -69,7 +80,7 @@ def training_fused_kernels(context: Context) -> str:
 
 
 @step(
-    means=MEANS + "Liger's kernels for norms and MLPs (verl/verl/utils/liger.py); use_liger=false avoids it.",
+    means=MEANS + "Liger's kernels for norms and MLPs (verl/verl/models/liger.py); use_liger=false avoids it.",
     needs=["gpu", "liger_kernel"],
     quick=True,
 )
@@ -80,7 +91,7 @@ def training_liger(context: Context) -> str:
 
 @step(
     means=MEANS + "The KL over the whole vocabulary, with a reference policy beside the policy "
-    "(verl/verl/workers/actor/reference.py); kl_loss_type=low_var_kl avoids it.",
+    "(verl/verl/models/reference.py); kl_loss_type=low_var_kl avoids it.",
     quick=True,
 )
 def training_full_kl(context: Context) -> str:
@@ -108,13 +119,13 @@ def _exact(context: Context, full_kl: bool = False) -> Figures:
     return torch.load(file)
 
 
-def _compare(context: Context, full_kl: bool = False, **modes: bool) -> str:
+def _compare(context: Context, full_kl: bool = False, **modes: Unpack[Modes]) -> str:
     exact, found = _exact(context, full_kl), _update(context, "bfloat16", full_kl, **modes)
     losses = {name: abs(found[name] / exact[name] - 1) for name in LOSSES}
-    name = max(losses, key=losses.get)
+    name = max(losses, key=lambda name: losses[name])
     require(losses[name] < LOSS_ERROR, f"{name} {found[name]:.5g}, in float32 {exact[name]:.5g}")
     norms = {name: abs(found[name] / exact[name] - 1) for name in ("actor/grad_norm", "score/grad_norm")}
-    norm = max(norms, key=norms.get)
+    norm = max(norms, key=lambda name: norms[name])
     require(norms[norm] < NORM_ERROR, f"{norm} {found[norm]:.5g}, in float32 {exact[norm]:.5g}")
     mask = exact["mask"]
     log_probs = float((found["log_probs"] - exact["log_probs"]).abs()[mask].mean())
@@ -122,10 +133,10 @@ def _compare(context: Context, full_kl: bool = False, **modes: bool) -> str:
     return f"losses within {losses[name]:.2%}, gradient norms within {norms[norm]:.2%}, log-probs {log_probs:.2g} off"
 
 
-def _update(context: Context, dtype: str, full_kl: bool, **modes: bool) -> Figures:
+def _update(context: Context, dtype: str, full_kl: bool, **modes: Unpack[Modes]) -> Figures:
     """Log-probs, then the metrics of one update, whose losses depend on how good the log-probs are."""
     folder = model_folder(context)
-    fsdp_config = {"compute_dtype": dtype}
+    fsdp_config = fsdp_section(compute_dtype=dtype)
     with process_group():
         policy = build_policy(folder, fsdp_config, **modes)
         kl = {"kl_loss_type": "full" if full_kl else "low_var_kl", "entropy_coeff": 0.01, "kl_loss_coef": 0.1}
@@ -155,8 +166,8 @@ def _earlier_log_probs(context: Context, columns: dict[str, Tensor], dtype: str)
     return torch.load(file)
 
 
-def _reference(folder: Path, dtype: str, modes: dict[str, bool]) -> ReferencePolicy:
-    compute = Dtypes.from_config({"compute_dtype": dtype}).compute
+def _reference(folder: Path, dtype: str, modes: Modes) -> ReferencePolicy:
+    compute = Dtypes.from_config(fsdp_section(compute_dtype=dtype)).compute
     model = build_joint_model(
         folder,
         compute if dtype != EXACT else torch.float32,
@@ -166,29 +177,24 @@ def _reference(folder: Path, dtype: str, modes: dict[str, bool]) -> ReferencePol
     ).requires_grad_(False)
     for parameter in model.parameters():
         parameter.mul_(REFERENCE_SCALE)
-    return ReferencePolicy(PlacedModel(model, {"compute_dtype": dtype}).model)
+    return ReferencePolicy(PlacedModel(model, fsdp_section(compute_dtype=dtype)).model)
 
 
 def _critic(folder: Path, dtype: str) -> float:
     """The loss of one update of a critic."""
-    fsdp_config = {"compute_dtype": dtype}
+    fsdp_config = fsdp_section(compute_dtype=dtype)
     dtypes = Dtypes.from_config(fsdp_config)
     packed = dtype != EXACT
     model = build_value_model(folder, dtypes.stored, packed=packed, compute_dtype=dtypes.compute)
-    placed = PlacedModel(model, fsdp_config, lambda sharded: Optimizers({"critic": (sharded, {"lr": 1e-5})}))
-    config = {
-        "model": {"use_remove_padding": packed},
-        "rollout_n": SIZES.samples,
-        "cliprange_value": 0.5,
-        "grad_clip": 1.0,
+    changes = {
+        "model.use_remove_padding": packed,
         "ppo_mini_batch_size": SIZES.prompts,
-        "ppo_epochs": 1,
-        "shuffle": False,
         "use_dynamic_bsz": True,
         "ppo_max_token_len_per_gpu": SIZES.tokens_per_micro_batch,
-        "forward_max_token_len_per_gpu": SIZES.tokens_per_micro_batch,
     }
-    critic = DataParallelPPOCritic(config, placed.model, placed.optimizer)
+    config = with_values(plain_defaults().critic, changes)
+    placed = PlacedModel(model, fsdp_config, lambda sharded: Optimizers({"critic": (sharded, config.optim)}))
+    critic = DataParallelPPOCritic(config, SIZES.samples, placed.model, placed.optimizer)
     batch = make_batch(SIZES, read_config(folder).vocab_size)
     batch["values"] = critic.compute_values(batch)
     batch["returns"] = batch["advantages"]

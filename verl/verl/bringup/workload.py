@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 import torch.distributed as dist
@@ -16,10 +15,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from verl.bringup.step import Context, require
-from verl.utils.fsdp import init_distributed
-from verl.utils.model import build_joint_model, load_tokenizer, loading_dtype
-from verl.utils.model_shapes import known_config
-from verl.utils.optim import JointOptimizer
+from verl.models.fsdp import init_distributed
+from verl.models.joint_model import JointModel
+from verl.models.loading import build_joint_model, load_tokenizer, loading_dtype
+from verl.optim.optimizers import JointOptimizer
+from verl.trainer.config.defaults import plain_defaults
+from verl.trainer.config.fields import with_values
+from verl.trainer.config.placement import TrainedPlacement
+from verl.trainer.config.policy import ActorRolloutRefConfig
+from verl.trainer.planning.model_shapes import known_config
 from verl.workers.placed_model import Dtypes, PlacedModel
 from xbai.benchmarks.tiny_model import make_tokenizer, write_tiny_model
 from xbai.engine.files import quiet_transformers, read_config, resolve_head_dtype
@@ -78,13 +82,13 @@ def model_folder(context: Context, layers: int | None = CUT_LAYERS, shape: str =
 def plain_model(context: Context, folder: Path) -> PreTrainedModel:
     """transformers' own model of a folder, in float32: what everything else is compared with."""
     with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(context.device).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.to(context.device).eval()  # type: ignore[arg-type]  # Its decorator hides that `to` is a method.
 
 
 def model_folder_made_apart(context: Context, layers: int | None = CUT_LAYERS, shape: str = SHAPE) -> Path:
     """`model_folder`, made by another process, so that this one has not used CUDA and holds nothing on the GPU."""
-    processes = multiprocessing.get_context(context.start_method)
-    process = processes.Process(target=model_folder, args=(context, layers, shape))
+    process = context.processes.Process(target=model_folder, args=(context, layers, shape))
     process.start()
     process.join()
     require(process.exitcode == 0, f"the model could not be written (exit status {process.exitcode})")
@@ -112,7 +116,7 @@ def _add_head(folder: Path) -> None:
     config = SPRMConfig(StepRule("en", STEP_IDS, think_open_id=NO_TAG, think_close_id=NO_TAG), dropout=0.0)
     head = ScoreHead(read_config(folder).hidden_size)
     with torch.no_grad():
-        head[3].weight *= SCORE_SCALE
+        head.get_parameter("3.weight").mul_(SCORE_SCALE)
     save_score_head(folder, head.state_dict(), config)
 
 
@@ -139,46 +143,47 @@ def make_batch(sizes: Sizes, vocabulary: int) -> dict[str, Tensor]:
     }
 
 
-def actor_config(sizes: Sizes, packed: bool, **actor: Any) -> dict[str, Any]:
+def actor_config(sizes: Sizes, packed: bool, **actor: Any) -> ActorRolloutRefConfig:
     """The `actor_rollout_ref` section, as the trainer's defaults have it but for what `actor` names."""
-    budget = sizes.tokens_per_micro_batch
-    return {
-        "model": {"use_remove_padding": packed},
-        "rollout": {
-            "n": sizes.samples,
-            "temperature": 1.0,
-            "log_prob_use_dynamic_bsz": True,
-            "log_prob_max_token_len_per_gpu": 2 * budget,
-        },
-        "actor": {
-            "ppo_mini_batch_size": sizes.prompts,
-            "use_dynamic_bsz": True,
-            "ppo_max_token_len_per_gpu": budget,
-            "ppo_epochs": 1,
-            "shuffle": False,
-            "grad_clip": 1.0,
-            "clip_ratio": 0.2,
-            "use_kl_loss": True,
-            "kl_loss_coef": 0.001,
-            "fsdp_config": {},
-        }
-        | actor,
-        "use_score": True,
-        "score": {"agreement_weighting": False},
+    changes = {
+        "model.use_remove_padding": packed,
+        "rollout.n": sizes.samples,
+        "rollout.log_prob_use_dynamic_bsz": True,
+        "rollout.log_prob_max_token_len_per_gpu": 2 * sizes.tokens_per_micro_batch,
+        "actor.ppo_mini_batch_size": sizes.prompts,
+        "actor.use_dynamic_bsz": True,
+        "actor.ppo_max_token_len_per_gpu": sizes.tokens_per_micro_batch,
+        "score.agreement_weighting": False,
+        **{f"actor.{key}": value for key, value in actor.items()},
     }
+    return with_values(plain_defaults().actor_rollout_ref, changes)
+
+
+def fsdp_section(**changes: Any) -> TrainedPlacement:
+    """The policy's `fsdp_config`, as the trainer's defaults have it but for `changes`."""
+    return with_values(plain_defaults().actor_rollout_ref.actor.fsdp_config, changes)
+
+
+class Modes(TypedDict, total=False):
+    """How `build_joint_model` makes the model compute."""
+
+    packed: bool
+    gradient_checkpointing: bool
+    fused_kernels: bool
+    use_liger: bool
 
 
 def build_policy(
-    folder: Path, fsdp_config: Mapping[str, Any], lr: float = 1e-6, with_head: bool = True, **model: bool
-) -> PlacedModel:
+    folder: Path, fsdp_config: TrainedPlacement, lr: float = 1e-6, with_head: bool = True, **modes: Unpack[Modes]
+) -> PlacedModel[JointModel, JointOptimizer]:
     """A policy with optimisers, sharded as in training.
 
     Args:
         folder: of the model.
-        fsdp_config: the section of this name.
+        fsdp_config: from `fsdp_section`.
         lr: of both optimisers.
         with_head: with the score head.
-        **model: `packed`, `gradient_checkpointing`, `fused_kernels`, `use_liger` of `build_joint_model`.
+        **modes: of `build_joint_model`.
     """
     dtypes = Dtypes.from_config(fsdp_config)
     joint = build_joint_model(
@@ -187,9 +192,10 @@ def build_policy(
         sprm_config=load_sprm_config(folder, load_tokenizer(folder)) if with_head else None,
         compute_dtype=dtypes.compute,
         logits_dtype=resolve_head_dtype(None, dtypes.compute),
-        **model,
+        **modes,
     )
-    return PlacedModel(joint, fsdp_config, lambda sharded: JointOptimizer(sharded, {"lr": lr}, {"lr": lr}))
+    optim = with_values(plain_defaults().actor_rollout_ref.actor.optim, {"lr": lr})
+    return PlacedModel(joint, fsdp_config, lambda sharded: JointOptimizer(sharded, optim, optim))
 
 
 @contextmanager

@@ -3,13 +3,9 @@
 from verl.single_controller.decorator import Dispatch, register
 from verl.single_controller.resource_pool import RayResourcePool
 from verl.single_controller.worker import Worker
-from verl.single_controller.worker_group import (
-    GroupMethod,
-    RayClassWithInitArgs,
-    RayWorkerGroup,
-    WorkerFuture,
-    WorkerLostError,
-)
+from verl.single_controller.worker_future import WorkerFuture
+from verl.single_controller.worker_group import GroupMethod, RayWorkerGroup, each, joined
+from verl.single_controller.worker_processes import RayClassWithInitArgs, WorkerLostError
 
 __all__ = [
     "Dispatch",
@@ -20,5 +16,7 @@ __all__ = [
     "Worker",
     "WorkerFuture",
     "WorkerLostError",
+    "each",
+    "joined",
     "register",
 ]

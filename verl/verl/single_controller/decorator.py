@@ -55,7 +55,7 @@ class RankCalls:
 
 
 def register(dispatch_mode: Dispatch = Dispatch.ONE_TO_ALL, group: str | None = None) -> Callable[[F], F]:
-    """Make a worker's method callable on its worker group.
+    """Let a worker's method be declared as one of its worker group (see `each` and `joined`).
 
     Args:
         dispatch_mode: how arguments and results are dealt out.
@@ -70,10 +70,16 @@ def register(dispatch_mode: Dispatch = Dispatch.ONE_TO_ALL, group: str | None = 
     return decorate
 
 
-def registered_methods(cls: type) -> dict[str, Registration]:
-    """The registered methods of a class and its bases, by name."""
-    found = ((name, getattr(getattr(cls, name), REGISTRATION_ATTRIBUTE, None)) for name in dir(cls))
-    return {name: registration for name, registration in found if registration is not None}
+def registration_of(method: Callable) -> Registration:
+    """What `register` was told about a method.
+
+    Raises:
+        TypeError: nothing.
+    """
+    registration = getattr(method, REGISTRATION_ATTRIBUTE, None)
+    if registration is None:
+        raise TypeError(f"{method.__qualname__} is not registered")
+    return registration
 
 
 def dispatch(mode: Dispatch, world_size: int, args: tuple, kwargs: dict[str, Any], group_size: int = 1) -> RankCalls:

@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from xbai.errors import UserError
+from xbai.errors import UserError, one_line
 
 ANSWER_TIMEOUT_S = 5.0
 START_TIMEOUT_S = 300.0
@@ -77,7 +77,7 @@ def look_up_nodes(group: PlacementGroup, node_of_rank: list[str]) -> list[Node]:
         for node_id, own in strategies.items()
         if node_id != here
     }
-    seen = dict(zip(asked, answers_by_node(asked)))
+    seen: dict[str, tuple[str | None, int]] = dict(zip(asked, answers_by_node(asked), strict=True))
     if here in strategies:
         seen[address_of[here]] = _look_around(address_of[here])
     return [
@@ -100,7 +100,7 @@ def answers_by_node(asked: Mapping[str, ray.ObjectRef]) -> list[Any]:
         try:
             results.append(ray.get(ref))
         except RayError as error:
-            raise UserError(f"node {address} cannot be used: {' '.join(str(error).split())}") from error
+            raise UserError(f"node {address} cannot be used: {one_line(error)}") from error
     return results
 
 

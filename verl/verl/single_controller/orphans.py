@@ -25,13 +25,14 @@ def own_session(session: Path, folder: Path) -> None:
         session: Ray's folder of it.
         folder: `trainer.default_local_dir`.
     """
-    (session / OWNER_FILE).write_text(str(folder.resolve()))
+    (session / OWNER_FILE).write_text(str(folder.resolve()), encoding="utf-8")
 
 
 def end_orphans(folder: Path) -> None:
     """End what an earlier run in `folder`, on this machine, has left behind; a warning names what others have left."""
     folder = folder.resolve()
-    own, others = [], []
+    own: list[psutil.Process] = []
+    others: list[psutil.Process] = []
     for process, session in _orphans():
         (own if _owner(session) == str(folder) else others).append(process)
     if own:
@@ -69,7 +70,7 @@ def _session(process: psutil.Process) -> Path | None:
 
 def _owner(session: Path) -> str | None:
     try:
-        return (session / OWNER_FILE).read_text()
+        return (session / OWNER_FILE).read_text(encoding="utf-8")
     except OSError:
         return None
 

@@ -6,15 +6,13 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, TypeVar
 
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
+from verl.single_controller.worker_processes import WorkerProcesses
 from xbai.errors import UserError
-
-if TYPE_CHECKING:
-    from verl.single_controller.worker_group import RayWorkerGroup
 
 logger = logging.getLogger(__name__)
 
@@ -22,23 +20,25 @@ LOST = (RayActorError, ObjectLostError)
 LOST_PEER_GRACE_S = 5.0
 HUNG_PEER_GRACE_S = 60.0
 
+Result = TypeVar("Result")
 
-class WorkerFuture:
+
+class WorkerFuture(Generic[Result]):
     """The result of a call that may still run on the workers."""
 
     def __init__(
         self,
-        group: RayWorkerGroup,
+        processes: WorkerProcesses,
         method: str,
         refs: list[ray.ObjectRef],
-        collect: Callable[[list[Any]], Any],
+        collect: Callable[[list[Any]], Result],
         group_size: int = 1,
     ) -> None:
-        self._group, self._method, self._refs = group, method, refs
+        self._processes, self._method, self._refs = processes, method, refs
         self._collect, self._group_size = collect, group_size
         self._start = time.monotonic()
 
-    def get(self) -> Any:
+    def get(self) -> Result:
         """Wait for all ranks and return the collected result.
 
         Raises:
@@ -58,15 +58,17 @@ class WorkerFuture:
         try:
             return ray.get(ref)
         except LOST as error:
-            raise self._group.lost(rank, self._method, f"Ray says: {error}{self._suspects(waiting)}") from None
+            raise self._processes.abort_lost(
+                rank, self._method, f"Ray says: {error}{self._suspects(waiting)}"
+            ) from None
         except RayTaskError as error:
             errors = [error, *self._errors_of_peers(waiting, self._grace(_is_timeout(error)))]
             if isinstance(error.cause, UserError):
                 raise error.cause from None
             running = self._running(waiting)
             if running and any(map(_is_timeout, errors)):
-                raise self._group.hung(running, self._method) from None
-            logger.error("%s failed in %s", self._group.describe(rank), self._method)
+                raise self._processes.abort_hung(running, self._method) from None
+            logger.error("%s failed in %s", self._processes.describe(rank), self._method)
             raise
 
     def _errors_of_peers(self, waiting: Mapping[ray.ObjectRef, int], grace_s: float) -> list[RayTaskError]:
@@ -82,26 +84,29 @@ class WorkerFuture:
             try:
                 ray.get(ref)
             except LOST as error:
-                raise self._group.lost(waiting[ref], self._method, f"Ray says: {error}") from None
+                raise self._processes.abort_lost(waiting[ref], self._method, f"Ray says: {error}") from None
             except RayTaskError as error:
                 errors.append(error)
-        self._group.raise_if_silent(waiting.values(), self._method)
+        self._processes.abort_silent(waiting.values(), self._method)
         return errors
 
     def _suspects(self, waiting: Mapping[ray.ObjectRef, int]) -> str:
         """NCCL ends a process that waits too long: where this may be why one ended, the ranks that others wait for."""
-        if not waiting or time.monotonic() - self._start < self._group.nccl_timeout_s:
+        if not waiting or time.monotonic() - self._start < self._processes.nccl_timeout_s:
             return ""
         ray.wait(list(waiting), num_returns=len(waiting), timeout=self._grace(after_timeout=True), fetch_local=False)
         if not (running := self._running(waiting)):
             return ""
-        limit, named = f"nccl_timeout={self._group.nccl_timeout_s:g} s", ", ".join(map(self._group.describe, running))
+        limit, named = (
+            f"nccl_timeout={self._processes.nccl_timeout_s:g} s",
+            ", ".join(map(self._processes.describe, running)),
+        )
         return f"; if it had waited {limit} in a collective, then for one of what still runs: {named}"
 
     def _grace(self, after_timeout: bool) -> float:
         """Seconds for the peers of a rank that failed to fail, too; they may have begun to wait later than it did."""
         longest = HUNG_PEER_GRACE_S if after_timeout else LOST_PEER_GRACE_S
-        return min(longest, max(LOST_PEER_GRACE_S, self._group.nccl_timeout_s / 10))
+        return min(longest, max(LOST_PEER_GRACE_S, self._processes.nccl_timeout_s / 10))
 
     @staticmethod
     def _running(waiting: Mapping[ray.ObjectRef, int]) -> list[int]:

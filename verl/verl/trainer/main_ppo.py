@@ -1,8 +1,8 @@
 """Reinforcement learning of a reflective generative model: `python -m verl.trainer.main_ppo key=value ...`.
 
 The command line is Hydra's override grammar over `config/ppo_trainer.yaml`; `--cfg` prints the composed configuration
-and ends, `--dry-run` also checks it, says what the run would take (`verl.trainer.dry_run`), and ends with the line and
-status of the run where that would not start.
+and ends, `--dry-run` also checks it, says what the run would take (`verl.trainer.planning.report`), and ends with the
+line and status of the run where that would not start.
 """
 
 from __future__ import annotations
@@ -15,28 +15,32 @@ from pathlib import Path
 import datasets
 from omegaconf import DictConfig, OmegaConf
 
-from verl.trainer.auto_config import resolve_auto, smallest_gpu
-from verl.trainer.compose import compose_config
-from verl.trainer.config_check import DEFAULTS_FILE, check_config
-from verl.trainer.dry_run import dry_run
+from verl.distribution import check_distribution
+from verl.trainer.config.auto import resolve_auto
+from verl.trainer.config.check import check_config
+from verl.trainer.config.compose import compose_config
+from verl.trainer.config.fields import value_at, with_values
+from verl.trainer.config.machine import smallest_gpu
+from verl.trainer.config.schema import YAML, PPOConfig
+from verl.trainer.planning.report import dry_run
 from verl.utils.console import log_to_console
 from xbai.errors import UserError, exit_on_user_error
 
 logger = logging.getLogger(__name__)
 
 
-def run(config: DictConfig) -> None:
+def run(composed: DictConfig) -> None:
     """Check, load the data, start the workers and train; a worker that died is one line and exit status 1."""
-    check_config(config)
-    for line in resolve_auto(config, smallest_gpu() if config.trainer.device == "cuda" else None):
+    config = check_config(composed)
+    config, lines = resolve_auto(config, smallest_gpu() if config.trainer.device == "cuda" else None)
+    for line in lines:
         logger.info(line)
-    _make_paths_absolute(config)
 
     # Ray and transformers take seconds to import, which a mistake in the configuration should not cost.
     from verl.single_controller import WorkerLostError
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
-    trainer = RayPPOTrainer(config)
+    trainer = RayPPOTrainer(_with_absolute_paths(config))
     try:
         if trainer.is_done:
             trainer.end_without_training()
@@ -50,11 +54,11 @@ def run(config: DictConfig) -> None:
         trainer.close()
 
 
-def _make_paths_absolute(config: DictConfig) -> None:
+def _with_absolute_paths(config: PPOConfig) -> PPOConfig:
     """Workers on other nodes start in other folders."""
-    for key in ("actor_rollout_ref.model.path", "actor_rollout_ref.score.model_path", "critic.model.path"):
-        if (path := OmegaConf.select(config, key)) is not None:
-            OmegaConf.update(config, key, str(Path(path).absolute()))
+    keys = ("actor_rollout_ref.model.path", "actor_rollout_ref.score.model_path", "critic.model.path")
+    paths = {key: value_at(config, key) for key in keys}
+    return with_values(config, {key: str(Path(path).absolute()) for key, path in paths.items() if path is not None})
 
 
 def _set_up_console() -> None:
@@ -66,10 +70,11 @@ def _set_up_console() -> None:
 @exit_on_user_error
 def main() -> None:
     """Entry point."""
+    check_distribution()
     _set_up_console()
     arguments = sys.argv[1:]
     overrides = [argument for argument in arguments if argument not in ("--cfg", "--dry-run")]
-    config = compose_config(DEFAULTS_FILE.stem, overrides)
+    config = compose_config(YAML, overrides)
     if "--cfg" in arguments:
         sys.stdout.write(OmegaConf.to_yaml(config))
         return

@@ -14,32 +14,34 @@ import copy
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from rich.logging import RichHandler
 from torch import nn
 
-from verl.trainer.compose import compose_config
-from verl.trainer.score_config import check_score_config
+from verl.distribution import check_distribution
+from verl.models.fsdp import local_device
+from verl.optim.optimizers import Optimizers
+from verl.trainer.config.compose import compose_config
+from verl.trainer.config.score import YAML, HeadConfig, check_score_config
+from verl.trainer.plot import plot_training
 from verl.utils.dataset.rl_dataset import file_list
 from verl.utils.dataset.step_dataset import StepDataset
-from verl.utils.fsdp import local_device
 from verl.utils.head_quality import HeadQuality, candidates, head_quality
-from verl.utils.optim import Optimizers
 from verl.utils.tracking import METRICS_FILE, Tracking
 from xbai.errors import UserError, exit_on_user_error
-from xbai.evaluate.feature_files import FeatureFiles, FeatureOptions
-from xbai.evaluate.graded_responses import response_files
-from xbai.evaluate.metrics import measure
-from xbai.evaluate.tables import report_grids, show
-from xbai.evaluate.training_plot import plot_training
 from xbai.files import atomic_directory, check_directory, check_writable, why_not_written
+from xbai.measure.feature_files import FeatureFiles
+from xbai.measure.graded_responses import response_files
+from xbai.measure.metrics import measure
+from xbai.measure.options import FeatureOptions
+from xbai.measure.tables import report_grids, show
 from xbai.sprm import (
     ScoreHead,
-    ScoreObjective,
     SPRMConfig,
     observed_inputs,
     save_score_head,
@@ -60,16 +62,15 @@ class ScoreTrainer:
     """One process; the head learns on the GPU where there is one.
 
     Args:
-        config: `score_trainer.yaml`, resolved.
+        config: from `check_score_config`.
 
     Raises:
-        UserError: a configuration that cannot act, or files without responses to learn from.
+        UserError: files without responses to learn from, or folders that cannot be written.
     """
 
-    def __init__(self, config: DictConfig) -> None:
+    def __init__(self, config: HeadConfig) -> None:
         self.config, self.device = config, local_device()
-        check_score_config(config)
-        self.objective = ScoreObjective.from_config(config.score)
+        self.objective = config.score.objective
         self.output_dir, self.log_dir = Path(config.trainer.output_dir), Path(config.trainer.log_dir)
         self._try_saving()
         self.files = FeatureFiles(self._feature_options(), Path(config.trainer.features_dir))
@@ -82,8 +83,7 @@ class ScoreTrainer:
         self.head = self._fresh_head().to(self.device)
         steps_per_epoch = -(-len(self.train_data.groups) // config.data.train_batch_size)
         total_steps = config.trainer.total_epochs * steps_per_epoch
-        section = OmegaConf.create({**config.score.optim, "total_training_steps": total_steps})
-        self.optimizer = Optimizers({"score": (self.head, section)})
+        self.optimizer = Optimizers({"score": (self.head, config.score.optim)}, total_steps)
 
     def _feature_options(self) -> FeatureOptions:
         model = self.config.model
@@ -138,11 +138,11 @@ class ScoreTrainer:
                 for batch in self.train_data.in_order():
                     head(batch.features)
             standardize_head(head, moments)
-            totals = sum(
+            totals = (
                 start_totals(batch.rows(head(batch.features)), batch.mask, batch.labels, batch.graded)
                 for batch in self.train_data.in_order()
             )
-            shift_head(head, start_shift(totals, self.objective))
+            shift_head(head, start_shift(reduce(torch.add, totals), self.objective))
         return head
 
     def fit(self) -> None:
@@ -220,7 +220,7 @@ class ScoreTrainer:
 
     def _tracking(self) -> Tracking:
         trainer = self.config.trainer
-        recorded = OmegaConf.to_container(self.config)
+        recorded = asdict(self.config)
         return Tracking(trainer.project_name, trainer.experiment_name, trainer.logger, self.log_dir, recorded)
 
 
@@ -250,11 +250,12 @@ def _shown(metrics: dict[str, float]) -> str:
 @exit_on_user_error
 def main() -> None:
     """Entry point."""
+    check_distribution()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides of score_trainer.yaml")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
-    ScoreTrainer(compose_config("score_trainer", arguments.overrides)).fit()
+    ScoreTrainer(check_score_config(compose_config(YAML, arguments.overrides))).fit()
 
 
 if __name__ == "__main__":

@@ -21,11 +21,12 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from verl.trainer.compose import compose_config
+from verl.distribution import check_distribution
+from verl.models.fsdp import init_distributed
+from verl.trainer.config.compose import compose_config
 from verl.trainer.sft.config_check import check_config
 from verl.trainer.sft.trainer import SFTTrainer
 from verl.utils.console import log_to_console
-from verl.utils.fsdp import init_distributed
 from xbai.errors import UserError, exit_on_user_error
 from xbai.sandbox.libc import PR_SET_PDEATHSIG, prctl
 
@@ -57,6 +58,7 @@ def end_with_torchrun() -> None:
 @first_rank_speaks()
 def main() -> None:
     """Entry point of every rank that torchrun starts; without torchrun, one rank."""
+    check_distribution()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-name", default="sft_trainer", help="a file of verl/trainer/config")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
@@ -65,8 +67,7 @@ def main() -> None:
         os.environ.setdefault(variable, value)
     end_with_torchrun()
     log_to_console(logging.INFO if os.environ["RANK"] == "0" else logging.WARNING)
-    config = compose_config(arguments.config_name, arguments.overrides)
-    check_config(config)
+    config = check_config(compose_config(arguments.config_name, arguments.overrides))
     device = init_distributed(config.trainer.nccl_timeout)
     try:
         trainer = SFTTrainer(config, device)

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from verl.utils.dataset.step_dataset import StepDataset
-from xbai.evaluate.estimate import Estimate
-from xbai.evaluate.graded import GradedQuestion
-from xbai.evaluate.separation import separation
-from xbai.evaluate.strategies import accuracies
+from xbai.measure.estimate import Estimate
+from xbai.measure.graded import GradedQuestion
+from xbai.measure.separation import separation
+from xbai.measure.strategies import accuracies
 from xbai.sprm import trajectory_scores
 
 EFFORTS = (2, 8, 32)

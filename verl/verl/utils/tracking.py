@@ -74,7 +74,7 @@ def _lines_up_to(step: int, path: Path) -> list[str]:
     if not path.exists():
         return []
     kept = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
+    for number, line in enumerate(path.read_text(errors="replace", encoding="utf-8").splitlines(keepends=True), 1):
         try:
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 kept.append(line.rstrip("\n"))
@@ -116,8 +116,10 @@ class WandbBackend(Backend):
         import wandb
 
         id_file = folder / "wandb_run_id.txt"
-        run_id = id_file.read_text().strip() if resume_step and id_file.exists() else uuid.uuid4().hex[:8]
-        settings = {
+        run_id = (
+            id_file.read_text(encoding="utf-8").strip() if resume_step and id_file.exists() else uuid.uuid4().hex[:8]
+        )
+        settings: dict[str, Any] = {
             "project": project,
             "name": experiment,
             "dir": str(folder),
@@ -125,7 +127,8 @@ class WandbBackend(Backend):
             "id": run_id,
             "resume": "allow",
         }
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+        # Which values there are is for wandb to say.
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
         try:
             self._run = wandb.init(**settings, mode=mode)
         except wandb.errors.CommError as error:

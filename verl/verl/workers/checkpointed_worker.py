@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from verl.single_controller import Dispatch, Worker, register
-from verl.utils.checkpoint import BackgroundSaves, load_checkpoint, save_checkpoint, try_saving
+from functools import partial
+
+from torch import nn
+
+from verl.checkpoints.state import BackgroundSaves, load_checkpoint, save_checkpoint, try_saving
+from verl.optim.optimizers import Optimizers
+from verl.single_controller import Dispatch, RayWorkerGroup, Worker, each, register
 from verl.workers.placed_model import PlacedModel
 from xbai.model_files import ModelFiles
 from xbai.sprm import SPRMConfig
@@ -14,16 +19,16 @@ class CheckpointedWorker(Worker):
 
     def _keep_checkpoints_of(
         self,
-        trained: PlacedModel,
+        trained: PlacedModel[nn.Module, Optimizers],
         files: ModelFiles,
         sprm_config: SPRMConfig | None = None,
         *,
         load_optimizer: bool = True,
         seed: int = 0,
     ) -> None:
-        """Prepare for saving. A collective; arguments as of `verl.utils.checkpoint`'s functions."""
+        """Prepare for saving. A collective; arguments as of `verl.checkpoints.state`'s functions."""
         self._trained, self._travels_along = trained, (files, sprm_config)
-        self._loading = {"load_optimizer": load_optimizer, "seed": seed}
+        self._load = partial(load_checkpoint, load_optimizer=load_optimizer, seed=seed)
         self._background_saves = BackgroundSaves()
 
     @register(Dispatch.ONE_TO_ALL)
@@ -64,4 +69,13 @@ class CheckpointedWorker(Worker):
             UserError: no checkpoint in the folder.
         """
         with self._trained.on_device(with_optimizer=True):
-            load_checkpoint(folder, self._trained.model, self._trained.optimizer, **self._loading)
+            self._load(folder, self._trained.model, self._trained.optimizer)
+
+
+class CheckpointedWorkers(RayWorkerGroup):
+    """A group of such workers, as the driver calls it."""
+
+    try_saving = each(CheckpointedWorker.try_saving)
+    save_checkpoint = each(CheckpointedWorker.save_checkpoint)
+    checkpoint_is_written = each(CheckpointedWorker.checkpoint_is_written)
+    load_checkpoint = each(CheckpointedWorker.load_checkpoint)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import torch
-from omegaconf import DictConfig
 
 from verl import DataProto
-from verl.single_controller import Dispatch, register
-from verl.utils.fsdp import init_distributed
-from verl.utils.model import loading_dtype
-from verl.utils.optim import Optimizers
-from verl.utils.ulysses import check_head_counts, sequence_parallel_group
-from verl.workers.checkpointed_worker import CheckpointedWorker
+from verl.models.fsdp import init_distributed
+from verl.models.loading import loading_dtype
+from verl.models.ulysses import check_head_counts, sequence_parallel_group
+from verl.models.value_model import ValueModel, build_value_model
+from verl.optim.optimizers import Optimizers
+from verl.single_controller import Dispatch, each, joined, register
+from verl.trainer.config.critic import CriticConfig
+from verl.workers.checkpointed_worker import CheckpointedWorker, CheckpointedWorkers
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
-from verl.workers.critic.value_model import ValueModel, build_value_model
 from verl.workers.phase_metrics import measure_phase, tokens_of_rank
 from verl.workers.placed_model import Dtypes, PlacedModel
 from xbai.model_files import ModelFiles
@@ -23,12 +23,15 @@ class CriticWorker(CheckpointedWorker):
     """The critic of one rank. Results carry `meta_info["metrics"]`, as those of `ActorRolloutRefWorker` do.
 
     Args:
-        config: from `critic_config`, with `optim.total_training_steps`.
+        config: the `critic` section.
+        responses_per_prompt: `rollout.n`.
+        total_steps: of the optimiser's schedule.
         seed: of shuffling; each rank derives its own.
     """
 
-    def __init__(self, config: DictConfig, seed: int = 1) -> None:
-        self.config, self._seed = config, seed
+    def __init__(self, config: CriticConfig, responses_per_prompt: int, total_steps: int, seed: int = 1) -> None:
+        self.config, self._responses_per_prompt = config, responses_per_prompt
+        self._total_steps, self._seed = total_steps, seed
 
     @register(Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
@@ -37,7 +40,7 @@ class CriticWorker(CheckpointedWorker):
         Raises:
             UserError: a model folder or configuration that does not fit.
         """
-        init_distributed(self.config.get("nccl_timeout", 1800))
+        init_distributed(self.config.nccl_timeout)
         torch.manual_seed(self._seed + self.rank)
         config, sp_size = self.config, self.config.ulysses_sequence_parallel_size
         model = self._build_model()
@@ -45,7 +48,11 @@ class CriticWorker(CheckpointedWorker):
         check_head_counts(shape.num_attention_heads, shape.num_key_value_heads, sp_size)
         self._critic_model = PlacedModel(model, config.model.fsdp_config, self._build_optimizer)
         self._critic = DataParallelPPOCritic(
-            config, self._critic_model.model, self._critic_model.optimizer, sequence_parallel_group(sp_size)
+            config,
+            self._responses_per_prompt,
+            self._critic_model.model,
+            self._critic_model.optimizer,
+            sequence_parallel_group(sp_size),
         )
         self._keep_checkpoints_of(self._critic_model, ModelFiles.read(config.model.path), seed=self._seed)
 
@@ -79,9 +86,18 @@ class CriticWorker(CheckpointedWorker):
             loading_dtype(model.path, dtypes.stored),
             packed=model.use_remove_padding,
             trust_remote_code=model.trust_remote_code,
-            gradient_checkpointing=model.enable_gradient_checkpointing,
+            gradient_checkpointing=model.enable_gradient_checkpointing is True,
             compute_dtype=dtypes.compute,
         )
 
     def _build_optimizer(self, model: ValueModel) -> Optimizers:
-        return Optimizers({"critic": (model, self.config.optim)}, self.config.max_nonfinite_updates)
+        parts = {"critic": (model, self.config.optim)}
+        return Optimizers(parts, self._total_steps, self.config.max_nonfinite_updates)
+
+
+class CriticWorkers(CheckpointedWorkers):
+    """The critics of all ranks, as the driver calls them."""
+
+    init_model = each(CriticWorker.init_model)
+    compute_values = joined(CriticWorker.compute_values)
+    update_critic = joined(CriticWorker.update_critic)

@@ -6,21 +6,22 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
 from verl import DataProto
-from verl.single_controller import Dispatch, register
-from verl.utils.fsdp import init_distributed, local_device, named_full_tensors
-from verl.utils.head_start import standardize_features
-from verl.utils.model import build_joint_model, load_tokenizer, loading_dtype
-from verl.utils.optim import JointOptimizer
-from verl.utils.ulysses import sequence_parallel_group
+from verl.models.fsdp import init_distributed, local_device, named_full_tensors
+from verl.models.head_start import head_of, standardize_features
+from verl.models.joint_model import JointModel
+from verl.models.loading import build_joint_model, load_tokenizer, loading_dtype
+from verl.models.reference import ReferencePolicy
+from verl.models.ulysses import sequence_parallel_group
+from verl.optim.optimizers import JointOptimizer
+from verl.single_controller import Dispatch, each, joined, register
+from verl.trainer.config.placement import FrozenPlacement
+from verl.trainer.config.policy import ActorRolloutRefConfig
 from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.actor.joint_loss import LossConfig
-from verl.workers.actor.joint_model import JointModel
-from verl.workers.actor.reference import ReferencePolicy
-from verl.workers.checkpointed_worker import CheckpointedWorker
+from verl.workers.actor.log_probs import PolicyLogProbs
+from verl.workers.checkpointed_worker import CheckpointedWorker, CheckpointedWorkers
 from verl.workers.critic_worker import CriticWorker
 from verl.workers.phase_metrics import measure_phase, tokens_of_rank
 from verl.workers.placed_model import Dtypes, PlacedModel
@@ -29,12 +30,12 @@ from xbai.engine.files import resolve_head_dtype
 from xbai.model_files import ModelFiles
 from xbai.sprm import SPRMConfig, load_sprm_config, shift_head, step_feature_mask
 
-__all__ = ["ActorRolloutRefWorker", "CriticWorker", "group_sizes"]
+__all__ = ["ActorRolloutRefWorker", "CriticWorker", "PolicyWorkers", "group_sizes"]
 
 ROLES = ("actor_rollout", "actor_rollout_ref")
 
 
-def group_sizes(config: DictConfig) -> dict[str, int]:
+def group_sizes(config: ActorRolloutRefConfig) -> dict[str, int]:
     """How many consecutive ranks share rows: in training and reference by sequence, in rollout by tensor parallelism.
 
     Args:
@@ -54,15 +55,16 @@ class ActorRolloutRefWorker(CheckpointedWorker):
     `update_actor` the training metrics): pop it before uniting the result with a batch.
 
     Args:
-        config: the `actor_rollout_ref` section, resolved.
+        config: the `actor_rollout_ref` section.
         role: `actor_rollout` or `actor_rollout_ref`.
+        total_steps: of the optimisers' schedules.
         seed: of the dropout in the score head; each rank derives its own.
     """
 
-    def __init__(self, config: DictConfig, role: str, seed: int = 1) -> None:
+    def __init__(self, config: ActorRolloutRefConfig, role: str, total_steps: int, seed: int = 1) -> None:
         if role not in ROLES:
             raise ValueError(f"role={role!r} is unknown, use one of {ROLES}")
-        self.config, self.role, self._seed = config, role, seed
+        self.config, self.role, self._total_steps, self._seed = config, role, total_steps, seed
 
     @register(Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
@@ -71,29 +73,25 @@ class ActorRolloutRefWorker(CheckpointedWorker):
         Raises:
             UserError: a model folder, score head or configuration that does not fit.
         """
-        init_distributed(self.config.get("nccl_timeout", 1800))
+        init_distributed(self.config.nccl_timeout)
         torch.manual_seed(self._seed + self.rank)
         config = self.config
-        self.tokenizer = load_tokenizer(config.model.path, config.model.get("trust_remote_code", False))
+        self.tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
         self._sprm_config: SPRMConfig | None = None
         if config.use_score:
-            self._sprm_config = load_sprm_config(config.model.path, self.tokenizer, config.score.get("lang"))
-        fsdp_config = config.actor.fsdp_config
-        self._policy = PlacedModel(
-            self._build_model(fsdp_config, self._sprm_config), fsdp_config, self._build_optimizer
-        )
+            self._sprm_config = load_sprm_config(config.model.path, self.tokenizer, config.score.lang)
+        placement = config.actor.fsdp_config
+        self._policy = PlacedModel(self._build_model(placement, self._sprm_config), placement, self._build_optimizer)
         sizes, reference_policy = group_sizes(config), None
         sp_group = ref_sp_group = sequence_parallel_group(sizes["train"])
         if self.role == "actor_rollout_ref":
-            fsdp_config = config.ref.fsdp_config
-            frozen = self._build_model(fsdp_config, None).requires_grad_(False)
-            self._reference = PlacedModel(frozen, fsdp_config)
+            frozen = self._build_model(config.ref.fsdp_config, None).requires_grad_(False)
+            self._reference = PlacedModel(frozen, config.ref.fsdp_config)
             if sizes["reference"] != sizes["train"]:
                 ref_sp_group = sequence_parallel_group(sizes["reference"])
-            self._reference_actor = DataParallelPPOActor(
-                config, self._reference.model, log_prob_config=config.ref, sp_group=ref_sp_group
-            )
+            self._reference_log_probs = PolicyLogProbs(config, self._reference.model, config.ref, ref_sp_group)
             reference_policy = ReferencePolicy(self._reference.model)
+        self._reference_policy = reference_policy
         self._actor = DataParallelPPOActor(
             config, self._policy.model, self._policy.optimizer, sp_group=sp_group, reference=reference_policy
         )
@@ -101,7 +99,7 @@ class ActorRolloutRefWorker(CheckpointedWorker):
             self._policy,
             ModelFiles.read(config.model.path),
             self._sprm_config,
-            load_optimizer=not config.actor.optim.get("no_load_optim", False),
+            load_optimizer=not config.actor.optim.no_load_optim,
             seed=self._seed,
         )
         self._rollout = EngineRollout(config.rollout, config.model, self.tokenizer.pad_token_id, self._sprm_config)
@@ -134,37 +132,38 @@ class ActorRolloutRefWorker(CheckpointedWorker):
 
         `meta_info["full_kl"]=True` adds `ref_kl` [B, R], the KL to the reference summed over the vocabulary.
         """
-        columns = {} if self._sprm_config is None else self._step_columns(data)
+        columns = self._step_columns(data)
         full_kl = data.meta_info.get("full_kl", False)
         with measure_phase("old_log_prob") as metrics, self._policy.on_device(), self._reference_on_device(full_kl):
             metrics["tokens"] = tokens_of_rank(data, group_sizes(self.config)["train"])
-            columns |= self._actor.compute_log_prob({**dict(data.batch.items()), **columns}, compute_kl=full_kl)
+            reference = self._reference_policy if full_kl else None
+            columns |= self._actor.compute_log_prob({**data.batch.to_dict(), **columns}, reference=reference)
         return DataProto.from_dict(columns, meta_info={"metrics": metrics})
 
     @register(Dispatch.DP_COMPUTE_METRIC, group="train")
     def standardize_score_head(self, data: DataProto, is_fresh: bool) -> DataProto:
         """See `standardize_features`; `meta_info["metrics"]` has the number of steps of `data` as `steps`."""
-        batch = {**dict(data.batch.items()), **self._step_columns(data)}
+        batch = {**data.batch.to_dict(), **self._step_columns(data)}
         with measure_phase("head_start") as metrics, self._policy.on_device():
             steps = standardize_features(
                 self._policy.model, lambda: self._actor.compute_log_prob(batch, compute_entropy=False), is_fresh
             )
-        self._rollout.policy_has_changed()
+        self._rollout.mark_stale()
         return DataProto(meta_info={"metrics": {"steps": float(steps)} | metrics})
 
     @register(Dispatch.ONE_TO_ALL)
     def shift_step_logits(self, shift: float) -> None:
         """Add `shift` to every logit of the score head, by its bias."""
         with self._policy.on_device():
-            shift_head(self._policy.model.score_head, shift)
-        self._rollout.policy_has_changed()
+            shift_head(head_of(self._policy.model), shift)
+        self._rollout.mark_stale()
 
     @register(Dispatch.DP_COMPUTE_PROTO, group="reference")
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         """`ref_log_prob` [B, R] under the reference policy."""
         with measure_phase("ref") as metrics, self._reference.on_device():
             metrics["tokens"] = tokens_of_rank(data, group_sizes(self.config)["reference"])
-            log_probs = self._reference_actor.compute_log_prob(data.batch, compute_entropy=False)["old_log_probs"]
+            log_probs = self._reference_log_probs.compute_log_prob(data.batch, compute_entropy=False)["old_log_probs"]
         return DataProto.from_dict({"ref_log_prob": log_probs}, meta_info={"metrics": metrics})
 
     @register(Dispatch.DP_COMPUTE_METRIC, group="train")
@@ -177,12 +176,12 @@ class ActorRolloutRefWorker(CheckpointedWorker):
         sharers = group_sizes(self.config)["train"]
         with (
             measure_phase("update_actor") as metrics,
-            self._reference_on_device(LossConfig.from_config(self.config).uses_full_kl),
+            self._reference_on_device(self._actor.loss_config.uses_full_kl),
             self._policy.on_device(with_optimizer=True),
         ):
             metrics["tokens"] = tokens_of_rank(data, sharers) * self.config.actor.ppo_epochs
             training_metrics = self._actor.update_policy(data.batch)
-        self._rollout.policy_has_changed()
+        self._rollout.mark_stale()
         return DataProto(meta_info={"metrics": training_metrics | metrics})
 
     @register(Dispatch.ONE_TO_ALL)
@@ -193,36 +192,41 @@ class ActorRolloutRefWorker(CheckpointedWorker):
             UserError: no checkpoint in the folder.
         """
         super().load_checkpoint(folder)
-        self._rollout.policy_has_changed()
+        self._rollout.mark_stale()
 
     def _step_columns(self, data: DataProto) -> dict[str, Tensor]:
+        """Where the steps end; nothing without a score head."""
+        if self._sprm_config is None:
+            return {}
         prompt_columns = torch.zeros_like(data.batch["prompts"], dtype=torch.bool)
         in_response = torch.cat([prompt_columns, data.batch["response_mask"].bool()], dim=1)
-        rule = self._sprm_config.step_rule
-        return {"step_feature_mask": step_feature_mask(data.batch["input_ids"], in_response, rule)}
+        mask = step_feature_mask(data.batch["input_ids"], in_response, self._sprm_config.step_rule)
+        return {"step_feature_mask": mask}
 
-    def _build_model(self, fsdp_config: DictConfig, sprm_config: SPRMConfig | None) -> JointModel:
+    def _build_model(self, fsdp_config: FrozenPlacement, sprm_config: SPRMConfig | None) -> JointModel:
         config, dtypes = self.config, Dtypes.from_config(fsdp_config)
         return build_joint_model(
             config.model.path,
             loading_dtype(config.model.path, dtypes.stored),
             sprm_config=sprm_config,
-            score_model_path=config.score.get("model_path") if sprm_config is not None else None,
-            channel=config.score.get("channel") if sprm_config is not None else None,
-            trust_remote_code=config.model.get("trust_remote_code", False),
-            gradient_checkpointing=config.model.get("enable_gradient_checkpointing", False),
+            score_model_path=config.score.model_path if sprm_config is not None else None,
+            channel=config.score.channel if sprm_config is not None else None,
+            trust_remote_code=config.model.trust_remote_code,
+            gradient_checkpointing=config.model.enable_gradient_checkpointing is True,
             compute_dtype=dtypes.compute,
-            use_liger=config.model.get("use_liger", False),
-            fused_kernels=config.model.get("use_fused_kernels", False),
-            logits_dtype=resolve_head_dtype(config.model.get("head_dtype"), dtypes.compute),
-            compile_layers=config.model.get("use_torch_compile", False),
-            packed=config.model.get("use_remove_padding", False),
+            use_liger=config.model.use_liger is True,
+            fused_kernels=config.model.use_fused_kernels is True,
+            logits_dtype=resolve_head_dtype(config.model.head_dtype, dtypes.compute),
+            compile_layers=config.model.use_torch_compile,
+            packed=config.model.use_remove_padding,
         )
 
     def _build_optimizer(self, model: JointModel) -> JointOptimizer:
         config = self.config
         score_config = config.score.optim if config.use_score else None
-        return JointOptimizer(model, config.actor.optim, score_config, config.actor.max_nonfinite_updates)
+        return JointOptimizer(
+            model, config.actor.optim, score_config, self._total_steps, config.actor.max_nonfinite_updates
+        )
 
     def _reference_on_device(self, wanted: bool) -> AbstractContextManager[None]:
         return self._reference.on_device() if wanted else nullcontext()
@@ -231,3 +235,16 @@ class ActorRolloutRefWorker(CheckpointedWorker):
     def _policy_weights(self) -> Iterator[Iterator[tuple[str, Tensor]]]:
         with self._policy.on_device():
             yield named_full_tensors(self._policy.model, self._rollout.dtype)
+
+
+class PolicyWorkers(CheckpointedWorkers):
+    """The `ActorRolloutRefWorker`s of all ranks, as the driver calls them."""
+
+    init_model = each(ActorRolloutRefWorker.init_model)
+    device_name = each(ActorRolloutRefWorker.device_name)
+    generate_sequences = joined(ActorRolloutRefWorker.generate_sequences)
+    compute_log_prob = joined(ActorRolloutRefWorker.compute_log_prob)
+    compute_ref_log_prob = joined(ActorRolloutRefWorker.compute_ref_log_prob)
+    standardize_score_head = joined(ActorRolloutRefWorker.standardize_score_head)
+    shift_step_logits = each(ActorRolloutRefWorker.shift_step_logits)
+    update_actor = joined(ActorRolloutRefWorker.update_actor)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from verl import DataProto
-from verl.utils.identical_rows import DistinctRows
+from verl.models.identical_rows import DistinctRows
 
 GIB = 2**30
 
@@ -44,8 +44,7 @@ def measure_phase(phase: str) -> Iterator[dict[str, float]]:
 def _asleep() -> int:
     """Bytes of the tensors of a sleeping vLLM engine in this process: torch goes on counting what vLLM has unmapped."""
     cumem = sys.modules.get("vllm.device_allocator.cumem")
-    allocator = None if cumem is None else cumem.CuMemAllocator.instance
-    if allocator is None:
+    if cumem is None or (allocator := cumem.CuMemAllocator.instance) is None:
         return 0
     # Weights and KV cache fill their blocks; those of graphs have little in them that torch counts.
     asleep = [data for data in allocator.pointer_to_data.values() if data.is_asleep]

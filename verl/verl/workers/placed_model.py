@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import torch
 from torch import nn
 
-from verl.utils.fsdp import create_mesh, local_device, move_optimizer, reshard, shard_model
-from verl.utils.model import torch_dtype
-from verl.utils.optim import Optimizers
+from verl.models.fsdp import create_mesh, local_device, move_optimizer, reshard, shard_model
+from verl.models.loading import torch_dtype
+from verl.optim.optimizers import Optimizers
+from verl.trainer.config.placement import FrozenPlacement, TrainedPlacement
 
-Model = TypeVar("Model", bound=nn.Module)
+Model_co = TypeVar("Model_co", bound=nn.Module, covariant=True)
+Optimizer_co = TypeVar("Optimizer_co", bound=Optimizers | None, covariant=True)
 
 
 class Dtypes(NamedTuple):
@@ -23,7 +25,7 @@ class Dtypes(NamedTuple):
     compute: torch.dtype
 
     @classmethod
-    def from_config(cls, fsdp_config: Mapping[str, Any], on_gpu: bool | None = None) -> Dtypes:
+    def from_config(cls, fsdp_config: FrozenPlacement, on_gpu: bool | None = None) -> Dtypes:
         """From `model_dtype` and `compute_dtype`.
 
         By default float32 weights are multiplied in bfloat16 on a GPU, ten times faster, and as they are on CPU.
@@ -32,14 +34,15 @@ class Dtypes(NamedTuple):
             fsdp_config: a model's section of this name.
             on_gpu: where it is multiplied; None for this rank's device.
         """
-        stored = torch_dtype(fsdp_config.get("model_dtype") or "float32")
-        if (name := fsdp_config.get("compute_dtype")) is not None:
-            return cls(stored, torch_dtype(name))
+        kept = fsdp_config.model_dtype if isinstance(fsdp_config, TrainedPlacement) else None
+        stored = torch_dtype(kept or "float32")
+        if fsdp_config.compute_dtype is not None:
+            return cls(stored, torch_dtype(fsdp_config.compute_dtype))
         on_gpu = local_device().type == "cuda" if on_gpu is None else on_gpu
         return cls(stored, torch.bfloat16 if on_gpu else stored)
 
 
-class PlacedModel(Generic[Model]):
+class PlacedModel(Generic[Model_co, Optimizer_co]):
     """Policy, reference and critic are three of these.
 
     Between two uses the weights wait in CPU memory with `param_offload`, and the optimiser's state with
@@ -59,20 +62,36 @@ class PlacedModel(Generic[Model]):
         UserError: `offload_policy` without a GPU, or an `fsdp_size` that does not divide the ranks.
     """
 
+    @overload
+    def __init__(self: PlacedModel[Model_co, None], model: Model_co, fsdp_config: FrozenPlacement) -> None: ...
+
+    @overload
+    def __init__(
+        self, model: Model_co, fsdp_config: TrainedPlacement, build_optimizer: Callable[[Model_co], Optimizer_co]
+    ) -> None: ...
+
     def __init__(
         self,
-        model: Model,
-        fsdp_config: Mapping[str, Any],
-        build_optimizer: Callable[[Model], Optimizers] | None = None,
+        model: Model_co,
+        fsdp_config: FrozenPlacement,
+        build_optimizer: Callable[[Model_co], Any] | None = None,
     ) -> None:
-        self._offloads_model = bool(fsdp_config.get("param_offload"))
-        self._offloads_optimizer = bool(fsdp_config.get("optimizer_offload"))
+        self._offloads_model = fsdp_config.param_offload
+        self._offloads_optimizer = isinstance(fsdp_config, TrainedPlacement) and fsdp_config.optimizer_offload
         dtypes = Dtypes.from_config(fsdp_config)
-        mesh = create_mesh(fsdp_config.get("fsdp_size", -1))
+        mesh = create_mesh(fsdp_config.fsdp_size)
         # To a model that is not trained more bits than its checkpoint has are nothing but memory.
         stored = None if build_optimizer is None else dtypes.stored
-        self.model = shard_model(model, mesh, fsdp_config, dtypes.compute, stored)
-        self.optimizer = None if build_optimizer is None else build_optimizer(self.model)
+        self.model = shard_model(
+            model,
+            mesh,
+            dtypes.compute,
+            stored,
+            reshards=fsdp_config.reshard_after_forward,
+            offload=fsdp_config.offload_policy,
+        )
+        optimizer: Any = None if build_optimizer is None else build_optimizer(self.model)
+        self.optimizer: Optimizer_co = optimizer
         # The next model that comes to the device finds room.
         self._offload()
 

@@ -9,12 +9,13 @@ import shutil
 from pathlib import Path
 
 import ray
-from omegaconf import DictConfig
 from ray._common.utils import get_default_system_temp_dir
 
 from verl.single_controller import RayResourcePool
 from verl.single_controller.nodes import answers_by_node
 from verl.single_controller.orphans import end_orphans, own_session
+from verl.trainer.config.machine import on_cluster
+from verl.trainer.config.schema import PPOConfig
 from verl.trainer.ppo.ray_head import check_head, find_head
 from xbai.errors import UserError
 
@@ -56,10 +57,10 @@ def worker_env(on_gpu: bool) -> dict[str, str]:
     return QUIET | ({} if inherited.keys() & ALLOCATOR else ON_GPU) | inherited
 
 
-def start_ray(config: DictConfig) -> None:
+def start_ray(config: PPOConfig) -> None:
     """Join the cluster that `RAY_ADDRESS` names, or that several nodes imply; otherwise start one on this machine."""
     trainer = config.trainer
-    if os.environ.get("RAY_ADDRESS") or trainer.nnodes > 1:
+    if on_cluster(trainer):
         _join_cluster(os.environ.get("RAY_ADDRESS") or "auto")
         return
     num_cpus = config.ray_init.num_cpus
@@ -81,7 +82,8 @@ def start_ray(config: DictConfig) -> None:
     except Exception as error:
         # Ray raises what it likes, plain `Exception`s among it.
         raise UserError(_why_not_started(error, folder)) from error
-    own_session(Path(started.address_info["session_dir"]), run_folder)
+    session = started.address_info["session_dir"]  # type: ignore[attr-defined]  # Of a driver that is no Ray client.
+    own_session(Path(session), run_folder)
 
 
 def check_shared_folder(folder: str | Path, pool: RayResourcePool) -> None:
@@ -89,7 +91,7 @@ def check_shared_folder(folder: str | Path, pool: RayResourcePool) -> None:
     folder, content = Path(folder).resolve(), secrets.token_hex()
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".probe_{secrets.token_hex(4)}"
-    probe.write_text(content)
+    probe.write_text(content, encoding="utf-8")
     try:
         asked = {
             node.address: _sees.options(scheduling_strategy=node.strategies[0]).remote(probe, content)
@@ -98,7 +100,7 @@ def check_shared_folder(folder: str | Path, pool: RayResourcePool) -> None:
         seen = answers_by_node(asked)
     finally:
         probe.unlink()
-    if blind := [address for address, sees in zip(asked, seen) if not sees]:
+    if blind := [address for address, sees in zip(asked, seen, strict=True) if not sees]:
         raise UserError(
             f"trainer.default_local_dir={folder}: {', '.join(blind)} cannot see or change what the driver writes "
             "there; checkpoints need a folder that all nodes share, under the same path"
@@ -142,7 +144,7 @@ def _first_sentence(error: Exception) -> str:
 @ray.remote(num_cpus=0)
 def _sees(probe: Path, content: str) -> bool:
     try:
-        return probe.read_text() == content and os.access(probe.parent, os.W_OK)
+        return probe.read_text(encoding="utf-8") == content and os.access(probe.parent, os.W_OK)
     except OSError:
         return False
 

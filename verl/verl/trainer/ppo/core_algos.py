@@ -6,16 +6,24 @@ values of all micro-batches and ranks add up to the loss of the global mini-batc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from verl.utils.torch_functional import masked_sum
+from verl.models.log_probs import masked_sum
 from xbai.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Float32, Float64, Int64, Shaped
+
+    from verl.trainer.config.algorithm import AlgorithmConfig, KLControl
+
+Uids: TypeAlias = 'Sequence[str] | Shaped[np.ndarray, "B"]'
+"""[B] the prompt of each response."""
 
 
 class Groups(NamedTuple):
@@ -24,15 +32,14 @@ class Groups(NamedTuple):
     In float64: equal rewards less their float32 mean are not quite 0, and their standard deviation is as small.
     """
 
-    of_row: Tensor
-    """[B] int64 group of each response."""
-    graded: Tensor
-    """[B] bool."""
-    size: Tensor
-    """[G] float64 gradable responses of each group."""
+    of_row: Int64[Tensor, "B"]
+    """Group of each response."""
+    graded: Bool[Tensor, "B"]
+    size: Float64[Tensor, "G"]
+    """Gradable responses of each group."""
 
     @classmethod
-    def from_uids(cls, uids: Sequence[str] | np.ndarray, graded: Tensor) -> Groups:
+    def from_uids(cls, uids: Uids, graded: Shaped[Tensor, "B"]) -> Groups:
         """Group responses by the uid of their prompt."""
         _, inverse = np.unique(np.asarray(uids), return_inverse=True)
         of_row = torch.as_tensor(inverse, device=graded.device).flatten()
@@ -40,30 +47,34 @@ class Groups(NamedTuple):
         size = size.index_add(0, of_row, graded.double())
         return cls(of_row, graded.bool(), size)
 
-    def sum(self, values: Tensor) -> Tensor:
-        """[B] to [G], over gradable responses."""
+    def sum(self, values: Float[Tensor, "B"]) -> Float64[Tensor, "G"]:
+        """Of each group, over gradable responses."""
         return torch.zeros_like(self.size).index_add(0, self.of_row, values.double().masked_fill(~self.graded, 0.0))
 
-    def centred(self, values: Tensor) -> Tensor:
-        """[B] values less their group's mean; 0 for responses that could not be graded."""
+    def centred(self, values: Float[Tensor, "B"]) -> Float64[Tensor, "B"]:
+        """Values less their group's mean; 0 for responses that could not be graded."""
         mean = self.sum(values) / self.size.clamp(min=1)
         return (values.double() - mean[self.of_row]).masked_fill(~self.graded, 0.0)
 
 
 def compute_grpo_outcome_advantage(
-    rewards: Tensor, uids: Sequence[str] | np.ndarray, graded: Tensor, norm_by_std: bool = True, eps: float = 1e-6
-) -> Tensor:
+    rewards: Float[Tensor, "B"],
+    uids: Uids,
+    graded: Shaped[Tensor, "B"],
+    norm_by_std: bool = True,
+    eps: float = 1e-6,
+) -> Float32[Tensor, "B"]:
     """GRPO (arXiv 2402.03300): outcome reward less its prompt's mean, over the standard deviation.
 
     Args:
-        rewards: [B] outcome rewards.
-        uids: [B] prompt of each response.
-        graded: [B] bool; the others stay out of the statistics and get 0.
+        rewards: of the outcomes.
+        uids: prompt of each response.
+        graded: the others stay out of the statistics and get 0.
         norm_by_std: divide by the (unbiased) standard deviation; false is the form of Dr. GRPO (arXiv 2503.20783).
         eps: added to the standard deviation.
 
     Returns:
-        [B] advantages; 0 where a prompt has a single gradable response.
+        Advantages; 0 where a prompt has a single gradable response.
     """
     groups = Groups.from_uids(uids, graded)
     centred = groups.centred(rewards)
@@ -73,20 +84,26 @@ def compute_grpo_outcome_advantage(
     return (centred / (std[groups.of_row] + eps)).float()
 
 
-def compute_rloo_outcome_advantage(rewards: Tensor, uids: Sequence[str] | np.ndarray, graded: Tensor) -> Tensor:
-    """RLOO (arXiv 2402.14740): outcome reward less the mean of the prompt's **other** gradable responses; [B]."""
+def compute_rloo_outcome_advantage(
+    rewards: Float[Tensor, "B"], uids: Uids, graded: Shaped[Tensor, "B"]
+) -> Float32[Tensor, "B"]:
+    """RLOO (arXiv 2402.14740): outcome reward less the mean of the prompt's **other** gradable responses."""
     groups = Groups.from_uids(uids, graded)
     size = groups.size[groups.of_row]
     return (groups.centred(rewards) * size / (size - 1).clamp(min=1)).float()
 
 
-def compute_remax_outcome_advantage(rewards: Tensor, baselines: Tensor, graded: Tensor) -> Tensor:
-    """ReMax (arXiv 2310.10505): outcome reward less `baselines` [B], that of the prompt's greedy response; [B]."""
+def compute_remax_outcome_advantage(
+    rewards: Float[Tensor, "B"], baselines: Float[Tensor, "B"], graded: Shaped[Tensor, "B"]
+) -> Float32[Tensor, "B"]:
+    """ReMax (arXiv 2310.10505): outcome reward less `baselines`, that of the prompt's greedy response."""
     return (rewards - baselines).float().masked_fill(~graded.bool(), 0.0)
 
 
-def discounted_returns(token_level_rewards: Tensor, response_mask: Tensor, gamma: float) -> Tensor:
-    """[B, R] sum of the rewards from each token on, discounted; right-padded rows, 0 on padding."""
+def discounted_returns(
+    token_level_rewards: Float[Tensor, "B R"], response_mask: Shaped[Tensor, "B R"], gamma: float
+) -> Float32[Tensor, "B R"]:
+    """Sum of the rewards from each token on, discounted; right-padded rows, 0 on padding."""
     # Time first: a column of a wide row-major tensor is scattered over memory.
     rewards = (token_level_rewards.float() * response_mask).T.contiguous()
     returns, running = torch.empty_like(rewards), torch.zeros(len(response_mask), device=rewards.device)
@@ -96,7 +113,9 @@ def discounted_returns(token_level_rewards: Tensor, response_mask: Tensor, gamma
     return returns.T * response_mask
 
 
-def whiten(values: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
+def whiten(
+    values: Float[Tensor, "*shape"], mask: Shaped[Tensor, "*shape"], eps: float = 1e-8
+) -> Float[Tensor, "*shape"]:
     """`values` with mean 0 and variance 1 over `mask`; 0 off it."""
     count = mask.sum()
     mean = masked_sum(values, mask) / count.clamp(min=1)
@@ -105,8 +124,11 @@ def whiten(values: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
 
 
 def compute_reinforce_plus_plus_advantage(
-    token_level_rewards: Tensor, response_mask: Tensor, graded: Tensor, gamma: float = 1.0
-) -> tuple[Tensor, Tensor]:
+    token_level_rewards: Float[Tensor, "B R"],
+    response_mask: Shaped[Tensor, "B R"],
+    graded: Shaped[Tensor, "B"],
+    gamma: float = 1.0,
+) -> tuple[Float32[Tensor, "B R"], Float32[Tensor, "B R"]]:
     """REINFORCE++ (arXiv 2501.03262): discounted returns, whitened over all gradable tokens; advantages, returns."""
     mask = response_mask.bool() & graded.bool()[:, None]
     returns = discounted_returns(token_level_rewards, mask, gamma)
@@ -114,17 +136,22 @@ def compute_reinforce_plus_plus_advantage(
 
 
 def compute_gae_advantage(
-    token_level_rewards: Tensor, values: Tensor, response_mask: Tensor, graded: Tensor, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
+    token_level_rewards: Float[Tensor, "B R"],
+    values: Float[Tensor, "B R"],
+    response_mask: Shaped[Tensor, "B R"],
+    graded: Shaped[Tensor, "B"],
+    gamma: float,
+    lam: float,
+) -> tuple[Float32[Tensor, "B R"], Float32[Tensor, "B R"]]:
     """Generalised advantage estimates (arXiv 1506.02438), whitened over all gradable tokens.
 
     Args:
-        token_level_rewards, values, response_mask: [B, R], rows right-padded.
-        graded: [B] bool.
+        token_level_rewards, values, response_mask: rows right-padded.
+        graded: the others get 0, and stay out of the statistics.
         gamma, lam: discount and trace decay.
 
     Returns:
-        Advantages and returns (targets of the critic), [B, R].
+        Advantages and returns (targets of the critic).
     """
     mask = response_mask.bool() & graded.bool()[:, None]
     values = values.float().masked_fill(~mask, 0.0)
@@ -137,52 +164,52 @@ def compute_gae_advantage(
 class AdvantageInputs(NamedTuple):
     """What the estimators choose from."""
 
-    token_level_rewards: Tensor
-    """[B, R]; an outcome reward sits on the last response token."""
-    response_mask: Tensor
-    """[B, R]."""
-    graded: Tensor
-    """[B] bool."""
-    uids: Sequence[str] | np.ndarray
-    """[B] prompt of each response."""
-    values: Tensor | None = None
-    """[B, R], for gae."""
-    baselines: Tensor | None = None
-    """[B] rewards of greedy responses, for remax."""
+    token_level_rewards: Float[Tensor, "B R"]
+    """An outcome reward sits on the last response token."""
+    response_mask: Shaped[Tensor, "B R"]
+    graded: Shaped[Tensor, "B"]
+    uids: Uids
+    values: Float[Tensor, "B R"] | None = None
+    """For gae."""
+    baselines: Float[Tensor, "B"] | None = None
+    """Rewards of greedy responses, for remax."""
 
 
-def _grpo(inputs: AdvantageInputs, config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    norm_by_std = config.get("norm_adv_by_std_in_grpo", True)
-    rewards = inputs.token_level_rewards.sum(-1)
+def _grpo(inputs: AdvantageInputs, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
+    rewards, norm_by_std = inputs.token_level_rewards.sum(-1), config.norm_adv_by_std_in_grpo
     return _spread(compute_grpo_outcome_advantage(rewards, inputs.uids, inputs.graded, norm_by_std), inputs)
 
 
-def _rloo(inputs: AdvantageInputs, config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _rloo(inputs: AdvantageInputs, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
     rewards = inputs.token_level_rewards.sum(-1)
     return _spread(compute_rloo_outcome_advantage(rewards, inputs.uids, inputs.graded), inputs)
 
 
-def _remax(inputs: AdvantageInputs, config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _remax(inputs: AdvantageInputs, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
+    if inputs.baselines is None:
+        raise ValueError("adv_estimator=remax needs the rewards of greedy responses")
     rewards = inputs.token_level_rewards.sum(-1)
     return _spread(compute_remax_outcome_advantage(rewards, inputs.baselines, inputs.graded), inputs)
 
 
-def _reinforce_plus_plus(inputs: AdvantageInputs, config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _reinforce_plus_plus(inputs: AdvantageInputs, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
     rewards, mask, graded = inputs.token_level_rewards, inputs.response_mask, inputs.graded
-    return compute_reinforce_plus_plus_advantage(rewards, mask, graded, config.get("gamma", 1.0))
+    return compute_reinforce_plus_plus_advantage(rewards, mask, graded, config.gamma)
 
 
-def _gae(inputs: AdvantageInputs, config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _gae(inputs: AdvantageInputs, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
+    if inputs.values is None:
+        raise ValueError("adv_estimator=gae needs the critic's values")
     rewards, mask, graded = inputs.token_level_rewards, inputs.response_mask, inputs.graded
-    return compute_gae_advantage(rewards, inputs.values, mask, graded, config.get("gamma", 1.0), config.get("lam", 1.0))
+    return compute_gae_advantage(rewards, inputs.values, mask, graded, config.gamma, config.lam)
 
 
-def _spread(advantages: Tensor, inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
+def _spread(advantages: Float32[Tensor, "B"], inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     per_token = advantages[:, None] * inputs.response_mask
     return per_token, per_token
 
 
-ADVANTAGE_ESTIMATORS: dict[str, Callable[[AdvantageInputs, Mapping[str, Any]], tuple[Tensor, Tensor]]] = {
+ADVANTAGE_ESTIMATORS: dict[str, Callable[[AdvantageInputs, AlgorithmConfig], tuple[Tensor, Tensor]]] = {
     "grpo": _grpo,
     "rloo": _rloo,
     "remax": _remax,
@@ -191,37 +218,35 @@ ADVANTAGE_ESTIMATORS: dict[str, Callable[[AdvantageInputs, Mapping[str, Any]], t
 }
 
 
-def compute_advantages(inputs: AdvantageInputs, algorithm: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Advantages and returns [B, R] by `algorithm.adv_estimator`; 0 for responses that could not be graded.
-
-    Raises:
-        UserError: unknown estimator.
-    """
-    name = algorithm["adv_estimator"]
-    if name not in ADVANTAGE_ESTIMATORS:
-        raise UserError(f"algorithm.adv_estimator={name} is unknown, use one of {', '.join(ADVANTAGE_ESTIMATORS)}")
-    return ADVANTAGE_ESTIMATORS[name](inputs, algorithm)
+def compute_advantages(inputs: AdvantageInputs, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
+    """Advantages and returns [B, R] by `algorithm.adv_estimator`; 0 for responses that could not be graded."""
+    return ADVANTAGE_ESTIMATORS[algorithm.adv_estimator](inputs, algorithm)
 
 
 class PolicyLoss(NamedTuple):
-    """Per-token outcome of the clipped objective, each [B, R]."""
+    """Per-token outcome of the clipped objective."""
 
-    loss: Tensor
-    clipped: Tensor
-    """bool: the ratio left the clip range in the direction the advantage pushes."""
-    dual_clipped: Tensor
-    """bool: the ratio passed `clip_ratio_c` under a negative advantage."""
-    approx_kl: Tensor
+    loss: Float[Tensor, "*tokens"]
+    clipped: Bool[Tensor, "*tokens"]
+    """The ratio left the clip range in the direction the advantage pushes."""
+    dual_clipped: Bool[Tensor, "*tokens"]
+    """The ratio passed `clip_ratio_c` under a negative advantage."""
+    approx_kl: Float[Tensor, "*tokens"]
     """old minus new log-probability (the k1 estimate of KL(old, new))."""
 
 
 def compute_policy_loss(
-    old_log_probs: Tensor, log_probs: Tensor, advantages: Tensor, clip_low: float, clip_high: float, clip_c: float
+    old_log_probs: Float[Tensor, "*tokens"],
+    log_probs: Float[Tensor, "*tokens"],
+    advantages: Float[Tensor, "*tokens"],
+    clip_low: float,
+    clip_high: float,
+    clip_c: float,
 ) -> PolicyLoss:
     """PPO's clipped objective with an asymmetric range (DAPO, arXiv 2503.14476) and dual clip (arXiv 1912.09729).
 
     Args:
-        old_log_probs, log_probs, advantages: [B, R].
+        old_log_probs, log_probs, advantages: of each token, in any shape.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         clip_c: upper bound (> 1) of the ratio in the loss of tokens with a negative advantage.
     """
@@ -235,8 +260,10 @@ def compute_policy_loss(
     return PolicyLoss(loss, clipped > plain, negative & (pessimistic > bound), -log_ratio)
 
 
-def truncated_importance_weights(old_log_probs: Tensor, rollout_log_probs: Tensor, cap: float) -> Tensor:
-    """How much likelier each token is to the actor than to the engine that sampled it, at most `cap`; any shape.
+def truncated_importance_weights(
+    old_log_probs: Float[Tensor, "*tokens"], rollout_log_probs: Float[Tensor, "*tokens"], cap: float
+) -> Float[Tensor, "*tokens"]:
+    """How much likelier each token is to the actor than to the engine that sampled it, at most `cap`.
 
     Weighed by them, the policy gradient is that of the actor's own samples, but for the truncation's small bias, where
     the engine computes slightly other probabilities (truncated importance sampling, Yao et al. 2025).
@@ -247,16 +274,21 @@ def truncated_importance_weights(old_log_probs: Tensor, rollout_log_probs: Tenso
 class ValueLoss(NamedTuple):
     """Per-token outcome of the critic's clipped regression."""
 
-    loss: Tensor
-    clipped: Tensor
-    """bool: the bound on the step decided the loss."""
+    loss: Float[Tensor, "*tokens"]
+    clipped: Bool[Tensor, "*tokens"]
+    """The bound on the step decided the loss."""
 
 
-def compute_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> ValueLoss:
+def compute_value_loss(
+    values: Float[Tensor, "*tokens"],
+    old_values: Float[Tensor, "*tokens"],
+    returns: Float[Tensor, "*tokens"],
+    clip: float,
+) -> ValueLoss:
     """Half the squared error, the worse of that of `values` and of `values` held within `clip` of the old ones (PPO).
 
     Args:
-        values, old_values, returns: any shape; the old values are those that the advantages were made from.
+        values, old_values, returns: of each token; the old values are those that the advantages were made from.
         clip: half width of the range around the old values.
     """
     held = torch.maximum(torch.minimum(values, old_values + clip), old_values - clip)
@@ -275,16 +307,16 @@ class Denominators:
     sequences: float
 
 
-def token_weights(mask: Tensor, mode: str, denominators: Denominators) -> Tensor:
+def token_weights(mask: Bool[Tensor, "B R"], mode: str, denominators: Denominators) -> Float32[Tensor, "B R"]:
     """What each token weighs in the loss: `(token_weights(...) * losses).sum()` is this micro-batch's share of it.
 
     Args:
-        mask: [B, R], the tokens that count, of whole responses.
+        mask: the tokens that count, of whole responses.
         mode: `token-mean`, or the mean over responses of their tokens' sum or mean.
         denominators: of the global mini-batch, with the same mask.
 
     Returns:
-        [B, R] float32, 0 off the mask.
+        0 off the mask.
 
     Raises:
         UserError: unknown mode.
@@ -311,11 +343,13 @@ KL_LOSS_TYPES = (*KL_ESTIMATORS, *(f"{kind}+" for kind in KL_ESTIMATORS))
 """Of a loss: with `+` (as in public verl) the estimate is that of the name, its gradient that of `mse`."""
 
 
-def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, kind: str) -> Tensor:
+def kl_penalty(
+    log_probs: Float[Tensor, "*tokens"], ref_log_probs: Float[Tensor, "*tokens"], kind: str
+) -> Float[Tensor, "*tokens"]:
     """Per-token estimate of KL(policy, reference) from sampled tokens.
 
     Args:
-        log_probs, ref_log_probs: [B, R].
+        log_probs, ref_log_probs: of each token, in any shape.
         kind: `kl` or `k1`, `abs`, `mse` or `k2`, `low_var_kl` or `k3` (non-negative and unbiased; Schulman 2020).
 
     Raises:
@@ -336,7 +370,9 @@ def check_kl_loss_type(kind: str) -> None:
         )
 
 
-def kl_loss(log_probs: Tensor, ref_log_probs: Tensor, kind: str) -> Tensor:
+def kl_loss(
+    log_probs: Float[Tensor, "*tokens"], ref_log_probs: Float[Tensor, "*tokens"], kind: str
+) -> Float[Tensor, "*tokens"]:
     """Per-token KL(policy, reference) to be minimised, from tokens that the policy sampled.
 
     What the gradient is in expectation, for tokens of the policy as it is: of `mse`, and of all with `+`, the gradient
@@ -344,7 +380,7 @@ def kl_loss(log_probs: Tensor, ref_log_probs: Tensor, kind: str) -> Tensor:
     the L1 distance.
 
     Args:
-        log_probs, ref_log_probs: of the same shape; the former with gradient.
+        log_probs, ref_log_probs: of each token; the former with gradient.
         kind: one of `KL_LOSS_TYPES`.
 
     Raises:
@@ -390,17 +426,8 @@ class AdaptiveKLController:
         self.value *= 1 + error * n_steps / self._horizon
 
 
-def get_kl_controller(kl_ctrl: Mapping[str, Any]) -> KLController:
-    """The controller of `algorithm.kl_ctrl`.
-
-    Raises:
-        UserError: unknown type, or an adaptive one without a positive horizon and target.
-    """
-    kind = kl_ctrl["type"]
-    if kind == "fixed":
-        return FixedKLController(kl_ctrl["kl_coef"])
-    if kind != "adaptive":
-        raise UserError(f"algorithm.kl_ctrl.type={kind} is unknown, use fixed or adaptive")
-    if kl_ctrl["horizon"] <= 0 or kl_ctrl["target_kl"] <= 0:
-        raise UserError("algorithm.kl_ctrl.type=adaptive needs kl_ctrl.horizon and kl_ctrl.target_kl above 0")
-    return AdaptiveKLController(kl_ctrl["kl_coef"], kl_ctrl["target_kl"], kl_ctrl["horizon"])
+def get_kl_controller(kl_ctrl: KLControl) -> KLController:
+    """The controller of `algorithm.kl_ctrl`."""
+    if kl_ctrl.type == "fixed":
+        return FixedKLController(kl_ctrl.kl_coef)
+    return AdaptiveKLController(kl_ctrl.kl_coef, kl_ctrl.target_kl, kl_ctrl.horizon)

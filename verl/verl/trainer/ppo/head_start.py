@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 
-from omegaconf import DictConfig
-
+from verl.models.loading import has_score_head
 from verl.protocol import DataProto
-from verl.single_controller import RayWorkerGroup
-from verl.utils.model import has_score_head
-from xbai.sprm import MIN_FEATURES, ScoreObjective, start_shift, start_totals
+from verl.trainer.config.policy import ActorRolloutRefConfig
+from verl.workers.fsdp_workers import PolicyWorkers
+from xbai.sprm import MIN_FEATURES, start_shift, start_totals
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +24,14 @@ class HeadStart:
         is_due: the head waits for its start.
     """
 
-    def __init__(self, config: DictConfig, is_new_run: bool) -> None:
+    def __init__(self, config: ActorRolloutRefConfig, is_new_run: bool) -> None:
         score = config.score
-        self._objective = ScoreObjective.from_config(score)
+        self._objective = score.objective
         self._is_fresh = config.use_score and not has_score_head(config.model.path, score.model_path)
         wanted = score.standardized_start if self._is_fresh else config.use_score and score.standardized_updates
         self.is_due: bool = wanted and is_new_run
 
-    def standardize(self, workers: RayWorkerGroup, inputs: DataProto, metrics: dict[str, float]) -> bool:
+    def standardize(self, workers: PolicyWorkers, inputs: DataProto, metrics: dict[str, float]) -> bool:
         """Before the log-probs of a step: standardise by `inputs`, where they have the steps for it.
 
         Returns:
@@ -49,7 +48,7 @@ class HeadStart:
         logger.info("the %s on features standardised by %d steps", which, steps)
         return self._is_fresh
 
-    def set_bias(self, workers: RayWorkerGroup, batch: DataProto) -> None:
+    def set_bias(self, workers: PolicyWorkers, batch: DataProto) -> None:
         """After the grades of a step: the head's bias, and the `old_step_logits` of `batch` with it."""
         columns = batch.batch
         logits, steps = columns["old_step_logits"], columns["step_feature_mask"]

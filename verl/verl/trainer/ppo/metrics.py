@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +14,15 @@ from torch import Tensor
 from verl.protocol import DataProto
 from verl.trainer.score_watch import Classes
 from xbai.sprm import auc, best_of_n_gain, count_by_class, sprm_metrics, trajectory_scores, within_prompt_auc
+from xbai.sprm.groups import Prompts
+
+
+@contextmanager
+def timed(phase: str, metrics: dict[str, float]) -> Iterator[None]:
+    """Add the seconds spent inside as `timing_s/{phase}`."""
+    start = time.perf_counter()
+    yield
+    metrics[f"timing_s/{phase}"] = time.perf_counter() - start
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> float:
@@ -73,14 +84,14 @@ def train_metrics(
     return metrics
 
 
-def choice_metrics(scores: Tensor, correct: Tensor, graded: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+def choice_metrics(scores: Tensor, correct: Tensor, graded: Tensor, prompts: Prompts) -> dict[str, float]:
     """How well scores choose among the responses to a prompt; all [B]. A score of 0 stands for none, without a step:
     Best-of-N takes such a response last, and an AUC does not count it."""
     judged = graded & (scores > 0)
-    prompts = np.asarray(prompts)
+    of_row = np.asarray(prompts)
     return {
-        "within_prompt_auc": within_prompt_auc(scores[judged], correct[judged], prompts[judged.numpy()]),
-        "best_of_n_gain": best_of_n_gain(scores[graded], correct[graded], prompts[graded.numpy()]),
+        "within_prompt_auc": within_prompt_auc(scores[judged], correct[judged], of_row[judged.numpy()]),
+        "best_of_n_gain": best_of_n_gain(scores[graded], correct[graded], of_row[graded.numpy()]),
     }
 
 
@@ -104,10 +115,10 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     return float(1 - (returns - values).var(correction=0) / total) if total > 0 else float("nan")
 
 
-def mixed_prompts(uids: Sequence[str], correct: Tensor, graded: Tensor) -> float:
+def mixed_prompts(uids: Prompts, correct: Tensor, graded: Tensor) -> float:
     """Share of prompts with both right and wrong responses: with rewards of 0 and 1, all that GRPO learns from."""
-    outcomes: dict[str, set[float]] = {uid: set() for uid in uids}
-    for uid, value in zip(np.asarray(uids)[graded.numpy()], correct[graded].tolist()):
+    outcomes: dict[Any, set[float]] = {uid: set() for uid in uids}
+    for uid, value in zip(np.asarray(uids)[graded.numpy()], correct[graded].tolist(), strict=True):
         outcomes[uid].add(value)
     return sum(len(values) > 1 for values in outcomes.values()) / len(outcomes)
 
@@ -167,7 +178,8 @@ def validation_metrics(parts: Sequence[ValidationResult], n: int) -> dict[str, f
     """pass@1 (where there are several data sources, for each too); with a score head the AUC of its trajectory scores
     and, for `n` > 1 responses a prompt, their AUC within a prompt and the accuracy of Best-of-n."""
     sources = np.concatenate([part.sources for part in parts])
-    correct, graded, lengths = (torch.cat([part[column] for part in parts]) for column in (1, 2, 3))
+    correct, graded = torch.cat([part.correct for part in parts]), torch.cat([part.graded for part in parts])
+    lengths = torch.cat([part.lengths for part in parts])
     metrics = {
         "val/pass@1": masked_mean(correct, graded),
         "val/ungraded": float((~graded).sum()),
@@ -176,8 +188,8 @@ def validation_metrics(parts: Sequence[ValidationResult], n: int) -> dict[str, f
     if len(found := sorted(set(sources))) > 1:
         for name in found:
             metrics[f"val/{name}/pass@1"] = masked_mean(correct, graded & torch.as_tensor(sources == name))
-    if parts[0].scores is not None:
-        scores = torch.cat([part.scores for part in parts])
+    if scored := [part.scores for part in parts if part.scores is not None]:
+        scores = torch.cat(scored)
         if n > 1:
             prompts = (torch.arange(len(scores)) // n)[graded].numpy()
             metrics["val/within_prompt_auc"] = within_prompt_auc(scores[graded], correct[graded], prompts)

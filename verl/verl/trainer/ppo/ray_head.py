@@ -36,7 +36,9 @@ def find_head(address: str) -> str:
     if address == "auto":
         # As `ray.init` does: a cluster that `ray start` started has a token where there was one.
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-    return canonicalize_bootstrap_address(address)
+    if (head := canonicalize_bootstrap_address(address)) is None:
+        raise ValueError(f"{address!r} names no cluster")
+    return head
 
 
 def check_head(address: str) -> None:

@@ -9,19 +9,20 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, Time
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
-from verl.single_controller import RayWorkerGroup
-from verl.trainer.ppo.checkpoint_folder import CheckpointFolder, read_state, step_name, step_of, write_state
+from verl.checkpoints.checksums import check_files, read_checksums
+from verl.checkpoints.data_identity import data_identity, differences
+from verl.checkpoints.folder import CheckpointFolder, read_state, step_name, step_of, write_state
+from verl.checkpoints.remote import RemoteFolder, Uploads, is_folder, is_url
+from verl.checkpoints.rng_state import rng_state, set_rng_state
+from verl.checkpoints.state import HUGGINGFACE_FOLDER
+from verl.trainer.config.fields import value_at
+from verl.trainer.config.schema import PPOConfig
 from verl.trainer.ppo.core_algos import KLController
-from verl.trainer.ppo.data_identity import data_identity, differences
-from verl.trainer.ppo.remote_folder import RemoteFolder, Uploads, is_folder, is_url
-from verl.utils.checkpoint import HUGGINGFACE_FOLDER
-from verl.utils.checksums import check_files, read_checksums
 from verl.utils.dataset.rl_dataset import RLHFDataset, file_list
-from verl.utils.rng_state import rng_state, set_rng_state
+from verl.workers.checkpointed_worker import CheckpointedWorkers
 from xbai.engine.files import read_config
 from xbai.errors import UserError, one_line
 from xbai.files import check_room, why_not_written
@@ -48,7 +49,7 @@ MODEL_SHAPE = (
 )
 """Fields of config.json in which a checkpoint and the model of a run that goes on from it must agree."""
 
-WorkerGroups = Mapping[str, RayWorkerGroup]
+WorkerGroups = Mapping[str, CheckpointedWorkers]
 """Worker groups by the name of their part of a checkpoint: `actor`, and `critic` where there is one."""
 
 
@@ -56,7 +57,7 @@ class RunState:
     """Finds the checkpoint to go on from, restores it, and writes new ones (with `trainer.async_save`, meanwhile).
 
     Args:
-        config: composed and checked.
+        config: from `check_config`.
         dataset, loader: the training data and its batches.
         kl_controller: an adaptive one's coefficient belongs to the state.
         fetches: copy a remote checkpoint to go on from to this machine; otherwise it is only looked for.
@@ -71,7 +72,7 @@ class RunState:
 
     def __init__(
         self,
-        config: DictConfig,
+        config: PPOConfig,
         dataset: RLHFDataset,
         loader: StatefulDataLoader,
         kl_controller: KLController,
@@ -91,7 +92,7 @@ class RunState:
             self._uploads = Uploads(self._remote)
         self._identity = data_identity(
             file_list(config.data.train_files),
-            {key: OmegaConf.select(config, key) for key in ORDER_KEYS},
+            {key: value_at(config, key) for key in ORDER_KEYS},
             (int(row).to_bytes(8, "little") for row in dataset.values("row_index")),
         )
         self.checkpoint = self._newest = self._find(fetches)
@@ -102,7 +103,7 @@ class RunState:
             self._state = read_state(self.checkpoint)
             self._check_model(self.checkpoint, dataset.tokenizer)
             if "data" not in self._state:
-                raise UserError(f"{self.checkpoint} is not of this trainer, or of an earlier version of it; {_ANEW}")
+                raise UserError(f"{self.checkpoint} is not of this trainer; {_ANEW}")
             self._check_data(self._state["data"])
         self.step = step_of(self.checkpoint) if self.checkpoint is not None else 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
@@ -138,17 +139,17 @@ class RunState:
         """Make ready for saving; where there is a checkpoint, put workers, data and random states where it was."""
         self._folder.prepare(self.checkpoint)
         self.try_saving(groups)
-        if self.checkpoint is None:
+        if self.checkpoint is None or (state := self._state) is None:
             return
         self._upload_if_behind(self.checkpoint)
         for part, group in groups.items():
             group.load_checkpoint(str(self.checkpoint.resolve() / part))
         if self._keeps_place:
-            self._loader.load_state_dict(self._state["loader"])
-            self._epoch, self._batch = self._state["place"]
-        if self._adapts_kl_coef and (coefficient := self._state["kl_coef"]) is not None:
+            self._loader.load_state_dict(state["loader"])
+            self._epoch, self._batch = state["place"]
+        if self._adapts_kl_coef and (coefficient := state["kl_coef"]) is not None:
             self._kl_controller.value = coefficient
-        set_rng_state(self._state["rng"])
+        set_rng_state(state["rng"])
         logger.info("going on from %s: step %d is done%s", self.checkpoint, self.step, self._place_in_words())
         self._state = None
 
@@ -201,11 +202,11 @@ class RunState:
         if self._uploads is None:
             return
         if self._uploads.in_use:
-            logger.info("waiting for the copies in %s", self._remote.url)
+            logger.info("waiting for the copies in %s", self._uploads.remote.url)
         self._uploads.wait()
         self._folder.drop_old()
         if self._uploads.failed:
-            logger.error("not copied to %s: %s", self._remote.url, ", ".join(map(str, self._uploads.failed)))
+            logger.error("not copied to %s: %s", self._uploads.remote.url, ", ".join(map(str, self._uploads.failed)))
 
     def catch_up(self) -> None:
         """Copy the checkpoint found to the remote folder, where that has none as new, and wait."""
@@ -273,15 +274,15 @@ class RunState:
 
     def _find(self, fetches: bool) -> Path | None:
         trainer = self._config.trainer
-        remote, name = self._remote, None
-        if trainer.resume_mode == "resume_path" and is_url(trainer.resume_from_path):
-            url, _, name = trainer.resume_from_path.rstrip("/").rpartition("/")
+        mode, source, remote = trainer.resume_mode, trainer.resume_from_path, self._remote
+        if mode == "resume_path" and source is not None and is_url(source):
+            url, _, name = source.rstrip("/").rpartition("/")
             remote = RemoteFolder(url, key="trainer.resume_from_path")
-        elif (found := self._folder.find(trainer.resume_mode, trainer.resume_from_path)) is not None:
+        elif (found := self._folder.find(mode, source)) is not None:
             return found
-        elif remote is not None and trainer.resume_mode == "auto" and (step := remote.latest()) is not None:
+        elif remote is not None and mode == "auto" and (step := remote.latest()) is not None:
             name = step_name(step)
-        if name is None:
+        else:
             return None
         if fetches:
             return remote.fetch(name, self._folder)
@@ -292,7 +293,7 @@ class RunState:
         """A run that was killed may have saved what it could not copy any more."""
         if self._uploads is None or checkpoint.parent.resolve() != self.folder.resolve():
             return
-        copied = self._remote.latest()
+        copied = self._uploads.remote.latest()
         if copied is None or copied < step_of(checkpoint):
             self._uploads.submit(checkpoint)
 
@@ -317,13 +318,13 @@ class RunState:
             )
         if not had_head:
             return
-        then = _fields(load_sprm_config(saved, tokenizer))
-        now = _fields(load_sprm_config(section.model.path, tokenizer, section.score.lang))
-        for field in then:
-            if then[field] != now[field]:
+        had = _fields(load_sprm_config(saved, tokenizer))
+        has = _fields(load_sprm_config(section.model.path, tokenizer, section.score.lang))
+        for field in had:
+            if had[field] != has[field]:
                 raise UserError(
-                    f"{checkpoint} was written with {field}={then[field]!r:.60} for the score head, and this run has "
-                    f"{now[field]!r:.60} (by actor_rollout_ref.score.lang, or {SPRM_CONFIG_FILE} in "
+                    f"{checkpoint} was written with {field}={had[field]!r:.60} for the score head, and this run has "
+                    f"{has[field]!r:.60} (by actor_rollout_ref.score.lang, or {SPRM_CONFIG_FILE} in "
                     f"actor_rollout_ref.model.path={section.model.path}); put that back, or {_ANEW}"
                 )
 

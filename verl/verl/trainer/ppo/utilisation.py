@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from omegaconf import DictConfig
 
+from verl.models.identical_rows import DistinctRows
+from verl.models.loading import torch_dtype
 from verl.protocol import DataProto
-from verl.trainer.critic_config import critic_config
-from verl.trainer.reference_use import ReferenceUse
+from verl.trainer.config.critic import CriticModel
+from verl.trainer.config.policy import ModelConfig
+from verl.trainer.config.schema import PPOConfig
+from verl.trainer.planning.model_shapes import MODEL_TYPES, ModelShape, config_of
 from verl.utils.device_peaks import peak_tflops
-from verl.utils.identical_rows import DistinctRows
-from verl.utils.model import torch_dtype
-from verl.utils.model_shapes import MODEL_TYPES, ModelShape, config_of
 from verl.workers.placed_model import Dtypes
 
 # The backward pass makes two products where the forward pass makes one: a matrix's gradient and its input's.
@@ -36,16 +36,18 @@ class Utilisation:
         device_name: of the GPUs, None on CPU.
     """
 
-    config: DictConfig
+    config: PPOConfig
     shape: ModelShape | None
     critic_shape: ModelShape | None
     device_name: str | None
 
     @classmethod
-    def from_config(cls, config: DictConfig, device_name: str | None) -> Utilisation:
+    def from_config(cls, config: PPOConfig, device_name: str | None) -> Utilisation:
         """Of the models that a configuration names."""
-        critic = critic_config(config).model if config.algorithm.adv_estimator == "gae" else None
-        return cls(config, _shape(config.actor_rollout_ref.model), critic and _shape(critic), device_name)
+        critic = config.critic.model if config.has_critic else None
+        return cls(
+            config, _shape(config.actor_rollout_ref.model), None if critic is None else _shape(critic), device_name
+        )
 
     def metrics(self, batch: DataProto, metrics: Mapping[str, float]) -> dict[str, float]:
         """`perf/generation_share` of the step's time and, for each phase that ran and `step`, `perf/mfu/{phase}`: the
@@ -70,14 +72,14 @@ class Utilisation:
 
     @property
     def _gpus(self) -> int:
-        return self.config.trainer.nnodes * self.config.trainer.n_gpus_per_node
+        return self.config.trainer.processes
 
     def _flops(self, batch: DataProto) -> dict[str, float]:
         """Of the whole job, by the name of the phase."""
         if self.shape is None:
             return {}
         lengths, responses = batch.batch["attention_mask"].sum(-1), batch.batch["response_mask"].sum(-1)
-        root, use = self.config.actor_rollout_ref, ReferenceUse.from_config(self.config)
+        root, use = self.config.actor_rollout_ref, self.config.reference_use
         sampled = self.shape.sequence_flops(lengths.tolist(), int(responses.sum()))
         shared = self.shape.sequence_flops((lengths - responses).tolist(), 0) * (1 - 1 / root.rollout.n)
         distinct = DistinctRows.of_kinds(batch.batch["kinds"]).rows
@@ -91,7 +93,7 @@ class Utilisation:
         }
         if self.critic_shape is not None:
             values = self.critic_shape.sequence_flops(lengths.tolist(), 0)
-            found |= {"values": values, "update_critic": values * TRAINING * critic_config(self.config).ppo_epochs}
+            found |= {"values": values, "update_critic": values * TRAINING * self.config.critic.ppo_epochs}
         return found
 
     def _peak(self, phase: str) -> float | None:
@@ -106,10 +108,11 @@ class Utilisation:
             return torch.bfloat16 if root.rollout.dtype == "auto" else torch_dtype(root.rollout.dtype)
         critic = self.config.critic.model.fsdp_config
         sections = {"ref": root.ref.fsdp_config, "values": critic, "update_critic": critic}
-        return Dtypes.from_config(sections.get(phase, root.actor.fsdp_config), self.device_name is not None).compute
+        section = sections.get(phase, root.actor.fsdp_config)
+        return Dtypes.from_config(section, self.device_name is not None).compute
 
 
-def _shape(model: DictConfig) -> ModelShape | None:
+def _shape(model: ModelConfig | CriticModel) -> ModelShape | None:
     config = config_of(model.path, model.trust_remote_code)
     return ModelShape.from_config(config) if config is not None and config.model_type in MODEL_TYPES else None
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from verl.models.packing import Batch
 from xbai.sprm import auc, trajectory_scores
 
 
@@ -50,7 +51,7 @@ class MetricsWindow:
         """Shares of one micro-batch."""
         self._losses += torch.stack([lm_loss, score_loss]).detach().double()
 
-    def add_scores(self, step_logits: Tensor, batch: dict[str, Tensor]) -> None:
+    def add_scores(self, step_logits: Tensor, batch: Batch) -> None:
         """Trajectory scores of one micro-batch's graded rows, and on which side of 0.5 their steps are."""
         graded = batch["graded"]
         logits = step_logits.detach()[batch["step_feature_mask"] & graded[:, None]]
@@ -69,8 +70,9 @@ class MetricsWindow:
         dist.all_reduce(sums)
         gathered: list[tuple[list[float], list[float]]] = [([], [])] * dist.get_world_size()
         dist.all_gather_object(gathered, (self._scores, self._labels))
-        scores, labels = (list(chain.from_iterable(parts)) for parts in zip(*gathered))
-        return WindowTotals(*sums.tolist(), scores, labels, self._steps, self._tokens)
+        scores, labels = (list(chain.from_iterable(parts)) for parts in zip(*gathered, strict=True))
+        lm_loss, score_loss, right_side, wrong_side = sums.tolist()
+        return WindowTotals(lm_loss, score_loss, right_side, wrong_side, scores, labels, self._steps, self._tokens)
 
     def go_on_from(self, totals: WindowTotals) -> None:
         """Begin where a window with these totals was. The first rank takes over what all ranks had."""

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from verl.checkpoints.weight_files import write_weights
+from verl.models.fsdp import named_full_tensors
+from verl.models.joint_model import JointModel
+from verl.models.loading import dtype_name
 from verl.trainer.sft.run_identity import what_changed, what_forbids_going_on
 from verl.utils.first_rank import on_first_rank
-from verl.utils.fsdp import named_full_tensors
-from verl.utils.model import dtype_name
-from verl.utils.weight_files import write_weights
-from verl.workers.actor.joint_model import JointModel
 from xbai.engine.scorer import HEAD_PREFIX
 from xbai.errors import UserError
 from xbai.files import atomic_directory, check_room, followed, remove_leftovers
@@ -64,7 +64,7 @@ class ModelOutput:
     def _is_own(self, model_path: str) -> bool:
         if not self._folder.exists():
             return False
-        then = json.loads((self._folder / IDENTITY_FILE).read_text())
+        then = json.loads((self._folder / IDENTITY_FILE).read_text(encoding="utf-8"))
         changes = what_forbids_going_on(then, self._identity, model_path) + what_changed(then, self._identity)
         if changes:
             raise UserError(f"{taken(self._folder)}: it is of a run from which this one differs ({changes[0]})")
@@ -110,7 +110,7 @@ class ModelOutput:
         write_weights(folder, policy, self._dtype, lambda names: {name: policy[name] for name in names})
         if head:
             save_score_head(folder, head, self._sprm_config)
-        (folder / IDENTITY_FILE).write_text(json.dumps(self._identity))
+        (folder / IDENTITY_FILE).write_text(json.dumps(self._identity), encoding="utf-8")
 
 
 def taken(folder: Path) -> str:

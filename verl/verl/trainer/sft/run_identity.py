@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from array import array
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
-
-from verl.trainer.compose import leaves
-from verl.trainer.ppo.data_identity import data_identity, differences, other_settings
+from verl.checkpoints.data_identity import data_identity, differences, other_settings
+from verl.trainer.config.compose import leaves
+from verl.trainer.config.fields import value_at
+from verl.trainer.config.sft import SFTConfig
 from verl.utils.dataset.rl_dataset import file_list
 from verl.utils.dataset.sft_dataset import SFTDataset, SFTExample
 from xbai.model_identity import is_same_model, model_identity
@@ -24,7 +25,7 @@ PLACES = ("data.train_files", "model.path")
 
 
 def run_identity(
-    config: DictConfig, dataset: SFTDataset, sprm_config: SPRMConfig | None, total_steps: int
+    config: SFTConfig, dataset: SFTDataset, sprm_config: SPRMConfig | None, total_steps: int
 ) -> dict[str, Any]:
     """All of a run that its result depends on, in values that JSON keeps as they are.
 
@@ -36,7 +37,7 @@ def run_identity(
     if sprm_config is not None:
         form = sprm_config.to_dict()
         head = form.pop("step_rule") | form
-    order = {key: OmegaConf.select(config, key) for key in ORDER_KEYS}
+    order = {key: value_at(config, key) for key in ORDER_KEYS}
     identity = {
         "data": data_identity(file_list(config.data.train_files), order, map(_row, dataset.examples)),
         "model": model_identity(config.model.path),
@@ -62,11 +63,11 @@ def what_changed(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return other_settings(then["settings"], now["settings"])
 
 
-def _settings(config: DictConfig) -> dict[str, Any]:
+def _settings(config: SFTConfig) -> dict[str, Any]:
     """Values of keys that say what is trained and how, but not where it lies or who hears of it."""
-    kept = {key: value for key, value in leaves(config) if not key.startswith("trainer.") and key not in PLACES}
-    kept["trainer.output_dtype"] = config.trainer.output_dtype
-    return {key: list(value) if isinstance(value, ListConfig) else value for key, value in kept.items()}
+    given = leaves(asdict(config))
+    kept = {key: value for key, value in given if not key.startswith("trainer.") and key not in PLACES}
+    return kept | {"trainer.output_dtype": config.trainer.output_dtype}
 
 
 def _row(example: SFTExample) -> bytes:

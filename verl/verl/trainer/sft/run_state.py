@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from omegaconf import DictConfig
 
-from verl.trainer.ppo.checkpoint_folder import CheckpointFolder, read_state, step_of, write_state
+from verl.checkpoints.folder import CheckpointFolder, read_state, step_of, write_state
+from verl.checkpoints.state import load_checkpoint, save_checkpoint, try_saving
+from verl.models.joint_model import JointModel
+from verl.optim.optimizers import Optimizers
+from verl.trainer.config.sft import SFTConfig
 from verl.trainer.sft.metrics_window import WindowTotals
 from verl.trainer.sft.run_identity import what_changed, what_forbids_going_on
-from verl.utils.checkpoint import load_checkpoint, save_checkpoint, try_saving
 from verl.utils.first_rank import on_first_rank
-from verl.utils.optim import Optimizers
-from verl.workers.actor.joint_model import JointModel
 from xbai.errors import UserError
 from xbai.files import check_room
 from xbai.model_files import ModelFiles
@@ -36,7 +36,7 @@ class RunState:
     A checkpoint is laid out as one of the RL trainer, `global_step_N/{actor/,data.pt}`: the model merger reads it.
 
     Args:
-        config: composed and checked.
+        config: from `check_config`.
         identity: from `run_identity`.
         files, sprm_config: travel with the weights.
 
@@ -50,7 +50,7 @@ class RunState:
     """
 
     def __init__(
-        self, config: DictConfig, identity: dict[str, Any], files: ModelFiles, sprm_config: SPRMConfig | None
+        self, config: SFTConfig, identity: dict[str, Any], files: ModelFiles, sprm_config: SPRMConfig | None
     ) -> None:
         self._config, self._identity, self._travels_along = config, identity, (files, sprm_config)
         # Ranks on other nodes may work in other folders.

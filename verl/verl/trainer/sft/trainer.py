@@ -4,48 +4,41 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig, OmegaConf
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from verl.models.fsdp import create_mesh, shard_model
+from verl.models.head_start import start_head
+from verl.models.loading import (
+    build_joint_model,
+    has_score_head,
+    load_tokenizer,
+    loading_dtype,
+    torch_dtype,
+)
+from verl.models.packing import Batch, padded_layout
+from verl.optim.optimizers import JointOptimizer
+from verl.trainer.config.sft import SFTConfig
 from verl.trainer.score_watch import Classes, UncountedClassWatch
+from verl.trainer.sft.loss import SFTLoss
 from verl.trainer.sft.metrics_window import MetricsWindow
 from verl.trainer.sft.model_output import ModelOutput
 from verl.trainer.sft.run_identity import run_identity
 from verl.trainer.sft.run_state import RunState
 from verl.utils.dataset.sft_dataset import SFTDataset, SFTExample, collate_examples, length_grouped_batches
 from verl.utils.first_rank import on_first_rank
-from verl.utils.fsdp import all_reduce_last, create_mesh, shard_model
-from verl.utils.head_start import start_head
-from verl.utils.model import (
-    build_joint_model,
-    has_score_head,
-    load_tokenizer,
-    loading_dtype,
-    torch_dtype,
-    trained_dtype,
-)
-from verl.utils.optim import JointOptimizer
-from verl.utils.packing import TokenLayout, padded_layout
 from verl.utils.tracking import Tracking
-from verl.workers.actor.joint_model import JointOutput
+from verl.workers.update import Update
 from xbai.errors import UserError
 from xbai.model_files import ModelFiles
-from xbai.sprm import (
-    ScoreObjective,
-    SPRMConfig,
-    StepCounts,
-    count_by_class,
-    counted_steps,
-    load_sprm_config,
-    sprm_loss,
-    step_feature_mask,
-)
+from xbai.sprm import SPRMConfig, load_sprm_config, step_feature_mask
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +50,7 @@ class SFTTrainer:
     """One rank of the training run. Every rank holds all the data and takes every `world_size`-th row of each batch.
 
     Args:
-        config: `sft_trainer.yaml`, resolved and checked.
+        config: from `check_config`.
         device: from `init_distributed`.
 
     Attributes:
@@ -67,14 +60,14 @@ class SFTTrainer:
         UserError: data, model, checkpoint or output folder do not fit the configuration.
     """
 
-    def __init__(self, config: DictConfig, device: torch.device) -> None:
+    def __init__(self, config: SFTConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         torch.manual_seed(config.trainer.seed + self.rank)
         size = config.data.train_batch_size
         if size % self.world_size:
             raise UserError(f"data.train_batch_size={size} must be a multiple of the {self.world_size} ranks")
-        self._compute_dtype = trained_dtype(config.model.compute_dtype, "model.compute_dtype")
+        self._compute_dtype = torch_dtype(config.model.compute_dtype)
         self.tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
         self.dataset = SFTDataset(config.data.train_files, self.tokenizer, config.data)
         self.batches_per_epoch = len(self.dataset) // size
@@ -116,13 +109,15 @@ class SFTTrainer:
             gradient_checkpointing=self.config.model.enable_gradient_checkpointing,
             compute_dtype=self._compute_dtype,
         )
-        self.model = shard_model(model, create_mesh(fsdp.fsdp_size), fsdp, self._compute_dtype, torch.float32)
-        self.optimizer = JointOptimizer(
-            self.model, self._with_total(self.config.optim), self._with_total(self.config.score.optim)
+        self.model = shard_model(
+            model,
+            create_mesh(fsdp.fsdp_size),
+            self._compute_dtype,
+            torch.float32,
+            reshards=fsdp.reshard_after_forward,
+            offload=fsdp.offload_policy,
         )
-
-    def _with_total(self, section: DictConfig) -> DictConfig:
-        return OmegaConf.create({**section, "total_training_steps": self.total_steps})
+        self.optimizer = JointOptimizer(self.model, self.config.optim, self.config.score.optim, self.total_steps)
 
     def end_without_training(self) -> None:
         """Say that nothing is left to do."""
@@ -175,7 +170,7 @@ class SFTTrainer:
             trainer.experiment_name,
             trainer.logger if self.rank == 0 else [],
             trainer.log_dir,
-            OmegaConf.to_container(self.config),
+            asdict(self.config),
             resume_step=self._run_state.step,
         )
 
@@ -200,26 +195,19 @@ class SFTTrainer:
         mine = examples[self.rank :: self.world_size]
         size = self.config.data.micro_batch_size_per_gpu
         micro_batches = [self._batch(mine[i : i + size]) for i in range(0, len(mine), size)]
-        tokens = sum(len(example.ids) - example.prompt_length for example in examples)
-        counted, counts = self._steps_that_count(micro_batches)
-        self.model.train()
-        for batch, batch_counted in all_reduce_last(self.model, list(zip(micro_batches, counted))):
-            layout = padded_layout(batch)
-            output = self._forward(layout)
-            lm_loss = -output.log_probs.sum() / tokens
-            loss, score_loss = lm_loss, torch.zeros_like(lm_loss)
-            if self.sprm_config is not None:
-                step_counted, labels = layout.steps(batch_counted), layout.steps(batch["correct"][:, None])
-                # To the loss of the head a flat step is a trajectory of one.
-                score_loss = sprm_loss(
-                    output.step_logits[:, None], step_counted[:, None], labels, counts, self.config.score.class_balance
-                )
-                loss = loss + self.config.score.loss_coef * score_loss
-                window.add_scores(layout.restore_steps(output.step_logits), batch)
-            # FSDP2 takes the mean over ranks where the shares are to be added up.
-            (loss * self.world_size).backward()
-            window.add_losses(lm_loss, score_loss)
-        window.end_step(tokens)
+        has_head, score = self.sprm_config is not None, self.config.score
+        if has_head:
+            for batch in micro_batches:
+                batch["old_step_logits"] = self._old_step_logits(batch)
+        forward = partial(self.model, backbone_grad_scale=score.backbone_grad_scale)
+        update = Update(self.model, forward, SFTLoss(score if has_head else None, window), padded_layout)
+        totals = update.totals(micro_batches)
+        if has_head and self.rank == 0:
+            counted = Classes(totals.counted.positive, totals.counted.negative)
+            self._score_watch.observe(counted, totals.graded)
+        for shares in update.backward(micro_batches, totals):
+            window.add_losses(shares["sft/loss"], shares["score/loss"])
+        window.end_step(int(totals.tokens))
         return self.optimizer.step(self.config.optim.grad_clip) | self.optimizer.advance_schedules()
 
     def _batch(self, examples: list[SFTExample]) -> dict[str, Tensor]:
@@ -231,27 +219,11 @@ class SFTTrainer:
         batch["response_mask"] = batch["response_mask"][:, 1:]
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
-    def _forward(self, layout: TokenLayout) -> JointOutput:
-        return self.model(layout, backbone_grad_scale=self.config.score.backbone_grad_scale)
-
-    def _steps_that_count(self, micro_batches: list[dict[str, Tensor]]) -> tuple[list[Tensor | None], StepCounts]:
-        """The steps with w_n = 1 of each micro-batch, by the head in evaluation mode, and their global number, which
-        the watch sees."""
-        if self.sprm_config is None:
-            return [None] * len(micro_batches), StepCounts(0.0, 0.0)
-        agreement = self.config.score.agreement_weighting
-        counted, counts = [], torch.zeros(2, 2, device=self.device)
-        for batch in micro_batches:
-            logits = self._evaluate(batch) if agreement else torch.zeros_like(batch["input_ids"], dtype=torch.float)
-            steps = batch["step_feature_mask"], batch["correct"], batch["graded"]
-            counted.append(counted_steps(logits, *steps, agreement))
-            graded = counted_steps(logits, *steps, agreement_weighting=False)
-            counts += torch.stack([count_by_class(mask, batch["correct"]) for mask in (counted[-1], graded)])
-        dist.all_reduce(counts)
-        of_loss, of_all = counts.tolist()
-        if self.rank == 0:
-            self._score_watch.observe(Classes(*of_loss), Classes(*of_all))
-        return counted, StepCounts(*of_loss)
+    def _old_step_logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """What decides which steps agree with the outcome; nothing where that does not matter."""
+        if self.config.score.agreement_weighting:
+            return self._evaluate(batch)
+        return torch.zeros_like(batch["input_ids"], dtype=torch.float)
 
     def _start_head(self) -> None:
         """See `start_head`; by some of the rows. A collective."""
@@ -259,14 +231,15 @@ class SFTTrainer:
         rows = order[: min(START_ROWS, len(order)) // self.world_size * self.world_size].tolist()
         mine, size = rows[self.rank :: self.world_size], self.config.data.micro_batch_size_per_gpu
         parts = [[self.dataset[row] for row in mine[i : i + size]] for i in range(0, len(mine), size)]
-        batches, objective = list(map(self._batch, parts)), ScoreObjective.from_config(self.config.score)
+        batches, objective = list(map(self._batch, parts)), self.config.score.objective
         start_head(self.model, batches, self._evaluate, objective)
 
     @torch.no_grad()
-    def _evaluate(self, batch: dict[str, Tensor]) -> Tensor:
+    def _evaluate(self, batch: Batch) -> Tensor:
+        """[B, T] step logits in evaluation mode."""
         self.model.eval()
         layout = padded_layout(batch)
-        return layout.restore_steps(self._forward(layout).step_logits)
+        return layout.restore_steps(self.model(layout).step_logits)
 
 
 def _bytes(weight: Tensor) -> int:

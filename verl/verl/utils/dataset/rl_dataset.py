@@ -6,13 +6,12 @@ import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
 import torch
 from datasets.exceptions import DatasetsError
-from omegaconf import DictConfig, ListConfig
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -23,6 +22,9 @@ from verl.protocol import object_array
 from xbai.errors import UserError
 from xbai.parquet import UNREADABLE, not_parquet
 from xbai.prompts import chat_messages, most_characters, prompt_text
+
+if TYPE_CHECKING:
+    from verl.trainer.config.data import DataConfig
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +52,14 @@ class RLHFDataset(Dataset):
             (named by file and row, from 1); an overlong prompt with `truncation=error`; no row left.
     """
 
-    def __init__(
-        self, data_files: str | Sequence[str] | ListConfig, tokenizer: PreTrainedTokenizerBase, config: DictConfig
-    ) -> None:
+    def __init__(self, data_files: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
         self.tokenizer, self.config = tokenizer, config
         self._most_characters = most_characters(config.max_prompt_length, tokenizer)
         files = file_list(data_files)
         parts = _numbered([_read_parquet(file, config.prompt_key) for file in files])
-        self._places = [f"{file}: row {row}" for file, part in zip(files, parts) for row in range(1, len(part) + 1)]
+        self._places = [
+            f"{file}: row {row}" for file, part in zip(files, parts, strict=True) for row in range(1, len(part) + 1)
+        ]
         if config.filter_overlong_prompts:
             parts = [self._without_overlong(part) for part in parts]
             dropped = len(self._places) - sum(map(len, parts))
@@ -70,7 +72,7 @@ class RLHFDataset(Dataset):
             self._check_prompts(parts)
         # One table of them all would need one form of every column, where ground truths may be texts in one file and
         # {"target": ...} in the next.
-        self._rows = ConcatDataset(parts)
+        self._rows: ConcatDataset[Any] = ConcatDataset(parts)
         if not len(self._rows):
             raise UserError(f"{', '.join(files)}: no prompt of up to {config.max_prompt_length} tokens")
 
@@ -79,7 +81,7 @@ class RLHFDataset(Dataset):
 
     def _prompts(self, part: datasets.Dataset) -> Iterator[tuple[Any, str]]:
         """The messages of each row as they are in the file, and where they stand."""
-        return zip(part[self.config.prompt_key], map(self._prompt_place, part["row_index"]))
+        return zip(part[self.config.prompt_key], map(self._prompt_place, part["row_index"]), strict=True)
 
     def _lengths(self, part: datasets.Dataset) -> Iterator[int | None]:
         """Tokens of each prompt; None for one that is not encoded, because it has too many whatever they are."""
@@ -102,7 +104,7 @@ class RLHFDataset(Dataset):
 
     def _refuse_overlong(self, parts: Sequence[datasets.Dataset]) -> None:
         limit = self.config.max_prompt_length
-        for place, length in zip(self._places, itertools.chain.from_iterable(map(self._lengths, parts))):
+        for place, length in zip(self._places, itertools.chain.from_iterable(map(self._lengths, parts)), strict=True):
             if length is None or length > limit:
                 found = f"more than {self._most_characters} characters" if length is None else f"{length} tokens"
                 raise UserError(
@@ -156,8 +158,10 @@ def _read_parquet(file: str, prompt_key: str) -> datasets.Dataset:
 
 def _numbered(parts: Sequence[datasets.Dataset]) -> list[datasets.Dataset]:
     """Add each row's number over all parts, as `row_index`."""
-    first = itertools.accumulate(map(len, parts), initial=0)
-    return [part.add_column("row_index", list(range(start, start + len(part)))) for start, part in zip(first, parts)]
+    ends = itertools.accumulate(map(len, parts))
+    return [
+        part.add_column("row_index", list(range(end - len(part), end))) for end, part in zip(ends, parts, strict=True)
+    ]
 
 
 def collate_fn(items: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor | np.ndarray]:

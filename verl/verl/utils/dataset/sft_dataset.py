@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from xbai.errors import UserError
 from xbai.parquet import UNREADABLE, not_parquet
 from xbai.prompts import is_far_longer, prompt_text
+
+if TYPE_CHECKING:
+    from verl.trainer.config.sft import SFTData
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class SFTDataset(Dataset):
             take, or longer than `max_length` (named by file and row, from 1); no row at all.
     """
 
-    def __init__(self, files: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, config: DictConfig) -> None:
+    def __init__(self, files: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, config: SFTData) -> None:
         self._tokenizer, self._config = tokenizer, config
         files = [files] if isinstance(files, str) else list(files)
         self.examples = [self._example(row, f"{file}: row {n}") for file in files for n, row in self._rows(file)]
@@ -61,11 +63,9 @@ class SFTDataset(Dataset):
             table = pq.read_table(file)
         except UNREADABLE as error:
             raise not_parquet(f"data.train_files: {file} is", error) from error
-        for key in ("prompt_key", "response_key"):
-            if self._config[key] not in table.column_names:
-                raise UserError(
-                    f"{file}: no column {self._config[key]!r} (data.{key}); it has {', '.join(table.column_names)}"
-                )
+        for key, name in (("prompt_key", self._config.prompt_key), ("response_key", self._config.response_key)):
+            if name not in table.column_names:
+                raise UserError(f"{file}: no column {name!r} (data.{key}); it has {', '.join(table.column_names)}")
         yield from enumerate(table.to_pylist(), start=1)
 
     def _example(self, row: Mapping[str, Any], place: str) -> SFTExample:

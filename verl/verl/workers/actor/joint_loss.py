@@ -8,13 +8,15 @@ alone, so that the loss does not depend on how a mini-batch is split over micro-
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from verl.models.joint_model import JointOutput, computed
+from verl.models.packing import Batch, TokenLayout
+from verl.trainer.config.policy import ActorRolloutRefConfig
 from verl.trainer.ppo.core_algos import (
     Denominators,
     compute_policy_loss,
@@ -22,8 +24,7 @@ from verl.trainer.ppo.core_algos import (
     token_weights,
     truncated_importance_weights,
 )
-from verl.utils.packing import Batch, TokenLayout
-from verl.workers.actor.joint_model import JointOutput
+from verl.workers.update import Loss, LossOutput, loss_mask
 from xbai.sprm import ScoreObjective, ScoreTotals, sprm_loss
 
 
@@ -46,24 +47,23 @@ class LossConfig:
     score: ScoreObjective
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> LossConfig:
-        """Read `actor.*`, `use_score` and `score.*`; `clip_ratio` stands in where a side of its own is null."""
-        actor, score = config["actor"], config.get("score") or {}
-        clip_low, clip_high = actor.get("clip_ratio_low"), actor.get("clip_ratio_high")
+    def from_config(cls, config: ActorRolloutRefConfig) -> LossConfig:
+        """`clip_ratio` stands in where a side of its own is null."""
+        actor, score = config.actor, config.score
         return cls(
-            clip_low=actor["clip_ratio"] if clip_low is None else clip_low,
-            clip_high=actor["clip_ratio"] if clip_high is None else clip_high,
-            clip_c=actor.get("clip_ratio_c", 3.0),
-            agg_mode=actor.get("loss_agg_mode", "token-mean"),
-            entropy_coeff=actor.get("entropy_coeff", 0.0),
-            use_kl_loss=actor.get("use_kl_loss", False),
-            kl_loss_coef=actor.get("kl_loss_coef", 0.0),
-            kl_loss_type=actor.get("kl_loss_type", "low_var_kl"),
-            tis_imp_ratio_cap=actor.get("tis_imp_ratio_cap"),
-            use_score=config.get("use_score", False),
-            score_loss_coef=score.get("loss_coef", 1.0),
-            backbone_grad_scale=score.get("backbone_grad_scale", 1e-4),
-            score=ScoreObjective.from_config(score),
+            clip_low=actor.clip_ratio if actor.clip_ratio_low is None else actor.clip_ratio_low,
+            clip_high=actor.clip_ratio if actor.clip_ratio_high is None else actor.clip_ratio_high,
+            clip_c=actor.clip_ratio_c,
+            agg_mode=actor.loss_agg_mode,
+            entropy_coeff=actor.entropy_coeff,
+            use_kl_loss=actor.use_kl_loss,
+            kl_loss_coef=actor.kl_loss_coef,
+            kl_loss_type=actor.kl_loss_type,
+            tis_imp_ratio_cap=actor.tis_imp_ratio_cap,
+            use_score=config.use_score,
+            score_loss_coef=score.loss_coef,
+            backbone_grad_scale=score.backbone_grad_scale,
+            score=score.objective,
         )
 
     @property
@@ -94,101 +94,125 @@ class Totals:
     denominators: Denominators
     score: ScoreTotals
 
-    @classmethod
-    def from_tensor(cls, totals: Tensor) -> Totals:
-        """From the sum of `local_totals` over ranks."""
-        return cls(Denominators(*totals[:2].tolist()), ScoreTotals.from_tensor(totals[2:]))
 
+class JointLoss(Loss[JointOutput, Totals]):
+    """Policy gradient, entropy, KL and score loss.
 
-def loss_mask(batch: Batch) -> Tensor:
-    """[B, R] bool: response tokens of the trajectories that could be graded."""
-    return batch["response_mask"].bool() & batch["graded"].bool()[:, None]
-
-
-def steps_that_count(batch: Batch, config: LossConfig) -> Tensor:
-    """[B, T] bool: the steps with w_n = 1, by the logits before the update."""
-    features = batch["step_feature_mask"].bool()
-    return config.score.counted_steps(batch["old_step_logits"], features, batch["correct"], batch["graded"])
-
-
-def local_totals(batch: Batch, config: LossConfig) -> Tensor:
-    """[7] float64: what counts of this rank, tokens and responses, and in the score loss; to be summed over ranks."""
-    mask = loss_mask(batch)
-    policy, score = torch.stack([mask.sum(), mask.any(-1).sum()]), torch.zeros(ScoreTotals.SIZE)
-    if config.use_score:
-        columns = (batch[name] for name in ("correct", "graded"))
-        features, rivals = batch["step_feature_mask"].bool(), batch.get("rival_scores")
-        score = config.score.local_totals(steps_that_count(batch, config), features, *columns, rivals)
-    return torch.cat([policy.double(), score.to(policy.device).double()])
-
-
-def joint_loss(
-    output: JointOutput, layout: TokenLayout, batch: Batch, totals: Totals, config: LossConfig
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """One micro-batch's share of the loss.
+    Its micro-batches have the columns of `LossConfig.batch_keys`. Without `old_log_probs` the policy has not moved
+    since it sampled, and its own output has them.
 
     Args:
-        output: of the joint model on `layout`.
-        layout: of `batch`.
-        batch: a micro-batch with the keys of `LossConfig.batch_keys`. Without `old_log_probs` the policy has not moved
-            since it sampled, and `output` has them.
-        totals: of the global mini-batch.
         config: coefficients and switches.
-
-    Returns:
-        Scalar loss, and detached scalar metrics; all are shares, which add up over micro-batches and ranks.
     """
-    mask, denominators = loss_mask(batch), totals.denominators
-    weights = layout.tokens(token_weights(mask, config.agg_mode, denominators))
-    mean_weights = layout.tokens(token_weights(mask, "token-mean", denominators))
-    is_on_policy, advantages = "old_log_probs" not in batch, layout.tokens(batch["advantages"])
-    old_log_probs = output.log_probs.detach() if is_on_policy else layout.tokens(batch["old_log_probs"])
-    policy = compute_policy_loss(
-        old_log_probs, output.log_probs, advantages, config.clip_low, config.clip_high, config.clip_c
-    )
-    pg_losses = policy.loss
-    if config.tis_imp_ratio_cap is not None:
-        rollout_log_probs = layout.tokens(batch["rollout_log_probs"])
-        pg_losses = pg_losses * truncated_importance_weights(old_log_probs, rollout_log_probs, config.tis_imp_ratio_cap)
-    loss = pg_loss = (weights * pg_losses).sum()
-    metrics = {
-        "pg_loss": pg_loss,
-        "pg_clipfrac": (mean_weights * policy.clipped).sum(),
-        "pg_clipfrac_lower": (mean_weights * policy.dual_clipped).sum(),
-        "ppo_kl": (mean_weights * policy.approx_kl).sum(),
-    }
-    if is_on_policy:
-        log_ratio = old_log_probs - layout.tokens(batch["rollout_log_probs"])
-        metrics["log_prob_diff_mean"] = (mean_weights * log_ratio.abs()).sum()
-        metrics["mismatch_kl"] = (mean_weights * (log_ratio.expm1() - log_ratio)).sum()
-    if config.entropy_coeff != 0:
-        metrics["entropy_loss"] = (weights * output.entropy).sum()
-        loss = loss - config.entropy_coeff * metrics["entropy_loss"]
-    if config.use_kl_loss:
-        kl = output.kl
-        if not config.uses_full_kl:
-            kl = kl_loss(output.log_probs, layout.tokens(batch["ref_log_prob"]), config.kl_loss_type)
-        metrics["kl_loss"] = (weights * kl).sum()
-        loss = loss + config.kl_loss_coef * metrics["kl_loss"]
-    if config.use_score:
-        metrics["score_loss"] = _score_loss(output.step_logits, layout, batch, totals.score, config)
-        loss = loss + config.score_loss_coef * metrics["score_loss"]
-    metrics["loss"] = loss
-    return loss, {name: value.detach() for name, value in metrics.items()}
+
+    metric = "actor/loss"
+
+    def __init__(self, config: LossConfig) -> None:
+        self.config = config
+
+    def local_totals(self, batch: Batch) -> Tensor:
+        """[7] float64: what counts of `batch`, tokens and responses, and in the score loss."""
+        mask = loss_mask(batch)
+        policy, score = torch.stack([mask.sum(), mask.any(-1).sum()]), torch.zeros(ScoreTotals.SIZE)
+        if self.config.use_score:
+            score = self.config.score.local_totals(
+                self._steps_that_count(batch),
+                batch["step_feature_mask"].bool(),
+                batch["correct"],
+                batch["graded"],
+                batch.get("rival_scores"),
+            )
+        return torch.cat([policy.double(), score.to(policy.device).double()])
+
+    def totals(self, sums: Tensor) -> Totals:
+        """From the sum of `local_totals` over all ranks."""
+        return Totals(Denominators(*sums[:2].tolist()), ScoreTotals.from_tensor(sums[2:]))
+
+    def counts(self, totals: Totals) -> dict[str, float]:
+        """Steps, and pairs where responses are compared, that counted in the score loss."""
+        if not self.config.use_score:
+            return {}
+        steps = totals.score.steps
+        counted = {"score/counted_right": steps.positive, "score/counted_wrong": steps.negative}
+        return counted | ({"score/counted_pairs": totals.score.pairs} if self.config.score.compares else {})
+
+    def __call__(self, output: JointOutput, layout: TokenLayout, batch: Batch, totals: Totals) -> LossOutput:
+        """One micro-batch's share."""
+        config, weights = self.config, _TokenWeights.of(batch, layout, totals.denominators, self.config.agg_mode)
+        loss, metrics = self._policy_gradient(output, layout, batch, weights)
+        if config.entropy_coeff != 0:
+            metrics["actor/entropy_loss"] = (weights.of_loss * computed(output.entropy)).sum()
+            loss = loss - config.entropy_coeff * metrics["actor/entropy_loss"]
+        if config.use_kl_loss:
+            if config.uses_full_kl:
+                kl = computed(output.kl)
+            else:
+                kl = kl_loss(output.log_probs, layout.tokens(batch["ref_log_prob"]), config.kl_loss_type)
+            metrics["actor/kl_loss"] = (weights.of_loss * kl).sum()
+            loss = loss + config.kl_loss_coef * metrics["actor/kl_loss"]
+        if config.use_score:
+            metrics["score/loss"] = self._score_loss(computed(output.step_logits), layout, batch, totals.score)
+            loss = loss + config.score_loss_coef * metrics["score/loss"]
+        metrics[self.metric] = loss
+        return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
+
+    def _policy_gradient(
+        self, output: JointOutput, layout: TokenLayout, batch: Batch, weights: _TokenWeights
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        config, is_on_policy, advantages = self.config, "old_log_probs" not in batch, layout.tokens(batch["advantages"])
+        old_log_probs = output.log_probs.detach() if is_on_policy else layout.tokens(batch["old_log_probs"])
+        policy = compute_policy_loss(
+            old_log_probs, output.log_probs, advantages, config.clip_low, config.clip_high, config.clip_c
+        )
+        losses = policy.loss
+        if (cap := config.tis_imp_ratio_cap) is not None:
+            rollout_log_probs = layout.tokens(batch["rollout_log_probs"])
+            losses = losses * truncated_importance_weights(old_log_probs, rollout_log_probs, cap)
+        loss = (weights.of_loss * losses).sum()
+        metrics = {
+            "actor/pg_loss": loss,
+            "actor/pg_clipfrac": (weights.of_mean * policy.clipped).sum(),
+            "actor/pg_clipfrac_lower": (weights.of_mean * policy.dual_clipped).sum(),
+            "actor/ppo_kl": (weights.of_mean * policy.approx_kl).sum(),
+        }
+        if is_on_policy:
+            log_ratio = old_log_probs - layout.tokens(batch["rollout_log_probs"])
+            metrics["rollout/log_prob_diff_mean"] = (weights.of_mean * log_ratio.abs()).sum()
+            metrics["rollout/mismatch_kl"] = (weights.of_mean * (log_ratio.expm1() - log_ratio)).sum()
+        return loss, metrics
+
+    def _score_loss(self, step_logits: Tensor, layout: TokenLayout, batch: Batch, totals: ScoreTotals) -> Tensor:
+        objective, loss = self.config.score, step_logits.new_zeros(())
+        if objective.judges_steps:
+            counted, labels = layout.steps(self._steps_that_count(batch)), layout.steps(batch["correct"][:, None])
+            # To the loss of the head a flat step is a trajectory of one.
+            loss = sprm_loss(step_logits[:, None], counted[:, None], labels, totals.steps, objective.class_balance)
+        if objective.judges_responses:
+            whole = layout.gather_steps(step_logits)
+            names = ("step_feature_mask", "correct", "graded", "rival_scores")
+            columns = {name: batch[name].to(whole.device, non_blocking=True) for name in names if name in batch}
+            features, rivals = columns["step_feature_mask"].bool(), columns.get("rival_scores")
+            of_responses = objective.response_loss(
+                whole, features, columns["correct"], columns["graded"], rivals, totals
+            )
+            loss = loss + of_responses / layout.ranks
+        return loss
+
+    def _steps_that_count(self, batch: Batch) -> Tensor:
+        """[B, T] bool: the steps with w_n = 1, by the logits before the update."""
+        features = batch["step_feature_mask"].bool()
+        return self.config.score.counted_steps(batch["old_step_logits"], features, batch["correct"], batch["graded"])
 
 
-def _score_loss(
-    step_logits: Tensor, layout: TokenLayout, batch: Batch, totals: ScoreTotals, config: LossConfig
-) -> Tensor:
-    objective, loss = config.score, step_logits.new_zeros(())
-    if objective.judges_steps:
-        counted, labels = layout.steps(steps_that_count(batch, config)), layout.steps(batch["correct"][:, None])
-        # To the loss of the head a flat step is a trajectory of one.
-        loss = sprm_loss(step_logits[:, None], counted[:, None], labels, totals.steps, objective.class_balance)
-    if objective.judges_responses:
-        whole = layout.gather_steps(step_logits)
-        names = ("step_feature_mask", "correct", "graded", "rival_scores")
-        columns = [batch[name].to(whole.device, non_blocking=True) if name in batch else None for name in names]
-        features, *rest = columns
-        loss = loss + objective.response_loss(whole, features.bool(), *rest, totals) / layout.ranks
-    return loss
+class _TokenWeights(NamedTuple):
+    """What each response token weighs, [M]."""
+
+    of_loss: Tensor
+    """In the loss, by `loss_agg_mode`."""
+    of_mean: Tensor
+    """In a mean over tokens."""
+
+    @classmethod
+    def of(cls, batch: Batch, layout: TokenLayout, denominators: Denominators, agg_mode: str) -> _TokenWeights:
+        mask = loss_mask(batch)
+        return cls(*(layout.tokens(token_weights(mask, mode, denominators)) for mode in (agg_mode, "token-mean")))

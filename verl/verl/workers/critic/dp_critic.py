@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from verl.models.fsdp import local_device, reshard
+from verl.models.packing import Batch, TokenLayout, layout_maker
+from verl.models.ulysses import group_size
+from verl.models.value_model import ValueModel
+from verl.optim.optimizers import Optimizers
+from verl.trainer.config.critic import CriticConfig
 from verl.trainer.ppo.core_algos import Denominators, compute_value_loss, token_weights
-from verl.utils.fsdp import all_reduce_last, local_device, reshard
-from verl.utils.optim import Optimizers
-from verl.utils.packing import Batch, layout_maker
-from verl.workers.actor.joint_loss import loss_mask
-from verl.workers.actor.micro_batches import MicroBatches, MicroBatching
-from verl.workers.critic.value_model import ValueModel
-from verl.workers.mini_batches import MiniBatching, means_over_steps, summed_over_ranks
+from verl.workers.batching.micro_batches import MicroBatches, MicroBatching
+from verl.workers.update import Loss, LossOutput, MetricGroups, RolloutUpdate, Update, loss_mask
 
 INPUT_KEYS = ("input_ids", "attention_mask", "position_ids", "response_mask")
 UPDATE_KEYS = (*INPUT_KEYS, "values", "returns", "graded")
+GROUPS = MetricGroups(update="critic", balance="critic", parts={"critic": "critic"})
 
 
 class DataParallelPPOCritic:
     """A rank of the critic; micro-batches and collectives are those of `DataParallelPPOActor`.
 
     Args:
-        config: the `critic` section, without nulls (see `critic_config`).
+        config: the `critic` section.
+        responses_per_prompt: `rollout.n`.
         model: sharded by `shard_model`; with `model.use_remove_padding` its attention is the packed one.
         optimizer: its part is called `critic`.
         sp_group: the ranks that compute the same rows together (sequence parallelism); needs packing.
@@ -37,22 +37,19 @@ class DataParallelPPOCritic:
 
     def __init__(
         self,
-        config: Mapping[str, Any],
+        config: CriticConfig,
+        responses_per_prompt: int,
         model: ValueModel,
         optimizer: Optimizers,
         sp_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
-        self._device = local_device()
-        self._world_size = dist.get_world_size()
-        self._sp_size = 1 if sp_group is None else dist.get_world_size(sp_group)
-        self._clip, self._grad_clip = config["cliprange_value"], config["grad_clip"]
-        packed = config["model"]["use_remove_padding"]
-        self._layout = layout_maker(packed, self._device, sp_group)
-        self._update_batching = MicroBatching.for_update(config, packed, self._sp_size, self._world_size)
-        self._forward_batching = MicroBatching.for_values(config, packed, self._sp_size)
-        self._mini_batching = MiniBatching(config, config["rollout_n"], sp_group, "critic")
+        packed = config.model.use_remove_padding
+        self._layout = layout_maker(packed, local_device(), sp_group)
+        self._batching = MicroBatching.for_values(config, packed, group_size(sp_group))
+        update = Update(model, model, ValueLoss(config.cliprange_value), self._layout, sp_group)
+        self._update = RolloutUpdate(update, optimizer, config, responses_per_prompt, packed, GROUPS)
 
     @torch.no_grad()
     def compute_values(self, data: Batch) -> Tensor:
@@ -65,9 +62,9 @@ class DataParallelPPOCritic:
             [B, R] on the CPU, 0 on padding.
         """
         self.model.eval()
-        data = {key: data[key] for key in INPUT_KEYS}
-        values = torch.zeros(data["response_mask"].shape, device=self._device)
-        for rows, batch in MicroBatches(data, self._forward_batching):
+        micro_batches = MicroBatches({key: data[key] for key in INPUT_KEYS}, self._batching)
+        values = torch.zeros(data["response_mask"].shape, device=local_device())
+        for rows, batch in zip(micro_batches.rows, micro_batches, strict=True):
             layout = self._layout(batch)
             values[rows] = layout.restore_tokens(self.model(layout))[: len(rows)]
         reshard(self.model)
@@ -86,31 +83,38 @@ class DataParallelPPOCritic:
         Raises:
             UserError: the batch is not whole mini-batches.
         """
-        self.model.train()
-        mini_batches = self._mini_batching.split({key: data[key] for key in UPDATE_KEYS})
-        metrics = means_over_steps(map(self._update, mini_batches)) | self.optimizer.advance_schedules()
-        return {f"critic/{name.removesuffix('/critic')}": value for name, value in metrics.items()}
+        return self._update.run({key: data[key] for key in UPDATE_KEYS})
 
-    def _update(self, mini_batch: Batch) -> dict[str, float]:
-        tokens = loss_mask(mini_batch).sum().double().to(self._device)
-        dist.all_reduce(tokens)
-        # All ranks of a sequence-parallel group have counted the same rows.
-        totals = Denominators(float(tokens) / self._sp_size, 0.0)
-        micro_batches = MicroBatches(mini_batch, self._update_batching)
-        shares = (self._forward_backward(batch, totals) for _, batch in all_reduce_last(self.model, micro_batches))
-        metrics = summed_over_ranks(shares) | micro_batches.balance()
-        return metrics | self.optimizer.step(self._grad_clip, metrics["vf_loss"])
 
-    def _forward_backward(self, batch: Batch, totals: Denominators) -> dict[str, Tensor]:
-        layout = self._layout(batch)
+class ValueLoss(Loss[Tensor, Denominators]):
+    """The mean over tokens of the clipped regression on the returns.
+
+    Args:
+        clip: how far values may move from the old ones.
+    """
+
+    metric = "critic/vf_loss"
+
+    def __init__(self, clip: float) -> None:
+        self._clip = clip
+
+    def local_totals(self, batch: Batch) -> Tensor:
+        """[1] float64: the tokens that count."""
+        return loss_mask(batch).sum().double()[None]
+
+    def totals(self, sums: Tensor) -> Denominators:
+        """From the sum of `local_totals` over all ranks."""
+        return Denominators(tokens=float(sums), sequences=0.0)
+
+    def __call__(self, output: Tensor, layout: TokenLayout, batch: Batch, totals: Denominators) -> LossOutput:
+        """One micro-batch's share, of `output`, the values [M]."""
         weights = layout.tokens(token_weights(loss_mask(batch), "token-mean", totals))
-        values = self.model(layout)
-        result = compute_value_loss(values, layout.tokens(batch["values"]), layout.tokens(batch["returns"]), self._clip)
+        old_values, returns = layout.tokens(batch["values"]), layout.tokens(batch["returns"])
+        result = compute_value_loss(output, old_values, returns, self._clip)
         loss = (weights * result.loss).sum()
-        # FSDP2 takes the mean over ranks where the shares are to be added up.
-        (loss * self._world_size).backward()
-        return {
-            "vf_loss": loss.detach(),
-            "vf_clipfrac": (weights * result.clipped).sum(),
-            "vpred_mean": (weights * values.detach()).sum(),
+        metrics = {
+            self.metric: loss.detach(),
+            "critic/vf_clipfrac": (weights * result.clipped).sum(),
+            "critic/vpred_mean": (weights * output.detach()).sum(),
         }
+        return LossOutput(loss, metrics)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from verl.protocol import DataProto
+from verl.trainer.config.schema import PPOConfig
 from verl.workers.reward_manager.length_reward import length_reward
 from verl.workers.reward_manager.reward import PendingReward, Reward, make_reward
 from xbai.engine.detokenizer import Detokenizer
@@ -21,6 +22,9 @@ from xbai.errors import UserError
 from xbai.grading import CustomBatchGrader, CustomGrader, Grade, GradeRequest, GraderPool, grade
 from xbai.grading.dispatch import Grader
 from xbai.grading.pool import GIBIBYTE
+
+Purpose = Literal["training", "validation", "baselines"]
+"""What a batch is graded for."""
 
 
 class RewardManager:
@@ -33,19 +37,20 @@ class RewardManager:
         workers: grading processes; None for as many as the machine has cores.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DictConfig, workers: int | None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PPOConfig, workers: int | None) -> None:
         section = config.reward_model
-        self._detokenize, self._config, self._ungraded_batches = Detokenizer(tokenizer), config, 0
+        self._detokenize, self._config = Detokenizer(tokenizer), config
+        self._ungraded_batches: Counter[Purpose] = Counter()
         self._pool = GraderPool(workers, self._timeout_s(), self._grader(), int(section.memory_gib * GIBIBYTE))
 
-    def launch(self, data: DataProto) -> PendingReward:
+    def launch(self, data: DataProto, purpose: Purpose = "training") -> PendingReward:
         """Start grading; reads `responses` and `response_mask` [B, R], the prompt's `uid`, the data source,
         `reward_model` and, where there are, `extra_info` and `raw_prompt`, which a function of one's own finds in its
         `extra_info`."""
         mask, prompts = data.batch["response_mask"], data.non_tensor_batch["uid"]
 
         def finish(grades: list[Grade]) -> Reward:
-            self._check_any_graded(grades)
+            self._check_any_graded(grades, purpose)
             return make_reward(grades, mask, partial(self.penalty, prompts=prompts))
 
         return PendingReward(self._submit(self._requests(data)), finish)
@@ -69,49 +74,55 @@ class RewardManager:
     def _timeout_s(self) -> float:
         return self._config.reward_model.timeout_s
 
-    def _grader(self) -> Grader:
+    def _grader(self) -> Grader | CustomBatchGrader:
         custom = self._config.custom_reward_function
         return grade if custom.path is None else CustomGrader(custom.path, custom.name)
 
     def _submit(self, requests: Sequence[GradeRequest]) -> Sequence[Future[Grade] | Future[list[Grade]]]:
         return [self._pool.submit(request) for request in requests]
 
-    def _check_any_graded(self, grades: Sequence[Grade]) -> None:
+    def _check_any_graded(self, grades: Sequence[Grade], purpose: Purpose) -> None:
         """One batch without grades may be bad luck; when nothing is ever graded the run trains on nothing."""
-        self._ungraded_batches = 0 if any(g.value is not None for g in grades) else self._ungraded_batches + 1
+        if any(grade.value is not None for grade in grades):
+            self._ungraded_batches[purpose] = 0
+            return
+        self._ungraded_batches[purpose] += 1
         limit = self._config.reward_model.max_ungraded_batches
-        if limit is not None and self._ungraded_batches >= limit:
+        if limit is not None and self._ungraded_batches[purpose] >= limit:
             reason, count = Counter(g.failure for g in grades).most_common(1)[0]
             detail = next(g.detail for g in grades if g.failure == reason)
             raise UserError(
-                f"no response of the last {limit} batches could be graded (last: {count} of {len(grades)} {reason}, "
-                f"{detail}); correct the reward function, or raise reward_model.max_ungraded_batches"
+                f"no response of the last {limit} batches of {purpose} could be graded (last: {count} of {len(grades)} "
+                f"{reason}, {detail}); correct the reward function, or raise reward_model.max_ungraded_batches"
             )
 
     def _requests(self, data: DataProto) -> list[GradeRequest]:
         columns, mask = data.non_tensor_batch, data.batch["response_mask"].bool()
         sources, truths = columns[self._config.data.reward_fn_key], columns["reward_model"]
-        extra = columns.get("extra_info", [None] * len(data))
+        extra: Sequence[dict[str, Any] | None] | np.ndarray = columns.get("extra_info", [None] * len(data))
         if "raw_prompt" in columns:
-            extra = [{**(info or {}), "raw_prompt": messages} for info, messages in zip(extra, columns["raw_prompt"])]
-        texts = [self._detokenize(ids[kept].tolist()) for ids, kept in zip(data.batch["responses"], mask)]
+            extra = [
+                {**(info or {}), "raw_prompt": messages}
+                for info, messages in zip(extra, columns["raw_prompt"], strict=True)
+            ]
+        texts = [self._detokenize(ids[kept].tolist()) for ids, kept in zip(data.batch["responses"], mask, strict=True)]
         return [
             GradeRequest(source, text, truth.get("ground_truth"), info)
-            for source, text, truth, info in zip(sources, texts, truths, extra)
+            for source, text, truth, info in zip(sources, texts, truths, extra, strict=True)
         ]
 
 
 class PrimeRewardManager(RewardManager):
     """Grades in parallel."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DictConfig) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PPOConfig) -> None:
         super().__init__(tokenizer, config, config.reward_model.num_workers)
 
 
 class NaiveRewardManager(RewardManager):
     """Grades one response after another, in one process."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DictConfig) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PPOConfig) -> None:
         super().__init__(tokenizer, config, workers=1)
 
 
@@ -122,14 +133,16 @@ class BatchRewardManager(RewardManager):
     so the step learns nothing from it. For a single response that it cannot grade the function returns None.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DictConfig) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PPOConfig) -> None:
         super().__init__(tokenizer, config, workers=1)
 
     def _timeout_s(self) -> float:
         return self._config.reward_model.batch_timeout_s
 
-    def _grader(self) -> Grader:
+    def _grader(self) -> Grader | CustomBatchGrader:
         custom = self._config.custom_reward_function
+        if custom.path is None:
+            raise ValueError("reward_model.reward_manager=batch needs custom_reward_function.path")
         return CustomBatchGrader(custom.path, custom.name)
 
     def _submit(self, requests: Sequence[GradeRequest]) -> Sequence[Future[list[Grade]]]:
@@ -150,7 +163,7 @@ class DAPORewardManager(PrimeRewardManager):
         return super().penalty(lengths, correct, prompts) + buffer.penalty_factor * (excess / buffer.len).clamp(0, 1)
 
 
-REWARD_MANAGERS: dict[str, type[RewardManager]] = {
+REWARD_MANAGERS: dict[str, Callable[[PreTrainedTokenizerBase, PPOConfig], RewardManager]] = {
     "naive": NaiveRewardManager,
     "prime": PrimeRewardManager,
     "dapo": DAPORewardManager,

@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
 from verl import DataProto
+from verl.trainer.config.policy import ModelConfig
+from verl.trainer.config.rollout import RolloutConfig
 from verl.workers.phase_metrics import GIB
 from xbai.engine import Completion, SamplingParams, load_engine
 from xbai.engine.files import read_config, resolve_dtype
@@ -44,13 +45,12 @@ class EngineRollout:
     """
 
     def __init__(
-        self, config: DictConfig, model: DictConfig, pad_token_id: int, sprm_config: SPRMConfig | None = None
+        self, config: RolloutConfig, model: ModelConfig, pad_token_id: int, sprm_config: SPRMConfig | None = None
     ) -> None:
         self._config = config
         self._pad_token_id = pad_token_id
         self._response_length: int = config.response_length
-        trust_remote_code = model.get("trust_remote_code", False)
-        model_config, options = read_config(model.path, trust_remote_code), _engine_options(config)
+        model_config, options = read_config(model.path, model.trust_remote_code), _engine_options(config)
         self.dtype = resolve_dtype(config.dtype, model_config)
         self._scores = sprm_config is not None and config.name == "vllm" and obstacle(model_config, options) is None
         if self._scores:
@@ -59,24 +59,24 @@ class EngineRollout:
             config.name,
             model.path,
             dtype=config.dtype,
-            max_model_len=config.get("max_model_len") or config.prompt_length + config.response_length,
+            max_model_len=config.max_model_len or config.prompt_length + config.response_length,
             with_scores=False,
-            head_dtype=model.get("head_dtype"),
-            trust_remote_code=trust_remote_code,
+            head_dtype=model.head_dtype,
+            trust_remote_code=model.trust_remote_code,
             **options,
         )
         # The engine begins with the folder's policy, but with a head without weights.
         self._is_current, self._is_asleep = not self._scores, False
         self.sleep()
 
-    def policy_has_changed(self) -> None:
+    def mark_stale(self) -> None:
         """Have `wake_up` bring the new weights."""
         self._is_current = False
 
     def sleep(self) -> None:
         """Leave the GPU's memory to training, where `free_cache_engine` asks for it."""
         if _frees_memory(self._config):
-            level = self._config.get("sleep_level", 2)
+            level = self._config.sleep_level
             self.engine.sleep(level)
             self._is_asleep = True
             self._is_current = self._is_current and level == 1
@@ -116,7 +116,7 @@ class EngineRollout:
                 sent += tensor.nbytes
                 yield name, tensor
 
-        self.engine.update_weights(counted(), check=self._config.get("check_weight_sync", False))
+        self.engine.update_weights(counted(), check=self._config.check_weight_sync)
         return sent
 
     def generate(self, prompts: DataProto) -> DataProto:
@@ -139,14 +139,14 @@ class EngineRollout:
         seeds = prompts.non_tensor_batch.get("seed", [None] * len(prompts))
         counted, cached = self.engine.prompt_tokens, self.engine.cached_prompt_tokens
         completions = self.engine.generate(
-            [row[kept].tolist() for row, kept in zip(ids, mask.bool())],
+            [row[kept].tolist() for row, kept in zip(ids, mask.bool(), strict=True)],
             [SamplingParams(**sampling, seed=None if seed is None else int(seed)) for seed in seeds],
             return_scores=self._scores,
         )
         responses = [one for group in completions for one in group]
         batch = self._to_batch(ids, mask, responses, sampling["n"])
         if self._scores:
-            batch.batch["rollout_scores"] = torch.tensor([aggregate(one.step_scores) for one in responses])
+            batch.batch["rollout_scores"] = torch.tensor([aggregate(_returned(one.step_scores)) for one in responses])
         batch.meta_info["metrics"] = {}
         if counted := self.engine.prompt_tokens - counted:
             hit_rate = (self.engine.cached_prompt_tokens - cached) / counted
@@ -155,13 +155,13 @@ class EngineRollout:
 
     def _sampling(self, meta_info: Mapping[str, Any]) -> dict[str, Any]:
         source = self._config.val_kwargs if meta_info.get("validate") else self._config
-        chosen = {key: source[key] for key in SAMPLING_KEYS if key in source}
+        chosen = {key: getattr(source, key) for key in SAMPLING_KEYS if hasattr(source, key)}
         chosen |= {key: meta_info[key] for key in SAMPLING_KEYS if key in meta_info}
         if not chosen.pop("do_sample", True):
             chosen["temperature"] = 0.0
         fixed = {
             "max_tokens": self._response_length,
-            "ignore_eos": self._config.get("ignore_eos", False),
+            "ignore_eos": self._config.ignore_eos,
             "log_probs": True,
         }
         return chosen | fixed
@@ -172,7 +172,7 @@ class EngineRollout:
         responses = torch.full(response_mask.shape, self._pad_token_id)
         responses[response_mask] = torch.tensor([token for one in completions for token in one.token_ids])
         log_probs = torch.zeros(response_mask.shape)
-        log_probs[response_mask] = torch.tensor([value for one in completions for value in one.log_probs])
+        log_probs[response_mask] = torch.tensor([value for one in completions for value in _returned(one.log_probs)])
         prompts = ids.repeat_interleave(n, dim=0)
         attention_mask = torch.cat([mask.repeat_interleave(n, dim=0), response_mask.to(mask.dtype)], dim=1)
         return DataProto.from_dict(
@@ -188,17 +188,23 @@ class EngineRollout:
         )
 
 
-def _engine_options(config: DictConfig) -> dict[str, Any]:
+def _returned(values: list[float] | None) -> list[float]:
+    if values is None:
+        raise ValueError("the engine returned no log-probs or scores, and was asked for them")
+    return values
+
+
+def _engine_options(config: RolloutConfig) -> dict[str, Any]:
     keys = ["max_num_seqs"]
     if config.name == "vllm":
         keys += ["max_num_batched_tokens", "enforce_eager"]
         if torch.cuda.is_available():
             keys.append("gpu_memory_utilization")
-    options = {key: config[key] for key in keys if config.get(key) is not None}
-    if (ranks := config.get("tensor_model_parallel_size", 1)) > 1:
+    options = {key: value for key in keys if (value := getattr(config, key)) is not None}
+    if (ranks := config.tensor_model_parallel_size) > 1:
         options["tensor_parallel_size"] = ranks
     return options
 
 
-def _frees_memory(config: DictConfig) -> bool:
-    return config.get("free_cache_engine", True) and torch.cuda.is_available()
+def _frees_memory(config: RolloutConfig) -> bool:
+    return config.free_cache_engine and torch.cuda.is_available()

@@ -1,0 +1,75 @@
+"""The figure of a training, and the command that draws it."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+from matplotlib.figure import Figure
+from typer.testing import CliRunner
+
+from verl.trainer import plot
+from verl.trainer.plot import plot_training
+from xbai import cli
+from xbai.errors import UserError
+
+TRAINING = EntryPoint("training", "verl.trainer.plot:command", cli.PLOTS)
+
+
+def write(path: Path, *lines: dict) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def metrics(tmp_path: Path) -> Path:
+    """Of a training that was killed while it wrote a line."""
+    records = [{"step": i, "reward/pass_rate": i / 40, "score/auc": float("nan") if i == 3 else 0.9} for i in range(40)]
+    path = write(tmp_path / "metrics.jsonl", *records)
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write('{"step": 40, "rew')
+    return path
+
+
+def test_panels_of_what_was_logged_are_drawn(metrics: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    save = plot.save_figure
+    monkeypatch.setattr(plot, "save_figure", lambda figure, path: (figures.append(figure), save(figure, path)))
+    plot_training(metrics, tmp_path / "training.png")
+    assert [axis.get_title(loc="left") for axis in figures[0].axes if axis.get_visible()] == ["Pass rate", "Score AUC"]
+    pixels = matplotlib.image.imread(tmp_path / "training.png")[..., :3]
+    assert 0.02 < float((pixels < 0.98).any(-1).mean()) < 0.6
+
+
+def test_figures_without_data_say_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="none of the training curves"):
+        plot_training(write(tmp_path / "m.jsonl", {"step": 1, "other": 2.0}), tmp_path / "x.png")
+    with pytest.raises(UserError, match="no such file"):
+        plot_training(tmp_path / "none.jsonl", tmp_path / "x.png")
+    (tmp_path / "bad.jsonl").write_text('{"step": \n{"step": 2}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"bad\.jsonl:1"):
+        plot_training(tmp_path / "bad.jsonl", tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_the_command_is_found_where_the_trainer_is_installed(
+    metrics: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["plot", "training", "--metrics_file", str(metrics), "--output", str(tmp_path / "a.svg")]
+    monkeypatch.setattr(cli, "entry_points", lambda group: EntryPoints([TRAINING]))
+    done = CliRunner().invoke(cli.app, arguments)
+    assert (done.exit_code, done.output) == (0, f"wrote {tmp_path / 'a.svg'}\n")
+    assert "--metrics_file" in CliRunner().invoke(cli.app, ["plot", "training", "--help"]).output
+    done = CliRunner().invoke(cli.app, ["plot", "results"])
+    assert (done.exit_code, done.stderr) == (
+        2,
+        "error: plot 'results': known are training, before all options; "
+        "metric --plot and summary --plot draw results\n",
+    )
+    monkeypatch.setattr(cli, "entry_points", lambda group: EntryPoints())
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 2
+    assert "none, as the trainer is not installed (pip install -e verl, again where it was before)" in done.stderr

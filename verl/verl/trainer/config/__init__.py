@@ -1,0 +1,1 @@
+"""The configuration: its defaults, how it is composed, and its checks."""

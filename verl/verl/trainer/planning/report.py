@@ -1,0 +1,258 @@
+"""What a training run would be, on a machine that cannot run it: `main_ppo --dry-run [key=value ...]`.
+
+Checks the configuration for the machines it names (not for this one) and prints it resolved, the numbers of
+micro-batches and optimiser steps, and a memory estimate for each phase on one GPU. It needs no weights, only the
+model's `config.json`; of well-known models (`KNOWN_CONFIGS` of model_shapes.py) the folder's name is enough.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+
+from verl.trainer.config.auto import resolve_auto, resolve_kernels
+from verl.trainer.config.check import check_config
+from verl.trainer.config.schema import PPOConfig
+from verl.trainer.planning.host_memory import host_memory, saves_anew
+from verl.trainer.planning.memory_estimate import GIB, LOGIT_BACKWARD, LOGIT_FORWARD, Components, saved_activations
+from verl.trainer.planning.memory_phases import COMMON_GPU, GPUS_GIB, PhaseMemory, changes_to_fit
+from verl.trainer.planning.model_shapes import config_of
+from verl.workers.batching.micro_batches import MicroBatching, RowSizes
+
+
+class Batches(NamedTuple):
+    """The micro-batches of one phase on one process.
+
+    Attributes:
+        phase: what they are of.
+        rows: responses that they hold together.
+        fewest: how many there are when all responses are as short as can be.
+        full_length: how many when prompts and responses are as long as they may be, the most that there can be.
+        per_step: how often a training step goes through them.
+    """
+
+    phase: str
+    rows: int
+    fewest: int
+    full_length: int
+    per_step: int
+
+
+class DryRun(NamedTuple):
+    """What a run would be.
+
+    Attributes:
+        report: in words.
+        missing: what the run would end with on this machine: the files and packages that are not here, a line each.
+    """
+
+    report: str
+    missing: list[str]
+
+
+def dry_run(composed: DictConfig) -> DryRun:
+    """Check everything that a run checks before it starts Ray, but what GPUs this machine has; estimate the rest.
+
+    Args:
+        composed: by `compose_config`.
+
+    Raises:
+        UserError: a configuration that could not run on the machines it is for, or data and checkpoint that do not
+            fit it; these are looked into where model and data are here.
+    """
+    missing: list[str] = []
+    config = check_config(composed, missing.append)
+    if not missing:
+        _check_inputs(config)
+    on_cpu = config.trainer.device == "cpu"
+    # Whether checkpointing is left out depends on the GPU, and the estimate is for several.
+    config, choices = resolve_auto(config, None) if on_cpu else resolve_kernels(config)
+    what = "processes on CPU" if on_cpu else "GPUs"
+    sections = [
+        f"Dry run: {config.trainer.nnodes} x {config.trainer.n_gpus_per_node} {what}; nothing is started.",
+        "The resolved configuration:\n\n" + OmegaConf.to_yaml(OmegaConf.merge(composed, asdict(config))).rstrip(),
+        "\n".join(f"not found here: {line}" for line in dict.fromkeys(missing)),
+        "\n".join(choices),
+        _steps(config),
+        _memory(config),
+    ]
+    return DryRun("\n\n".join(section for section in sections if section) + "\n", list(dict.fromkeys(missing)))
+
+
+def _check_inputs(config: PPOConfig) -> None:
+    """What a run finds when it reads its model's tokenizer, its data, and the checkpoint that it goes on from."""
+    # Ray takes seconds to import.
+    from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+
+    RayPPOTrainer(config, fetches=False).close()
+
+
+def batches(config: PPOConfig) -> Iterator[Batches]:
+    """The micro-batches of every phase, counted by what the workers count them with."""
+    root, longest = config.actor_rollout_ref, (config.data.max_prompt_length, config.data.max_response_length)
+    world = config.trainer.processes
+    packed, prompts = root.model.use_remove_padding, config.data.train_batch_size
+
+    def counted(phase: str, batching: MicroBatching, prompts: int, sp_size: int, per_step: int = 1) -> Batches:
+        rows = prompts * root.rollout.n // (world // sp_size)
+        shortest, full = (RowSizes([p] * rows, [r] * rows) for p, r in ((1, 1), longest))
+        return Batches(phase, rows, batching.fewest(shortest), batching.fewest(full), per_step)
+
+    sp_size = root.actor.ulysses_sequence_parallel_size
+    if config.needs_old_log_probs:
+        yield counted("log-prob", MicroBatching.for_log_prob(root.rollout, packed, sp_size), prompts, sp_size)
+    if config.reference_use.log_probs:
+        sharers = root.ref.ulysses_sequence_parallel_size
+        yield counted("reference", MicroBatching.for_log_prob(root.ref, packed, sharers), prompts, sharers)
+    update, mini_batch = (
+        MicroBatching.for_update(root.actor, packed, sp_size, world),
+        root.actor.ppo_mini_batch_size,
+    )
+    yield counted("update, a mini-batch", update, mini_batch, sp_size, prompts // mini_batch * root.actor.ppo_epochs)
+    if config.has_critic:
+        critic = config.critic
+        packed, sp_size = critic.model.use_remove_padding, critic.ulysses_sequence_parallel_size
+        yield counted("values", MicroBatching.for_values(critic, packed, sp_size), prompts, sp_size)
+        update, mini_batch = (
+            MicroBatching.for_update(critic, packed, sp_size, world),
+            critic.ppo_mini_batch_size,
+        )
+        times = prompts // mini_batch * critic.ppo_epochs
+        yield counted("critic update, a mini-batch", update, mini_batch, sp_size, times)
+
+
+def _steps(config: PPOConfig) -> str:
+    root, data = config.actor_rollout_ref, config.data
+    responses = data.train_batch_size * root.rollout.n
+    updates = data.train_batch_size // root.actor.ppo_mini_batch_size * root.actor.ppo_epochs
+    lines = [
+        f"A training step: {data.train_batch_size} prompts x {root.rollout.n} responses = {responses:,} responses, of "
+        f"at most {data.longest:,} tokens with their prompts: up to {responses * data.longest:,} tokens, "
+        f"{responses * data.longest // config.trainer.processes:,} a process.",
+        f"Optimiser steps in it: {updates} ({data.train_batch_size // root.actor.ppo_mini_batch_size} mini-batches x "
+        f"{root.actor.ppo_epochs} epochs).",
+        "Micro-batches of a process:",
+    ]
+    header = ["", "responses", "micro-batches", "of full length", "in a step", "of full length"]
+    rows = [
+        [
+            one.phase,
+            str(one.rows),
+            f"{one.fewest} to {one.full_length}" if one.fewest != one.full_length else str(one.fewest),
+            str(one.full_length),
+            f"{one.fewest * one.per_step} to {one.full_length * one.per_step}",
+            str(one.full_length * one.per_step),
+        ]
+        for one in batches(config)
+    ]
+    return "\n".join(lines) + "\n\n" + table(header, rows)
+
+
+def _memory(config: PPOConfig) -> str:
+    model, memory = config.actor_rollout_ref.model, PhaseMemory.from_config(config, math.inf)
+    if memory is None:
+        found = config_of(model.path, model.trust_remote_code)
+        reason = "its config.json is not here" if found is None else f"model_type={found.model_type} is not counted"
+        return f"No memory estimate for {model.path}: {reason}."
+    shape = memory.shape
+    head = f" and the score head {shape.score_head_parameters:,}" if config.actor_rollout_ref.use_score else ""
+    size = f"The model has {shape.parameters:,} parameters{head}."
+    if config.trainer.device == "cpu":
+        caption, verdict = "Memory of one process", _highest(memory)
+    else:
+        sizes = {name: replace(memory, gpu_bytes=gib * GIB) for name, gib in GPUS_GIB.items()}
+        shown = next((name for name, memory in sizes.items() if memory.excess <= 0), COMMON_GPU)
+        memory = sizes[shown]
+        caption, verdict = f"Memory of one GPU with {shown}", f"{_highest(memory)}\n{_verdict(sizes)}"
+    caption += ", in GiB; each phase at its highest:"
+    tables = [caption, _table_of(memory.phases, {"with CUDA, NCCL, fragments": memory.peaks}), _micro_batch(memory)]
+    return "\n\n".join([size, *tables, _host_memory(memory), verdict])
+
+
+def _host_memory(memory: PhaseMemory) -> str:
+    moments = host_memory(memory)
+    sums = {moment: sum(components.values()) for moment, components in moments.items()}
+    text = "Host memory of one machine, in GiB, without what its processes take for themselves:\n\n"
+    text += _table_of(moments, {"together": sums})
+    if saves_anew(memory):
+        text += (
+            "\n\nWhat is offloaded lies elsewhere in each save: its copies are pinned anew, and freed when they are "
+            "written; trainer.async_save=false makes none."
+        )
+    return text
+
+
+def _checkpointing(sizes: Mapping[str, PhaseMemory]) -> Iterator[str]:
+    """What `auto` would mean on each GPU."""
+    model = next(iter(sizes.values())).config.actor_rollout_ref.model
+    if model.enable_gradient_checkpointing == "auto":
+        key = "actor_rollout_ref.model.enable_gradient_checkpointing"
+        without = [name for name, memory in sizes.items() if not memory.checkpointing]
+        yield f"{key}=auto: " + (f"false on {', '.join(without)}, else true" if without else "true on all of them")
+
+
+def _table_of(columns: Mapping[str, Components], last: Mapping[str, Mapping[str, float]]) -> str:
+    """Components by phase, and rows that come last, by phase."""
+    names = dict.fromkeys(name for components in columns.values() for name, size in components.items() if size)
+    rows = [[name, *(_gib(components.get(name, 0.0)) for components in columns.values())] for name in names]
+    rows += [[name, *(_gib(sizes[column]) for column in columns)] for name, sizes in last.items()]
+    return table(["", *columns], rows)
+
+
+def _micro_batch(memory: PhaseMemory) -> str:
+    shape, width, tokens = memory.shape, memory.policy.compute, memory.update_tokens
+    kept, whole = (saved_activations(shape, tokens, width, checkpointing) / GIB for checkpointing in (True, False))
+    chunk = memory.chunk(tokens)
+    chosen = "with" if memory.checkpointing else "without"
+    return (
+        f"A micro-batch of the update has up to {tokens:,} tokens on a GPU. Its activations take {kept:.1f} GiB with "
+        f"checkpointing and {whole:.1f} without (here: {chosen}); a chunk of logits takes "
+        f"{LOGIT_FORWARD * chunk / GIB:.1f} GiB, and {LOGIT_BACKWARD * chunk / GIB:.1f} in the backward pass."
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f}" if size else "-"
+
+
+def _highest(memory: PhaseMemory) -> str:
+    peaks = memory.peaks
+    phase = max(peaks, key=lambda phase: peaks[phase])
+    return (
+        f"Highest: {phase}, {peaks[phase] / GIB:.1f} GiB. An engine's KV cache holds {memory.cached_sequences:.1f} "
+        "sequences of full length."
+    )
+
+
+def _verdict(sizes: Mapping[str, PhaseMemory]) -> str:
+    fitting = [name for name, memory in sizes.items() if memory.excess <= 0]
+    lines = [f"It fits GPUs with: {', '.join(fitting)}." if fitting else "It fits no GPU with up to 180 GB as it is."]
+    # Smaller GPUs than the common one only where it is not far from fitting them.
+    too_small = [name for name in sizes if name not in fitting][: list(sizes).index(COMMON_GPU) + 1]
+    for name in too_small[-2:]:
+        changes = changes_to_fit(sizes[name])
+        if changes is None:
+            lines.append(f"It does not fit {name}, whatever is changed but the number of GPUs.")
+        else:
+            lines.append(f"To fit {name}: " + " ".join(f"{key}={_value(value)}" for key, value in changes.items()))
+    return "\n".join([*lines, *_checkpointing(sizes)])
+
+
+def _value(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Columns under their heads: the first one to the left, numbers to the right."""
+    lines = [header, *rows]
+    first, *others = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            [line[0].ljust(first), *(cell.rjust(width) for cell, width in zip(line[1:], others, strict=True))]
+        ).rstrip()
+        for line in lines
+    )

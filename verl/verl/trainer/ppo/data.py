@@ -1,0 +1,73 @@
+"""The prompts of a run: in training and in validation, each with its sampling seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from verl.protocol import DataProto, object_array
+from verl.trainer.config.schema import PPOConfig
+from verl.trainer.ppo.gradable import check_gradable
+from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, create_dataloader
+from xbai.seeds import derived_seed
+
+
+class PromptData:
+    """Reads and checks the data files.
+
+    Args:
+        config: the trainer's whole configuration.
+        tokenizer: encodes prompts.
+
+    Attributes:
+        train, validation: the prompts; None without validation files.
+        loader: of training batches.
+        total_steps: of the run.
+
+    Raises:
+        UserError: files that cannot be read, rows that cannot be used or graded.
+    """
+
+    def __init__(self, config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        data, trainer = config.data, config.trainer
+        self._seed, self._pad_token_id = trainer.seed, tokenizer.pad_token_id
+        self.train = RLHFDataset(data.train_files, tokenizer, data)
+        self.validation = RLHFDataset(data.val_files, tokenizer, data) if data.val_files else None
+        for dataset in filter(None, (self.train, self.validation)):
+            columns = dataset.values(data.reward_fn_key), dataset.values("reward_model")
+            check_gradable(zip(dataset.places(), *columns, strict=True), config.custom_reward_function)
+        self.loader = create_dataloader(
+            self.train,
+            data.train_batch_size,
+            shuffle=data.shuffle,
+            seed=trainer.seed,
+            num_workers=data.dataloader_num_workers,
+        )
+        self.total_steps: int = trainer.total_training_steps or trainer.total_epochs * len(self.loader)
+
+    def validation_batches(self, size: int | None) -> Iterator[DataProto]:
+        """All validation prompts, `size` at once (None: all of them), with the same seeds every time."""
+        if (data := self.validation) is None:
+            return
+        size = size or len(data)
+        for start in range(0, len(data), size):
+            items = [data[row] for row in range(start, min(start + size, len(data)))]
+            yield self.seeded(collate_fn(items, self._pad_token_id), "validation")
+
+    def seeded(self, columns: Mapping[str, Any], occasion: int | str) -> DataProto:
+        """A batch whose prompts have their sampling seeds: a run that is resumed samples what an uninterrupted one
+        does.
+
+        Args:
+            columns: of the prompts.
+            occasion: the step, say.
+        """
+        prompts = DataProto.from_single_dict(columns)
+        rows = prompts.non_tensor_batch["row_index"]
+        prompts.non_tensor_batch["seed"] = object_array(
+            derived_seed(self._seed, occasion, row, separator=":", size=4) for row in rows
+        )
+        prompts.non_tensor_batch["uid"] = object_array(str(row) for row in rows)
+        return prompts

@@ -1,0 +1,72 @@
+"""The worker groups of a run: one process a GPU for the policy, and one beside it for a critic."""
+
+from __future__ import annotations
+
+import logging
+
+from transformers import PreTrainedTokenizerBase
+
+from verl.models.loading import has_score_head
+from verl.single_controller import RayClassWithInitArgs, RayResourcePool
+from verl.trainer.config.policy import ActorRolloutRefConfig
+from verl.trainer.config.schema import PPOConfig
+from verl.trainer.ppo.cluster import check_shared_folder, worker_env
+from verl.workers.critic_worker import CriticWorker, CriticWorkers
+from verl.workers.fsdp_workers import ActorRolloutRefWorker, PolicyWorkers, group_sizes
+from xbai.engine.files import read_config
+from xbai.engine.weight_files import check_weights
+from xbai.sprm import load_score_head, load_sprm_config
+
+logger = logging.getLogger(__name__)
+
+
+def check_loadable(policy: ActorRolloutRefConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a `UserError` for what no worker could load: weights or a score head that are damaged or of another model.
+
+    Args:
+        policy: the `actor_rollout_ref` section.
+        tokenizer: of its model.
+    """
+    model, score = policy.model, policy.score
+    check_weights(model.path, model_config := read_config(model.path, model.trust_remote_code))
+    if policy.use_score:
+        sprm_config = load_sprm_config(model.path, tokenizer, score.lang)
+        if has_score_head(model.path, score.model_path):
+            load_score_head(score.model_path or model.path, model_config.hidden_size, sprm_config)
+
+
+def worker_pool(config: PPOConfig, groups: int) -> RayResourcePool:
+    """Where the workers run, `groups` of them on each GPU.
+
+    Raises:
+        UserError: nodes that do not share the folder of the checkpoints.
+    """
+    trainer = config.trainer
+    pool = RayResourcePool(
+        [trainer.n_gpus_per_node] * trainer.nnodes,
+        use_gpu=trainer.device == "cuda",
+        max_colocate_count=groups,
+        timeout_s=config.ray_init.timeout_s,
+    )
+    if trainer.nnodes > 1:
+        check_shared_folder(trainer.default_local_dir, pool)
+    logger.info("starting %d worker processes on %s", pool.world_size, trainer.device)
+    return pool
+
+
+def policy_workers(config: PPOConfig, pool: RayResourcePool, total_steps: int) -> PolicyWorkers:
+    """Start the processes of policy, rollout engine and, where it is needed, reference."""
+    trainer, policy = config.trainer, config.actor_rollout_ref
+    role = "actor_rollout_ref" if any(config.reference_use) else "actor_rollout"
+    updates = max(1, total_steps - trainer.critic_warmup)
+    init = RayClassWithInitArgs(ActorRolloutRefWorker, policy, role, updates, trainer.seed)
+    env, sizes = worker_env(trainer.device == "cuda"), group_sizes(policy)
+    return PolicyWorkers(pool, init, role, env, sizes, nccl_timeout_s=policy.nccl_timeout)
+
+
+def critic_workers(config: PPOConfig, pool: RayResourcePool, total_steps: int) -> CriticWorkers:
+    """Start the processes of the critic."""
+    critic, trainer = config.critic, config.trainer
+    init = RayClassWithInitArgs(CriticWorker, critic, config.actor_rollout_ref.rollout.n, total_steps, trainer.seed)
+    env, sizes = worker_env(trainer.device == "cuda"), {"train": critic.ulysses_sequence_parallel_size}
+    return CriticWorkers(pool, init, "critic", env, sizes, nccl_timeout_s=critic.nccl_timeout)

@@ -1,0 +1,1 @@
+"""Which rows are computed where and when: ranks, mini-batches, micro-batches."""

@@ -1,0 +1,89 @@
+"""What was learnt about a model's scores on graded results, and lies beside its head."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from xbai.errors import UserError
+from xbai.files import write_json
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+SPRM_CALIBRATION_FILE = "sprm_calibration.json"
+
+
+@dataclass(frozen=True)
+class CombinedScore:
+    """Trajectory score and mean log-prob in one value: a higher one is more likely right, of the same question.
+
+    Attributes:
+        log_score, mean_log_prob: coefficient of each, of standard deviations.
+        log_score_scale, mean_log_prob_scale: standard deviation of each within questions.
+    """
+
+    log_score: float
+    mean_log_prob: float
+    log_score_scale: float
+    mean_log_prob_scale: float
+
+    def __call__(
+        self, scores: Float[np.ndarray, "k"], mean_log_probs: Float[np.ndarray, "k"]
+    ) -> Float[np.ndarray, "k"]:
+        """The value of each response; -inf where one of both is missing, or the score is 0."""
+        features = combined_features(scores, mean_log_probs)
+        weights = (self.log_score / self.log_score_scale, self.mean_log_prob / self.mean_log_prob_scale)
+        return np.where(np.isfinite(features).all(axis=1), np.nan_to_num(features, neginf=0.0) @ weights, -np.inf)
+
+
+def combined_features(
+    scores: Float[np.ndarray, "k"], mean_log_probs: Float[np.ndarray, "k"]
+) -> Float[np.ndarray, "k 2"]:
+    """Logarithm of the score, and mean log-prob; -inf where there is none (a score of 0 stands for no steps)."""
+    log_scores = np.log(scores, out=np.full(len(scores), -np.inf), where=scores > 0)
+    return np.stack([log_scores, mean_log_probs], axis=1)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The contents of `sprm_calibration.json`.
+
+    Attributes:
+        identity: of the model whose responses and scores it was fitted on.
+        temperature: at which they were sampled; log-probs of another one are on another scale.
+        questions: digest of those that were answered, which are not to be measured with it.
+        combined: score and log-prob together.
+    """
+
+    identity: str
+    temperature: float
+    questions: str
+    combined: CombinedScore
+
+    def write(self, folder: str | Path) -> Path:
+        """Write it into a model folder; returns the file."""
+        path = Path(folder) / SPRM_CALIBRATION_FILE
+        write_json(asdict(self), path)
+        return path
+
+    @classmethod
+    def read(cls, path: str | Path) -> Calibration:
+        """Read the file, given itself or by its folder.
+
+        Raises:
+            UserError: there is none, or it is damaged.
+        """
+        path = Path(path)
+        path = path / SPRM_CALIBRATION_FILE if path.is_dir() else path
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; xbai calibrate RESULTS --model_path MODEL writes it")
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**{**value, "combined": CombinedScore(**value["combined"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not a calibration ({error!r}); write it anew by xbai calibrate") from error

@@ -1,0 +1,1 @@
+"""Asking services: several copies of one behind a list of URLs, used as if they were one."""

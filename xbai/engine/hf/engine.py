@@ -1,0 +1,260 @@
+"""The reference engine: a batched KV-cache sampler on transformers, with no dependency on vLLM."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from xbai.engine.base import Completion, Engine, FinishReason, Sample
+from xbai.engine.detokenizer import Detokenizer
+from xbai.engine.end_tokens import end_token_ids
+from xbai.engine.files import (
+    load_tokenizer,
+    read_config,
+    resolve_dtype,
+    resolve_head_dtype,
+    resolve_max_model_len,
+)
+from xbai.engine.float32_head import use_float32_output
+from xbai.engine.hf.sampling import BatchSampler
+from xbai.engine.scorer import Scorer, truncate_backbone
+from xbai.engine.weight_check import HeldWeight
+from xbai.engine.weight_files import load_pretrained
+from xbai.sprm import load_score_head, load_sprm_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class HFEngine(Engine):
+    """Generates batch by batch: as many queued samples as the budgets allow, each step adding a token to all of them.
+
+    Args:
+        model_path: a Hugging Face model folder.
+        dtype: `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
+        head_dtype: of the logits, see `files.resolve_head_dtype`.
+        max_model_len: most tokens of prompt plus response; the model's context by default.
+        lang: step rule of a head without `sprm_config.json`.
+        with_scores: load the score head.
+        trust_remote_code: run the Python code that comes with the folder.
+        max_num_seqs: most samples of one batch.
+        max_cache_slots: most KV-cache slots (rows x padded length) of one batch; a larger sample runs alone.
+        seed: of the random streams of requests without a seed.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        dtype: str = "auto",
+        head_dtype: str | None = None,
+        max_model_len: int | None = None,
+        lang: str | None = None,
+        with_scores: bool = False,
+        trust_remote_code: bool = False,
+        max_num_seqs: int = 64,
+        max_cache_slots: int = 131072,
+        seed: int | None = None,
+    ) -> None:
+        config = read_config(model_path, trust_remote_code)
+        tokenizer = load_tokenizer(model_path, trust_remote_code)
+        torch_dtype = resolve_dtype(dtype, config)
+        float32_head = resolve_head_dtype(head_dtype, torch_dtype) != torch_dtype
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        head = None
+        if with_scores:
+            sprm_config = load_sprm_config(model_path, tokenizer, lang)
+            head = load_score_head(model_path, config.hidden_size, sprm_config)
+        model = load_pretrained(
+            AutoModelForCausalLM,
+            model_path,
+            device=self.device,
+            dtype=torch_dtype,
+            trust_remote_code=trust_remote_code,
+        )
+        if float32_head:
+            use_float32_output(model.get_output_embeddings())
+        self._model = model.eval()
+        scorer = None if head is None else Scorer(truncate_backbone(model.model), head, sprm_config.step_rule)
+        length = resolve_max_model_len(max_model_len, config)
+        end_ids = end_token_ids(model_path, tokenizer)
+        super().__init__(config, tokenizer, length, scorer, seed, trust_remote_code, end_ids)
+        self.max_num_seqs = max_num_seqs
+        self._max_cache_slots = max_cache_slots
+        self._queue: deque[Sample] = deque()
+        self._batch: _Batch | None = None
+
+    def close(self) -> None:
+        """Free the model."""
+        self._queue.clear()
+        self._batch = None
+        self._model = self.scorer = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _enqueue(self, sample: Sample) -> None:
+        self._queue.append(sample)
+
+    def _drop(self, samples: list[Sample]) -> None:
+        dropped = set(samples)
+        self._queue = deque(sample for sample in self._queue if sample not in dropped)
+        if self._batch is not None:
+            self._batch.drop(dropped)
+
+    def _load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        with torch.no_grad():
+            for name, tensor in weights:
+                parameters[name].copy_(tensor)
+
+    def _held_weights(self) -> Mapping[str, HeldWeight]:
+        return {
+            name: HeldWeight((), parameter.dtype, partial(iter, (parameter,)))
+            for name, parameter in self._model.named_parameters(remove_duplicate=False)
+        }
+
+    def _next_batch(self) -> list[Sample]:
+        batch: list[Sample] = []
+        longest_prompt = longest_response = 0
+        while self._queue and len(batch) < self.max_num_seqs:
+            sample = self._queue[0]
+            longest_prompt = max(longest_prompt, len(sample.prompt_ids))
+            longest_response = max(longest_response, sample.params.max_tokens)
+            if batch and (len(batch) + 1) * (longest_prompt + longest_response) > self._max_cache_slots:
+                break
+            batch.append(self._queue.popleft())
+        return batch
+
+    @torch.inference_mode()
+    def _advance(self) -> list[tuple[Sample, Completion]]:
+        if self._batch is None or not self._batch.unfinished:
+            samples = self._next_batch()
+            self._batch = self._new_batch(samples) if samples else None
+        if self._batch is None:
+            return []
+        return [(row.sample, self._completion(row, reason)) for row, reason in self._batch.advance()]
+
+    def _completion(self, row: _Row, finish_reason: FinishReason) -> Completion:
+        return Completion(
+            token_ids=row.token_ids,
+            text=self._response_text(row.sample, row.token_ids),
+            finish_reason=finish_reason,
+            log_probs=row.log_probs if row.sample.params.log_probs else None,
+        )
+
+    def _new_batch(self, samples: list[Sample]) -> _Batch:
+        rows = [_Row(sample, self.detokenize) for sample in samples]
+        return _Batch(self._model, rows, BatchSampler(samples, self.vocab_size, self.device), self.device)
+
+
+class _Batch:
+    """Samples that began together, over one KV cache; the rows of ended ones go once they are half of it."""
+
+    def __init__(self, model: PreTrainedModel, rows: list[_Row], sampler: BatchSampler, device: torch.device) -> None:
+        self._model = model
+        self._rows = rows
+        self._sampler = sampler
+        self._cache = DynamicCache(config=model.config)
+        width = max(len(row.sample.prompt_ids) for row in rows)
+        input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        for index, row in enumerate(rows):
+            prompt_ids = row.sample.prompt_ids
+            input_ids[index, width - len(prompt_ids) :] = torch.tensor(prompt_ids)
+            attention_mask[index, width - len(prompt_ids) :] = 1
+        self._input_ids, self._attention_mask = input_ids.to(device), attention_mask.to(device)
+
+    @property
+    def unfinished(self) -> list[int]:
+        """The rows still being written."""
+        return [index for index, row in enumerate(self._rows) if not row.has_ended]
+
+    def advance(self) -> list[tuple[_Row, FinishReason]]:
+        """Add a token to every unfinished row; the rows which that finished, and why."""
+        before = self.unfinished
+        tokens, log_probs = self._sampler(self._forward())
+        for row, token, log_prob in zip(self._rows, tokens.tolist(), log_probs.tolist(), strict=True):
+            row.append(token, log_prob)
+        rows = [self._rows[index] for index in before]
+        finished = [(row, row.finish_reason) for row in rows if row.finish_reason is not None]
+        self._shrink_to(self.unfinished, tokens)
+        return finished
+
+    def drop(self, samples: set[Sample]) -> None:
+        """End the rows of these samples, which nobody waits for."""
+        for index in self.unfinished:
+            if self._rows[index].sample in samples:
+                self._rows[index].is_dropped = True
+
+    def _shrink_to(self, unfinished: list[int], tokens: Tensor) -> None:
+        if not unfinished:
+            return
+        if 2 * len(unfinished) <= len(self._rows):
+            keep = torch.tensor(unfinished, device=tokens.device)
+            self._cache.batch_select_indices(keep)
+            self._sampler.keep(keep)
+            tokens, self._attention_mask = tokens[keep], self._attention_mask[keep]
+            self._rows = [self._rows[index] for index in unfinished]
+        self._input_ids = tokens[:, None]
+        self._attention_mask = torch.cat(
+            [self._attention_mask, self._attention_mask.new_ones(len(self._rows), 1)], dim=1
+        )
+
+    def _forward(self) -> Tensor:
+        position_ids = (self._attention_mask.cumsum(1) - 1).clamp(min=0)[:, -self._input_ids.shape[1] :]
+        output = self._model(
+            input_ids=self._input_ids,
+            attention_mask=self._attention_mask,
+            position_ids=position_ids,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
+
+
+@dataclass
+class _Row:
+    """One sample on its way: its tokens so far, and why it ended."""
+
+    sample: Sample
+    detokenize: Detokenizer
+    token_ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    is_dropped: bool = False
+
+    @property
+    def has_ended(self) -> bool:
+        """No token is to come."""
+        return self.is_dropped or self.finish_reason is not None
+
+    def append(self, token: int, log_prob: float) -> None:
+        """Take the next token, unless the row has ended."""
+        if self.has_ended:
+            return
+        self.token_ids.append(token)
+        self.log_probs.append(log_prob)
+        params = self.sample.params
+        if token in self.sample.end_ids or self._stops():
+            self.finish_reason = "stop"
+        elif token in params.stop_token_ids:
+            self.finish_reason = "stop_token"
+        elif len(self.token_ids) >= params.max_tokens:
+            self.finish_reason = "length"
+
+    def _stops(self) -> bool:
+        stop = self.sample.params.stop
+        if not stop:
+            return False
+        # A stop string of k bytes ends within the last k tokens and a few that share its last character.
+        tail = self.detokenize(self.token_ids[-(max(len(s.encode()) for s in stop) + 4) :])
+        return any(s in tail for s in stop)

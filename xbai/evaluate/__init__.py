@@ -1,1 +1,0 @@
-"""From a benchmark and running services to results, metrics and figures."""

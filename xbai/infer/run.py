@@ -1,0 +1,238 @@
+"""The inference run: questions in, several scored responses to each out.
+
+Work is divided into requests for a few samples of one question. All questions are in flight at once, as far as the
+services take them; a response is scored while others are still generated; every finished sample is kept at once, so
+that a run that died goes on where it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xbai.benchmarks.base import Benchmark, Question
+from xbai.benchmarks.registry import get_benchmark
+from xbai.client.pool import ServicePool, open_client
+from xbai.client.served_model import ServedModel
+from xbai.engine.files import load_tokenizer
+from xbai.errors import UserError, first_error
+from xbai.infer.driver import Driver, Services
+from xbai.infer.interrupt import run_until_interrupted
+from xbai.infer.options import RunOptions
+from xbai.infer.progress import Progress
+from xbai.infer.running_grades import RunningGrades
+from xbai.infer.schedule import GenerationRequest, Schedule, missing_requests
+from xbai.infer.step_search import StepSearchDriver
+from xbai.infer.store import ResultStore, check_result_file
+from xbai.infer.tally import Tally
+from xbai.model_identity import model_identity
+from xbai.prompts import prompt_text
+from xbai.results.lines import StoredQuestion
+from xbai.results.settings import RunSettings, digest_texts
+from xbai.search.service_source import StepServices
+from xbai.sprm import load_sprm_config
+
+if TYPE_CHECKING:
+    import httpx
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+SYNC_INTERVAL_S = 1.0
+GRADING_PATIENCE_S = 10.0
+"""How long the end of a run waits for the accuracy to be complete."""
+
+
+def run(options: RunOptions) -> Path:
+    """Generate and score everything that is not there yet; returns the result file.
+
+    Raises:
+        UserError: bad input, results of another run in the file, services that stay away, or that failed on some.
+        KeyboardInterrupt: Ctrl-C; what is finished is kept.
+    """
+    api_key = options.api_key.read()
+    benchmark = get_benchmark(options.task, **options.selection)
+    check_result_file(options.output_file)
+    tokenizer = load_tokenizer(options.model_dir)
+    questions = {question.index: question for question in benchmark.read(options.input_file)}
+    stored = [_stored(benchmark, tokenizer, question) for question in questions.values()]
+    settings = RunSettings(
+        task=options.task,
+        model=model_identity(options.model_dir),
+        questions=digest_texts([question.prompt for question in stored]),
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        repetition_penalty=options.repetition_penalty,
+        max_tokens=options.max_tokens,
+        stop=options.stop,
+        seed=options.seed,
+        search=options.search.to_dict(),
+    )
+    ours = stored[: options.max_questions][options.part :: options.total_parts]
+    with ResultStore(options.output_file, settings, ours) as store:
+        logger.info("results will be in %s; until the run ends, in %s", store.path, store.journal_path)
+        inference = Inference(options, api_key, ours, store, tokenizer, benchmark, questions)
+        try:
+            run_until_interrupted(inference.run())
+        except ExceptionGroup as group:
+            raise first_error(group) from group
+        except KeyboardInterrupt:
+            logger.warning("interrupted: %d samples are kept; run the same command again to go on", len(store))
+            raise
+        store.write_results()
+    if inference.failed:
+        raise UserError(
+            f"{options.output_file}: {inference.failed} samples are missing, on which the service failed each time "
+            "(see above); run the same command again to ask for them"
+        )
+    logger.info("results: %s", options.output_file)
+    return Path(options.output_file)
+
+
+def _stored(benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase, question: Question) -> StoredQuestion:
+    prompt = prompt_text(tokenizer, benchmark.messages(question), question.place)
+    return StoredQuestion(question.index, prompt, question.answer, {**question.meta, "question": question.prompt})
+
+
+@dataclass
+class Inference:
+    """One run's event loop.
+
+    Attributes:
+        api_key: of the services.
+        stored: the questions to run.
+        questions: the benchmark's, by index.
+        failed: samples on which the services failed each time.
+    """
+
+    options: RunOptions
+    api_key: str | None
+    stored: list[StoredQuestion]
+    store: ResultStore
+    tokenizer: PreTrainedTokenizerBase
+    benchmark: Benchmark
+    questions: Mapping[int, Question]
+    failed: int = 0
+
+    async def run(self) -> None:
+        """Do what is missing."""
+        options, store = self.options, self.store
+        response_num = 1 if options.search.is_step_search else options.response_num
+        requests = list(missing_requests(self.stored, store, options.candidates, response_num))
+        total = len(store) + sum(len(request.missing) for request in requests)
+        if len(store):
+            logger.info("%d of %d samples are there already", len(store), total)
+        tally = Tally(options.group_size)
+        async with (
+            open_client(self.api_key) as client,
+            _synced(store),
+            RunningGrades(self.benchmark, self.questions, store, tally) as grades,
+        ):
+            services = await self._services(client, requests)
+            done = store.complete() + (store.unscored() if services.scorer is None else [])
+            for key in done if requests else ():
+                grades.add(key)
+            with Progress(total, len(done), tally) as progress:
+                driver: Driver | StepSearchDriver
+                if options.search.is_step_search:
+                    driver = StepSearchDriver(options, store, self._step_services(services), progress, grades.add)
+                    await driver.run(requests)
+                else:
+                    driver = Driver(services, store, progress, grades.add, options.sampling(), options.seed)
+                    await driver.run(Schedule(requests), {question.index: question.prompt for question in self.stored})
+                await grades.settle(GRADING_PATIENCE_S)
+        self.failed = driver.failed
+
+    async def _services(self, client: httpx.AsyncClient, requests: Sequence[GenerationRequest]) -> Services:
+        """What is asked, once it is sure that it serves the models that made what is there."""
+        options, store = self.options, self.store
+        policy = ServicePool(options.response_api_url, "/generate", client, options.retry, options.max_in_flight)
+        scorer = policy_model = scorer_model = None
+        if requests:
+            policy_model = await policy.served_model(f"--response_api_url {options.response_api_url}")
+            _say_what_is_not_known("--response_api_url", policy_model, options.further_sampling())
+            store.record(policy=policy_model.identity)
+        if options.score_api_url and self._asks_scorer(requests):
+            scorer = ServicePool(options.score_api_url, "/score", client, options.retry, options.max_in_flight)
+            scorer_model = await scorer.served_model(f"--score_api_url {options.score_api_url}")
+            _say_what_is_not_known("--score_api_url", scorer_model, {})
+        fused = policy_model is not None and use_fused_scores(options, policy_model, scorer_model)
+        for model in (policy_model if fused else None, scorer_model):
+            if model is not None:
+                store.record(scorer=model.identity, lang=model.lang)
+        return Services(
+            policy,
+            scorer,
+            fused,
+            log_probs=policy_model is not None and policy_model.log_probs,
+            names_prompt=scorer_model is not None and scorer_model.is_ours,
+        )
+
+    def _asks_scorer(self, requests: Sequence[GenerationRequest]) -> bool:
+        if self.options.score_source == "none":
+            return False
+        left_unscored = bool(self.store.unscored())
+        return left_unscored or (bool(requests) and self.options.score_source != "fused")
+
+    def _step_services(self, services: Services) -> StepServices:
+        rule = load_sprm_config(self.options.model_dir, self.tokenizer).step_rule
+        scorer = None if services.fused else services.scorer
+        return StepServices(
+            services.policy, scorer, self.options.sampling(), rule, self.tokenizer, services.names_prompt
+        )
+
+
+def _say_what_is_not_known(option: str, model: ServedModel, sampling: Mapping[str, Any]) -> None:
+    ignored = " ".join(f"--{name} {value}" for name, value in sampling.items())
+    if not model.is_ours:
+        logger.warning(
+            "%s: the service does not say which model it serves, so that is not checked%s",
+            option,
+            f"; it may know nothing of {ignored}" if ignored else "",
+        )
+
+
+@asynccontextmanager
+async def _synced(store: ResultStore) -> AsyncIterator[None]:
+    """Put what the store has written onto the disk every second, without holding up the event loop."""
+
+    async def sync() -> None:
+        while True:
+            await asyncio.sleep(SYNC_INTERVAL_S)
+            try:
+                await asyncio.to_thread(store.sync)
+            except UserError as error:
+                # The last one, as the store is closed, decides.
+                logger.warning("%s", error)
+
+    task = asyncio.create_task(sync())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+def use_fused_scores(options: RunOptions, policy: ServedModel, scorer: ServedModel | None) -> bool:
+    """Whether scores come with the responses.
+
+    Raises:
+        UserError: they are to come so, but the policy service offers none.
+    """
+    if options.score_source in ("service", "none"):
+        return False
+    if options.score_source == "auto" and scorer is not None:
+        return policy.gives_scores_of(scorer)
+    if not policy.scores:
+        raise UserError(
+            f"--response_api_url {options.response_api_url}: the service offers no scores; "
+            "give --score_api_url, or --score_source none"
+        )
+    return True

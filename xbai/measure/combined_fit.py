@@ -1,0 +1,154 @@
+"""Fits how score and log-prob are weighed against each other when one response to a question is to be chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from xbai.calibration import CombinedScore, combined_features
+from xbai.errors import UserError
+from xbai.measure.estimate import Estimate
+from xbai.measure.graded import GradedQuestion
+from xbai.measure.separation import separation
+
+FOLDS = 10
+PRIOR_PRECISION = 1.0
+"""Of each coefficient's normal prior around 0, in the unit of one question: it keeps separable data finite."""
+
+MAX_STEPS = 100
+TOLERANCE = 1e-10
+
+
+@dataclass(frozen=True)
+class CombinedFit:
+    """A fit, and what choosing by it can be expected to bring.
+
+    Attributes:
+        combined: fitted on all questions.
+        questions: how many have right and wrong responses, which is what a fit learns from.
+        within_prompt_auc: of `log_score` and `mean_log_prob` alone, and of `combined`, each response judged by a fit on
+            other questions.
+    """
+
+    combined: CombinedScore
+    questions: int
+    within_prompt_auc: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class _Contrasts:
+    """What one question teaches.
+
+    Attributes:
+        differences: [right x wrong, 2] features of each right response less those of each wrong one.
+        deviations: [responses, 2] features less their mean over the question.
+    """
+
+    differences: np.ndarray
+    deviations: np.ndarray
+
+
+def fit_combined(questions: Sequence[GradedQuestion]) -> CombinedFit:
+    """Conditional logistic regression of right against wrong responses to the same question.
+
+    A question's share of the loss is the mean over its pairs of -log sigmoid(w (right - wrong)): its difficulty drops
+    out, as in a matched case-control study, and no question counts more than another. Features are divided by their
+    standard deviation within questions; coefficients have a normal prior. The loss is strictly convex, and Newton's
+    method finds its minimum: the same file always gives the same fit.
+
+    Raises:
+        UserError: no scores or no log-probs, or no question that has right and wrong responses with both.
+    """
+    for values, missing in (
+        ([question.scores for question in questions], "scores"),
+        ([question.mean_log_probs for question in questions], "log-probs"),
+    ):
+        if not any(np.isfinite(value).any() for value in values):
+            raise UserError(f"no response has {missing}; run inference again on a policy service that returns both")
+    taught = [_contrasts(question) for question in questions]
+    teaching = [contrasts for contrasts in taught if contrasts is not None]
+    if not teaching:
+        raise UserError("no question has right and wrong responses with scores and log-probs: nothing to learn from")
+    known = [_known_features(question) for question in questions]
+    return CombinedFit(
+        _fit(teaching),
+        len(teaching),
+        {
+            "log_score": _within(questions, [features[:, 0] for features in known]),
+            "mean_log_prob": _within(questions, [features[:, 1] for features in known]),
+            "combined": _within(questions, _held_out_values(questions, taught)),
+        },
+    )
+
+
+def with_combined(question: GradedQuestion, combined: CombinedScore) -> GradedQuestion:
+    """The question with the combined score of each candidate."""
+    return replace(question, combined=combined(question.scores, question.mean_log_probs))
+
+
+def _known_features(question: GradedQuestion) -> np.ndarray:
+    """[K, 2], nan for a response that lacks one of them: all three AUCs are of the same responses."""
+    features = combined_features(question.scores, question.mean_log_probs)
+    return np.where(np.isfinite(features).all(axis=1, keepdims=True), features, np.nan)
+
+
+def _contrasts(question: GradedQuestion) -> _Contrasts | None:
+    features = _known_features(question)
+    known = ~np.isnan(features[:, 0]) & ~np.isnan(question.correct)
+    features, right = features[known], question.correct[known] > 0.5
+    if right.all() or not right.any():
+        return None
+    differences = (features[right][:, None] - features[~right][None]).reshape(-1, features.shape[1])
+    return _Contrasts(differences, features - features.mean(axis=0))
+
+
+def _fit(teaching: Sequence[_Contrasts]) -> CombinedScore:
+    deviations = np.concatenate([contrasts.deviations for contrasts in teaching])
+    scales = deviations.std(axis=0)
+    scales[scales == 0] = 1.0  # A feature that never differs: its coefficient stays 0.
+    pairs = np.concatenate([contrasts.differences for contrasts in teaching]) / scales
+    weights = np.concatenate([np.full(len(each.differences), 1 / len(each.differences)) for each in teaching])
+    coefficients = _minimize(pairs, weights)
+    return CombinedScore(*map(float, (*coefficients, *scales)))
+
+
+def _minimize(pairs: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """argmin_w sum(weights * log(1 + exp(-pairs w))) + precision / 2 |w|^2."""
+
+    def loss(coefficients: np.ndarray) -> float:
+        penalty = PRIOR_PRECISION / 2 * coefficients @ coefficients
+        return float(weights @ np.logaddexp(0.0, -pairs @ coefficients) + penalty)
+
+    coefficients = np.zeros(pairs.shape[1])
+    for _ in range(MAX_STEPS):
+        miss = 0.5 - 0.5 * np.tanh(pairs @ coefficients / 2)  # sigmoid(-pairs w), without overflow
+        gradient = PRIOR_PRECISION * coefficients - pairs.T @ (weights * miss)
+        curvature = PRIOR_PRECISION * np.eye(len(gradient)) + (pairs.T * (weights * miss * (1 - miss))) @ pairs
+        step = np.linalg.solve(curvature, gradient)
+        if gradient @ step < TOLERANCE:
+            break
+        while loss(coefficients - step) > loss(coefficients) - 0.25 * gradient @ step:
+            step = step / 2
+        coefficients = coefficients - step
+    return coefficients
+
+
+def _held_out_values(questions: Sequence[GradedQuestion], taught: Sequence[_Contrasts | None]) -> list[np.ndarray]:
+    """Each question's combined scores by a fit on the other folds; nan where those teach nothing."""
+    values = []
+    fits: dict[int, CombinedScore | None] = {}
+    for number, question in enumerate(questions):
+        fold = number % FOLDS
+        if fold not in fits:
+            others = [each for other, each in enumerate(taught) if other % FOLDS != fold and each is not None]
+            fits[fold] = _fit(others) if others else None
+        fit = fits[fold]
+        unknown = np.full(len(question.scores), np.nan)
+        values.append(unknown if fit is None else fit(question.scores, question.mean_log_probs))
+    return values
+
+
+def _within(questions: Sequence[GradedQuestion], values: Sequence[np.ndarray]) -> Estimate:
+    return separation(values, [question.correct for question in questions]).within_prompt_auc

@@ -1,0 +1,146 @@
+"""Result lines turned into what is measured: for each question the scores, grades and votes of its candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from xbai.aggregation import aggregate
+from xbai.benchmarks.base import Question
+from xbai.benchmarks.registry import get_benchmark
+from xbai.grading import AnswerGroups, GradeRequest, GraderPool
+from xbai.measure.estimators import votes_for
+from xbai.results.lines import REFUSED, ResultLine, Sample
+from xbai.search.best_of_n import sortable_scores
+
+QuestionKey = tuple[int | None, str]
+"""What identifies a question, whichever model answers it: its place in the benchmark (where known) and its text."""
+
+
+@dataclass(frozen=True)
+class GradedQuestion:
+    """The candidates for one question, K in number.
+
+    Attributes:
+        key: which question.
+        scores: [K] trajectory scores, -inf where there is none.
+        correct: [K] 1.0, 0.0, or nan where it could not be graded.
+        keys: the answer each votes for, the same for equal ones (see `AnswerGroups`); None where it has none.
+        step_scores, token_counts, finish_reasons: per candidate; None where not known.
+        mean_log_probs: [K] mean log-prob of the tokens, -inf where not known.
+        combined: [K] score and log-prob together, -inf where one of them is missing; None without a calibration.
+    """
+
+    key: QuestionKey
+    scores: np.ndarray
+    correct: np.ndarray
+    keys: list[str | None]
+    step_scores: list[list[float] | None]
+    token_counts: list[int | None]
+    finish_reasons: list[str | None]
+    mean_log_probs: np.ndarray
+    combined: np.ndarray | None = None
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """[K] generated tokens, inf where not known."""
+        return np.array([np.inf if count is None else count for count in self.token_counts], dtype=np.float64)
+
+    @property
+    def is_refused(self) -> np.ndarray:
+        """[K] bool: the service refused to make it."""
+        return np.array([reason == REFUSED for reason in self.finish_reasons], dtype=bool)
+
+    @property
+    def votes(self) -> np.ndarray:
+        """[K, answers] bool, see `votes_for`."""
+        return votes_for(self.keys)
+
+    @property
+    def vote_weights(self) -> np.ndarray:
+        """[K] the scores; 0.0 where there is none."""
+        return np.where(np.isfinite(self.scores), self.scores, 0.0)
+
+    def scores_by(self, aggregation: str) -> np.ndarray:
+        """[K] scores of another aggregation of the step scores, -inf where there are none."""
+        return sortable_scores([None if steps is None else aggregate(steps, aggregation) for steps in self.step_scores])
+
+    def graded(self) -> GradedQuestion:
+        """The same with only those candidates that could be graded."""
+        kept = np.flatnonzero(~np.isnan(self.correct))
+
+        def pick(values: list) -> list:
+            return [values[i] for i in kept]
+
+        return replace(
+            self,
+            scores=self.scores[kept],
+            correct=self.correct[kept],
+            keys=pick(self.keys),
+            step_scores=pick(self.step_scores),
+            token_counts=pick(self.token_counts),
+            finish_reasons=pick(self.finish_reasons),
+            mean_log_probs=self.mean_log_probs[kept],
+            combined=None if self.combined is None else self.combined[kept],
+        )
+
+
+def question_key(line: ResultLine) -> QuestionKey:
+    """Which question the line answers; the chat template, which differs between models, is no part of it."""
+    return line.index, line.meta.get("question", line.prompt)
+
+
+Grades = dict[tuple[int, str], float | None]
+"""By number of the line and response; None where it could not be graded."""
+
+
+def grade_responses(task: str, lines: Sequence[ResultLine], workers: int | None = None) -> Grades:
+    """Grade every candidate, equal responses of a line once."""
+    benchmark = get_benchmark(task)
+    requests: dict[tuple[int, str], GradeRequest] = {}
+    for number, line in enumerate(lines):
+        meta = dict(line.meta)
+        question = Question(line.index or 0, meta.pop("question", line.prompt), line.answer, meta)
+        for response in line.responses:
+            requests.setdefault((number, response), benchmark.grade_request(question, response))
+    with GraderPool(workers) as pool:
+        return dict(zip(requests, pool.grade(list(requests.values())), strict=True))
+
+
+def grade_lines(task: str, lines: Sequence[ResultLine], workers: int | None = None) -> list[GradedQuestion]:
+    """Grade every candidate; lines of the same question are put together."""
+    grades = grade_responses(task, lines, workers)
+    by_question: dict[QuestionKey, list[tuple[Sample, float | None]]] = {}
+    for number, line in enumerate(lines):
+        graded = [(sample, grades[number, sample.response]) for sample in line.samples]
+        by_question.setdefault(question_key(line), []).extend(graded)
+    with AnswerGroups(get_benchmark(task).data_source, workers) as groups:
+        votes = groups.of([[sample.response for sample, _ in graded] for graded in by_question.values()])
+    return [_graded_question(key, graded, keys) for (key, graded), keys in zip(by_question.items(), votes, strict=True)]
+
+
+def _graded_question(
+    key: QuestionKey, graded: Sequence[tuple[Sample, float | None]], keys: list[str | None]
+) -> GradedQuestion:
+    samples = [sample for sample, _ in graded]
+    return GradedQuestion(
+        key=key,
+        scores=sortable_scores([_score(sample) for sample in samples]),
+        correct=np.array([np.nan if grade is None else grade for _, grade in graded], dtype=np.float64),
+        keys=keys,
+        step_scores=[sample.step_scores for sample in samples],
+        token_counts=[sample.token_count for sample in samples],
+        finish_reasons=[sample.finish_reason for sample in samples],
+        mean_log_probs=sortable_scores([sample.mean_log_prob for sample in samples]),
+    )
+
+
+def _score(sample: Sample) -> float | None:
+    return aggregate(sample.step_scores) if sample.score is None and sample.step_scores is not None else sample.score
+
+
+def refused_count(questions: Sequence[GradedQuestion]) -> int:
+    """How many candidates are empty because the service refused to make them; they count as wrong."""
+    return int(sum(question.is_refused.sum() for question in questions))

@@ -1,0 +1,228 @@
+"""Figures of results, drawn from measured numbers only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+
+from xbai.measure.estimate import Estimate
+from xbai.measure.figure import (
+    BLUE,
+    GREEN,
+    GREY,
+    LIGHT_GREY,
+    ORANGE,
+    PURPLE,
+    RED,
+    RIGHT,
+    STYLE,
+    WRONG,
+    Line,
+    draw_line,
+    save_figure,
+)
+from xbai.measure.graded import GradedQuestion
+from xbai.measure.metrics import Report
+from xbai.measure.step_curve import StepCurve, step_curve
+from xbai.results.settings import choice_of
+
+STRATEGY_LINES = {
+    "oracle": Line("oracle (any is right)", LIGHT_GREY, "-", None, width=9.0),
+    "best_of_n_combined": Line("by score and log-prob", RED, "-.", "^"),
+    "best_of_n": Line("Best-of-N", BLUE),
+    "best_of_n_log_prob": Line("by mean log-prob", PURPLE, "--", "D"),
+    "weighted_vote": Line("score-weighted vote", GREEN, "-", None, width=5.0),
+    "majority": Line("majority vote", ORANGE, "-", "s"),
+    "random": Line("pass@1", GREY, ":", None),
+}
+SCALING_LINES = (Line("", BLUE), Line("", PURPLE, "--", "D"))
+LABEL_PLACES: tuple[dict[str, Any], ...] = (
+    {"xytext": (-5, 4), "ha": "right", "va": "bottom"},
+    {"xytext": (5, -5), "ha": "left", "va": "top"},
+)
+"""Where N stands beside a point of the first and of the second line: rising lines leave these corners free."""
+
+PANEL_SIZE = (4.8, 4.0)
+
+Drawing = Callable[[Axes], None]
+
+
+def plot_results(reports: Mapping[str, Report], questions: Sequence[GradedQuestion], path: Path) -> None:
+    """One figure of everything: accuracy against N and against tokens, step scores, reliability.
+
+    Panels for which the results have no data are left out.
+
+    Args:
+        reports: the results, then, where there is one, the base they are compared with (against tokens only).
+        questions: the candidates of the first report.
+        path: .png, .pdf or .svg.
+    """
+    report = next(iter(reports.values()))
+    curves = _step_curves(questions)
+    panels: list[Drawing] = [lambda axis: _draw_accuracy(axis, "Accuracy against candidates", report)]
+    if any(_has_tokens(each) for each in reports.values()):
+        panels.append(lambda axis: _draw_scaling(axis, reports))
+    if curves:
+        panels.append(lambda axis: _draw_step_curves(axis, curves))
+    if report.reliability:
+        panels.append(lambda axis: _draw_reliability(axis, report))
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(PANEL_SIZE[0] * columns, PANEL_SIZE[1] * rows))
+        axes = figure.subplots(rows, columns, squeeze=False).flat
+        # The last row may have room.
+        for axis, draw in zip(axes, panels, strict=False):
+            draw(axis)
+        for axis in list(figure.axes)[len(panels) :]:
+            axis.set_visible(False)
+        if len(reports) > 1:
+            first, *others = reports
+            title = f"{first}; in the panel of thinking tokens also {', '.join(others)}"
+            figure.suptitle(title, x=0.02, ha="left", fontweight="bold", fontsize=12)
+        save_figure(figure, path)
+
+
+def plot_accuracy(reports: Mapping[str, Report], path: Path) -> None:
+    """Accuracy against N for each way of choosing, a panel for each report; bands are 95 % confidence."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(1.0 + 4.4 * len(reports), 4.2))
+        axes = figure.subplots(1, len(reports), sharey=True, squeeze=False)[0]
+        for axis, (title, report) in zip(axes, reports.items(), strict=True):
+            _draw_accuracy_lines(axis, title, report)
+        # Only once all are drawn: they share the axis.
+        _accuracy_axis(axes[0])
+        drawn = {
+            label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
+        labels = [line.label for line in STRATEGY_LINES.values() if line.label in drawn]
+        handles = [drawn[label] for label in labels]
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) if len(reports) > 1 else 2)
+        save_figure(figure, path)
+
+
+def _draw_accuracy(axis: Axes, title: str, report: Report) -> None:
+    _draw_accuracy_lines(axis, title, report)
+    _accuracy_axis(axis)
+    _legend_below(axis, columns=2)
+
+
+def _draw_accuracy_lines(axis: Axes, title: str, report: Report) -> None:
+    for strategy, line in STRATEGY_LINES.items():
+        if strategy in report.curves:
+            counts, mean, error = _columns(report.curves[strategy])
+            draw_line(axis, counts, mean, line, None if strategy == "random" else error)
+    ticks = list(report.curves["random"])
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, [f"{n:,}" for n in ticks])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xlabel("candidates N")
+    axis.set_title(title)
+
+
+def _draw_scaling(axis: Axes, reports: Mapping[str, Report]) -> None:
+    # There are more of both than reports.
+    for (name, report), line, place in zip(reports.items(), SCALING_LINES, LABEL_PLACES, strict=False):
+        if not _has_tokens(report):
+            continue
+        strategy = _own_strategy(report)
+        counts, mean, error = _columns(report.curves[strategy])
+        tokens = counts * report.lengths.mean
+        label = STRATEGY_LINES[strategy].label
+        label = f"{name}: {label}" if len(reports) > 1 else label
+        draw_line(axis, tokens, mean, Line(label, line.color, line.dashes, line.marker), error)
+        for count, x, y in zip(counts, tokens, mean, strict=True):
+            axis.annotate(f"{count:,.0f}", (x, y), textcoords="offset points", fontsize=8, color=line.color, **place)
+    axis.set_xscale("log")
+    axis.margins(x=0.08)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda count, _: _short(count)))
+    axis.xaxis.set_minor_locator(NullLocator())
+    _accuracy_axis(axis, headroom=0.05)
+    axis.set_xlabel("thinking tokens a question, N candidates together")
+    axis.set_title("Accuracy against thinking tokens, with N")
+    _legend_below(axis, columns=1)
+
+
+def _draw_step_curves(axis: Axes, curves: Sequence[tuple[Line, StepCurve]]) -> None:
+    for line, curve in curves:
+        labelled = Line(f"{line.label} ({curve.responses:,})", line.color, line.dashes, None)
+        draw_line(axis, curve.position, curve.mean, labelled, curve.standard_error)
+    axis.set_xlim(0, 1)
+    axis.set_ylim(0, 1)
+    axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.set_xlabel("position in the response, from first step to last")
+    axis.set_ylabel("mean step score")
+    axis.set_title("Step scores of right and wrong responses")
+    _legend_below(axis, columns=2)
+
+
+def _draw_reliability(axis: Axes, report: Report) -> None:
+    bins = report.reliability
+    total = sum(bin.count for bin in bins)
+    edges = np.array([bin.low for bin in bins])
+    widths = np.array([bin.high - bin.low for bin in bins])
+    axis.bar(edges, [bin.count / total for bin in bins], widths, align="edge", color=LIGHT_GREY, alpha=0.35, lw=0,
+             label="share of responses")  # fmt: skip
+    axis.plot([0, 1], [0, 1], ":", color=GREY, lw=1.2, label="ideal")
+    score = np.array([bin.score for bin in bins])
+    accuracy = np.array([bin.accuracy for bin in bins])
+    draw_line(axis, score, accuracy, Line("accuracy", BLUE), np.array([bin.standard_error for bin in bins]))
+    axis.set_xlim(0, 1)
+    axis.set_ylim(0, 1.02)
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.set_xlabel("score of a response")
+    axis.set_ylabel("accuracy, and share of responses")
+    axis.set_title(f"Reliability (calibration error {report.calibration_error:.3f})")
+    _legend_below(axis, columns=3)
+
+
+def _step_curves(questions: Sequence[GradedQuestion]) -> list[tuple[Line, StepCurve]]:
+    found = [(RIGHT, step_curve(questions, right=True)), (WRONG, step_curve(questions, right=False))]
+    return [(line, curve) for line, curve in found if curve is not None]
+
+
+def _columns(curve: Mapping[int, Estimate]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """N, mean and standard error, each [counts]."""
+    estimates = curve.values()
+    means, errors = [estimate.mean for estimate in estimates], [estimate.standard_error for estimate in estimates]
+    return np.array(list(curve), dtype=np.float64), np.array(means), np.array(errors)
+
+
+def _legend_below(axis: Axes, columns: int) -> None:
+    # Inside, it would cover a line sooner or later.
+    axis.legend(loc="upper left", bbox_to_anchor=(-0.03, -0.17), ncols=columns, columnspacing=1.2, handlelength=2.2)
+
+
+def _own_strategy(report: Report) -> str:
+    """The choice that the results were made for, or the next best that they allow."""
+    wanted = (choice_of(report.settings), "majority", "random")
+    return next(strategy for strategy in wanted if strategy in report.curves)
+
+
+def _has_tokens(report: Report) -> bool:
+    return not np.isnan(report.lengths.mean)
+
+
+def _accuracy_axis(axis: Axes, headroom: float = 0.02) -> None:
+    bottom, top = axis.get_ylim()
+    top = min(1.0, top)
+    axis.set_ylim(bottom, top + headroom * (top - bottom))
+    axis.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=(1, 2, 5, 10)))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.set_ylabel("accuracy")
+
+
+def _short(count: float) -> str:
+    """1234 as 1.2k."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"

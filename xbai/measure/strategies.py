@@ -1,0 +1,121 @@
+"""Every way of choosing among N candidates, and what it achieves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+
+from xbai.aggregation import AGGREGATIONS
+from xbai.measure.estimators import expected_best_of_n, expected_oracle, expected_vote, subset_masks
+from xbai.measure.graded import GradedQuestion
+
+Signal = Callable[[GradedQuestion], np.ndarray]
+"""Question -> a value [K] of each candidate, of which the highest is chosen; -inf where there is none."""
+
+AtN = Callable[[int, int], float]
+"""(N, seed) -> probability that the choice among N candidates of one question is right."""
+
+Strategy = Callable[[GradedQuestion], AtN]
+"""A way of choosing: looks at a question once, whatever the N."""
+
+AGGREGATED: dict[str, Signal] = {
+    f"best_of_n_{how}": partial(GradedQuestion.scores_by, aggregation=how) for how in AGGREGATIONS if how != "geometric"
+}
+"""Other aggregations of the step scores than the geometric mean, which is `best_of_n`."""
+
+
+def _combined(question: GradedQuestion) -> np.ndarray:
+    if question.combined is None:
+        raise ValueError("best_of_n_combined needs a calibration")
+    return question.combined
+
+
+SIGNALS: dict[str, Signal] = {
+    "best_of_n": lambda question: question.scores,
+    **AGGREGATED,
+    "best_of_n_combined": _combined,
+    "best_of_n_log_prob": lambda question: question.mean_log_probs,
+    "shortest": lambda question: -question.tokens,
+}
+"""What the candidate with the highest of is chosen; the last two are free: they need no score head."""
+
+
+def _best_by(signal: Signal, question: GradedQuestion) -> AtN:
+    values = signal(question)
+    return lambda n, _: expected_best_of_n(values, question.correct, n)
+
+
+def _vote(question: GradedQuestion, weights: np.ndarray | None = None) -> AtN:
+    votes, correct = question.votes, question.correct
+    return lambda n, seed: expected_vote(votes, correct, subset_masks(len(correct), n, seed), weights)
+
+
+STRATEGIES: dict[str, Strategy] = {
+    **{name: partial(_best_by, signal) for name, signal in SIGNALS.items()},
+    "majority": _vote,
+    "weighted_vote": lambda question: _vote(question, question.vote_weights),
+    "oracle": lambda question: lambda n, _: expected_oracle(question.correct, n),
+    "random": lambda question: lambda *_: float(question.correct.mean()),
+}
+
+
+def possible_strategies(questions: Sequence[GradedQuestion]) -> list[str]:
+    """The strategies for which the candidates have what it takes.
+
+    Scores may be missing here and there (such a candidate comes last). Step scores must be there for each score, and
+    log-probs and numbers of tokens for each response that the service did not refuse: a file that one service began
+    without log-probs, and another extended with them, has none to choose by.
+    """
+    scored = any(np.isfinite(question.scores).any() for question in questions)
+    with_steps = scored and all(
+        steps is not None or not np.isfinite(score)
+        for question in questions
+        for steps, score in zip(question.step_scores, question.scores, strict=True)
+    )
+    with_log_probs = _are_known(questions, SIGNALS["best_of_n_log_prob"])
+    calibrated = scored and with_log_probs and all(question.combined is not None for question in questions)
+    answered = any(key is not None for question in questions for key in question.keys)
+    impossible = {
+        *(() if scored else ("best_of_n",)),
+        *(() if with_steps else AGGREGATED),
+        *(() if calibrated else ("best_of_n_combined",)),
+        *(() if with_log_probs else ("best_of_n_log_prob",)),
+        *(() if _are_known(questions, SIGNALS["shortest"]) else ("shortest",)),
+        *(() if answered else ("majority",)),
+        *(() if answered and scored else ("weighted_vote",)),
+    }
+    return [name for name in STRATEGIES if name not in impossible]
+
+
+def _are_known(questions: Sequence[GradedQuestion], signal: Signal) -> bool:
+    known = [np.isfinite(signal(question)) for question in questions]
+    return any(map(np.any, known)) and all(
+        np.all(is_known | question.is_refused) for is_known, question in zip(known, questions, strict=True)
+    )
+
+
+def accuracies(
+    questions: Sequence[GradedQuestion], strategies: Sequence[str], counts: Sequence[int], seed: int = 0
+) -> dict[str, dict[int, np.ndarray]]:
+    """Accuracy [questions] of each strategy at each N.
+
+    Where ungraded candidates leave a question fewer than N, its estimate is that of all it has. `seed` draws the
+    subsets of the votes. A question without any candidate is wrong.
+    """
+    graded = [question.graded() for question in questions]
+    found = {}
+    for name in strategies:
+        choices = [(STRATEGIES[name](question), len(question.correct)) for question in graded]
+        found[name] = {
+            n: np.array([choice(min(n, samples), seed) if samples else 0.0 for choice, samples in choices])
+            for n in counts
+        }
+    return found
+
+
+def candidate_counts(samples: int) -> list[int]:
+    """The N to report for that many samples: powers of two, and all of them."""
+    powers = [2**exponent for exponent in range(samples.bit_length()) if 2**exponent <= samples]
+    return powers if powers[-1] == samples else [*powers, samples]

@@ -1,0 +1,96 @@
+"""A command line from a dataclass: each field with a docstring is an option, and the docstring its help."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from types import GenericAlias
+from typing import Annotated, Any, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
+
+import typer
+from typer.models import OptionInfo, ParameterInfo
+
+OptionsT = TypeVar("OptionsT")
+
+
+def command_of(run: Callable[[OptionsT], None], options: type[OptionsT]) -> Callable[..., None]:
+    """`run` with a parameter for each option, as typer reads them.
+
+    Args:
+        run: its docstring describes the command.
+        options: the dataclass that it takes. The option of a field has its name, with underscores, and takes values of
+            its type; `Annotated[type, typer.Option(...)]` says more, `typer.Argument(...)` makes it an argument. A
+            tuple's may be repeated. Fields that are dataclasses add their options; those without docstring have none.
+    """
+
+    def command(**values: Any) -> None:
+        run(_made(options, values))
+
+    command.__name__, command.__doc__ = run.__name__, run.__doc__
+    command.__signature__ = inspect.Signature(list(_parameters(options)))  # type: ignore[attr-defined]
+    return command
+
+
+def _made(options: type[OptionsT], values: dict[str, Any]) -> OptionsT:
+    given: dict[str, Any] = {}
+    for name, hint in get_type_hints(options).items():
+        if _are_options(hint):
+            given[name] = _made(hint, values)
+        elif name in values:
+            given[name] = tuple(values[name] or ()) if _is_repeated(hint) else values[name]
+    return options(**given)
+
+
+def _parameters(options: type) -> Iterator[inspect.Parameter]:
+    hints, docstrings = get_type_hints(options, include_extras=True), _docstrings(options)
+    for field in fields(options):
+        hint = hints[field.name]
+        if _are_options(hint):
+            yield from _parameters(hint)
+        elif field.name in docstrings:
+            default = {MISSING: inspect.Parameter.empty, (): None}.get(field.default, field.default)
+            annotation = _annotation(field.name, hint, docstrings[field.name])
+            yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _annotation(name: str, hint: Any, docstring: str) -> Any:
+    kind, *further = get_args(hint) if get_origin(hint) is Annotated else [hint]
+    info = copy(next((one for one in further if isinstance(one, ParameterInfo)), typer.Option()))
+    if isinstance(info, OptionInfo) and info.default is ...:
+        info.default = f"--{name}"  # Where typer looks for the first name of an option in `Annotated`.
+    info.help = docstring
+    if info.parser is not None:
+        kind = str  # What it parses; typer would ask for as many values as a tuple has.
+    return Annotated[GenericAlias(list, get_args(kind)[0]) if _is_repeated(kind) else kind, info]
+
+
+def _are_options(hint: Any) -> TypeGuard[type]:
+    return is_dataclass(hint)
+
+
+def _is_repeated(kind: Any) -> bool:
+    return get_origin(kind) is tuple
+
+
+def _docstrings(options: type) -> dict[str, str]:
+    """The strings that stand below the fields of a dataclass and of those that it extends."""
+    found: dict[str, str] = {}
+    for kind in reversed(options.__mro__[:-1]):
+        body = _classes(inspect.getfile(kind))[kind.__name__]
+        for field, text in pairwise(body):
+            match field, text:
+                case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(docstring))):
+                    found[name] = inspect.cleandoc(docstring).replace("\n", " ")
+    return found
+
+
+@cache
+def _classes(path: str) -> dict[str, list[ast.stmt]]:
+    module = ast.parse(Path(path).read_text(encoding="utf-8"))
+    return {item.name: item.body for item in module.body if isinstance(item, ast.ClassDef)}

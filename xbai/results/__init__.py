@@ -1,0 +1,1 @@
+"""The result file: its lines, and the settings that decide its contents."""
