@@ -88,6 +88,15 @@ def test_numbers_have_ranges(override: str, said: str) -> None:
     assert str(refused.value).startswith(f"{key}=") and str(refused.value).endswith(said)
 
 
+def check_all_are_told(small_run: list[str], wrong: dict[str, str]) -> None:
+    """Each override of `wrong` has a line that begins as its value does."""
+    with pytest.raises(UserError) as refused:
+        check_config(compose_config(YAML, [*small_run, *wrong]))
+    lines = str(refused.value).splitlines()
+    assert len(lines) == len(wrong)
+    assert all(line.startswith(said) for line, said in zip(lines, wrong.values(), strict=True))
+
+
 def test_all_mistakes_are_told_at_once(small_run: list[str]) -> None:
     wrong = {
         "data.train_batch_size=many": "data.train_batch_size=many must be a whole number, like its default 128",
@@ -96,11 +105,7 @@ def test_all_mistakes_are_told_at_once(small_run: list[str]) -> None:
         "algorithm.adv_estimator=magic": "algorithm.adv_estimator=magic is unknown, use one of grpo, ",
         "+trainer.colour=red": "trainer.colour is not a key of this trainer (see ppo_trainer.yaml)",
     }
-    with pytest.raises(UserError) as refused:
-        check_config(compose_config(YAML, [*small_run, *wrong]))
-    lines = str(refused.value).splitlines()
-    assert len(lines) == len(wrong)
-    assert all(line.startswith(said) for line, said in zip(lines, wrong.values(), strict=True))
+    check_all_are_told(small_run, wrong)
 
 
 def test_so_are_those_of_values_together_of_this_machine_and_of_files(small_run: list[str]) -> None:
@@ -112,11 +117,7 @@ def test_so_are_those_of_values_together_of_this_machine_and_of_files(small_run:
         "data.val_files=nowhere.parquet": "data.val_files: nowhere.parquet does not exist",
         "trainer.resume_from_path=somewhere": "trainer.resume_from_path=somewhere acts with",
     }
-    with pytest.raises(UserError) as refused:
-        check_config(compose_config(YAML, [*small_run, *wrong]))
-    lines = str(refused.value).splitlines()
-    assert len(lines) == len(wrong)
-    assert all(line.startswith(said) for line, said in zip(lines, wrong.values(), strict=True))
+    check_all_are_told(small_run, wrong)
 
 
 def test_what_one_key_has_from_another_is_wrong_once(small_run: list[str]) -> None:

@@ -5,18 +5,17 @@ Nothing is validated. `verl.bringup` and the benchmarks take sections of it, on 
 
 from __future__ import annotations
 
-import re
-from dataclasses import is_dataclass
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from functools import cache, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from verl.trainer.config.fields import NullMeans
+from verl.trainer.config.fields import REFERENCE, NullMeans
 from verl.trainer.config.schema import YAML, PPOConfig
-
-_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
 @cache
@@ -27,30 +26,27 @@ def plain_defaults() -> PPOConfig:
     return config
 
 
-def _section(schema: type, node: dict[str, Any], root: dict[str, Any]) -> Any:
-    for name, hint in get_type_hints(schema, include_extras=True).items():
-        if name in node:
-            # Written back for what stands below and has its value from here.
-            node[name] = _value(hint, node[name], root)
-    return schema(**node)
+def _section(schema: type[Any], node: dict[str, Any], root: dict[str, Any]) -> Any:
+    hints, values = get_type_hints(schema, include_extras=True), dict[str, Any]()
+    for name in (field.name for field in fields(schema)):
+        hint = hints[name]
+        kind, *marks = get_args(hint) if get_origin(hint) is Annotated else [hint]
+        if isinstance(kind, type) and is_dataclass(kind):
+            values[name] = _section(kind, node[name], root)
+        else:
+            # Written back for the keys that have their values from here.
+            values[name] = node[name] = _leaf(node[name], marks, root)
+    return schema(**values)
 
 
-def _value(hint: Any, value: Any, root: dict[str, Any]) -> Any:
-    kind, *marks = get_args(hint) if get_origin(hint) is Annotated else [hint]
-    if isinstance(kind, type) and is_dataclass(kind):
-        return _section(kind, value, root)
-    source = next((mark.key for mark in marks if isinstance(mark, NullMeans)), None)
-    if value is None and source is not None:
-        return _at(root, source)
-    if isinstance(value, str) and (whole := _REFERENCE.fullmatch(value)):
-        return _at(root, whole[1])
-    return _REFERENCE.sub(lambda part: str(_at(root, part[1])), value) if isinstance(value, str) else value
+def _leaf(value: Any, marks: Sequence[Any], root: dict[str, Any]) -> Any:
+    def at(key: str) -> Any:
+        return _leaf(reduce(getitem, key.split("."), root), (), root)
 
-
-def _at(root: dict[str, Any], key: str) -> Any:
-    """A value that may itself stand for another."""
-
-    def below(node: Any, name: str) -> Any:
-        return node[name] if isinstance(node, dict) else getattr(node, name)
-
-    return _value(Any, reduce(below, key.split("."), root), root)
+    if value is None:
+        return next((at(mark.key) for mark in marks if isinstance(mark, NullMeans)), None)
+    if not isinstance(value, str):
+        return value
+    if whole := REFERENCE.fullmatch(value):
+        return at(whole[1])
+    return REFERENCE.sub(lambda part: str(at(part[1])), value)

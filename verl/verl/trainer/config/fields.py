@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -23,6 +24,9 @@ else:
     BeforeValidator = ConfigDict = Field = Strict = _unchecked
 
 T = TypeVar("T", bound="DataclassInstance")
+
+REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+"""What stands in the YAML for the value of another key."""
 
 
 class Section:

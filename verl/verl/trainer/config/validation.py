@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -14,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from verl.trainer.config.compose import CONFIG_FOLDER, as_written, leaves
-from verl.trainer.config.fields import ActsWith, NullMeans, value_at
+from verl.trainer.config.fields import REFERENCE, ActsWith, NullMeans, value_at
 from xbai.errors import UserError
 
 T = TypeVar("T")
@@ -139,7 +138,7 @@ def validated(schema: type[T], config: Container, name: str) -> T:
 def _copies(name: str) -> Iterator[tuple[str, str]]:
     """Keys whose default is the value of another one."""
     for key, default in default_values(name).items():
-        if match := re.fullmatch(r"\$\{([\w.]+)\}", str(default)):
+        if match := REFERENCE.fullmatch(str(default)):
             yield key, match[1]
 
 
