@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from xbai.cli import app
 from xbai.engine import Scorer
+from xbai.engine.feature_extractor import ExtractedResponse, FeatureBatch, FeatureExtractor
 from xbai.errors import UserError
 from xbai.measure.feature_files import FeatureFiles, encode_response
 from xbai.measure.graded_responses import GradedResponse, response_files
@@ -33,7 +34,7 @@ RESPONSES = [
 ]
 ROWS = [
     {"prompt": PROMPTS[number % 2], "response": response, "correct": float(number % 3 == 0), "graded": number != 2}
-    for number, response in enumerate(RESPONSES * 2)
+    for number, response in enumerate(RESPONSES * 4)
 ]
 
 
@@ -113,6 +114,21 @@ def test_a_head_on_them_gives_the_scores_of_the_score_service(
         assert row.sigmoid().tolist() == pytest.approx(result.step_scores, abs=1e-5)
         value = trajectory_scores(row[None], torch.ones(1, len(row), dtype=torch.bool))
         assert float(value) == pytest.approx(result.value, abs=1e-5)
+
+
+def test_equal_responses_are_computed_once(
+    tiny_model_dir: Path, rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, computed = FeatureExtractor.run, []
+
+    def counted(extractor: FeatureExtractor, batch: FeatureBatch) -> list[ExtractedResponse]:
+        found = run(extractor, batch)
+        computed.extend(found)
+        return found
+
+    monkeypatch.setattr(FeatureExtractor, "run", counted)
+    stored = make(tiny_model_dir, rollouts, tmp_path)
+    assert len(stored.steps) == len(ROWS) == 2 * len(computed)
 
 
 @pytest.mark.parametrize("tied", [False, True])

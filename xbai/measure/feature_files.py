@@ -140,29 +140,34 @@ class FeatureFiles:
         )
 
     def _extract(self, path: Path, encoded: Sequence[EncodedResponse], into: StepFeatures) -> None:
-        # Responses to a prompt one after the other: a batch computes it once.
-        order = into.questions.argsort(stable=True).tolist()
+        # Responses to a prompt one after the other: a batch computes it once. Equal ones, of which a confident model
+        # samples many, are computed once too.
+        equal: dict[tuple[int, int], list[int]] = {}
+        for number in into.questions.argsort(stable=True).tolist():
+            ids = hashlib.sha256(array("q", encoded[number].ids))
+            equal.setdefault((encoded[number].start, _number(ids)), []).append(number)
         starts = into.starts.tolist()
-        with _progress(path, sum(len(response.ids) for response in encoded)) as advance:
-            for batch, numbers in self._batches(encoded, order):
-                for number, found in zip(numbers, self._extractor.run(batch), strict=True):
-                    into.features[starts[number] : starts[number] + len(found.features)] = found.features
-                    into.mean_log_prob[number] = found.mean_log_prob
-                advance(sum(len(encoded[number].ids) for number in numbers))
+        with _progress(path, sum(len(encoded[numbers[0]].ids) for numbers in equal.values())) as advance:
+            for batch, copies in self._batches(encoded, list(equal.values())):
+                for numbers, found in zip(copies, self._extractor.run(batch), strict=True):
+                    for number in numbers:
+                        into.features[starts[number] : starts[number] + len(found.features)] = found.features
+                        into.mean_log_prob[number] = found.mean_log_prob
+                advance(sum(len(encoded[numbers[0]].ids) for numbers in copies))
 
     def _batches(
-        self, encoded: Sequence[EncodedResponse], order: Sequence[int]
-    ) -> Iterator[tuple[FeatureBatch, list[int]]]:
-        """Full batches, each with the numbers of its responses."""
+        self, encoded: Sequence[EncodedResponse], equal: Sequence[list[int]]
+    ) -> Iterator[tuple[FeatureBatch, list[list[int]]]]:
+        """Full batches, each with the numbers of those that are equal to each of its responses."""
         batch = self._extractor.new_batch()
-        numbers: list[int] = []
-        for number in order:
-            if not batch.add(encoded[number]):
-                yield batch, numbers
-                batch, numbers = self._extractor.new_batch(), []
-                batch.add(encoded[number])
-            numbers.append(number)
-        yield batch, numbers
+        copies: list[list[int]] = []
+        for numbers in equal:
+            if not batch.add(encoded[numbers[0]]):
+                yield batch, copies
+                batch, copies = self._extractor.new_batch(), []
+                batch.add(encoded[numbers[0]])
+            copies.append(numbers)
+        yield batch, copies
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, rule: StepRule, response: GradedResponse) -> EncodedResponse:
