@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import builtins
+import faulthandler
 import logging
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +40,51 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
 )
+
+BOUNDS_S = {"long": 1800, "slow": 900}
+"""What a test with this mark may take, with the fixtures that it is the first to need; `timeout` is the others'. Ten
+times what it takes when nothing else runs, but for the few whose fixtures are whole runs."""
+GRACE_S = 60
+STDERR = pytest.StashKey[int]()
+BOUND_S = pytest.StashKey[float]()
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """A bound for each."""
+    if bounds := [seconds for mark, seconds in BOUNDS_S.items() if item.get_closest_marker(mark)]:
+        item.add_marker(pytest.mark.timeout(max(bounds)))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What is written there is seen, also while a test's output is captured."""
+    config.stash[STDERR] = os.dup(2)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> None:
+    """pytest-timeout raises in the test, which code that no signal reaches never sees; the process then ends instead.
+
+    Under pytest-xdist that is a failure of the test, too.
+    """
+    item.stash[BOUND_S] = settings.timeout
+    _show_stacks_and_end_after(settings.timeout + GRACE_S, item)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """What a test that ran into its bound leaves to its fixtures may hang as well."""
+    if BOUND_S in item.stash:
+        _show_stacks_and_end_after(item.stash[BOUND_S] + GRACE_S, item)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_timeout_cancel_timer() -> None:
+    """It has ended."""
+    faulthandler.cancel_dump_traceback_later()
+
+
+def _show_stacks_and_end_after(seconds: float, item: pytest.Item) -> None:
+    faulthandler.dump_traceback_later(seconds, exit=True, file=item.config.stash[STDERR])
 
 
 @pytest.fixture(autouse=True)

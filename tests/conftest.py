@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -24,6 +26,15 @@ START_TIMEOUT_S = 240.0
 QUIET_CPU = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def patient_clients() -> Iterator[None]:
+    """httpx gives up after five seconds, which an answer may take where others use the cores."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("get", "post", "request"):
+            patch.setattr(httpx, name, partial(getattr(httpx, name), timeout=60))
+        yield
+
+
 @pytest.fixture
 def serve_app() -> Iterator[Callable[..., str]]:
     """`serve_app(app, listener=one of a free port) -> base URL`: the application, in a thread, until the test ends."""
@@ -36,7 +47,8 @@ def serve_app() -> Iterator[Callable[..., str]]:
         thread.start()
         running.append((server, thread))
         deadline = time.monotonic() + 60
-        while not server.started and time.monotonic() < deadline:
+        while not server.started:
+            assert time.monotonic() < deadline and thread.is_alive(), "the application does not start"
             time.sleep(0.01)
         return f"http://127.0.0.1:{listener.getsockname()[1]}"
 
@@ -44,7 +56,7 @@ def serve_app() -> Iterator[Callable[..., str]]:
     for server, _ in running:
         server.should_exit = True
     for _, thread in running:
-        thread.join(10)
+        thread.join(60)
 
 
 class ServiceProcess:
@@ -69,28 +81,49 @@ class ServiceProcess:
             except httpx.TransportError:
                 pass
             time.sleep(0.1)
-        raise AssertionError(f"the service did not get ready:\n{self.log.read_text(encoding='utf-8')}")
+        raise AssertionError(f"the service did not get ready within {START_TIMEOUT_S:.0f} s:\n{self._said()}")
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Signal the process and return its exit status."""
         self.process.send_signal(number)
-        return self.process.wait(60)
+        return self.wait()
 
+    def wait(self, timeout_s: float = 200) -> int:
+        """The exit status."""
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the service still runs after {timeout_s} s:\n{self._said()}") from None
 
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+    def _said(self) -> str:
+        return self.log.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
-def start_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ServiceProcess]]:
-    """`start_service(script, *arguments, port=None) -> ServiceProcess`, ended with the test module."""
+def reserve_port() -> Iterator[Callable[[], int]]:
+    """`reserve_port() -> port`: until the end of the test module only who is told of it listens there."""
+    with contextlib.ExitStack() as bound:
+
+        def reserve() -> int:
+            holder = bound.enter_context(socket.socket())
+            # As servers do: several sockets may then be bound to the port while none listens.
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            holder.bind(("127.0.0.1", 0))
+            return holder.getsockname()[1]
+
+        yield reserve
+
+
+@pytest.fixture(scope="module")
+def start_service(
+    reserve_port: Callable[[], int], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., ServiceProcess]]:
+    """`start_service(script, *arguments) -> ServiceProcess`, ended with the test module."""
     started: list[ServiceProcess] = []
 
-    def start(script: str, *arguments: str, port: int | None = None) -> ServiceProcess:
+    def start(script: str, *arguments: str) -> ServiceProcess:
         log = tmp_path_factory.mktemp("service") / f"{script}.log"
-        started.append(ServiceProcess(script, list(arguments), port or free_port(), log))
+        started.append(ServiceProcess(script, list(arguments), reserve_port(), log))
         return started[-1]
 
     yield start

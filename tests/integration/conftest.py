@@ -49,16 +49,19 @@ class Checkout:
                 start_new_session=True,
             )
 
-    def run(self, command: str, timeout_s: float = 240.0, **variables: str) -> tuple[int, str]:
+    def run(self, command: str, timeout_s: float = 600.0, **variables: str) -> tuple[int, str]:
         """Exit status and output of `command`."""
         process = self.start(command, **variables)
         try:
             status = process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, pytest.fail.Exception) as late:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            raise
-        return status, self.logs[-1].read_text(encoding="utf-8")
+            raise AssertionError(f"{command}: {late}\n{self._said()[-3000:]}") from late
+        return status, self._said()
+
+    def _said(self) -> str:
+        return self.logs[-1].read_text(encoding="utf-8")
 
     def processes(self) -> dict[int, str]:
         """Command lines by process id of everything that commands of this copy have left running."""
@@ -76,9 +79,7 @@ class Checkout:
         """Return as soon as `condition` holds."""
         deadline = time.monotonic() + timeout_s
         while not condition():
-            assert time.monotonic() < deadline, (
-                f"{what}: not within {timeout_s} s\n{self.logs[-1].read_text(encoding='utf-8')[-3000:]}"
-            )
+            assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s\n{self._said()[-3000:]}"
             time.sleep(0.1)
 
 

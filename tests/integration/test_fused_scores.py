@@ -188,7 +188,6 @@ def test_a_standardised_head_scores_alike_in_engine_and_scorer(make_model: Calla
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_scores_of_a_compiled_model(make_model: Callable[..., Path], preemptions: list[str], name: str) -> None:
     folder = make_model(CONFIGS[name])
@@ -200,7 +199,6 @@ def test_scores_of_a_compiled_model(make_model: Callable[..., Path], preemptions
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_scores_of_an_engine_in_processes_of_its_own(

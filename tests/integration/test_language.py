@@ -165,7 +165,6 @@ def coins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1300)
 def test_both_settings_run_whole_in_one_folder(language, tmp_path, coins):
     """On GSM8K's files; a head to begin with needs a model that is right at times."""
     out = tmp_path / "out"
@@ -191,7 +190,6 @@ def test_both_settings_run_whole_in_one_folder(language, tmp_path, coins):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1300)
 def test_stories_run_whole(language, tmp_path):
     status, output = language(SETTING="published")
     assert status == 0, output[-4000:]

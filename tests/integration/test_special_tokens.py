@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from clocks import wait_until
 from fastapi import FastAPI
 from transformers import AutoModelForCausalLM
 
@@ -154,9 +154,7 @@ def test_a_special_token_beside_other_text_is_refused(engine: Engine, stop: str)
 def test_the_service_takes_a_special_token_as_stop(chain_model: Path, serve_app: Callable[[FastAPI], str]) -> None:
     thread = EngineThread(lambda: load_engine("hf", chain_model, dtype="float32"))
     url = serve_app(create_policy_app(thread, "chain", Limits()))
-    deadline = time.monotonic() + 60
-    while not thread.ready and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: thread.ready, "the model is loaded")
 
     def post(**fields: object) -> httpx.Response:
         body = {"prefix_prompt": "?", "response_num": 1, "temperature": 0, "repetition_penalty": 1, **fields}

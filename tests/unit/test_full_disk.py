@@ -127,7 +127,7 @@ def test_a_command_whose_disk_is_full_ends_in_one_line(small_disk: Path, capsys:
 
 def prepare(out: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, str(REPOSITORY / "data" / "prepare.py"), "make10", "--out", str(out)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
 @pytest.mark.slow

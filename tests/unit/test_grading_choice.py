@@ -1,9 +1,9 @@
 import json
 import re
-import time
 from pathlib import Path
 
 import pytest
+from clocks import cpu_seconds
 
 from xbai.grading import GradeRequest, answer_key, grade
 from xbai.grading.choice import chosen_option
@@ -93,9 +93,7 @@ def test_every_letter_is_named_in_the_same_ways(letter):
     ["A B ", "选", "答案", "answer is ", "选项A正确。", "正确的是A.", "A. x\n", "** ", "(", "so i ", "\\boxed{", "A是"],
 )
 def test_hostile_texts_take_no_time(piece):
-    started = time.perf_counter()
-    chosen_option(piece * (40_000 // len(piece)))
-    assert time.perf_counter() - started < 2.0
+    assert cpu_seconds(chosen_option, piece * (40_000 // len(piece))) < 5
 
 
 def test_grade():

@@ -4,10 +4,10 @@ import ast
 import itertools
 import json
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from clocks import cpu_seconds
 
 from xbai.grading import GradeRequest, GraderPool, code, grade, pool
 from xbai.grading.code import grade_code, same_output, same_result
@@ -207,9 +207,7 @@ def test_a_program_is_found_whole_whatever_stands_around_it():
     ids=lambda text: repr(text[:20]),
 )
 def test_finding_a_program_takes_no_long_time(text):
-    started = time.monotonic()
-    find_program(text)
-    assert time.monotonic() - started < 5
+    assert cpu_seconds(find_program, text) < 5
 
 
 @pytest.mark.parametrize(
@@ -242,12 +240,13 @@ def test_long_integers_of_functions(step, right):
 
 
 def test_long_outputs_are_compared_in_no_long_time():
-    started = time.monotonic()
-    assert not same_output("9" * 2**24, "9" * 2**24 + "1")
-    assert same_output("9" * 2**22 + ".0", "9" * 2**22)
-    assert not same_output("1 " * 2**20, "1 " * (2**20 - 1) + "2")
-    assert not same_result("9" * 2**22, "1")
-    assert time.monotonic() - started < 10
+    def compare() -> None:
+        assert not same_output("9" * 2**24, "9" * 2**24 + "1")
+        assert same_output("9" * 2**22 + ".0", "9" * 2**22)
+        assert not same_output("1 " * 2**20, "1 " * (2**20 - 1) + "2")
+        assert not same_result("9" * 2**22, "1")
+
+    assert cpu_seconds(compare) < 10
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,6 @@ RUNNING_OVER_S = 30.0
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_an_honest_program_after_each_hostile_one(sandbox: Sandbox):
     rng = random.Random(0)
     started = None
@@ -101,7 +100,6 @@ def test_an_honest_program_after_each_hostile_one(sandbox: Sandbox):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_grades_are_right_among_hostile_programs(monkeypatch: pytest.MonkeyPatch):
     """Two at a time: what one does shows in the other's grade, if it shows anywhere."""
     rng = random.Random(0)

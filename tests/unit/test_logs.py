@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import subprocess
 import sys
+import termios
 import threading
-import time
+from typing import IO
 
 import pytest
+from clocks import wait_until
 
 from xbai.errors import UserError
 from xbai.logs import JsonFormatter, TextFormatter, configure_logging
@@ -56,18 +59,23 @@ logging.info("the end")
 """
 
 
+def unread(pipe: IO) -> int:
+    """Bytes that wait in it."""
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
 def test_a_stderr_that_nobody_reads_stops_nobody() -> None:
     command = [sys.executable, "-c", LOGGER_WITHOUT_READER]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, text=True, **pipes) as logging_process:
-        assert float(logging_process.stdout.readline()) < 30
+        assert float(logging_process.stdout.readline()) < 60
         said, shown = [], logging_process.stderr
         reader = threading.Thread(target=lambda: said.extend(shown))
         reader.start()
-        time.sleep(0.5)
+        wait_until(lambda: not unread(shown), "the pipe is empty")
         logging_process.stdin.write("\n")
         logging_process.stdin.close()
-        reader.join(20)
+        reader.join(60)
     *first, notice, last = said
     numbers = [int(json.loads(line)["message"].split()[1]) for line in first if line.endswith("}\n")]
     assert numbers == list(range(len(numbers))) and len(numbers) > 100

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import sandbox_attacks
+from clocks import wait_until
 from sandbox_attacks import ATTACKS, FORMS, descendants
 
 from xbai.sandbox import forking
@@ -64,16 +65,11 @@ def test_nothing_outlives_the_sandbox(form, whose):
     path = [str(Path(sandbox_attacks.__file__).parent)]
     with subprocess.Popen([sys.executable, "-c", OWNER.format(path=path, form=form)], stdout=subprocess.PIPE) as owner:
         owner.stdout.readline()
-        # A program that sleeps.
-        time.sleep(0.5)
+        wait_until(lambda: len(descendants(owner.pid)) == 2, "there are harness and program")
         processes = sorted(descendants(owner.pid))
-        assert len(processes) == 2, "harness and program"
         harness = processes.pop(0) if whose == "harness" else None
         os.kill(harness or owner.pid, signal.SIGKILL)
-        deadline = time.monotonic() + 5
-        while left := [process for process in processes if is_running(process)]:
-            assert time.monotonic() < deadline, f"{len(left)} of {len(processes)} processes go on"
-            time.sleep(0.01)
+        wait_until(lambda: not any(map(is_running, processes)), "the other processes end")
         owner.kill()
 
 

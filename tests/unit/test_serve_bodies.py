@@ -6,12 +6,12 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
+from clocks import cpu_seconds
 from fastapi import FastAPI
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -78,14 +78,9 @@ def test_an_honest_large_body_costs_little_more_than_its_json() -> None:
     text = 'Let x be 3, so that "f(x)" = 9.\n\nThen [we] see {it}, and 2, 3 follow.\n\n'
     for request in ({"prefix_prompt": text * 13_000}, {"texts": [text * 200] * 64}, {"texts": [text * 12] * 1024}):
         body = json.dumps(request).encode()
-        ours, plain = (min(seconds(parse, body) for _ in range(20)) for parse in (parse_body, json.loads))
+        pairs = [(cpu_seconds(parse_body, body), cpu_seconds(json.loads, body)) for _ in range(20)]
+        ours, plain = map(min, zip(*pairs))
         assert ours < 2.5 * plain
-
-
-def seconds(parse: Callable[[bytes], Any], body: bytes) -> float:
-    started = time.perf_counter()
-    parse(body)
-    return time.perf_counter() - started
 
 
 def test_the_largest_requests_that_the_schemas_take_are_read() -> None:
@@ -111,10 +106,11 @@ def test_the_largest_requests_that_the_schemas_take_are_read() -> None:
     ],
 )
 def test_what_is_no_request_is_refused_at_once(body: bytes) -> None:
-    started = time.process_time()
-    with pytest.raises((ServiceError, json.JSONDecodeError)):
-        parse_body(body)
-    assert time.process_time() - started < 1.0
+    def refuse() -> None:
+        with pytest.raises((ServiceError, json.JSONDecodeError)):
+            parse_body(body)
+
+    assert cpu_seconds(refuse) < 1
 
 
 def test_the_event_loop_has_its_turn_between_two_large_bodies(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
+from clocks import wait_until
 from fastapi import FastAPI
 
 from xbai.benchmarks.tiny_model import write_tiny_model
@@ -37,9 +37,7 @@ def test_a_bare_text_scores_as_one_with_its_prompt(
     tokenizer = load_tokenizer(folder)
     thread = ScorerThread(lambda: ScoreModel(Scorer.from_folder(folder), tokenizer, 1024))
     url = serve_app(create_score_app(thread, "tiny", Limits()))
-    deadline = time.monotonic() + 20
-    while not thread.ready and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: thread.ready, "the scorer is loaded")
     body = {"text": PROMPT + response, "return_all_scores": True}
     bare, told = (httpx.post(f"{url}/score", json=body | extra).json() for extra in ({}, {"prompt": PROMPT}))
     assert bare == told
@@ -61,9 +59,7 @@ def test_a_bare_text_scores_as_one_with_its_prompt(
 def test_a_batch_that_cannot_be_scored_names_the_texts(serve_app: Callable[[FastAPI], str], folder: Path) -> None:
     thread = ScorerThread(lambda: ScoreModel(Scorer.from_folder(folder), load_tokenizer(folder), 8))
     url = serve_app(create_score_app(thread, "tiny", Limits()))
-    deadline = time.monotonic() + 20
-    while not thread.ready and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: thread.ready, "the scorer is loaded")
     refused = httpx.post(f"{url}/score_batch", json={"texts": ["1+2", "1+2" * 4, "1", "1+2" * 3]})
     assert refused.status_code == 413
     assert refused.json()["detail"] == "texts[1]: 12 tokens, texts[3]: 9 tokens, the model takes 8"

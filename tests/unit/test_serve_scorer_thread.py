@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+from clocks import PATIENCE_S
 
 from xbai.engine import Scored
 from xbai.serve.errors import ServiceError
@@ -42,8 +43,13 @@ class GatedScorer:
         if batch:
             self.batches.append([ids[0] for ids in batch])
             self.begun.set()
-            self.gate.wait(60)
+            assert self.gate.wait(PATIENCE_S)
         return [Scored(0.5, [], ids, []) for ids in batch]
+
+
+async def begun(scorer: GatedScorer) -> None:
+    """Return once it has a batch."""
+    assert await asyncio.to_thread(scorer.begun.wait, PATIENCE_S)
 
 
 @asynccontextmanager
@@ -54,10 +60,10 @@ async def at_work(scorer: GatedScorer) -> AsyncIterator[ScorerThread]:
     while not thread.ready:
         await asyncio.sleep(0.01)
     first = asyncio.create_task(thread.score([[0]], [0]))
-    await asyncio.to_thread(scorer.begun.wait, 5)
+    await begun(scorer)
     yield thread
     await first
-    assert await asyncio.to_thread(thread.stop, 5)
+    assert await asyncio.to_thread(thread.stop, PATIENCE_S)
 
 
 def order_of(requests: list[tuple[str, list[list[int]]]], tokens: int = 1) -> list[list[int]]:
@@ -71,7 +77,7 @@ def order_of(requests: list[tuple[str, list[list[int]]]], tokens: int = 1) -> li
                 waiting.append(asyncio.create_task(thread.score(sequences, [0] * len(sequences), client)))
                 await asyncio.sleep(0)
             scorer.gate.set()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE_S):
                 answers = await asyncio.gather(*waiting)
         for (_, sequences), scored in zip(requests, answers, strict=True):
             assert [item.token_ids for item in scored] == sequences
@@ -134,10 +140,11 @@ def test_a_stop_fails_what_has_not_begun() -> None:
         async with at_work(scorer) as thread:
             waiting = [asyncio.create_task(thread.score([[number]], [0])) for number in range(1, 4)]
             await asyncio.sleep(0)
-            stopping = asyncio.create_task(asyncio.to_thread(thread.stop, 5))
-            await asyncio.sleep(0.05)
+            stopping = asyncio.create_task(asyncio.to_thread(thread.stop, PATIENCE_S))
+            while not thread._stopping:
+                await asyncio.sleep(0.01)
             scorer.gate.set()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE_S):
                 answers = await asyncio.gather(*waiting, return_exceptions=True)
             assert await stopping
         return answers
@@ -159,9 +166,9 @@ def test_a_scorer_that_raises_fails_all_that_wait() -> None:
         while not thread.ready:
             await asyncio.sleep(0.01)
         waiting = [asyncio.create_task(thread.score([[number]], [0])) for number in range(3)]
-        await asyncio.to_thread(scorer.begun.wait, 5)
+        await begun(scorer)
         scorer.gate.set()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             return await asyncio.gather(*waiting, return_exceptions=True)
 
     answers = asyncio.run(run())

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from typing import NamedTuple
 import httpx
 import pytest
 import torch
+from clocks import wait_until
 from fastapi import FastAPI
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
@@ -168,9 +168,7 @@ def test_the_score_service_scores_these_steps_as_transformers_does(
 def ask(kind: Kind, serve_app: Callable[[FastAPI], str], bodies: list[dict]) -> list[dict]:
     thread = ScorerThread(lambda: ScoreModel(Scorer.from_folder(kind.folder), kind.tokenizer, 512))
     url = serve_app(create_score_app(thread, "tiny", Limits()))
-    deadline = time.monotonic() + 20
-    while not thread.ready and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: thread.ready, "the model is loaded")
     with httpx.Client(timeout=60) as client:
         if "prompt" in bodies[0]:
             return [client.post(f"{url}/score", json=body | {"return_all_scores": True}).json() for body in bodies]

@@ -3,7 +3,6 @@
 import json
 import secrets
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from clocks import wait_until
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
 from transformers import AutoModelForCausalLM
@@ -214,10 +214,7 @@ def our_services(serve_app: ServeApp, tiny_model_dir: Path) -> tuple[str, str]:
         serve_app(create_policy_app(policy, str(tiny_model_dir), Limits())),
         serve_app(create_score_app(score, str(tiny_model_dir), Limits())),
     )
-    deadline = time.monotonic() + 60
-    while not (policy.ready and score.ready):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: policy.ready and score.ready, "both models are loaded")
     return urls
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from verl.utils.tracking import METRICS_FILE
 
+PATIENCE_S = 600
 PARITY_REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     return float(sum(map(ord, solution_str)) % 2)
@@ -94,21 +95,33 @@ class TrainerRun:
 
     def finish(self) -> TrainerRun:
         """Wait for a good end."""
-        assert self._process.wait(timeout=600) == 0, self.log()
+        assert self._end() == 0, self.log()
         return self
 
     def fail(self) -> str:
         """Wait for an end by a mistake of the user's; returns the line that says which."""
-        assert self._process.wait(timeout=600) == 2, self.log()
+        assert self._end() == 2, self.log()
         return self.log().splitlines()[-1]
 
     def kill_when(self, happened: Callable[[], bool]) -> None:
         """SIGKILL the whole process group as soon as `happened`."""
+        deadline = time.monotonic() + PATIENCE_S
         while not happened():
             assert self._process.poll() is None, self.log()
+            assert time.monotonic() < deadline, f"what to kill it at: not within {PATIENCE_S} s\n{self.log()}"
             time.sleep(0.001)
+        self._kill()
+
+    def _kill(self) -> None:
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+
+    def _end(self) -> int:
+        try:
+            return self._process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self._kill()
+            raise AssertionError(f"the run has not ended within {PATIENCE_S} s\n{self.log()}") from None
 
     def log(self) -> str:
         """What it printed."""

@@ -8,20 +8,13 @@ from __future__ import annotations
 
 import os
 import runpy
-import socket
 import sys
 
 # Asked in the usual way whether there is a GPU, CUDA cannot be used any more in forked processes.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
+from torch.distributed import TCPStore
 from torch.multiprocessing import start_processes
-
-
-def free_port() -> int:
-    """A port for the ranks to meet at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run_rank(rank: int, program: list[str]) -> None:
@@ -34,5 +27,9 @@ def run_rank(rank: int, program: list[str]) -> None:
 if __name__ == "__main__":
     ranks, *program = sys.argv[1:]
     runpy.run_path(program[0])
-    os.environ.update(WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    # Here, as in torchrun's agent, so that nobody can take the port before the first rank listens there.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.environ.update(
+        WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True"
+    )
     start_processes(run_rank, (program,), nprocs=int(ranks), start_method="fork")

@@ -20,8 +20,6 @@ from verl.trainer.ppo.credit import add_baseline
 from verl.utils.tracking import METRICS_FILE
 from verl.workers.reward_manager import Reward
 
-pytestmark = pytest.mark.timeout(600)
-
 MAX_RESPONSE = 24
 Sample = dict[str, Any]
 Metrics = dict[int, dict[str, float]]

@@ -190,7 +190,6 @@ RUNS = {
 }
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name == "vllm" else pytest.mark.long) for name in RUNS]
 )

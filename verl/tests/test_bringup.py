@@ -15,8 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
+from clocks import wait_until
 from torch import Tensor
 from torch.nn import functional
 
@@ -123,17 +125,21 @@ def test_however_a_step_ends_it_has_an_outcome(
     outcome = run_step(one, context, tmp_path / "logs/step.log")
     assert (outcome.status, outcome.figure) == (status, figure)
     assert (outcome.details is None) if details is None else (details in outcome.details)
-    assert outcome.seconds < 10
+    assert outcome.seconds < 60
 
 
 @pytest.mark.parametrize("one", [hangs, leaves_a_process], ids=lambda one: one.name)
 def test_no_process_outlives_its_step(one: Step, context: Context, tmp_path: Path):
     run_step(one, context, tmp_path / "log")
-    status = Path(f"/proc/{(tmp_path / 'child').read_text(encoding='utf-8')}/status")
-    deadline = time.monotonic() + 10
-    while status.exists() and "Z (zombie)" not in status.read_text(encoding="utf-8") and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not status.exists() or "Z (zombie)" in status.read_text(encoding="utf-8")
+    child = int((tmp_path / "child").read_text(encoding="utf-8"))
+
+    def has_ended() -> bool:
+        try:
+            return psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    wait_until(has_ended, "the child ends")
 
 
 def test_a_spawned_process_runs_the_same_step(tmp_path: Path):
@@ -309,15 +315,13 @@ def _check(*options: str, **environment: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables)
 
 
-def _rehearse(tmp_path: Path, *options: str, limit_s: float, **environment: str) -> dict:
+def _rehearse(tmp_path: Path, *options: str, **environment: str) -> dict:
     out = tmp_path / "check_gpu.json"
-    started = time.monotonic()
     done = _check(*options, "--out", str(out), **environment)
     report = json.loads(out.read_text(encoding="utf-8"))
     failed = [entry for entry in report["steps"] if entry["status"] == "fail"]
     assert not failed, "\n".join(f"{entry['name']}: {entry['figure']}\n{entry['details']}" for entry in failed)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - started < limit_s
     assert "REHEARSAL ON THE CPU" in done.stdout
     assert report["finished"]
     assert report["rehearsal"]
@@ -333,16 +337,15 @@ def _rehearse(tmp_path: Path, *options: str, limit_s: float, **environment: str)
 @pytest.mark.slow
 def test_the_quick_part_rehearses_with_torch_and_transformers_alone(tmp_path: Path):
     (tmp_path / "sitecustomize.py").write_text(WITHOUT.format(missing=set(NOT_NEEDED)), encoding="utf-8")
-    report = _rehearse(tmp_path, "--quick", limit_s=90, PYTHONPATH=str(tmp_path))
+    report = _rehearse(tmp_path, "--quick", PYTHONPATH=str(tmp_path))
     assert [entry["name"] for entry in report["steps"]] == [one.name for one in all_steps() if one.quick]
     skipped = {entry["name"] for entry in report["steps"] if entry["status"] == "skipped"}
     assert skipped <= {one.name for one in all_steps() if "gpu" in one.needs or "compiler" in one.needs}
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_all_of_it_rehearses_on_the_cpu(tmp_path: Path):
-    report = _rehearse(tmp_path, limit_s=480)
+    report = _rehearse(tmp_path)
     assert [entry["name"] for entry in report["steps"]] == [one.name for one in all_steps()]
 
 

@@ -35,7 +35,6 @@ def test_layers_are_compiled_where_it_is_asked_for(tiny_model_dir: Path) -> None
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
 def test_updates_are_the_same(tmp_path: Path) -> None:
     command = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(RANKS), __file__, str(tmp_path)]

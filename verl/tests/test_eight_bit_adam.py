@@ -96,7 +96,6 @@ def launch(mode: str, ranks: int, folder: Path) -> dict[str, Any]:
 
 @needs_torchao
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_eight_bits_update_like_adam_and_go_through_a_checkpoint(tmp_path: Path) -> None:
     trained = launch("train", 2, tmp_path)
     assert "OptimState8bit" in trained["kinds"][1] and trained["kinds"][0] != trained["kinds"][1]

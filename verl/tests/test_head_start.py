@@ -201,7 +201,6 @@ def test_a_fresh_head_starts_undecided(published: list[str], start_run: Callable
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_a_resumed_head_goes_on_and_a_healthy_one_is_not_warned_of(
     published: list[str], start_run: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -214,7 +213,6 @@ def test_a_resumed_head_goes_on_and_a_healthy_one_is_not_warned_of(
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_a_one_sided_head_that_was_loaded_is_left_alone_and_warned_of(
     published: list[str], start_run: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ import pytest
 from verl.checkpoints.folder import LATEST_FILE
 from verl.utils.tracking import METRICS_FILE
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.long
 
 REPOSITORY = Path(__file__).parents[2]
 HEAD, WORKER = "node-a", "node-b"

@@ -103,7 +103,7 @@ def run(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen]]:
     for started in runs:
         with suppress(ProcessLookupError):
             os.killpg(started.pid, signal.SIGKILL)
-        started.communicate()
+        started.communicate(timeout=60)
     end_orphans(tmp_path)
 
 
@@ -114,7 +114,7 @@ def test_the_agents_of_a_killed_run_end_when_the_next_one_starts(run):
     session = psutil.Process(killed.pid).children(recursive=True)
     killed.kill()
     raylets = [process for process in session if process.name() == "raylet"]
-    assert len(raylets) == 1 and not psutil.wait_procs(raylets, timeout=30)[1]
+    assert len(raylets) == 1 and not psutil.wait_procs(raylets, timeout=60)[1]
     assert any(process.is_running() for process in session)
     run()
-    assert not psutil.wait_procs(session, timeout=10)[1]
+    assert not psutil.wait_procs(session, timeout=60)[1]

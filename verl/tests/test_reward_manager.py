@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from clocks import wait_until
 
 from verl.protocol import DataProto
 from verl.trainer.config.fields import with_values
@@ -204,7 +205,7 @@ def test_grading_goes_on_while_nobody_waits(tmp_path, tiny_tokenizer, make_batch
         manager(make_batch(["", ""]))
         waited = manager(make_batch(["", ""]))
         pending = manager.launch(make_batch(["", ""]))
-        time.sleep(1.5)
+        wait_until(lambda: all(future.done() for future in pending._futures), "all is graded")
         overlapped = pending.result()
     finally:
         manager.close()

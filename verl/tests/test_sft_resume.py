@@ -287,7 +287,7 @@ def test_a_killed_run_ends_as_one_that_was_not(start_sft: Callable[..., Any], ov
         return any(folder.glob(".global_step_3.*.tmp"))
 
     run.kill_when(is_saving)
-    assert len(ranks) == 2 and not psutil.wait_procs(ranks, timeout=10)[1], "torchrun's ranks outlive it"
+    assert len(ranks) == 2 and not psutil.wait_procs(ranks, timeout=60)[1], "torchrun's ranks outlive it"
     assert not (folder / "global_step_3").exists() and not (folder / "out").exists()
     shutil.copytree(folder, tmp_path / "one")
     resumed = start_sft(folder, settings).finish()
@@ -302,7 +302,6 @@ def test_a_killed_run_ends_as_one_that_was_not(start_sft: Callable[..., Any], ov
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", range(3))
 def test_a_run_that_is_killed_again_and_again_ends_the_same(seed, start_sft, overrides, tmp_path: Path) -> None:
     settings, rng = ["--config-name", "make10_sft", *overrides, "score.dropout=0.5"], random.Random(seed)

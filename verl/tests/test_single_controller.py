@@ -230,7 +230,7 @@ def test_room_that_others_use_is_waited_for(caplog: pytest.LogCaptureFixture):
         UserError, match=r"no room for .*; after ray_init.timeout_s=4 others .* \(2 CPU\); free are 0 CPU"
     ):
         second.nodes()
-    assert 4 <= time.monotonic() - started < 20
+    assert 4 <= time.monotonic() - started < 60
     (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("verl")]
     assert said.startswith("waiting for at most 4 s: Ray has no room for [2] processes")
     first.release()

@@ -1,9 +1,9 @@
 """Metrics reach their files, and a resumed run leaves no duplicated step."""
 
 import json
-import time
 
 import pytest
+from clocks import wait_until
 
 from verl.utils.tracking import METRICS_FILE, Tracking
 from xbai.errors import UserError
@@ -86,10 +86,8 @@ def test_wandb_takes_the_steps_that_a_resumed_run_repeats(tmp_path, monkeypatch)
             tracking.log({"reward": step + 0.125}, step)
     file = next(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     # wandb's service may still be writing when a run has finished.
-    deadline = time.monotonic() + 60
-    while not all(reward in file.read_bytes() for reward in (b"5.125", b"4.125", b"6.125")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    rewards = (b"5.125", b"4.125", b"6.125")
+    wait_until(lambda: all(reward in file.read_bytes() for reward in rewards), "the rewards are written")
 
 
 def test_unknown_logger_is_named(tmp_path):
