@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import sandbox_attacks
 from clocks import wait_until
@@ -65,11 +66,14 @@ def test_nothing_outlives_the_sandbox(form, whose):
     path = [str(Path(sandbox_attacks.__file__).parent)]
     with subprocess.Popen([sys.executable, "-c", OWNER.format(path=path, form=form)], stdout=subprocess.PIPE) as owner:
         owner.stdout.readline()
-        wait_until(lambda: len(descendants(owner.pid)) == 2, "there are harness and program")
-        processes = sorted(descendants(owner.pid))
-        harness = processes.pop(0) if whose == "harness" else None
-        os.kill(harness or owner.pid, signal.SIGKILL)
-        wait_until(lambda: not any(map(is_running, processes)), "the other processes end")
+        wait_until(lambda: len(list(descendants(owner.pid))) == 2, "there are harness and program")
+        # Until the program sleeps.
+        time.sleep(0.5)
+        processes = set(descendants(owner.pid))
+        (harness,) = (child.pid for child in psutil.Process(owner.pid).children())
+        victim = harness if whose == "harness" else owner.pid
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: not any(map(is_running, processes - {victim})), "the other processes end")
         owner.kill()
 
 

@@ -219,7 +219,8 @@ def test_a_grpc_server_that_is_no_head(refusal, monkeypatch: pytest.MonkeyPatch,
         def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
             return grpc.unary_unary_rpc_method_handler(lambda request, context: time.sleep(3))
 
-    monkeypatch.setattr(ray_head, "ANSWER_TIMEOUT_S", 1.0)
+    if not answers:
+        monkeypatch.setattr(ray_head, "ANSWER_TIMEOUT_S", 1.0)
     server = grpc.server(futures.ThreadPoolExecutor(1), handlers=[] if answers else [Hanging()])
     port = server.add_insecure_port("0.0.0.0:0")
     server.start()

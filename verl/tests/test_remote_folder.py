@@ -5,6 +5,7 @@ import logging
 
 import fsspec
 import pytest
+from clocks import wait_until
 from fsspec.implementations.memory import MemoryFileSystem
 
 from verl.checkpoints.checksums import file_digest, write_checksums
@@ -152,12 +153,11 @@ class TestUploads:
 
     def test_slow_copies_pass_over_what_is_no_longer_the_newest(self, url, tmp_path):
         FragileFileSystem.failures = 1
-        uploads, local = Uploads(RemoteFolder(url), retry_delays_s=(0.5,)), CheckpointFolder(tmp_path)
+        uploads, local = Uploads(RemoteFolder(url), retry_delays_s=(1.5,)), CheckpointFolder(tmp_path)
         for step in (1, 2, 3):
             uploads.submit(_write(local, step))
             if step == 1:
-                while FragileFileSystem.failures:
-                    pass
+                wait_until(lambda: not FragileFileSystem.failures, "the first copy has failed")
         assert uploads.in_use == {1, 3}
         uploads.wait()
         assert _names(url) == ["global_step_1", "global_step_3", LATEST_FILE]
