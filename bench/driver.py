@@ -43,7 +43,7 @@ from simulated_service import latency_s
 from xbai.benchmarks.registry import get_benchmark
 from xbai.benchmarks.tiny_model import make_tokenizer
 from xbai.client.pool import ServicePool, open_client
-from xbai.client.retry import RetryPolicy
+from xbai.client.replicas import RetryPolicy
 from xbai.engine.files import load_tokenizer
 from xbai.infer.options import RunOptions
 from xbai.infer.run import run

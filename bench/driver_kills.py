@@ -30,7 +30,7 @@ from typing import Annotated
 import typer
 
 from xbai.benchmarks.tiny_model import make_tokenizer
-from xbai.client.retry import RetryPolicy
+from xbai.client.replicas import RetryPolicy
 from xbai.infer.options import RunOptions
 from xbai.infer.run import run
 from xbai.results.lines import read_result_lines

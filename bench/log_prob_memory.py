@@ -26,8 +26,7 @@ import typer
 from machine import ROOT, describe_machine, report
 from torch import Tensor, nn
 
-from verl.models.lm_head import LMHead
-from verl.models.log_probs import LOGITS_PER_CHUNK, token_log_probs
+from verl.models.log_probs import LOGITS_PER_CHUNK, LMHead, token_log_probs
 from xbai.errors import UserError, exit_on_user_error
 
 GIB = 2**30

@@ -19,7 +19,7 @@ from machine import ROOT, describe_machine
 
 from xbai.errors import UserError, exit_on_user_error
 from xbai.files import write_json
-from xbai.measure.metrics import report_files
+from xbai.measure.metrics import json_ready, report_files
 
 RESULTS = ROOT / "bench/results"
 MODELS = {"base": "before RL", "rl": "after RL"}
@@ -59,7 +59,7 @@ def record_of(folder: Path) -> dict[str, Any]:
         "problems": rl.questions,
         "samples": rl.samples,
         "sampling": {name: (rl.settings or {})[name] for name in SAMPLING},
-        "models": {name: figures_of(report.to_dict()) for name, report in reports.items()},
+        "models": {name: figures_of(json_ready(report)) for name, report in reports.items()},
         "stage_seconds": {
             path.name: int(path.read_text(encoding="utf-8")) for path in sorted((folder / "stages").iterdir())
         },

@@ -344,18 +344,12 @@ def roofline(config: PPOConfig, mean_length: int, prompt: int, rates: Rates) -> 
         raise UserError(f"no estimate for {config.actor_rollout_ref.model.path}: its kind of model is not counted")
     if not 0 < prompt < mean_length:
         raise UserError(f"--prompt {prompt} must be above 0 and below --mean-length {mean_length}")
-    of_log_probs = memory.log_prob_tokens
-    tokens = {
-        "old log-prob": of_log_probs["policy"],
-        "reference": of_log_probs["reference"],
-        "update": memory.update_tokens,
-    }
     works = {
-        name: Work(model, _sequences(tokens[name], mean_length, prompt), prompt, entropy, name == "update")
-        for name, entropy in (
-            ("old log-prob", True),
-            ("reference", False),
-            ("update", config.actor_rollout_ref.actor.entropy_coeff != 0),
+        name: Work(model, _sequences(memory.tokens(phase), mean_length, prompt), prompt, entropy, name == "update")
+        for name, phase, entropy in (
+            ("old log-prob", "log-prob", True),
+            ("reference", "reference", False),
+            ("update", "update", config.actor_rollout_ref.actor.entropy_coeff != 0),
         )
     }
     return {

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from verl.utils.dataset.step_dataset import StepDataset
 from verl.utils.head_quality import candidates
 from xbai.errors import UserError, exit_on_user_error
-from xbai.measure.estimate import Estimate
+from xbai.measure.estimators import Estimate
 from xbai.measure.graded import GradedQuestion
 from xbai.measure.graded_responses import response_files
 from xbai.measure.separation import separation
@@ -143,7 +143,7 @@ class Standardized(nn.Module):
     def __init__(self, head: nn.Module, moments: FeatureMoments | None) -> None:
         super().__init__()
         self.head = head
-        self.mean, self.deviation = (0.0, 1.0) if moments is None else (moments.mean.float(), moments.deviation.float())
+        self.mean, self.deviation = (0.0, 1.0) if moments is None else (x.float() for x in moments.standardization)
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [K, c] to logits [K]."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from verl.utils.dataset.step_dataset import StepBatch
-from xbai.benchmarks.story import OPERATIONS
+from xbai.benchmarks.story_kinds import OPERATIONS
 from xbai.engine.files import load_tokenizer
 from xbai.measure.feature_files import encode_response, step_states
 from xbai.measure.graded_responses import read_graded_responses

@@ -34,7 +34,6 @@ from verl.bringup import workload
 from verl.models.fsdp import local_device, named_full_tensors
 from verl.trainer.planning.model_shapes import ModelShape, config_of
 from verl.utils.device_peaks import peak_tflops
-from verl.workers.actor.dp_actor import DataParallelPPOActor
 from xbai.benchmarks.tiny_model import write_tiny_model
 from xbai.engine import SamplingParams, load_engine
 from xbai.engine.files import quiet_transformers
@@ -124,8 +123,7 @@ def measure_engine(name: str, folder: Path, sizes: Sizes, parameters: int) -> di
 def measure_training(folder: Path, sizes: Sizes, packed: bool, shape: ModelShape) -> dict[str, Any]:
     """Log-probs and the update of one layout."""
     policy = workload.build_policy(folder, workload.fsdp_section(), packed=packed, gradient_checkpointing=True)
-    config, batch = workload.actor_config(sizes, packed), workload.make_batch(sizes, shape.vocabulary)
-    actor = DataParallelPPOActor(config, policy.model, policy.optimizer)
+    actor, batch = workload.build_actor(policy, folder, sizes, packed)
     batch |= actor.compute_log_prob(batch)
     batch["ref_log_prob"] = batch["old_log_probs"]
     lengths = batch["attention_mask"].sum(1).tolist()

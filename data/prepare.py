@@ -16,7 +16,8 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,7 @@ from xbai.benchmarks.ceval import SUBJECTS
 from xbai.benchmarks.livecodebench import DEFAULT_RELEASE, RELEASES, LiveCodeBench
 from xbai.benchmarks.make10 import write_splits
 from xbai.benchmarks.registry import get_benchmark
+from xbai.benchmarks.rows import training_row, write_jsonl
 from xbai.errors import UserError, exit_on_user_error
 from xbai.files import atomic_write, check_writable
 from xbai.grading.code_tests import read_code_tests
@@ -64,21 +66,17 @@ TRAINING_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class HubSource:
-    """Where a set comes from.
-
-    Attributes:
-        dataset: its name on the Hub.
-        split: the split taken.
-        configurations: those taken, None for the only one.
-        files: read as they are, where the Hub cannot split the dataset; each row says as `release` which it is from.
-        benchmark: whose layout it becomes, where that is not the name of the set.
-    """
+    """Where a set comes from."""
 
     dataset: str
+    """Its name on the Hub."""
     split: str
     configurations: tuple[str | None, ...] = (None,)
+    """Those taken, None for the only one."""
     files: Mapping[str, str] = field(default_factory=dict)
+    """Read as they are, where the Hub cannot split the dataset; each row says as `release` which it is from."""
     benchmark: str | None = None
+    """Whose layout it becomes, where that is not the name of the set."""
 
 
 BENCHMARK_SOURCES = {
@@ -100,28 +98,11 @@ TRAINING_SOURCES = {
     "numina-math": HubSource("AI-MO/NuminaMath-1.5", "train"),
     "openr1-math": HubSource("open-r1/OpenR1-Math-220k", "train", ("default",)),
 }
+SELECTORS = ("release", "start_date", "end_date")
 NAMES = ("make10", *BENCHMARK_SOURCES, *TRAINING_SOURCES)
 
-
-@dataclass(frozen=True)
-class Selection:
-    """The part of a benchmark that is taken; of those that can be cut, which is LiveCodeBench alone."""
-
-    release: str | None = None
-    start_date: str | None = None
-    end_date: str | None = None
-
-    def given(self) -> dict[str, str]:
-        """What is selected by."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
-
-    @classmethod
-    def of(cls, entry: dict[str, Any]) -> Selection:
-        """The one that an entry of `SHA256SUMS.json` was made with."""
-        return cls(*map(entry.get, ("release", "start_date", "end_date")))
-
-
-EVERYTHING = Selection()
+Selection = dict[str, str]
+"""The part of a benchmark that is taken, by `SELECTORS`; of those that can be cut, which is LiveCodeBench alone."""
 
 
 @contextmanager
@@ -191,7 +172,7 @@ def benchmark_rows(name: str, rows: Iterable[Row]) -> Iterator[Row]:
 
 def livecodebench_rows(rows: Iterable[Row], selection: Selection, out: Path) -> Iterator[Row]:
     """Rows of the problems selected, whose tests become a file each: some have megabytes of them."""
-    benchmark = LiveCodeBench(**asdict(selection))
+    benchmark = LiveCodeBench(**selection)
     for index, row in enumerate(rows):
         place = f"livecodebench: row {index + 1}"
         question = benchmark.question_from_row(index, row, place)
@@ -215,28 +196,20 @@ def _file_row(benchmark: Benchmark, question: Question, row: Row) -> Row:
 
 def training_rows(name: str, rows: Iterable[Row]) -> Iterator[Row]:
     """Training rows of the problems whose answer can be checked."""
-    checkable = filter(is_checkable, rows)
-    for index, row in enumerate(checkable):
+    for index, row in enumerate(filter(is_checkable, rows)):
         problem = row["problem"].strip()
-        yield {
-            "data_source": name,
-            "prompt": [{"role": "user", "content": f"{problem} {TRAINING_INSTRUCTION}"}],
-            "ability": "math",
-            "reward_model": {"style": "rule", "ground_truth": {"target": str(row["answer"]).strip()}},
-            "extra_info": {"index": index, "split": "train", "question": problem},
-        }
+        yield _math_row(name, f"{problem} {TRAINING_INSTRUCTION}", str(row["answer"]).strip(), "train", index, problem)
 
 
 def validation_rows(benchmark: MathBenchmark, rows: Iterable[Row]) -> Iterator[Row]:
     """The rows of a benchmark's file in the layout of training data."""
     for index, row in enumerate(rows):
-        yield {
-            "data_source": benchmark.data_source,
-            "prompt": [{"role": "user", "content": row["prompt"]}],
-            "ability": "math",
-            "reward_model": {"style": "rule", "ground_truth": {"target": str(row["answer"])}},
-            "extra_info": {"index": index, "split": "validation", "question": row["prompt"]},
-        }
+        yield _math_row(benchmark.data_source, row["prompt"], row["answer"], "validation", index, row["prompt"])
+
+
+def _math_row(data_source: str, prompt: str, answer: Any, split: str, index: int, question: str) -> Row:
+    messages, truth = [{"role": "user", "content": prompt}], {"target": str(answer)}
+    return training_row(data_source, messages, truth, "math", split=split, index=index, question=question)
 
 
 def is_checkable(row: Row) -> bool:
@@ -251,30 +224,17 @@ def is_checkable(row: Row) -> bool:
     )
 
 
-def write_jsonl(path: Path, rows: Iterable[Row]) -> int:
-    """Write one JSON object a line; returns how many."""
-    written = 0
-    with atomic_write(path) as stream:
-        for row in rows:
-            stream.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-            written += 1
+def write_training_parquet(path: Path, rows: Iterable[Row]) -> int:
+    """Write training rows without ever holding all of them; returns how many."""
+    rows, written = iter(rows), 0
+    with atomic_write(path) as stream, pq.ParquetWriter(stream, TRAINING_SCHEMA) as writer:
+        while chunk := list(islice(rows, ROWS_AT_ONCE)):
+            writer.write_table(pa.Table.from_pylist(chunk, TRAINING_SCHEMA))
+            written += len(chunk)
     return written
 
 
-def write_training_parquet(path: Path, rows: Iterable[Row]) -> int:
-    """Write training rows without ever holding all of them; returns how many."""
-    written, chunk = 0, []
-    with atomic_write(path) as stream, pq.ParquetWriter(stream, TRAINING_SCHEMA) as writer:
-        for row in rows:
-            chunk.append(row)
-            if len(chunk) == ROWS_AT_ONCE:
-                writer.write_table(pa.Table.from_pylist(chunk, TRAINING_SCHEMA))
-                written, chunk = written + len(chunk), []
-        writer.write_table(pa.Table.from_pylist(chunk, TRAINING_SCHEMA))
-    return written + len(chunk)
-
-
-def prepare(name: str, out: Path, selection: Selection = EVERYTHING) -> list[Path]:
+def prepare(name: str, out: Path, selection: Selection) -> list[Path]:
     """Make the files of one set in `out` and record their sums; returns their paths.
 
     Raises:
@@ -282,8 +242,7 @@ def prepare(name: str, out: Path, selection: Selection = EVERYTHING) -> list[Pat
     """
     check_writable(out / SUMS_FILE)
     if name == "make10":
-        files = write_splits(out)
-        paths = [files.sft, files.train, files.validation, files.test]
+        paths = list(write_splits(out).values())
         record_sums(out, paths, {"set": name, "source": "generated"})
         return paths
     source = BENCHMARK_SOURCES.get(name) or TRAINING_SOURCES[name]
@@ -295,25 +254,25 @@ def prepare(name: str, out: Path, selection: Selection = EVERYTHING) -> list[Pat
         if path.exists() and path.name not in read_sums(out):
             raise UserError(f"{path} exists, and is not listed in {SUMS_FILE}: remove it, or choose another --out")
     if source.files:
-        wanted = RELEASES.index(selection.release or DEFAULT_RELEASE) + 1
+        wanted = RELEASES.index(selection.get("release", DEFAULT_RELEASE)) + 1
         source = replace(source, files=dict(list(source.files.items())[:wanted]))
     revision = read_sums(out).get(paths[0].name, {}).get("revision") or revision_of(source)
     rows = download(source, revision)
     if name == "livecodebench":
-        written = write_jsonl(paths[0], livecodebench_rows(rows, selection, out))
+        written = write_jsonl(paths[0], livecodebench_rows(rows, selection, out), ensure_ascii=False)
     elif benchmark is not None:
         file_rows = list(benchmark_rows(benchmark.name, rows))
-        written = write_jsonl(paths[0], file_rows)
+        written = write_jsonl(paths[0], file_rows, ensure_ascii=False)
         if isinstance(benchmark, MathBenchmark):
             write_training_parquet(paths[1], validation_rows(benchmark, file_rows))
     else:
         written = write_training_parquet(paths[0], training_rows(name, rows))
     origin = {"set": name, "source": f"{source.dataset} ({source.split})", "revision": revision, "rows": written}
-    record_sums(out, paths, origin | selection.given())
+    record_sums(out, paths, origin | selection)
     return paths
 
 
-def is_prepared(name: str, out: Path, selection: Selection = EVERYTHING) -> bool:
+def is_prepared(name: str, out: Path, selection: Selection) -> bool:
     """Whether the files of a set are there already, as they were made.
 
     Raises:
@@ -321,7 +280,7 @@ def is_prepared(name: str, out: Path, selection: Selection = EVERYTHING) -> bool
     """
     entries = {file: entry for file, entry in read_sums(out).items() if entry.get("set") == name}
     for file, entry in entries.items():
-        if not (out / file).exists() or Selection.of(entry) != selection:
+        if not (out / file).exists() or {key: entry[key] for key in SELECTORS if key in entry} != selection:
             return False
         if _sum_of(out / file) != entry["sha256"]:
             raise UserError(
@@ -375,13 +334,14 @@ def main(
     unknown = [name for name in names if name not in NAMES]
     if unknown:
         raise UserError(f"unknown data set {', '.join(unknown)}; known are {', '.join(NAMES)}")
-    selection = Selection(release, start_date, end_date)
+    given = zip(SELECTORS, (release, start_date, end_date), strict=True)
+    selection = {key: value for key, value in given if value is not None}
     # Says what is wrong with it before anything is downloaded.
-    LiveCodeBench(**asdict(selection))
-    if selection != EVERYTHING and "livecodebench" not in names:
+    LiveCodeBench(**selection)
+    if selection and "livecodebench" not in names:
         raise UserError("--release, --start_date and --end_date select from livecodebench, which is not asked for")
     for name in names:
-        its_selection = selection if name == "livecodebench" else EVERYTHING
+        its_selection = selection if name == "livecodebench" else {}
         if is_prepared(name, out, its_selection):
             typer.echo(f"{name} is there already, and its checksums are right")
             continue

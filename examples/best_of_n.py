@@ -17,7 +17,7 @@ from rich.console import Console
 from xbai.engine import SamplingParams, load_engine
 from xbai.errors import exit_on_user_error
 from xbai.prompts import prompt_text
-from xbai.search.best_of_n import best_candidate
+from xbai.search.choice import best_candidate
 from xbai.sprm import aggregate
 
 

@@ -51,19 +51,16 @@ def combined_features(
 
 @dataclass(frozen=True)
 class Calibration:
-    """The contents of `sprm_calibration.json`.
-
-    Attributes:
-        identity: of the model whose responses and scores it was fitted on.
-        temperature: at which they were sampled; log-probs of another one are on another scale.
-        questions: digest of those that were answered, which are not to be measured with it.
-        combined: score and log-prob together.
-    """
+    """The contents of `sprm_calibration.json`."""
 
     identity: str
+    """Of the model whose responses and scores it was fitted on."""
     temperature: float
+    """At which they were sampled; log-probs of another one are on another scale."""
     questions: str
+    """Digest of those that were answered, which are not to be measured with it."""
     combined: CombinedScore
+    """Score and log-prob together."""
 
     def write(self, folder: str | Path) -> Path:
         """Write it into a model folder; returns the file."""

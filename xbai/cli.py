@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
@@ -18,10 +18,8 @@ from xbai.errors import UserError, exit_on_user_error
 from xbai.infer.options import RunOptions
 from xbai.logs import configure_logging
 from xbai.measure.options import CalibrateOptions, FeatureFilesOptions, MetricOptions, SummaryOptions
-from xbai.options import command_of
+from xbai.options import OptionsT, command_of
 from xbai.serve.options import PolicyOptions, ScoreOptions
-
-OptionsT = TypeVar("OptionsT")
 
 PLOTS = "xbai.plots"
 """Entry points of other packages, of commands (see `as_command`) that draw what they know."""
@@ -104,7 +102,7 @@ def metric(options: MetricOptions) -> None:
 @_command("calibrate", CalibrateOptions)
 def calibrate(options: CalibrateOptions) -> None:
     """Learn how to choose by score and log-prob together; writes sprm_calibration.json beside the model's head."""
-    from xbai.measure.calibrate_command import run_calibrate
+    from xbai.measure.calibrate import run_calibrate
 
     run_calibrate(options)
 
@@ -133,7 +131,7 @@ def plot(
 @_command("summary", SummaryOptions)
 def summary(options: SummaryOptions) -> None:
     """Compare a model before and after RL."""
-    from xbai.measure.summary_command import run_summary
+    from xbai.measure.summary import run_summary
 
     run_summary(options)
 

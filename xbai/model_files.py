@@ -25,14 +25,12 @@ class ModelFiles:
     They are kept as they were read, byte for byte, but for what transformers 5 spells in another way than 4 and those
     who read its files (vLLM among them): that is written in both spellings, so that either loads the same model.
     The score head's configuration and calibration are no part of them: they belong to the head.
-
-    Attributes:
-        contents: of the files.
-        dtype: of the weights, as the configuration or else the weights themselves say; None where neither does.
     """
 
     contents: dict[str, bytes]
+    """Of the files."""
     dtype: str | None
+    """Of the weights, as the configuration or else the weights themselves say; None where neither does."""
 
     @classmethod
     def read(cls, folder: str | Path) -> ModelFiles:
@@ -48,12 +46,7 @@ class ModelFiles:
         return cls(contents, config.get("dtype") or config.get("torch_dtype") or _only(stored_dtypes(folder)))
 
     def write(self, folder: str | Path, dtype: str | None = None) -> None:
-        """Write the files into a folder that exists.
-
-        Args:
-            folder: where to.
-            dtype: of the weights that lie there; None for the model's own.
-        """
+        """Write the files into a folder that exists, whose weights are of `dtype` (None: the model's own)."""
         folder = Path(folder)
         for name, content in self.contents.items():
             (folder / name).parent.mkdir(exist_ok=True)
@@ -86,12 +79,7 @@ def old_rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def old_tokenizer(config: dict[str, Any], contents: dict[str, bytes]) -> dict[str, Any]:
-    """A tokenizer's configuration that transformers 4 reads as well.
-
-    Args:
-        config: `tokenizer_config.json`.
-        contents: of the files beside it.
-    """
+    """A `tokenizer_config.json` that transformers 4 reads as well; `contents` are of the files beside it."""
     old = dict(config)
     if "backend" in config and TOKENIZER_FILE in contents:
         # Written by transformers 5: the classes of 4 are others, or would add to what tokenizer.json says.

@@ -13,11 +13,8 @@ SCORE_HEAD = "score_module.pt"
 def model_identity(model_path: str | Path, with_head: bool = True) -> str:
     """`name:digest`: the folder's name, and a digest of its configuration and weights (size, head, tail of each file).
 
-    The digest is the same for copies of a folder, whatever their names. What is no folder is its own identity.
-
-    Args:
-        model_path: the folder.
-        with_head: whether a score head in it counts.
+    The digest is the same for copies of a folder, whatever their names; a score head counts `with_head`. What is no
+    folder is its own identity.
     """
     folder = Path(model_path)
     if not folder.is_dir():

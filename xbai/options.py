@@ -7,11 +7,9 @@ import inspect
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import MISSING, fields, is_dataclass
-from functools import cache
 from itertools import pairwise
-from pathlib import Path
 from types import GenericAlias
-from typing import Annotated, Any, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 from typer.models import OptionInfo, ParameterInfo
@@ -40,10 +38,10 @@ def command_of(run: Callable[[OptionsT], None], options: type[OptionsT]) -> Call
 def _made(options: type[OptionsT], values: dict[str, Any]) -> OptionsT:
     given: dict[str, Any] = {}
     for name, hint in get_type_hints(options).items():
-        if _are_options(hint):
+        if isinstance(hint, type) and is_dataclass(hint):
             given[name] = _made(hint, values)
         elif name in values:
-            given[name] = tuple(values[name] or ()) if _is_repeated(hint) else values[name]
+            given[name] = tuple(values[name] or ()) if get_origin(hint) is tuple else values[name]
     return options(**given)
 
 
@@ -51,7 +49,7 @@ def _parameters(options: type) -> Iterator[inspect.Parameter]:
     hints, docstrings = get_type_hints(options, include_extras=True), _docstrings(options)
     for field in fields(options):
         hint = hints[field.name]
-        if _are_options(hint):
+        if isinstance(hint, type) and is_dataclass(hint):
             yield from _parameters(hint)
         elif field.name in docstrings:
             default = {MISSING: inspect.Parameter.empty, (): None}.get(field.default, field.default)
@@ -67,30 +65,15 @@ def _annotation(name: str, hint: Any, docstring: str) -> Any:
     info.help = docstring
     if info.parser is not None:
         kind = str  # What it parses; typer would ask for as many values as a tuple has.
-    return Annotated[GenericAlias(list, get_args(kind)[0]) if _is_repeated(kind) else kind, info]
-
-
-def _are_options(hint: Any) -> TypeGuard[type]:
-    return is_dataclass(hint)
-
-
-def _is_repeated(kind: Any) -> bool:
-    return get_origin(kind) is tuple
+    return Annotated[GenericAlias(list, get_args(kind)[0]) if get_origin(kind) is tuple else kind, info]
 
 
 def _docstrings(options: type) -> dict[str, str]:
     """The strings that stand below the fields of a dataclass and of those that it extends."""
     found: dict[str, str] = {}
     for kind in reversed(options.__mro__[:-1]):
-        body = _classes(inspect.getfile(kind))[kind.__name__]
-        for field, text in pairwise(body):
-            match field, text:
+        for node in pairwise(ast.walk(ast.parse(inspect.getsource(kind)))):
+            match node:
                 case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(docstring))):
                     found[name] = inspect.cleandoc(docstring).replace("\n", " ")
     return found
-
-
-@cache
-def _classes(path: str) -> dict[str, list[ast.stmt]]:
-    module = ast.parse(Path(path).read_text(encoding="utf-8"))
-    return {item.name: item.body for item in module.body if isinstance(item, ast.ClassDef)}

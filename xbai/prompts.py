@@ -32,10 +32,6 @@ def chat_messages(value: Any, place: str) -> list[Message]:
     Only a null `content` beside tool calls stays, because templates ask for it. Content in parts becomes one text,
     which templates for text alone take too.
 
-    Args:
-        value: what the file holds.
-        place: where it stands, for errors.
-
     Raises:
         UserError: no list of messages, or one of them without role or text.
     """
@@ -116,12 +112,7 @@ def example_text(
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Any, place: str = "prompt") -> str:
-    """The chat template applied to `messages`, up to where the response begins.
-
-    Args:
-        tokenizer: with the template.
-        messages: as `chat_messages` takes them.
-        place: where they stand (file and row), for errors.
+    """The chat template applied to `messages`, as `chat_messages` takes them, up to where the response begins.
 
     Raises:
         UserError: malformed messages, or the template does not take them.

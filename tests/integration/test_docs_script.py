@@ -32,7 +32,8 @@ def test_a_docstring_becomes_a_page(tmp_path: Path):
     render(tmp_path, "xbai.sprm")
     page = text_of(tmp_path / "xbai/sprm/loss.html")
     assert "This micro-batch's share of the class-balanced mean of w_n * BCE(score_n, y)." in page
-    assert re.search(r"Arguments: step_logits: (\[batch, time\] )?raw head outputs\. counted: ", page)
+    assert re.search(r"Arguments: step_logits: values off `?counted`? are ignored\. counted: from", page)
+    assert "batch time" in text_of(tmp_path / "xbai/sprm/steps.html"), "of what shape they are"
     assert not (tmp_path / "xbai/grading").exists()
 
 

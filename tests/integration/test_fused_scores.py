@@ -177,7 +177,7 @@ def test_a_standardised_head_scores_alike_in_engine_and_scorer(make_model: Calla
         model.model(input_ids=ids)
         features = tap.take()
         assert ((before := head(features)) > 0).all() or (before < 0).all()
-    assert moments.mean[7] > 20 * moments.deviation[7]
+    assert moments.standardization.mean[7] > 20 * moments.standardization.deviation[7]
     standardize_head(head, moments)
     with torch.no_grad():
         shift_head(head, -head(features).mean().item())

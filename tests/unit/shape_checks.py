@@ -16,6 +16,14 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
     The others are for mypy: some name what is imported for type checkers alone.
     """
-    shaped = {name: hint for name, hint in function.__annotations__.items() if _SHAPED.search(str(hint))}
-    function.__annotations__ = shaped
+
+    def spelled_out(word: re.Match[str]) -> str:
+        stands_for = function.__globals__.get(word[0])
+        return stands_for if isinstance(stands_for, str) and _SHAPED.search(stands_for) else word[0]
+
+    hints = {
+        name: re.sub(r"\w+", spelled_out, hint) if isinstance(hint, str) else hint
+        for name, hint in function.__annotations__.items()
+    }
+    function.__annotations__ = {name: hint for name, hint in hints.items() if _SHAPED.search(str(hint))}
     return beartype(function)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from xbai.engine import SamplingParams, load_engine
-from xbai.engine.base import Sample
 from xbai.engine.hf.sampling import BatchSampler
+from xbai.engine.sample import Sample
 
 
 def sampler(seeds: range, vocab_size: int, **params: float) -> BatchSampler:

@@ -9,6 +9,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from xbai.engine.files import ModelOptions
 from xbai.engine.vllm import engine as vllm
 from xbai.engine.vllm import start as vllm_start
 from xbai.engine.vllm.engine import VLLMEngine
@@ -38,9 +39,9 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "cc")
 
 
-def start_arguments(folder: Path, **options: Any) -> dict[str, Any]:
+def start_arguments(folder: Path, model: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
     with pytest.raises(StartedError) as started:
-        VLLMEngine(folder, **options)
+        VLLMEngine(ModelOptions(folder, **(model or {})), **options)
     return started.value.args[0]
 
 
@@ -105,13 +106,14 @@ def test_vllm_is_told_the_dtype_of_the_logits(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
 
-    def overrides(**options: Any) -> dict[str, Any]:
-        return start_arguments(tiny_model_dir, dtype="bfloat16", **options)["hf_overrides"]
+    def overrides(model: dict[str, Any], **options: Any) -> dict[str, Any]:
+        return start_arguments(tiny_model_dir, {"dtype": "bfloat16"} | model, **options)["hf_overrides"]
 
     for with_scores in (False, True):
         for head_dtype, expected in ((None, usual), ("model", "bfloat16"), ("float32", "float32")):
-            assert overrides(with_scores=with_scores, head_dtype=head_dtype)["head_dtype"] == expected
-    assert overrides(with_scores=True, hf_overrides={"rope_theta": 1.0}).keys() == {
+            model = {"with_scores": with_scores, "head_dtype": head_dtype}
+            assert overrides(model)["head_dtype"] == expected
+    assert overrides({"with_scores": True}, hf_overrides={"rope_theta": 1.0}).keys() == {
         *("head_dtype", "rope_theta", "architectures")
     }
 
@@ -123,7 +125,7 @@ def test_a_gpu_without_a_compiler_is_refused_before_the_model_loads(
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC")
     with pytest.raises(UserError, match=r"^vLLM: a C compiler .* missing"):
-        VLLMEngine(tiny_model_dir)
+        VLLMEngine(ModelOptions(tiny_model_dir))
 
 
 def test_nothing_is_compiled_for_a_sampler_that_seeds_bypass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +158,7 @@ def test_ranks_that_do_not_divide_into_engines_are_refused(
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
     assert start_arguments(tiny_model_dir, tensor_parallel_size=4)["tensor_parallel_size"] == 4
     with pytest.raises(UserError, match="tensor_parallel_size=3 must divide the 4 ranks"):
-        VLLMEngine(tiny_model_dir, tensor_parallel_size=3)
+        VLLMEngine(ModelOptions(tiny_model_dir), tensor_parallel_size=3)
 
 
 @pytest.mark.parametrize(
@@ -171,4 +173,4 @@ def test_options_for_gpus_that_are_not_there_are_refused(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     with pytest.raises(UserError, match=message):
-        VLLMEngine(tiny_model_dir, **options)
+        VLLMEngine(ModelOptions(tiny_model_dir), **options)

@@ -10,7 +10,7 @@ import pytest
 from fastapi import FastAPI, Request, Response
 
 from xbai.client import replicas
-from xbai.client.retry import RetryPolicy
+from xbai.client.replicas import RetryPolicy
 from xbai.client.wire import (
     BrokenAnswerError,
     ReadyAnswer,

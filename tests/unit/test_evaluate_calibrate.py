@@ -15,13 +15,12 @@ from typer.testing import CliRunner
 from xbai.calibration import SPRM_CALIBRATION_FILE, Calibration, CombinedScore
 from xbai.cli import app
 from xbai.errors import UserError
-from xbai.measure.calibrate_command import run_calibrate
-from xbai.measure.combined_fit import PRIOR_PRECISION, fit_combined, with_combined
+from xbai.measure.calibrate import PRIOR_PRECISION, fit_combined, run_calibrate
 from xbai.measure.graded import GradedQuestion
 from xbai.measure.metric_command import run_metric
 from xbai.measure.metrics import measure
 from xbai.measure.options import CalibrateOptions, MetricOptions, SummaryOptions
-from xbai.measure.summary_command import run_summary
+from xbai.measure.summary import run_summary
 from xbai.model_files import ModelFiles
 from xbai.model_identity import model_identity
 
@@ -92,7 +91,10 @@ def test_both_are_better_than_each_on_questions_the_fit_did_not_see(questions: l
     assert fit.within_prompt_auc["combined"].mean > max(
         fit.within_prompt_auc["log_score"].mean, fit.within_prompt_auc["mean_log_prob"].mean
     )
-    fresh = [with_combined(question, fit.combined) for question in sampled_questions(seed=1)]
+    fresh = [
+        replace(question, combined=fit.combined(question.scores, question.mean_log_probs))
+        for question in sampled_questions(seed=1)
+    ]
     report = measure(fresh)
     assert report.curves["best_of_n_combined"][8].mean > report.curves["best_of_n"][8].mean
     assert report.signals["best_of_n_combined"].within_prompt_auc.mean == pytest.approx(

@@ -21,9 +21,8 @@ from xbai.client.pool import (
     base_urls,
     open_client,
 )
-from xbai.client.retry import RetryPolicy
-from xbai.client.served_model import ServedModel
-from xbai.client.wire import Answer, read_answer
+from xbai.client.replicas import RetryPolicy
+from xbai.client.wire import Answer, ServedModel, read_answer
 from xbai.errors import UserError
 
 

@@ -15,14 +15,14 @@ from xbai.benchmarks.base import Question
 from xbai.benchmarks.registry import get_benchmark
 from xbai.client import replicas
 from xbai.client.pool import ServicePool
-from xbai.client.retry import RetryPolicy
+from xbai.client.replicas import RetryPolicy
 from xbai.errors import UserError
 from xbai.infer.driver import Driver, Services
-from xbai.infer.progress import Progress
+from xbai.infer.options import RunOptions
+from xbai.infer.progress import Progress, Tally
 from xbai.infer.running_grades import RunningGrades
 from xbai.infer.schedule import Schedule, missing_requests
 from xbai.infer.store import ResultStore
-from xbai.infer.tally import Tally
 from xbai.results.lines import REFUSED, Sample, StoredQuestion
 from xbai.results.settings import RunSettings
 
@@ -51,7 +51,8 @@ def drive(
             )
             progress = Progress(candidates, 0, Tally())
             services = Services(policy, scorer if score else None, False)
-            driver = Driver(services, store, progress, lambda key: None, {}, seed=0)
+            options = RunOptions("make10", "", "", "", "http://a", seed=0)
+            driver = Driver(options, services, store, progress, lambda key: None)
             requests = list(missing_requests(QUESTIONS, store, candidates, response_num))
             await driver.run(Schedule(requests), {question.index: question.prompt for question in QUESTIONS})
 

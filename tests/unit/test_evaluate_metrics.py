@@ -9,16 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib import image
+from matplotlib.figure import Figure
 
 from xbai.errors import UserError
-from xbai.measure import plots
-from xbai.measure.estimate import Estimate
+from xbai.measure.estimators import Estimate
 from xbai.measure.graded import GradedQuestion
 from xbai.measure.metric_command import run_metric
-from xbai.measure.metrics import Report, compare, measure, repeated_accuracy, report_files
+from xbai.measure.metrics import Report, compare, json_ready, measure, repeated_accuracy, report_files
 from xbai.measure.options import MetricOptions
-from xbai.measure.plots import plot_accuracy, plot_results
-from xbai.measure.step_curve import step_curve
+from xbai.measure.plots import plot_accuracy, plot_results, step_curve
 from xbai.measure.strategies import candidate_counts, possible_strategies
 from xbai.measure.summary import build_summary
 from xbai.measure.tables import STRATEGY_NAMES, accuracy_grid, comparison_grid, quality_grid, show
@@ -257,7 +256,7 @@ def test_summary_refuses_unlike_runs() -> None:
 
 def test_a_report_is_valid_json_even_where_undefined() -> None:
     report = measure([question([0.5, 0.6], [1.0, 1.0])])
-    values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    values = json.loads(json.dumps(json_ready(report), allow_nan=False))
     assert values["auc"] is None
     assert values["curves"]["oracle"]["2"] == {"mean": 1.0, "standard_error": None}
 
@@ -309,7 +308,7 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
 
 def test_panels_of_unlike_reports_show_all_and_name_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     right, wrong = (
         replace(reports()[0], curves={strategy: {n: Estimate(mean, 0.0) for n in (1, 2, 4)} for strategy in names})
         for mean, names in ((0.9, ("random", "majority")), (0.1, ("random", "best_of_n")))
@@ -334,9 +333,9 @@ def test_a_figure_needs_neither_scores_nor_tokens(tmp_path: Path) -> None:
 def test_step_curves_are_stretched_and_averaged() -> None:
     rising = replace(question([0.5, 0.5], [1.0, 1.0], "a"), step_scores=[[0.0, 1.0], [0.5]])
     other = replace(question([0.5, 0.5], [1.0, 0.0], "b"), step_scores=[[0.5, 0.5, 0.5], []])
-    curve = step_curve([rising, other], right=True, points=3)
+    curve = step_curve([rising, other], right=True)
     assert curve.responses == 3
-    assert curve.mean == pytest.approx([1 / 3, 0.5, 2 / 3])
+    assert curve.mean[[0, 10, 20]] == pytest.approx([1 / 3, 0.5, 2 / 3])
     assert step_curve([rising, other], right=False) is None
 
 

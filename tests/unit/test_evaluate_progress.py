@@ -7,8 +7,7 @@ import logging
 import pytest
 
 from xbai.infer import progress as progress_module
-from xbai.infer.progress import Progress
-from xbai.infer.tally import Tally
+from xbai.infer.progress import Progress, Tally
 
 
 def test_the_tally_takes_the_best_of_each_whole_group() -> None:

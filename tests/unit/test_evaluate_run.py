@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from xbai.client.served_model import ServedModel
-from xbai.client.wire import ReadyAnswer
+from xbai.client.wire import ReadyAnswer, ServedModel
 from xbai.errors import UserError
 from xbai.infer.options import RunOptions
 from xbai.infer.run import run, use_fused_scores

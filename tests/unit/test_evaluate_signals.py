@@ -12,11 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xbai.measure.estimate import Estimate
-from xbai.measure.estimators import expected_vote, subset_masks
+from xbai.measure.estimators import Estimate, expected_vote, subset_masks
 from xbai.measure.graded import GradedQuestion
 from xbai.measure.length_bands import length_bands
-from xbai.measure.metrics import measure, report_files
+from xbai.measure.metrics import json_ready, measure, report_files
 from xbai.measure.separation import separation
 from xbai.measure.strategies import possible_strategies
 from xbai.measure.tables import differences_grid, length_grid, report_grids, show, signals_grid
@@ -176,9 +175,9 @@ def test_length_bands_are_thirds_and_share_out_the_choices(questions: list[Grade
 
 def test_the_auc_within_a_prompt_comes_first_everywhere(questions: list[GradedQuestion]) -> None:
     report = measure(questions)
-    keys = list(report.to_dict())
+    keys = list(json_ready(report))
     assert keys.index("within_prompt_auc") < keys.index("auc")
-    assert list(report.to_dict()["signals"]["best_of_n_log_prob"]) == ["within_prompt_auc", "auc"]
+    assert list(json_ready(report)["signals"]["best_of_n_log_prob"]) == ["within_prompt_auc", "auc"]
     text = "".join(grid.to_markdown() for grid in report_grids({"results": report}))
     within = f"{report.within_prompt_auc:.3f} ±{report.within_prompt_auc_standard_error:.3f}"
     assert f"| AUC within a question | {within} |\n| AUC of the score | {report.auc:.3f} |" in text

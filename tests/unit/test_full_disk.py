@@ -20,7 +20,7 @@ from xbai.results.lines import Sample, StoredQuestion, read_result_lines
 from xbai.results.settings import RunSettings
 from xbai.sprm import ScoreHead, save_score_head
 from xbai.sprm.step_features import FeatureSource, StepFeatures
-from xbai.sprm.steps import StepRule
+from xbai.sprm.step_rule import StepRule
 
 REPOSITORY = Path(__file__).parents[2]
 FULL = r"cannot be written \(OSError: \[Errno 28\] No space left on device; make room or choose another folder\)$"

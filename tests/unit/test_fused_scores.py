@@ -10,9 +10,10 @@ import torch
 from transformers import MistralConfig, Qwen2Config, Qwen3Config
 
 from xbai.engine.files import load_tokenizer, read_config
-from xbai.engine.fused_scores import FusedHead, obstacle, step_scores
+from xbai.engine.fused_scores import FusedHead, obstacle
 from xbai.errors import UserError
 from xbai.sprm import SPRMConfig, StepRule, load_sprm_config
+from xbai.sprm.steps import step_scores
 
 RULE = StepRule("en", step_ids=(7,), think_open_id=1, think_close_id=2)
 

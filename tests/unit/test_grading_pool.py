@@ -16,7 +16,6 @@ from clocks import wait_until
 from xbai.errors import UserError
 from xbai.grading import CustomGrader, GradeRequest, GraderPool, pool
 from xbai.grading.dispatch import Grade, Preparation
-from xbai.grading.worker import Graded
 from xbai.sandbox import forking
 
 HOSTILE = """
@@ -134,7 +133,7 @@ def test_a_reply_that_is_none_costs_its_sample_only(grader, hostile):
 
 def test_a_reply_to_another_request_is_no_grade(grader):
     with GraderPool(1, timeout_s=20.0, grader=grader) as pool:
-        early = request("reply again", reply=Graded([Grade(0.25)]), number=1)
+        early = request("reply again", reply=[Grade(0.25)], number=1)
         assert pool.grade([request("wrong"), early, request("right"), request("right")]) == [0.0, 0.25, None, 1.0]
         assert pool.failures == {"crash": 1}
 
@@ -276,7 +275,7 @@ def test_a_hard_answer_times_out():
 
 
 @pytest.mark.parametrize(
-    ("response", "answers", "status"), [("right", [Preparation, Graded], 0), ("hang", [Preparation], -14)]
+    ("response", "answers", "status"), [("right", [Preparation, list], 0), ("hang", [Preparation], -14)]
 )
 def test_an_orphans_alarm_leaves_time_for_imports(tmp_path, response, answers, status):
     path = tmp_path / "slow.py"

@@ -37,7 +37,7 @@ def test_steps_are_the_lines_of_the_solution_without_the_calculator():
 
 
 def test_parts_are_disjoint_and_ask_as_the_benchmark_does(published: Path, tmp_path: Path):
-    sft, train, validation, test, *to_sample = write_splits(published, tmp_path / "out")
+    sft, train, validation, test, *to_sample = write_splits(published, tmp_path / "out").values()
     rows = [pd.read_parquet(path) for path in (sft, train, validation)]
     questions = [prompt[0]["content"] for frame in rows for prompt in frame.prompt]
     assert [len(frame) for frame in rows] == [18, 18, 4]
@@ -57,7 +57,7 @@ def test_parts_are_disjoint_and_ask_as_the_benchmark_does(published: Path, tmp_p
 
 def test_the_seed_decides_which_problem_goes_where(published: Path, tmp_path: Path):
     first, again, other = (
-        pd.read_parquet(write_splits(published, tmp_path / name, seed)[0]).response.tolist()
+        pd.read_parquet(write_splits(published, tmp_path / name, seed)["sft.parquet"]).response.tolist()
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
     assert first == again != other

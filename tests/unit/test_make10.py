@@ -94,8 +94,8 @@ def test_splits_share_no_problem_and_follow_the_seed(tmp_path):
     files = write_splits(tmp_path / "a", seed=3, sizes=SMALL)
     again = write_splits(tmp_path / "b", seed=3, sizes=SMALL)
     other = write_splits(tmp_path / "c", seed=4, sizes=SMALL)
-    sft, train, validation = (pd.read_parquet(path) for path in (files.sft, files.train, files.validation))
-    test = [json.loads(line) for line in files.test.read_text(encoding="utf-8").splitlines()]
+    sft, train, validation = (pd.read_parquet(files[f"{name}.parquet"]) for name in ("sft", "train", "val"))
+    test = [json.loads(line) for line in files["test.jsonl"].read_text(encoding="utf-8").splitlines()]
 
     problems = [{row["ground_truth"] for row in frame.reward_model} for frame in (sft, train, validation)]
     problems.append({line["answer"] for line in test})
@@ -103,21 +103,21 @@ def test_splits_share_no_problem_and_follow_the_seed(tmp_path):
     assert len(set.union(*problems)) == 100
 
     assert (
-        files.test.read_text(encoding="utf-8")
-        == again.test.read_text(encoding="utf-8")
-        != other.test.read_text(encoding="utf-8")
+        files["test.jsonl"].read_text(encoding="utf-8")
+        == again["test.jsonl"].read_text(encoding="utf-8")
+        != other["test.jsonl"].read_text(encoding="utf-8")
     )
-    assert sft.response.tolist() == pd.read_parquet(again.sft).response.tolist()
+    assert sft.response.tolist() == pd.read_parquet(again["sft.parquet"]).response.tolist()
 
 
 def test_rows_are_graded_by_the_grader_of_their_data_source(tmp_path):
     files = write_splits(tmp_path, seed=0, sizes=SMALL)
-    sft = pd.read_parquet(files.sft)
+    sft = pd.read_parquet(files["sft.parquet"])
     assert set(sft.correct) == {True, False}
     assert {"data_source", "prompt", "ability", "reward_model", "extra_info"} <= set(sft.columns)
 
     benchmark = get_benchmark("make10")
-    question = benchmark.read(files.test)[0]
+    question = benchmark.read(files["test.jsonl"])[0]
     numbers = tuple(map(int, question.answer.split()))
     assert question.prompt == f"Make 10 from {question.answer}"
     for pattern, result in valid_patterns(numbers).items():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from xbai.engine.onednn import use_onednn
+from xbai.engine.linear import use_onednn
 
 
 @pytest.mark.parametrize("bias", [False, True])

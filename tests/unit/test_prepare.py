@@ -294,7 +294,7 @@ def test_tests_that_have_changed_are_not_used(prepared, tmp_path):
 
 
 def test_a_benchmark_without_its_tests_is_not_prepared(prepare, prepared, tmp_path):
-    selection = prepare.Selection("release_v2", "2024-01-01")
+    selection = {"release": "release_v2", "start_date": "2024-01-01"}
     assert prepare.is_prepared("livecodebench", prepared, selection)
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     for file in (tmp_path / "livecodebench.tests").iterdir():

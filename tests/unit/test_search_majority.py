@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from xbai.results.response_choice import ResponseChoice
-from xbai.search.majority import voted_candidate
+from xbai.results.response_choice import response_choice
+from xbai.search.choice import voted_candidate
 
 RESPONSES = ["\\boxed{1}", "\\boxed{2}", "\\boxed{2.0}", "no answer"]
 KEYS = ["1", "2", "2", None]
@@ -33,6 +33,6 @@ def test_without_any_answer_the_score_decides() -> None:
 @pytest.mark.parametrize(("search", "chosen"), [("best_of_n", 3), ("majority", 2), ("weighted_vote", 0), (None, 3)])
 def test_the_response_that_a_search_chooses(search: str | None, chosen: int) -> None:
     settings = {"task": "math500", "search": {"name": search}} if search else {}
-    with ResponseChoice(settings) as choose:
+    with response_choice(settings) as choose:
         assert choose(RESPONSES, [0.9, 0.1, 0.2, 0.99]) == RESPONSES[chosen]
         assert choose([], []) == ""

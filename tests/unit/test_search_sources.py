@@ -14,13 +14,12 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from xbai.client.pool import RequestFailedError, RequestTooLongError, ServicePool
-from xbai.client.retry import RetryPolicy
+from xbai.client.replicas import RetryPolicy
 from xbai.engine import Engine, SamplingParams, load_engine
+from xbai.infer.driver import Driver, Services
 from xbai.infer.options import RunOptions
-from xbai.infer.progress import Progress
+from xbai.infer.progress import Progress, Tally
 from xbai.infer.schedule import missing_requests
-from xbai.infer.step_search import StepSearchDriver
-from xbai.infer.tally import Tally
 from xbai.results.lines import Sample, StoredQuestion
 from xbai.search.expander import Continuation, Expander, SearchLimits
 from xbai.search.options import SearchOptions
@@ -283,9 +282,9 @@ def test_searches_end_one_after_the_other_while_the_service_stays_busy(
                 "make10", "", "", "", "http://a", search=SearchOptions("dvts", beam_width=1, expand=expand)
             )
             progress = Progress(searches, 0, Tally())
-            driver = StepSearchDriver(options, Store(), services, progress, on_complete=lambda key: None)
+            driver = Driver(options, Services(pool, None, True), Store(), progress, on_complete=lambda key: None)
             question = StoredQuestion(0, PROMPT, "", {})
-            await driver.run(list(missing_requests([question], (), searches, 1)))
+            await driver.search(list(missing_requests([question], (), searches, 1)), services)
 
     asyncio.run(run())
     work = steps * expand

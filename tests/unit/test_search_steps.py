@@ -13,13 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xbai.errors import UserError
-from xbai.search.beam import beam_search
-from xbai.search.dvts import diverse_tree_search
 from xbai.search.expander import Continuation, Expander, SearchLimits
 from xbai.search.mcts import Node, finished_paths, tree_search
 from xbai.search.options import SearchOptions
 from xbai.search.path import SearchPath, highest, step_value
-from xbai.search.strategy import search_response
+from xbai.search.strategy import beam_search, diverse_tree_search, search_response
 
 BRANCHES, DEPTH, STEP_TOKENS = 3, 3, 10
 ROOM = 1000

@@ -15,10 +15,10 @@ import pytest
 from clocks import wait_until
 from fastapi import FastAPI
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from xbai.engine import Completion, Engine
-from xbai.engine.base import Sample
+from xbai.engine.files import ModelOptions
+from xbai.engine.sample import Sample
 from xbai.engine.weight_check import HeldWeight
 from xbai.errors import UserError
 from xbai.seeds import sample_seed
@@ -32,8 +32,8 @@ from xbai.serve.policy import create_policy_app
 class GatedEngine(Engine):
     """Echoes `limit` prompts a step once `gate` is open; `failure` is what its next step raises."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        super().__init__(Qwen3Config(vocab_size=len(tokenizer)), tokenizer, max_model_len=64, scorer=None)
+    def __init__(self, folder: Path) -> None:
+        super().__init__(ModelOptions(folder, max_model_len=64))
         self.max_num_seqs = 32
         self.gate = threading.Event()
         self.failure: Exception | None = None
@@ -76,9 +76,9 @@ Start = Callable[..., tuple[str, GatedEngine, EngineThread]]
 
 
 @pytest.fixture
-def start(serve_app: Callable[[FastAPI], str], tiny_tokenizer: PreTrainedTokenizerFast) -> Start:
+def start(serve_app: Callable[[FastAPI], str], tiny_model_dir: Path) -> Start:
     def start_policy(limits: Limits | None = None, model_name: str = "gated") -> tuple[str, GatedEngine, EngineThread]:
-        engine = GatedEngine(tiny_tokenizer)
+        engine = GatedEngine(tiny_model_dir)
         thread = EngineThread(lambda: engine)
         app = create_policy_app(thread, model_name, limits or Limits())
         engine.service = app.state.service
@@ -167,7 +167,7 @@ def test_what_the_engine_refuses_is_its_own_requests_end_only(start: Start) -> N
         refused = generate(url, "other", response_num=40)
         assert (refused.status_code, refused.json()["detail"]) == (422, "not this one")
         wait_until(
-            lambda: (thread.samples_waiting, thread.samples_begun, len(engine.queued)) == (0, 2, 2),
+            lambda: (len(thread.queue), len(thread.begun), len(engine.queued)) == (0, 2, 2),
             "the refused samples go",
         )
         engine.gate.set()
@@ -265,9 +265,7 @@ def test_a_large_request_does_not_keep_the_others_waiting(start: Start) -> None:
 def test_leaving_frees_what_waits_and_what_has_begun(start: Start) -> None:
     url, engine, thread = start()
     leave(url, engine, responses=500)
-    wait_until(
-        lambda: (thread.samples_waiting, thread.samples_begun, len(engine.queued)) == (0, 0, 0), "the work is dropped"
-    )
+    wait_until(lambda: (len(thread.queue), len(thread.begun), len(engine.queued)) == (0, 0, 0), "the work is dropped")
 
 
 def test_samples_of_a_request_have_the_seeds_of_one_engine_request(start: Start) -> None:

@@ -104,7 +104,7 @@ def test_an_optimiser_learns_as_behind_a_fixed_standardisation(normalize_feature
     with observed_inputs(head) as moments:
         head(features)
     standardize_head(head, moments)
-    standardized = ((seen.double() - moments.mean) / moments.deviation).float()
+    standardized = ((seen.double() - moments.standardization.mean) / moments.standardization.deviation).float()
     optimizers = [torch.optim.AdamW(one.parameters(), lr=1e-2, weight_decay=0.1) for one in (head, plain)]
     for _ in range(30):
         for one, optimizer, inputs in zip((head, plain), optimizers, (features, standardized)):
@@ -156,8 +156,8 @@ def test_a_step_that_is_left_out_changes_nothing():
 def test_features_that_do_not_move_are_safe():
     moments = FeatureMoments(4)
     moments.add(torch.tensor([1e4, 0.0, -3.3, 0.1]).expand(9, 4))
-    assert moments.deviation.tolist() == [1.0] * 4
-    assert moments.mean.tolist() == pytest.approx([1e4, 0.0, -3.3, 0.1])
+    assert moments.standardization.deviation.tolist() == [1.0] * 4
+    assert moments.standardization.mean.tolist() == pytest.approx([1e4, 0.0, -3.3, 0.1])
     head = ScoreHead(4).eval()
     standardize_head(head, moments)
     assert head(torch.tensor([[1e4, 0.5, -3.3, 0.1]])).isfinite().all()
@@ -167,7 +167,9 @@ def test_moments_survive_a_mean_that_is_large():
     features = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0)) + torch.tensor([0.0, 1e3, 1e5])
     moments = FeatureMoments(3)
     moments.add(features)
-    torch.testing.assert_close(moments.deviation, features.double().std(0, correction=0), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        moments.standardization.deviation, features.double().std(0, correction=0), rtol=1e-4, atol=0
+    )
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])

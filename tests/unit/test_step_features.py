@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from xbai.cli import app
 from xbai.engine import Scorer
-from xbai.engine.feature_extractor import ExtractedResponse, FeatureBatch, FeatureExtractor
+from xbai.engine.feature_extractor import EncodedResponse, FeatureExtractor
+from xbai.engine.packed_batch import PackedBatch
 from xbai.errors import UserError
 from xbai.measure.feature_files import FeatureFiles, encode_response
 from xbai.measure.graded_responses import GradedResponse, response_files
@@ -119,16 +120,16 @@ def test_a_head_on_them_gives_the_scores_of_the_score_service(
 def test_equal_responses_are_computed_once(
     tiny_model_dir: Path, rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, computed = FeatureExtractor.run, []
+    run, computed = FeatureExtractor.run, 0
 
-    def counted(extractor: FeatureExtractor, batch: FeatureBatch) -> list[ExtractedResponse]:
-        found = run(extractor, batch)
-        computed.extend(found)
-        return found
+    def counted(extractor: FeatureExtractor, batch: PackedBatch, responses: list[EncodedResponse]) -> object:
+        nonlocal computed
+        computed += len(responses)
+        return run(extractor, batch, responses)
 
     monkeypatch.setattr(FeatureExtractor, "run", counted)
     stored = make(tiny_model_dir, rollouts, tmp_path)
-    assert len(stored.steps) == len(ROWS) == 2 * len(computed)
+    assert len(stored.steps) == len(ROWS) == 2 * computed
 
 
 @pytest.mark.parametrize("tied", [False, True])

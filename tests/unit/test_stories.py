@@ -106,7 +106,7 @@ def test_each_step_of_a_response_is_one_to_the_step_rule(tiny_tokenizer):
         ids = torch.tensor([tiny_tokenizer.encode(problem.response)])
         assert tiny_tokenizer.decode(ids[0]) == problem.response
         mask = step_feature_mask(ids, torch.ones_like(ids, dtype=torch.bool), rule)
-        assert mask.sum() == len(problem.story.steps)
+        assert mask.sum() == len(problem.steps)
 
 
 def test_splits_repeat_no_question_and_follow_the_seed(tmp_path):
@@ -114,42 +114,39 @@ def test_splits_repeat_no_question_and_follow_the_seed(tmp_path):
     again = write_splits(tmp_path / "b", seed=3, sizes=SMALL)
     other = write_splits(tmp_path / "c", seed=4, sizes=SMALL)
     more = write_splits(tmp_path / "d", seed=3, sizes=SplitSizes(sft=50, train=60, validation=10, test=20, held_out=10))
-    names = [path.name for path in (files.sft, files.train, files.validation)]
+    names = [files[f"{name}.parquet"].name for name in ("sft", "train", "val")]
     asked = {name: [prompt[0]["content"] for prompt in pd.read_parquet(tmp_path / "a" / name).prompt] for name in names}
-    for path in (files.test, files.held_out):
+    for path in (files["test.jsonl"], files["heldout.jsonl"]):
         asked[path.name] = [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()]
     assert [len(questions) for questions in asked.values()] == [40, 30, 10, 20, 10]
     assert len({question for questions in asked.values() for question in questions}) == 110
 
-    assert (
-        files.test.read_text(encoding="utf-8")
-        == again.test.read_text(encoding="utf-8")
-        != other.test.read_text(encoding="utf-8")
-    )
-    assert (
-        files.held_out.read_text(encoding="utf-8")
-        == again.held_out.read_text(encoding="utf-8")
-        != other.held_out.read_text(encoding="utf-8")
-    )
-    assert pd.read_parquet(files.sft).response.tolist() == pd.read_parquet(again.sft).response.tolist()
-    # How much there is to train on does not change the tests.
-    assert files.test.read_text(encoding="utf-8") == more.test.read_text(encoding="utf-8")
-    assert files.held_out.read_text(encoding="utf-8") == more.held_out.read_text(encoding="utf-8")
+    for name in ("test.jsonl", "heldout.jsonl"):
+        texts = [each[name].read_text(encoding="utf-8") for each in (files, again, other, more)]
+        assert texts[0] == texts[1] != texts[2]
+        # How much there is to train on does not change the tests.
+        assert texts[0] == texts[3]
+    first, second = (pd.read_parquet(each["sft.parquet"]).response.tolist() for each in (files, again))
+    assert first == second
 
 
 def test_held_out_kinds_are_in_their_file_alone(tmp_path):
     files = write_splits(tmp_path, sizes=SMALL)
-    trained = {info["kind"] for path in (files.sft, files.train) for info in pd.read_parquet(path).extra_info}
-    kinds = {path: Counter(json.loads(line)["kind"] for line in path.open()) for path in (files.test, files.held_out)}
-    assert trained == set(SEEN) == set(kinds[files.test])
-    assert kinds[files.held_out] == dict.fromkeys(HELD_OUT, 2)
+    frames = (pd.read_parquet(files[f"{name}.parquet"]) for name in ("sft", "train"))
+    trained = {info["kind"] for frame in frames for info in frame.extra_info}
+    kinds = {
+        name: Counter(json.loads(line)["kind"] for line in files[name].open())
+        for name in ("test.jsonl", "heldout.jsonl")
+    }
+    assert trained == set(SEEN) == set(kinds["test.jsonl"])
+    assert kinds["heldout.jsonl"] == dict.fromkeys(HELD_OUT, 2)
     assert not trained & set(HELD_OUT)
 
 
 def test_validation_is_the_same_in_both_layouts(tmp_path):
     files = write_splits(tmp_path, sizes=SMALL)
     benchmark = get_benchmark("stories")
-    rows, lines = benchmark.read(files.validation), benchmark.read(files.validation_lines)
+    rows, lines = benchmark.read(files["val.parquet"]), benchmark.read(files["val.jsonl"])
     assert [benchmark.messages(row) for row in rows] == [benchmark.messages(line) for line in lines]
     assert [row.answer for row in rows] == [line.answer for line in lines]
 
@@ -158,7 +155,7 @@ def test_the_judges_questions_are_the_last_of_the_training(tmp_path):
     benchmark = get_benchmark("stories")
     for judge in (4, 30, 100):
         files = write_splits(tmp_path / str(judge), sizes=replace(SMALL, judge=judge))
-        trained, judged = benchmark.read(files.train), benchmark.read(files.judge)
+        trained, judged = benchmark.read(files["train.parquet"]), benchmark.read(files["judge.jsonl"])
         assert [row.answer for row in judged] == [row.answer for row in trained[-judge:]]
         assert [benchmark.messages(row) for row in judged] == [benchmark.messages(row) for row in trained[-judge:]]
 
@@ -166,12 +163,13 @@ def test_the_judges_questions_are_the_last_of_the_training(tmp_path):
 def test_worked_solutions_are_graded_right_and_other_answers_wrong(tmp_path):
     files = write_splits(tmp_path, sizes=SMALL)
     benchmark = get_benchmark("stories")
-    for question, line in zip(benchmark.read(files.test), files.test.read_text(encoding="utf-8").splitlines()):
+    test = files["test.jsonl"]
+    for question, line in zip(benchmark.read(test), test.read_text(encoding="utf-8").splitlines()):
         solution = json.loads(line)["solution"]
         assert grade(benchmark.grade_request(question, solution)) == 1.0
         wrong = solution.replace(f"\\boxed{{{question.answer}}}", f"\\boxed{{{int(question.answer) + 1}}}")
         assert grade(benchmark.grade_request(question, wrong)) == 0.0
-    sft = pd.read_parquet(files.sft)
+    sft = pd.read_parquet(files["sft.parquet"])
     assert {"data_source", "prompt", "ability", "reward_model", "extra_info", "response"} == set(sft.columns)
 
 

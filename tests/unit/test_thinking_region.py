@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizer
 
 from xbai.engine import Scorer
 from xbai.engine.files import load_tokenizer
-from xbai.engine.fused_scores import step_scores
 from xbai.prompts import prompt_text
 from xbai.serve.limits import Limits
 from xbai.serve.score import create_score_app
@@ -33,6 +32,7 @@ from xbai.sprm import (
     step_feature_mask,
     trajectory_scores,
 )
+from xbai.sprm.steps import step_scores
 
 TEXTS = 500
 OPENED = {"opens": "<think>\n", "says nothing": "", "opens and closes": "<think>\n\n</think>\n\n"}

@@ -21,10 +21,11 @@ from transformers import (
 
 from verl.models.loading import build_joint_model, loading_dtype
 from xbai.engine import Scorer, load_engine
-from xbai.engine.feature_extractor import FeatureExtractor
 from xbai.engine.files import load_tokenizer, read_config
 from xbai.engine.weight_files import INDEX_FILE, WEIGHTS_FILE, check_weights, load_pretrained, stored_tensors
 from xbai.errors import UserError
+from xbai.measure.feature_files import FeatureFiles
+from xbai.measure.options import FeatureOptions
 from xbai.sprm import load_sprm_config
 
 Change = Callable[[Path], None]
@@ -133,7 +134,7 @@ def test_weights_of_another_model_are_not_made_up(folder: Path, change: Change, 
 PROGRAMS: dict[str, Change] = {
     "hf engine": lambda folder: load_engine("hf", folder).close(),
     "score service": lambda folder: Scorer.from_folder(folder) and None,
-    "features": lambda folder: FeatureExtractor.from_folder(folder, (0,)) and None,
+    "features": lambda folder: FeatureFiles(FeatureOptions(str(folder)), folder)._extractor and None,
     "trainer": lambda folder: (
         build_joint_model(folder, sprm_config=load_sprm_config(folder, load_tokenizer(folder))) and None
     ),

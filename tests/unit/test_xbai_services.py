@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from transformers import AutoModelForCausalLM
 
 from xbai.client import replicas
-from xbai.client.retry import RetryPolicy
+from xbai.client.replicas import RetryPolicy
 from xbai.engine import SamplingParams, load_engine
 from xbai.engine.scorer import Scorer
 from xbai.errors import UserError

@@ -43,11 +43,8 @@ logger = logging.getLogger("model_merger")
 
 
 def find_actor_folder(path: Path) -> Path:
-    """The `actor` folder that `path` is, holds, or (an experiment's folder) has as its latest.
-
-    Raises:
-        UserError: there is no checkpoint, or the file that names the latest is damaged.
-    """
+    """The `actor` folder that `path` is, holds, or (an experiment's folder) has as its latest; a `UserError` where
+    there is no checkpoint, or the file that names the latest is damaged."""
     candidates = [path, path / "actor"]
     checkpoints = CheckpointFolder(path)
     if (latest := checkpoints.latest()) is not None:
@@ -62,11 +59,7 @@ def find_actor_folder(path: Path) -> Path:
 
 
 def check_sums(actor_folder: Path) -> None:
-    """Make sure that a checkpoint of this trainer is as it was written.
-
-    Raises:
-        UserError: a file is not.
-    """
+    """Raise a `UserError` where a file of a checkpoint of this trainer is not as it was written."""
     if sums := read_checksums(actor_folder):
         logger.info("%s: checking the sums of %d files", actor_folder, len(sums))
         check_files(actor_folder, sums)
@@ -75,11 +68,7 @@ def check_sums(actor_folder: Path) -> None:
 
 
 def find_model_files(actor_folder: Path, hf_model_path: Path | None) -> Path:
-    """The folder with the model's configuration and tokenizer.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The folder with the model's configuration and tokenizer; a `UserError` where there is none."""
     candidates = [hf_model_path] if hf_model_path else [actor_folder / HUGGINGFACE_FOLDER, actor_folder]
     for folder in candidates:
         if (folder / "config.json").is_file():
@@ -97,7 +86,7 @@ def expected_tensors(config: PretrainedConfig, with_head: bool, trust_remote_cod
 
 
 def check_tensors(where: Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise a UserError when names or shapes differ."""
+    """Raise a `UserError` when names or shapes differ."""
     problems = [f"{name} is missing" for name in expected.keys() - stored.keys()]
     problems += [f"{name} belongs to no part of the model" for name in stored.keys() - expected.keys()]
     problems += [
@@ -120,19 +109,13 @@ def merge(
     lang: str | None = None,
     use_score: bool = False,
 ) -> None:
-    """Write the model of a checkpoint.
+    """Write the model of a checkpoint, see the options of `main`.
 
     Args:
-        local_dir: see `find_actor_folder`.
-        target_dir: must not exist.
         dtype: of the language model's weights; `auto` is what the model that was trained had, where its configuration
             says so (training keeps a bfloat16 model's weights in float32), else what the checkpoint has. The head stays
             float32.
-        hf_model_path: the folder with configuration and tokenizer, for checkpoints that lack them.
-        trust_remote_code: run the Python code of the model that was trained.
-        lang: step rule to write beside the head; None writes the one in the checkpoint, and where there is none leaves
-            it to whoever loads the model.
-        use_score: a checkpoint without a head is an error.
+        lang: None writes the step rule in the checkpoint, and where there is none leaves it to whoever loads the model.
 
     Raises:
         UserError: no checkpoint, one that is damaged or does not fit its configuration, or an output folder that
@@ -176,11 +159,7 @@ def merge(
 
 
 def read_finite(actor_folder: Path, model: StoredModel, names: Iterable[str]) -> dict[str, Tensor]:
-    """Read tensors of a checkpoint, making sure that training has not broken them.
-
-    Raises:
-        UserError: values that are not finite.
-    """
+    """Tensors of a checkpoint; a `UserError` where training has broken them, so that not all values are finite."""
     tensors = model.read(names)
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
@@ -189,11 +168,7 @@ def read_finite(actor_folder: Path, model: StoredModel, names: Iterable[str]) ->
 
 
 def upload(folder: Path, repo_id: str, private: bool) -> None:
-    """Push a merged folder to the Hub, as one commit.
-
-    Raises:
-        UserError: the Hub cannot be reached, or refuses.
-    """
+    """Push a merged folder to the Hub, as one commit; a `UserError` where it cannot be reached, or refuses."""
     api = HfApi()
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -208,11 +183,9 @@ def upload(folder: Path, repo_id: str, private: bool) -> None:
 
 def _read_score_head(model: StoredModel, actor_folder: Path, hidden_size: int) -> dict[str, Tensor] | None:
     """From among the model's tensors, or (verl) the file beside them; None where there is neither."""
-    names = [name for name in model.tensors if name.startswith(HEAD_PREFIX)]
-    if names:
-        return {
-            name.removeprefix(HEAD_PREFIX): tensor for name, tensor in read_finite(actor_folder, model, names).items()
-        }
+    if names := [name for name in model.tensors if name.startswith(HEAD_PREFIX)]:
+        tensors = read_finite(actor_folder, model, names)
+        return {name.removeprefix(HEAD_PREFIX): tensor for name, tensor in tensors.items()}
     if (actor_folder / SCORE_MODULE_FILE).is_file():
         return load_score_head(actor_folder, hidden_size).state_dict()
     return None

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from verl import DataProto
-from verl.trainer.ppo.credit import add_baseline
+from verl.trainer.ppo.ray_trainer import add_baseline
 from verl.utils.tracking import METRICS_FILE
 from verl.workers.reward_manager import Reward
 

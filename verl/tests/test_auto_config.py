@@ -8,20 +8,21 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
+from tiny import ppo_config
 
 from verl.trainer import main_ppo
-from verl.trainer.config import auto as auto_config
-from verl.trainer.config.auto import AUTO_KEYS, CHECKPOINTING, resolve_auto
 from verl.trainer.config.check import check_config
 from verl.trainer.config.compose import compose_config
-from verl.trainer.config.schema import YAML, PPOConfig, ppo_config
+from verl.trainer.config.machine import CHECKPOINTING, KERNELS, resolve_auto
+from verl.trainer.config.schema import YAML, PPOConfig
 from verl.trainer.planning.memory_estimate import GIB
 from verl.trainer.planning.memory_phases import GPUS_GIB, MARGIN, PhaseMemory
 from verl.trainer.planning.report import dry_run
 from xbai.errors import UserError
 
 MODEL = "actor_rollout_ref.model"
-
+NAMES = (*KERNELS, CHECKPOINTING)
+AUTO_KEYS = [f"{MODEL}.{name}" for name in NAMES]
 
 BASE = [
     f"{MODEL}.path=DeepSeek-R1-Distill-Qwen-1.5B",
@@ -38,9 +39,8 @@ def _config(*overrides: str) -> PPOConfig:
 def _resolved(config: PPOConfig, gib: float | None = None) -> tuple[dict[str, bool], dict[str, str]]:
     """Values and lines by the name of the key."""
     config, lines = resolve_auto(config, gib and gib * GIB)
-    names = [key.rpartition(".")[2] for key in AUTO_KEYS]
-    said = {name: line for name in names for line in lines if f".{name}=auto: " in line}
-    return {name: getattr(config.actor_rollout_ref.model, name) for name in names}, said
+    said = {name: line for name in NAMES for line in lines if f".{name}=auto: " in line}
+    return {name: getattr(config.actor_rollout_ref.model, name) for name in NAMES}, said
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_without_a_gpu_to_look_at_checkpointing_stays_on() -> None:
 
 
 def test_a_dry_run_says_what_it_means_on_every_gpu() -> None:
-    report = dry_run(compose_config(YAML, BASE)).report
+    report, _ = dry_run(compose_config(YAML, BASE))
     assert "use_liger: auto" not in report
     line = next(line for line in report.splitlines() if line.startswith(f"{MODEL}.{CHECKPOINTING}=auto: "))
     plain = {name: PhaseMemory.from_config(_config(), gib * GIB).checkpointing for name, gib in GPUS_GIB.items()}
@@ -143,9 +143,5 @@ def test_a_run_resolves_it_before_any_worker_starts(
     monkeypatch.setattr(sys, "argv", ["main_ppo", *small_run, f"trainer.default_local_dir={tmp_path}"])
     with caplog.at_level("INFO", logger=main_ppo.logger.name):
         main_ppo.main()
-    assert [getattr(seen[0].actor_rollout_ref.model, name) for name in (*auto_config.KERNELS, CHECKPOINTING)] == [
-        False,
-        False,
-        True,
-    ]
+    assert [getattr(seen[0].actor_rollout_ref.model, name) for name in NAMES] == [False, False, True]
     assert len([message for message in caplog.messages if "=auto: " in message]) == 3

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from verl import DataProto
-from verl.single_controller import Dispatch
-from verl.single_controller.decorator import dispatch
+from verl.single_controller.worker_group import deal_rows
 from verl.trainer.ppo.phases import MODEL_INPUT_KEYS, Phases
 
 # Four responses to each of five prompts, as alike in length as those to one prompt are.
@@ -22,10 +21,10 @@ class CountTokens:
         self.shares, self.of_rank = shares, []
 
     def __call__(self, data: DataProto) -> DataProto:
-        calls = dispatch(Dispatch.DP_COMPUTE_PROTO, self.shares, (data,), {})
-        counts = [part.batch["attention_mask"].sum(-1) for (part,), _ in calls.arguments]
+        arguments, collect = deal_rows(self.shares, (data,), {})
+        counts = [part.batch["attention_mask"].sum(-1) for (part,), _ in arguments]
         self.of_rank = [int(count.sum()) for count in counts]
-        output = calls.collect([DataProto.from_dict({"tokens": count}) for count in counts])
+        output = collect([DataProto.from_dict({"tokens": count}) for count in counts])
         output.meta_info["metrics"] = {}
         return output
 
@@ -34,7 +33,7 @@ def compute(rows: int, shares: int, balance: bool) -> tuple[DataProto, list[int]
     mask = (torch.arange(20) < LENGTHS[:rows, None]).long()
     batch = DataProto.from_dict({**dict.fromkeys(MODEL_INPUT_KEYS, mask), "kinds": torch.arange(rows)})
     method, metrics = CountTokens(shares), {}
-    Phases(balance).compute(method, batch, metrics)
+    Phases(balance, responses=4).compute(method, batch, metrics)
     return batch, method.of_rank, metrics
 
 

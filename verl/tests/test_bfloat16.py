@@ -27,10 +27,9 @@ from verl.models.loading import attention_for
 from verl.models.reference import ReferencePolicy
 from verl.models.ulysses import sequence_parallel_group
 from verl.optim.optimizers import JointOptimizer, Optimizers
-from verl.trainer.config.placement import TrainedPlacement
-from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.actor.log_probs import PolicyLogProbs
-from verl.workers.critic.dp_critic import DataParallelPPOCritic
+from verl.trainer.config.schema import TrainedPlacement
+from verl.workers.actor.dp_actor import DataParallelPPOActor, PolicyLogProbs
+from verl.workers.critic import DataParallelPPOCritic
 from verl.workers.placed_model import PlacedModel
 from xbai.sprm import ScoreHead
 

@@ -23,10 +23,9 @@ from torch import Tensor
 from torch.nn import functional
 
 import verl.bringup.__main__ as command
-from verl.bringup import attention, leftovers, machine, scorer, throughput
+from verl.bringup import kernels, machine, runs, scorer, throughput
 from verl.bringup.report import Report
 from verl.bringup.runner import Outcome, run_step
-from verl.bringup.runs import judged_memory
 from verl.bringup.step import SUBJECTS, CheckFailed, Context, Step, all_steps, choose, require, step
 from xbai.engine.packed_attention import Packing, packed_attention
 from xbai.errors import UserError
@@ -222,7 +221,7 @@ def test_memory_in_use_is_known_or_its_step_is_skipped(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert machine.used_mib() == expected
     on_gpu = replace(context, device="cuda", used_mib=machine.used_mib())
-    outcome = run_step(leftovers.memory_is_free, on_gpu, tmp_path / "log")
+    outcome = run_step(runs.memory_is_free, on_gpu, tmp_path / "log")
     assert outcome.status == ("pass" if expected else "skipped")
     assert ("0 MiB more in use" if expected else "needs memory in use") in outcome.figure
 
@@ -239,10 +238,10 @@ def test_a_small_gpu_skips_what_does_not_fit_it(
 
 
 def test_memory_left_behind_is_noticed(context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(leftovers, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(runs, "PATIENCE_S", 0.0)
     monkeypatch.setenv("PATH", _smi(tmp_path, "10", "5000"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    outcome = run_step(leftovers.memory_is_free, replace(context, device="cuda", used_mib=(10, 20)), tmp_path / "log")
+    outcome = run_step(runs.memory_is_free, replace(context, device="cuda", used_mib=(10, 20)), tmp_path / "log")
     assert (outcome.status, outcome.figure) == ("fail", "4980 MiB more are in use than before the first step")
 
 
@@ -258,9 +257,9 @@ def test_a_window_of_one_token_more_is_noticed(context: Context, monkeypatch: py
     def wider(*args: Any, sliding_window: int, **kwargs: Any) -> Any:
         return packed_attention(*args, sliding_window=sliding_window + 1, **kwargs)
 
-    monkeypatch.setattr(attention, "packed_attention", wider)
+    monkeypatch.setattr(kernels, "packed_attention", wider)
     with pytest.raises(CheckFailed, match="outputs are up to"):
-        attention.attention_window.run(context)
+        kernels.attention_window.run(context)
 
 
 def test_a_causal_mask_aligned_to_the_first_key_is_noticed(context: Context, monkeypatch: pytest.MonkeyPatch):
@@ -271,10 +270,10 @@ def test_a_causal_mask_aligned_to_the_first_key_is_noticed(context: Context, mon
         outputs = [attend(*(x.transpose(0, 1)[None] for x in part)) for part in parts]
         return torch.cat(outputs, dim=2).transpose(1, 2), None
 
-    monkeypatch.setattr(attention, "packed_attention", aligned_to_first_key)
-    attention.attention_grouped_heads.run(context)
+    monkeypatch.setattr(kernels, "packed_attention", aligned_to_first_key)
+    kernels.attention_grouped_heads.run(context)
     with pytest.raises(CheckFailed, match="outputs are up to"):
-        attention.attention_shared_prefixes.run(context)
+        kernels.attention_shared_prefixes.run(context)
 
 
 def test_a_score_of_another_position_is_noticed(context: Context, monkeypatch: pytest.MonkeyPatch):
@@ -290,10 +289,10 @@ def test_a_score_of_another_position_is_noticed(context: Context, monkeypatch: p
 
 
 def test_memory_must_be_near_the_estimate():
-    assert judged_memory({"update": (9.0, 10.0)}) == "update 9.0 GiB, estimated 10.0"
-    assert judged_memory({"update": (5.0, 10.0)}, is_most=True)
+    assert runs.judged_memory({"update": (9.0, 10.0)}) == "update 9.0 GiB, estimated 10.0"
+    assert runs.judged_memory({"update": (5.0, 10.0)}, is_most=True)
     with pytest.raises(CheckFailed, match=r"log-prob 12\.0 GiB, estimated 10\.0; at most 15%"):
-        judged_memory({"update": (9.0, 10.0), "log-prob": (12.0, 10.0)})
+        runs.judged_memory({"update": (9.0, 10.0), "log-prob": (12.0, 10.0)})
 
 
 @pytest.mark.parametrize(("peak", "fails"), [(989.0, True), (312.0, False), (None, False)])

@@ -5,22 +5,20 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import ppo_defaults
 from torch import Tensor
 
-from verl.trainer.config.algorithm import KLControl
-from verl.trainer.config.schema import ppo_defaults
+from verl.trainer.config.schema import AlgorithmConfig, KLControl
 from verl.trainer.ppo.core_algos import (
-    ADVANTAGE_ESTIMATORS,
     KL_ESTIMATORS,
-    KL_LOSS_TYPES,
-    AdaptiveKLController,
-    AdvantageInputs,
     Denominators,
+    KLController,
     compute_advantages,
     compute_gae_advantage,
     compute_grpo_outcome_advantage,
@@ -29,13 +27,11 @@ from verl.trainer.ppo.core_algos import (
     compute_remax_outcome_advantage,
     compute_rloo_outcome_advantage,
     compute_value_loss,
-    get_kl_controller,
     kl_loss,
     kl_penalty,
     token_weights,
     truncated_importance_weights,
 )
-from xbai.errors import UserError
 
 rewards = st.floats(-2, 2, width=32)
 outcomes = st.lists(st.tuples(st.sampled_from("abc"), rewards, st.booleans()), min_size=1, max_size=12)
@@ -128,11 +124,13 @@ def test_gae() -> None:
     assert_rows(got_advantages, plain_whiten(advantages))
 
 
-@pytest.mark.parametrize("name", sorted(ADVANTAGE_ESTIMATORS))
+@pytest.mark.parametrize("name", get_args(get_type_hints(AlgorithmConfig)["adv_estimator"]))
 def test_every_estimator_leaves_padding_and_ungraded_rows_alone(name: str) -> None:
     token_rewards, values, mask, graded = token_batch()
-    inputs = AdvantageInputs(token_rewards * mask, mask, graded, ["a", "a", "a", "b"], values, torch.zeros(4))
-    advantages, returns = compute_advantages(inputs, ppo_defaults(f"algorithm.adv_estimator={name}").algorithm)
+    columns = {"token_level_rewards": token_rewards * mask, "response_mask": mask, "graded": graded}
+    columns |= {"values": values, "baselines": torch.zeros(4)}
+    algorithm = ppo_defaults(f"algorithm.adv_estimator={name}").algorithm
+    advantages, returns = compute_advantages(columns, ["a", "a", "a", "b"], algorithm)
     for tensor in (advantages, returns):
         assert tensor.shape == mask.shape
         assert not tensor[~mask].any()
@@ -218,11 +216,6 @@ def test_loss_aggregation_adds_up_over_micro_batches(mode: str) -> None:
     assert float(sum(shares)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_an_unknown_aggregation_is_a_clear_error() -> None:
-    with pytest.raises(UserError, match="loss_agg_mode=mean is unknown"):
-        token_weights(torch.ones(1, 1, dtype=torch.bool), "mean", Denominators(1, 1))
-
-
 @quick
 @given(rows=outcomes)
 def test_advantages_of_a_prompt_add_up_to_nothing(rows: list[tuple[str, float, bool]]) -> None:
@@ -263,11 +256,6 @@ def test_kl_estimates(log_prob: float, ref_log_prob: float) -> None:
         assert float(kl_penalty(*tensors, kind)) == pytest.approx(value, abs=1e-9)
 
 
-def test_full_kl_is_refused() -> None:
-    with pytest.raises(UserError, match=r"'full' is not available.*low_var_kl"):
-        kl_penalty(torch.zeros(1), torch.zeros(1), "full")
-
-
 def gradient_of(loss: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
     """[vocabulary], for a policy of these logits."""
     logits = logits.clone().requires_grad_()
@@ -291,8 +279,8 @@ def test_expected_gradients_of_the_kl_losses(seed: int) -> None:
     distance = gradient_of(lambda log_probs: (log_probs.exp() - ref.exp()).abs().sum(), logits)
     assert kl.abs().max() > 1e-3
     exact = {"mse": kl, "k2": kl, "low_var_kl": reverse, "k3": reverse, "abs": distance}
-    exact |= {kind: kl for kind in KL_LOSS_TYPES if kind.endswith("+")}
-    assert exact.keys() == set(KL_LOSS_TYPES) - {"kl", "k1"}
+    assert exact.keys() == KL_ESTIMATORS.keys() - {"kl", "k1"}
+    exact |= {f"{kind}+": kl for kind in KL_ESTIMATORS}
     for kind, gradient in exact.items():
         found = gradient_of(expected(lambda log_probs, kind=kind: kl_loss(log_probs, ref, kind)), logits)
         torch.testing.assert_close(found, gradient, atol=1e-14, rtol=0)
@@ -311,18 +299,11 @@ def test_where_low_var_kl_is_cut_off_it_has_no_gradient_and_with_a_plus_it_has()
         assert found.tolist() == pytest.approx(gradients)
 
 
-@pytest.mark.parametrize("kind", ["kl", "k1"])
-def test_the_score_function_is_no_loss(kind: str) -> None:
-    with pytest.raises(UserError, match=rf"kl_loss_type={kind} has no gradient as a loss.*{kind}\+"):
-        kl_loss(torch.zeros(1), torch.zeros(1), kind)
-
-
 def test_kl_controllers() -> None:
-    fixed = get_kl_controller(KLControl(type="fixed", kl_coef=0.1, target_kl=1.0, horizon=1000))
+    fixed = KLController(KLControl(type="fixed", kl_coef=0.1, target_kl=1.0, horizon=1000))
     fixed.update(5.0, 100)
     assert fixed.value == 0.1
-    adaptive = get_kl_controller(KLControl(type="adaptive", kl_coef=0.1, target_kl=1.0, horizon=1000))
-    assert isinstance(adaptive, AdaptiveKLController)
+    adaptive = KLController(KLControl(type="adaptive", kl_coef=0.1, target_kl=1.0, horizon=1000))
     adaptive.update(1.1, 100)
     assert adaptive.value == pytest.approx(0.1 * (1 + 0.1 * 100 / 1000))
     adaptive.update(0.0, 100)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import RESPONSE, ROWS, adam, fsdp_section, padded_rows, tiny_lm
+from tiny import RESPONSE, ROWS, adam, fsdp_section, padded_rows, ppo_defaults, tiny_lm
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -24,10 +24,9 @@ from verl.models.fsdp import init_distributed, named_full_tensors
 from verl.models.ulysses import sequence_parallel_group
 from verl.models.value_model import ValueModel, build_value_model
 from verl.optim.optimizers import Optimizers
-from verl.trainer.config.critic import CriticConfig
 from verl.trainer.config.fields import with_values
-from verl.trainer.config.schema import ppo_defaults
-from verl.workers.critic.dp_critic import DataParallelPPOCritic
+from verl.trainer.config.schema import CriticConfig
+from verl.workers.critic import DataParallelPPOCritic
 from verl.workers.placed_model import PlacedModel
 
 VARIANTS: dict[str, dict[str, Any]] = {

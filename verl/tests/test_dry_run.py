@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
-from tiny import adam
+from tiny import adam, ppo_config
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.profiler import ProfilerActivity, profile
@@ -26,14 +26,13 @@ from verl.checkpoints.folder import LATEST_FILE
 from verl.checkpoints.remote import COMPLETE_FILE
 from verl.models.fsdp import create_mesh, shard_model
 from verl.models.joint_model import JointModel
-from verl.models.lm_head import LMHead
-from verl.models.log_probs import token_log_probs
+from verl.models.log_probs import LMHead, token_log_probs
 from verl.optim import optimizers as optim
 from verl.optim.optimizers import build_optimizer
 from verl.trainer import main_ppo
 from verl.trainer.config.compose import compose_config
 from verl.trainer.config.fields import with_values
-from verl.trainer.config.schema import YAML, PPOConfig, ppo_config
+from verl.trainer.config.schema import YAML, PPOConfig
 from verl.trainer.planning.host_memory import host_memory, saves_anew
 from verl.trainer.planning.memory_estimate import (
     EIGHT_BIT_STATE,
@@ -48,7 +47,8 @@ from verl.trainer.planning.memory_estimate import (
 )
 from verl.trainer.planning.memory_phases import GPUS_GIB, PhaseMemory, changes_to_fit
 from verl.trainer.planning.model_shapes import KNOWN_CONFIGS, ModelShape, known_config
-from verl.trainer.planning.report import batches, dry_run
+from verl.trainer.planning.passes import Pass, passes
+from verl.trainer.planning.report import dry_run
 from xbai.errors import UserError
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -79,6 +79,11 @@ def _composed(*overrides: str) -> DictConfig:
 
 def _config(*overrides: str) -> PPOConfig:
     return ppo_config([*BASE, *overrides])
+
+
+def _passes(*overrides: str) -> dict[str, Pass]:
+    """Those that a training step makes."""
+    return {phase: one for phase, one in passes(_config(*overrides)).items() if one.per_step}
 
 
 def _placement(shape: ModelShape, world: int, on_gpu: bool, **changes: object) -> Placement:
@@ -373,14 +378,14 @@ def test_with_the_full_kl_the_reference_works_beside_the_policy(overrides: list[
     away = "actor_rollout_ref.ref.fsdp_config.param_offload=true"
     alone, beside = _memory(80, away), _memory(80, *overrides, away)
     added = {name: size for name, size in beside.phases[phase].items() if alone.phases[phase].get(name) != size}
-    tokens = beside.update_tokens if phase == "update" else 8 * 9216
+    tokens = beside.tokens("update") if phase == "update" else 8 * 9216
     assert added == {
-        "reference weights": beside.reference.weights,
+        "reference weights": beside.models["reference"].weights,
         "reference's LM head": 2 * beside.shape.embedding_parameters,
         "reference's states": 4 * tokens * beside.shape.hidden,
     }
     assert "reference" in alone.phases and "reference" not in beside.phases
-    assert "reference" not in {one.phase for one in batches(_config(*overrides))}
+    assert "reference" not in _passes(*overrides)
 
 
 def test_the_advice_makes_it_fit() -> None:
@@ -397,20 +402,23 @@ def test_the_advice_makes_it_fit() -> None:
 def test_micro_batches_follow_from_the_configuration() -> None:
     def plan(*overrides: str) -> dict[str, tuple]:
         root = "actor_rollout_ref"
-        config = _config("data.max_response_length=3072", "trainer.nnodes=2", *(f"{root}.{key}" for key in overrides))
-        return {one.phase: one[1:] for one in batches(config)}
+        found = _passes("data.max_response_length=3072", "trainer.nnodes=2", *(f"{root}.{key}" for key in overrides))
+        return {
+            phase: (one.rows, one.micro_batches(1, 1), one.micro_batches(1024, 3072), one.per_step)
+            for phase, one in found.items()
+        }
 
     # 128 prompts x 8 responses over 16 processes, in 2 mini-batches; 8 and 1 at a time.
     assert plan()["log-prob"] == (64, 8, 8, 1)
-    assert plan()["update, a mini-batch"] == (32, 32, 32, 2)
+    assert plan()["update"] == (32, 32, 32, 2)
     # Two responses of 4096 tokens with their prompts fit 9000.
     by_tokens = ["actor.use_dynamic_bsz=true", "actor.ppo_max_token_len_per_gpu=9000"]
-    assert plan(*by_tokens)["update, a mini-batch"] == (32, 1, 16, 2)
+    assert plan(*by_tokens)["update"] == (32, 1, 16, 2)
     # Half as many groups with twice the budget each: 64 rows, four at a time.
     shared = ["model.use_remove_padding=true", "actor.ulysses_sequence_parallel_size=2"]
-    assert plan(*by_tokens, *shared)["update, a mini-batch"] == (64, 1, 16, 2)
+    assert plan(*by_tokens, *shared)["update"] == (64, 1, 16, 2)
     # Two ranks have the rows of both, of the whole job's 64 at a time.
-    assert plan("actor.ppo_micro_batch_size=64", *shared)["update, a mini-batch"] == (64, 8, 8, 2)
+    assert plan("actor.ppo_micro_batch_size=64", *shared)["update"] == (64, 8, 8, 2)
     # The reference shares rows as it is told, not as the policy does.
     assert plan(*shared, "ref.ulysses_sequence_parallel_size=1")["reference"] == (64, 8, 8, 1)
 
@@ -419,7 +427,7 @@ def test_a_pass_that_is_left_out_is_in_neither_plan() -> None:
     one_update = ["data.train_batch_size=64", "actor_rollout_ref.actor.ppo_mini_batch_size=64"]
     for score, phases in ((True, {"log-prob"}), (False, set())):
         overrides = [*one_update, f"actor_rollout_ref.use_score={str(score).lower()}"]
-        assert {one.phase for one in batches(_config(*overrides))} & {"log-prob"} == phases
+        assert _passes(*overrides).keys() & {"log-prob"} == phases
         assert _memory(80, *overrides).phases.keys() & {"log-prob"} == phases
 
 
@@ -431,12 +439,13 @@ def test_tokens_of_sharers_are_shared() -> None:
     assert shared.peaks["log-prob"] < alone.peaks["log-prob"]
     # 16 rows of the whole job are 2 of each of 8 ranks, or 4 of each two: as many tokens on a GPU.
     whole_job = f"{root}.actor.ppo_micro_batch_size=16"
-    assert _memory(80, packed, whole_job, sizes[0]).update_tokens == _memory(80, packed, whole_job).update_tokens
+    shared = _memory(80, packed, whole_job, sizes[0])
+    assert shared.tokens("update") == _memory(80, packed, whole_job).tokens("update")
 
 
 def test_a_reference_is_kept_as_its_checkpoint_is() -> None:
     memory = _memory(80)
-    assert memory.reference.weights == memory.policy.weights / 2
+    assert memory.models["reference"].weights == memory.models["policy"].weights / 2
 
 
 @pytest.mark.parametrize(
@@ -539,12 +548,12 @@ def test_a_dry_run_fetches_nothing(
 def test_mistakes_stay_errors() -> None:
     with pytest.raises(UserError, match="must be a multiple of"):
         dry_run(_composed("trainer.n_gpus_per_node=7"))
-    report = dry_run(_composed("actor_rollout_ref.model.path=nowhere")).report
+    report, _ = dry_run(_composed("actor_rollout_ref.model.path=nowhere"))
     assert "No memory estimate for nowhere: its config.json is not here" in report
 
 
 def test_the_smallest_gpu_that_fits_is_shown() -> None:
-    report = dry_run(_composed("trainer.nnodes=8", "data.max_response_length=1024")).report
+    report, _ = dry_run(_composed("trainer.nnodes=8", "data.max_response_length=1024"))
     assert f"Memory of one GPU with {next(iter(GPUS_GIB))}" in report
 
 

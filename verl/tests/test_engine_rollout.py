@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import ppo_defaults
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from verl import DataProto
 from verl.trainer.config.fields import with_values
-from verl.trainer.config.rollout import RolloutConfig
-from verl.trainer.config.schema import ppo_defaults
+from verl.trainer.config.schema import RolloutConfig
 from verl.workers import fsdp_workers
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
 from verl.workers.rollout import EngineRollout, engine_rollout
@@ -133,7 +133,7 @@ def test_samples_of_a_prompt_share_its_cache_until_the_weights_change(make_tiny_
     pytest.importorskip("vllm")
     rollout = make_rollout(make_tiny_model(seed=0), n=4)
     ids = torch.randint(0, 200, (2, 256))
-    prompts = DataProto.from_dict({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, {"seed": [1, 2]})
+    prompts = DataProto.from_dict({"input_ids": ids, "attention_mask": torch.ones_like(ids), "seed": [1, 2]})
     first = rollout.generate(prompts)
     # One of two blocks of 128 tokens: the last token is always computed.
     assert first.meta_info["metrics"]["rollout/prefix_cache_hit_rate"] == pytest.approx(3 / 4 / 2)

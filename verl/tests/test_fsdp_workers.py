@@ -5,19 +5,20 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import ray
 import torch
 from safetensors.torch import load_file
+from tiny import ppo_defaults
 from transformers import AutoModelForCausalLM
 
 from verl import DataProto
-from verl.single_controller import RayClassWithInitArgs, RayResourcePool
-from verl.trainer.config.auto import resolve_auto
-from verl.trainer.config.policy import ActorRolloutRefConfig
-from verl.trainer.config.schema import ppo_defaults
+from verl.single_controller import RayResourcePool
+from verl.trainer.config.machine import resolve_auto
+from verl.trainer.config.schema import ActorRolloutRefConfig
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, PolicyWorkers
 from xbai.engine import SamplingParams, load_engine
 from xbai.errors import UserError
@@ -53,7 +54,7 @@ def make_prompts(vocabulary: int) -> DataProto:
     generator = torch.Generator().manual_seed(0)
     mask = (torch.arange(PROMPT_LENGTH) >= torch.tensor([0, 2, 4])[:, None]).long()
     ids = torch.randint(0, vocabulary, (PROMPTS, PROMPT_LENGTH), generator=generator) * mask
-    return DataProto.from_dict({"input_ids": ids, "attention_mask": mask}, {"seed": [7, 8, 9]})
+    return DataProto.from_dict({"input_ids": ids, "attention_mask": mask, "seed": [7, 8, 9]})
 
 
 def add_training_columns(batch: DataProto) -> DataProto:
@@ -91,7 +92,7 @@ def cluster() -> Iterator[None]:
 def group(request, make_tiny_model: Callable[..., Path]) -> Iterator[PolicyWorkers]:
     config = make_config(make_tiny_model(tied=ENGINES[request.param]), request.param)
     pool = RayResourcePool([2], use_gpu=False, cpus_per_process=0.5)
-    init = RayClassWithInitArgs(ActorRolloutRefWorker, config, "actor_rollout_ref", TOTAL_STEPS)
+    init = partial(ActorRolloutRefWorker, config, "actor_rollout_ref", TOTAL_STEPS)
     group = PolicyWorkers(pool, init, name="actor")
     group.init_model()
     yield group

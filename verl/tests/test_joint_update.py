@@ -24,7 +24,7 @@ from verl.models.loading import attention_for
 from verl.models.packing import packed_layout
 from verl.models.ulysses import sequence_parallel_group
 from verl.optim.optimizers import JointOptimizer
-from verl.trainer.config.policy import ActorRolloutRefConfig
+from verl.trainer.config.schema import ActorRolloutRefConfig
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from xbai.sprm import ScoreHead
 

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from verl.models.liger import apply_liger, check_liger, has_liger_kernels
-from verl.models.lm_head import LMHead
 from verl.models.loading import build_joint_model
-from verl.models.log_probs import token_log_probs
+from verl.models.log_probs import LMHead, token_log_probs
 from verl.utils.compiler import check_compiler
 from xbai.errors import UserError
 

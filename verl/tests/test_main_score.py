@@ -82,12 +82,12 @@ def test_a_head_learns_what_the_features_hold(
     training.fit()
     head = load_score_head(tmp_path / "head", CHANNELS, load_sprm_config(tmp_path / "head", training.files.tokenizer))
     after = head_quality(head, training.val_data, torch.device("cpu"))
-    assert after.within_prompt_auc > 0.95 > before.within_prompt_auc
-    assert after.best_of_n[8] > after.best_of_n[1] + 0.3
+    assert after["val/within_prompt_auc"] > 0.95 > before["val/within_prompt_auc"]
+    assert after["val/best_of_8"] > after["val/pass@1"] + 0.3
     rows = [
         json.loads(line) for line in (tmp_path / "head_logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    assert max(row["val/within_prompt_auc"] for row in rows) == pytest.approx(after.within_prompt_auc, abs=1e-4)
+    assert max(row["val/within_prompt_auc"] for row in rows) == pytest.approx(after["val/within_prompt_auc"], abs=1e-4)
     assert (tmp_path / "head_logs" / "training.png").stat().st_size > 10_000
     assert "Best-of-N" in capsys.readouterr().out
 
@@ -108,7 +108,7 @@ def test_the_best_epoch_is_kept_and_training_ends_when_none_is_better(
     best = quality.index(max(quality))
     assert len(rows) == best + 1 + 3 < 30
     kept = head_quality(load_score_head(tmp_path / "head", CHANNELS), training.val_data, torch.device("cpu"))
-    assert kept.within_prompt_auc == pytest.approx(max(quality), abs=1e-4)
+    assert kept["val/within_prompt_auc"] == pytest.approx(max(quality), abs=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_the_service_gives_the_scores_that_training_saw(
     assert load_sprm_config(folder, training.files.tokenizer).normalize_features
     scorer = Scorer.from_folder(folder, dtype="float32")
     found = candidates(training.head, training.train_data, torch.device("cpu"))
-    assert head_quality(training.head, training.train_data, torch.device("cpu")).within_prompt_auc == 1.0
+    assert head_quality(training.head, training.train_data, torch.device("cpu"))["val/within_prompt_auc"] == 1.0
     responses = [response for step in (1, 2) for response in read_graded_responses(rollouts / f"{step}.jsonl")]
     encoded = [encode_response(training.files.tokenizer, scorer.step_rule, response) for response in responses]
     served = scorer.score([list(e.ids) for e in encoded], [e.start for e in encoded])

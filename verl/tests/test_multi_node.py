@@ -186,11 +186,12 @@ def _installed(tool: str) -> bool:
 PLACEMENT = """
 import json, os, socket, sys
 import ray, torch
-from verl.single_controller import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup, Worker, each, register
+from functools import partial
+
+from verl.single_controller import RayResourcePool, RayWorkerGroup, Worker, each
 from verl.trainer.ppo.cluster import worker_env
 
 class Adder(Worker):
-    @register()
     def add(self, names):
         torch.distributed.init_process_group("gloo")
         total = torch.tensor([float(self.rank)])
@@ -202,7 +203,7 @@ class Adders(RayWorkerGroup):
 
 ray.init(address="auto", log_to_driver=False)
 pool = RayResourcePool([1, 1], use_gpu=False)
-group = Adders(pool, RayClassWithInitArgs(Adder), worker_env=worker_env(on_gpu=False))
+group = Adders(pool, partial(Adder), worker_env=worker_env(on_gpu=False))
 places = [(info.rank, info.node, info.address, info.node_id) for info in group.processes.infos]
 print("RESULT", json.dumps([places, group.add(sys.argv[1:])]))
 group.shutdown()

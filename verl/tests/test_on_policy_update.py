@@ -9,13 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_full_kl import make_batch, make_config
-from tiny import adam, fsdp_section, tiny_lm
+from tiny import adam, fsdp_section, ppo_defaults, tiny_lm
 from torch import Tensor
 
 from verl.models.joint_model import JointModel
 from verl.models.loading import attention_for
 from verl.optim.optimizers import JointOptimizer
-from verl.trainer.config.schema import ppo_defaults
 from verl.trainer.ppo.metrics import log_prob_difference
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.placed_model import PlacedModel

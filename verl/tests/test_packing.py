@@ -28,7 +28,7 @@ from verl.models.joint_model import JointModel, JointOutput
 from verl.models.loading import attention_for, check_packable
 from verl.models.packing import TokenLayout, packed_layout, padded_layout
 from verl.trainer.ppo.core_algos import Denominators
-from verl.workers.actor.joint_loss import JointLoss, LossConfig, Totals
+from verl.workers.actor.joint_loss import JointLoss, Totals
 from verl.workers.batching.micro_batches import MicroBatching, RowSizes
 from xbai.errors import UserError
 from xbai.sprm import ScoreHead, ScoreTotals, StepCounts
@@ -182,12 +182,11 @@ def loss_of(
             "score.backbone_grad_scale": 0.5,
         }
     )
-    config = LossConfig.from_config(section)
     output = model(layout, temperature=0.7, compute_entropy=True, backbone_grad_scale=0.5)
     mask = batch["response_mask"]
     score = ScoreTotals(StepCounts(4.0, 6.0), StepCounts(2.0, 3.0), pairs=12.0)
     totals = Totals(Denominators(float(mask.sum()), float(mask.any(-1).sum())), score)
-    loss = JointLoss(config)(output, layout, batch, totals).loss
+    loss = JointLoss(section)(output, layout, batch, totals).loss
     model.zero_grad()
     loss.backward()
     return output, loss
@@ -258,7 +257,7 @@ for name in sys.argv[1:]:
 """
 CORE_MODULES = (
     "verl.workers.actor.dp_actor",
-    "verl.workers.critic.dp_critic",
+    "verl.workers.critic",
     "verl.models.fsdp",
     "verl.optim.optimizers",
     "verl.optim.muon",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 
 import pytest
+from tiny import ppo_config
 
 from verl.trainer.config.check import check_config
 from verl.trainer.config.compose import compose_config
 from verl.trainer.config.machine import missing_kernels
-from verl.trainer.config.schema import YAML, PPOConfig, ppo_config
+from verl.trainer.config.rules import rule_mistakes
+from verl.trainer.config.schema import YAML, PPOConfig
 from xbai.errors import UserError
 
 MODEL = "actor_rollout_ref.model"
@@ -24,7 +26,7 @@ def check(small_run: list[str], *overrides: str) -> PPOConfig:
 
 def mistakes(small_run: list[str], *overrides: str) -> list[str]:
     """Of values together, whatever machine they are for."""
-    return list(ppo_config([*small_run, *overrides]).mistakes({}, {}))
+    return list(rule_mistakes(ppo_config([*small_run, *overrides]), {}, {}))
 
 
 @pytest.mark.parametrize("section", FSDP_CONFIGS)

@@ -11,7 +11,6 @@ import pytest
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
-from verl.trainer import plot
 from verl.trainer.plot import plot_training
 from xbai import cli
 from xbai.errors import UserError
@@ -36,8 +35,13 @@ def metrics(tmp_path: Path) -> Path:
 
 def test_panels_of_what_was_logged_are_drawn(metrics: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Figure] = []
-    save = plot.save_figure
-    monkeypatch.setattr(plot, "save_figure", lambda figure, path: (figures.append(figure), save(figure, path)))
+    save = Figure.savefig
+
+    def watched(figure: Figure, *arguments: object, **options: object) -> None:
+        figures.append(figure)
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", watched)
     plot_training(metrics, tmp_path / "training.png")
     assert [axis.get_title(loc="left") for axis in figures[0].axes if axis.get_visible()] == ["Pass rate", "Score AUC"]
     pixels = matplotlib.image.imread(tmp_path / "training.png")[..., :3]

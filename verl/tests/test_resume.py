@@ -13,6 +13,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from tiny import ppo_config
 
 from verl.checkpoints.checksums import file_digest, write_checksums
 from verl.checkpoints.folder import LATEST_FILE, TRAINER_STATE_FILE
@@ -20,9 +21,9 @@ from verl.checkpoints.remote import COMPLETE_FILE
 from verl.checkpoints.state import HUGGINGFACE_FOLDER
 from verl.models.loading import load_tokenizer
 from verl.trainer.config.fields import with_values
-from verl.trainer.config.schema import PPOConfig, ppo_config
+from verl.trainer.config.schema import PPOConfig
 from verl.trainer.ppo import run_state
-from verl.trainer.ppo.core_algos import KLController, get_kl_controller
+from verl.trainer.ppo.core_algos import KLController
 from verl.trainer.ppo.run_state import RunState
 from verl.utils.dataset.rl_dataset import RLHFDataset, create_dataloader
 from xbai.errors import UserError
@@ -88,7 +89,7 @@ def start(config: PPOConfig, kl_controller: KLController | None = None) -> RunSt
         seed=config.trainer.seed,
         num_workers=data.dataloader_num_workers,
     )
-    return RunState(config, dataset, loader, kl_controller or get_kl_controller(config.algorithm.kl_ctrl))
+    return RunState(config, dataset, loader, kl_controller or KLController(config.algorithm.kl_ctrl))
 
 
 def rows(state: RunState, count: int) -> list[list[int]]:
@@ -258,7 +259,7 @@ def test_only_an_adapted_kl_coefficient_is_state(kind: str, resumed: float, conf
     def begin(coefficient: float) -> tuple[RunState, KLController]:
         changes = {"algorithm.kl_ctrl.type": kind, "algorithm.kl_ctrl.kl_coef": coefficient}
         changed = with_values(config, changes)
-        controller = get_kl_controller(changed.algorithm.kl_ctrl)
+        controller = KLController(changed.algorithm.kl_ctrl)
         return start(changed, controller), controller
 
     state, controller = begin(0.001)

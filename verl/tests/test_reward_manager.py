@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 from clocks import wait_until
+from tiny import ppo_defaults
 
 from verl.protocol import DataProto
 from verl.trainer.config.fields import with_values
-from verl.trainer.config.schema import PPOConfig, ppo_defaults
-from verl.trainer.ppo.core_algos import AdvantageInputs, compute_advantages
-from verl.trainer.ppo.gradable import check_gradable
+from verl.trainer.config.schema import PPOConfig
+from verl.trainer.ppo.core_algos import compute_advantages
+from verl.trainer.ppo.data import check_gradable
 from verl.workers.reward_manager import REWARD_MANAGERS, BatchRewardManager, PrimeRewardManager
-from verl.workers.reward_manager.length_reward import length_reward
+from verl.workers.reward_manager.manager import length_reward
 from xbai.errors import UserError
 
 
@@ -41,7 +42,7 @@ def make_batch(tiny_tokenizer):
         responses = torch.tensor([row + [tiny_tokenizer.pad_token_id] * (40 - len(row)) for row in ids])
         columns = {"data_source": ["make10"] * len(ids), "reward_model": [{"ground_truth": truth}] * len(ids)}
         columns["uid"] = ["0"] * len(ids)
-        return DataProto.from_dict({"responses": responses, "response_mask": mask.long()}, columns | others)
+        return DataProto.from_dict({"responses": responses, "response_mask": mask.long()} | columns | others)
 
     return make
 
@@ -49,7 +50,7 @@ def make_batch(tiny_tokenizer):
 def _reward(config, tokenizer, batch):
     manager = REWARD_MANAGERS[config.reward_model.reward_manager](tokenizer, config)
     try:
-        return manager(batch)
+        return manager.launch(batch, "training").result()
     finally:
         manager.close()
 
@@ -113,9 +114,9 @@ def test_a_hostile_function_masks_just_its_sample_in_time(hostile, tiny_tokenize
     assert reward.metrics["reward_extra/even"] == 3 / 5
     assert reward.reward_extra_info["note"].tolist() == [None, "seen"] * 5
 
-    inputs = AdvantageInputs(reward.reward_tensor, batch.batch["response_mask"], reward.graded, ["a"] * len(texts))
+    columns = {"token_level_rewards": reward.reward_tensor, "response_mask": batch.batch["response_mask"]}
     algorithm = ppo_defaults("algorithm.norm_adv_by_std_in_grpo=false").algorithm
-    advantages, _ = compute_advantages(inputs, algorithm)
+    advantages, _ = compute_advantages({**columns, "graded": reward.graded}, ["a"] * len(texts), algorithm)
     assert advantages[:, 0].tolist() == pytest.approx([0, 0.44, 0, -0.26, 0, -0.16, 0, -0.06, 0, 0.04])
 
 
@@ -144,7 +145,7 @@ def test_a_batch_function_that_fails_masks_the_batch(text, reason, hostile, tiny
 def test_closing_does_not_wait_for_a_grader(hostile, tiny_tokenizer, make_batch):
     config = with_values(_batch_config(hostile), {"reward_model.batch_timeout_s": 600})
     manager = BatchRewardManager(tiny_tokenizer, config)
-    manager.launch(make_batch(["hang"]))
+    manager.launch(make_batch(["hang"]), "training")
     time.sleep(1)
     start = time.monotonic()
     manager.close()
@@ -175,9 +176,9 @@ def test_a_run_that_never_gets_a_grade_ends(hostile, tiny_tokenizer, make_batch)
     bad, good = make_batch(["raise"] * 2), make_batch(["raise", "1"])
     try:
         for batch in (bad, bad, good, bad, bad):
-            manager(batch)
+            manager.launch(batch, "training").result()
         with pytest.raises(UserError, match=r"no response of the last 3 batches .* 2 of 2 error, ValueError"):
-            manager(bad)
+            manager.launch(bad, "training").result()
     finally:
         manager.close()
 
@@ -202,9 +203,9 @@ def test_grading_goes_on_while_nobody_waits(tmp_path, tiny_tokenizer, make_batch
     )
     manager = PrimeRewardManager(tiny_tokenizer, _config(custom=str(path), workers=2))
     try:
-        manager(make_batch(["", ""]))
-        waited = manager(make_batch(["", ""]))
-        pending = manager.launch(make_batch(["", ""]))
+        manager.launch(make_batch(["", ""]), "training").result()
+        waited = manager.launch(make_batch(["", ""]), "training").result()
+        pending = manager.launch(make_batch(["", ""]), "training")
         wait_until(lambda: all(future.done() for future in pending._futures), "all is graded")
         overlapped = pending.result()
     finally:

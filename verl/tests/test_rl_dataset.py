@@ -6,11 +6,11 @@ import logging
 import datasets
 import pytest
 import torch
+from tiny import ppo_defaults
 
-from verl.trainer.config.data import DataConfig
 from verl.trainer.config.fields import with_values
-from verl.trainer.config.schema import ppo_defaults
-from verl.trainer.ppo.gradable import check_gradable
+from verl.trainer.config.schema import DataConfig
+from verl.trainer.ppo.data import check_gradable
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, create_dataloader
 from xbai.errors import UserError
 from xbai.grading import GradeRequest, grade

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import ray
 import torch
+from tiny import ppo_defaults
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from verl import DataProto
-from verl.single_controller import RayClassWithInitArgs, RayResourcePool
-from verl.trainer.config.auto import resolve_auto
-from verl.trainer.config.policy import ActorRolloutRefConfig
-from verl.trainer.config.schema import ppo_defaults
+from verl.single_controller import RayResourcePool
+from verl.trainer.config.machine import resolve_auto
+from verl.trainer.config.schema import ActorRolloutRefConfig
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, PolicyWorkers, group_sizes
 
 pytest.importorskip("vllm")
@@ -78,14 +79,14 @@ def make_prompts(vocabulary: int) -> DataProto:
     generator = torch.Generator().manual_seed(0)
     mask = (torch.arange(PROMPT_LENGTH) >= torch.tensor([0, 2, 4])[:, None]).long()
     ids = torch.randint(0, vocabulary, (PROMPTS, PROMPT_LENGTH), generator=generator) * mask
-    return DataProto.from_dict({"input_ids": ids, "attention_mask": mask}, {"seed": [7, 8, 9]})
+    return DataProto.from_dict({"input_ids": ids, "attention_mask": mask, "seed": [7, 8, 9]})
 
 
 def train_and_generate(model: Path, ranks: int, prompts: DataProto) -> list[DataProto]:
     """What the policy says before and after an update, as good as random."""
     config = make_config(model, ranks)
     pool = RayResourcePool([2], use_gpu=False, cpus_per_process=0.5)
-    init = RayClassWithInitArgs(ActorRolloutRefWorker, config, "actor_rollout", TOTAL_STEPS)
+    init = partial(ActorRolloutRefWorker, config, "actor_rollout", TOTAL_STEPS)
     group = PolicyWorkers(pool, init, name="actor", group_sizes=group_sizes(config))
     try:
         group.init_model()

@@ -9,10 +9,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tiny import ppo_config
 from transformers import AutoConfig
 
 from verl.models.log_probs import LOGITS_PER_CHUNK
-from verl.trainer.config.schema import ppo_config
 from verl.trainer.planning.model_shapes import ModelShape
 from xbai.errors import UserError
 

@@ -6,12 +6,13 @@ import logging
 
 import pytest
 
-from verl.trainer.score_watch import PATIENCE, REPEAT_EVERY, Classes, UncountedClassWatch
+from verl.trainer.score_watch import PATIENCE, REPEAT_EVERY, UncountedClassWatch
+from xbai.sprm import StepCounts
 
-STEPS = Classes(20, 30)
+STEPS = StepCounts(20, 30)
 
 
-def updates_that_warn(counted: list[Classes], steps: Classes, caplog: pytest.LogCaptureFixture) -> list[int]:
+def updates_that_warn(counted: list[StepCounts], steps: StepCounts, caplog: pytest.LogCaptureFixture) -> list[int]:
     watch, found = UncountedClassWatch("score"), []
     for number, one in enumerate(counted, start=1):
         caplog.clear()
@@ -21,7 +22,7 @@ def updates_that_warn(counted: list[Classes], steps: Classes, caplog: pytest.Log
 
 
 def test_a_class_that_counts_nothing_is_said_after_a_while_and_then_seldom(caplog):
-    found = updates_that_warn([Classes(7, 0)] * 120, STEPS, caplog)
+    found = updates_that_warn([StepCounts(7, 0)] * 120, STEPS, caplog)
     assert found == [PATIENCE, PATIENCE + REPEAT_EVERY, PATIENCE + 2 * REPEAT_EVERY]
 
 
@@ -29,7 +30,7 @@ def test_what_the_warning_says(caplog):
     watch = UncountedClassWatch("actor_rollout_ref.score")
     with caplog.at_level(logging.WARNING):
         for _ in range(PATIENCE):
-            watch.observe(Classes(0, 9), STEPS)
+            watch.observe(StepCounts(0, 9), STEPS)
     assert "for 5 updates no step of a right answer counted" in caplog.text
     assert "the head puts all of them below 0.5" in caplog.text
     assert "actor_rollout_ref.score.agreement_weighting=false" in caplog.text
@@ -38,9 +39,9 @@ def test_what_the_warning_says(caplog):
 @pytest.mark.parametrize(
     ("counted", "steps"),
     [
-        ([Classes(5, 7)] * 20, STEPS),
-        ([*[Classes(0, 7)] * (PATIENCE - 1), Classes(1, 7)] * 5, STEPS),
-        ([Classes(0, 7)] * 20, Classes(0, 30)),
+        ([StepCounts(5, 7)] * 20, STEPS),
+        ([*[StepCounts(0, 7)] * (PATIENCE - 1), StepCounts(1, 7)] * 5, STEPS),
+        ([StepCounts(0, 7)] * 20, StepCounts(0, 30)),
     ],
     ids=["healthy", "now and then", "no right answer"],
 )
@@ -51,8 +52,8 @@ def test_no_false_alarm(counted, steps, caplog):
 def test_a_batch_without_the_class_neither_counts_nor_clears(caplog):
     watch = UncountedClassWatch("score")
     for _ in range(PATIENCE - 1):
-        watch.observe(Classes(0, 9), STEPS)
-    watch.observe(Classes(0, 9), Classes(0, 9))
+        watch.observe(StepCounts(0, 9), STEPS)
+    watch.observe(StepCounts(0, 9), StepCounts(0, 9))
     assert not caplog.messages
-    watch.observe(Classes(0, 9), STEPS)
+    watch.observe(StepCounts(0, 9), STEPS)
     assert len(caplog.messages) == 1

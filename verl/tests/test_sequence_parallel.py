@@ -6,17 +6,18 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import ray
 import torch
+from tiny import ppo_defaults
 
 from verl import DataProto
-from verl.single_controller import RayClassWithInitArgs, RayResourcePool, each, register
-from verl.trainer.config.auto import resolve_auto
-from verl.trainer.config.policy import ActorRolloutRefConfig
-from verl.trainer.config.schema import ppo_defaults
+from verl.single_controller import RayResourcePool, each
+from verl.trainer.config.machine import resolve_auto
+from verl.trainer.config.schema import ActorRolloutRefConfig
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, PolicyWorkers, group_sizes
 from xbai.sprm.head import SPRM_CONFIG_FILE
 
@@ -88,7 +89,6 @@ def make_batch(step_id: int) -> DataProto:
 class StartingAnew(ActorRolloutRefWorker):
     """Processes take far longer to start than to compute what is compared here."""
 
-    @register()
     def configure(self, config: ActorRolloutRefConfig) -> None:
         self.config = config
         self.init_model()
@@ -135,7 +135,7 @@ def results(model: Path, tiny_tokenizer) -> Iterator[dict[str, tuple[DataProto, 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     configs = {way: make_config(model, keys) for way, keys in WAYS.items()}
     pool = RayResourcePool([2], use_gpu=False, cpus_per_process=0.5)
-    init = RayClassWithInitArgs(StartingAnew, configs["padded"], "actor_rollout_ref", TOTAL_STEPS)
+    init = partial(StartingAnew, configs["padded"], "actor_rollout_ref", TOTAL_STEPS)
     group = WorkersStartingAnew(pool, init, name="actor")
     yield {way: train(group, config, make_batch(step_id)) for way, config in configs.items()}
     group.shutdown()

@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from verl.optim.muon import Muon, orthogonalized
 from verl.trainer import main_sft
 from verl.trainer.config.compose import compose_config
-from verl.trainer.config.sft import YAML, SFTConfig, SFTData
+from verl.trainer.config.sft import YAML, SFTConfig, SFTData, check_sft_config
 from verl.trainer.sft import model_output
-from verl.trainer.sft.config_check import check_config
 from verl.trainer.sft.metrics_window import MetricsWindow
 from verl.trainer.sft.trainer import SFTTrainer
 from verl.utils.dataset.sft_dataset import SFTDataset, collate_examples, length_grouped_batches
@@ -41,7 +40,7 @@ CHAT = [{"role": "user", "content": "Make 10 from 7 3"}]
 
 
 def _config(overrides: list[str]) -> SFTConfig:
-    return check_config(compose_config(YAML, overrides))
+    return check_sft_config(compose_config(YAML, overrides))
 
 
 def write_rows(path, rows):

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import ray
@@ -16,15 +17,12 @@ from verl import DataProto
 from verl.models.fsdp import create_mesh, init_distributed
 from verl.models.ulysses import sequence_parallel_group
 from verl.single_controller import (
-    Dispatch,
-    RayClassWithInitArgs,
     RayResourcePool,
     RayWorkerGroup,
     Worker,
     WorkerLostError,
     each,
     joined,
-    register,
 )
 from verl.single_controller.nodes import Node
 from verl.single_controller.worker_processes import _thread_env
@@ -37,39 +35,31 @@ class Doubler(Worker):
     def __init__(self, factor: int) -> None:
         self.factor = factor
 
-    @register(Dispatch.ONE_TO_ALL)
     def environment(self, key: str) -> str:
         return os.environ[key]
 
-    @register(Dispatch.DP_COMPUTE_PROTO)
     def multiply(self, data: DataProto, repeat: int = 1) -> DataProto:
         columns = {"y": data.batch["x"] * self.factor, "rank": torch.full((len(data),), self.rank)}
         return DataProto.from_dict(columns).repeat(repeat)
 
-    @register(Dispatch.DP_COMPUTE_METRIC)
-    def total(self, data: DataProto) -> float:
-        return float(data.batch["x"].sum())
+    def total(self, data: DataProto) -> DataProto:
+        return DataProto.from_dict({"total": data.batch["x"].sum()[None]})
 
-    @register(Dispatch.DP_COMPUTE_PROTO, group="pairs")
     def multiply_in_pairs(self, data: DataProto, repeat: int = 1) -> DataProto:
         self.seen = data.batch["x"].tolist()
         return self.multiply(data, repeat)
 
-    @register(Dispatch.DP_COMPUTE_METRIC, group="pairs")
-    def total_of_pairs(self, data: DataProto) -> float:
+    def total_of_pairs(self, data: DataProto) -> DataProto:
         if self.rank == 1:
             raise UserError("rank 1 cannot")
         return self.total(data)
 
-    @register()
     def last_seen(self) -> list[int]:
         return self.seen
 
-    @register()
     def refuse(self) -> None:
         raise UserError("model.path: no such folder")
 
-    @register()
     def all_reduce(self) -> float:
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo")
@@ -77,19 +67,16 @@ class Doubler(Worker):
         torch.distributed.all_reduce(value)
         return float(value)
 
-    @register()
     def meet(self, sleeper: int) -> None:
         if self.rank == sleeper:
             time.sleep(600)
         torch.distributed.all_reduce(torch.ones(1))
 
-    @register()
     def timeouts(self, timeout_s: float) -> list[float]:
         init_distributed(timeout_s)
         groups = [*create_mesh(1).get_all_groups(), sequence_parallel_group(2)]
         return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
 
-    @register()
     def sleep_on_other_ranks(self, rank: int) -> None:
         time.sleep(0 if self.rank == rank else 600)
 
@@ -97,9 +84,9 @@ class Doubler(Worker):
 class Doublers(RayWorkerGroup):
     environment = each(Doubler.environment)
     multiply = joined(Doubler.multiply)
-    total = each(Doubler.total)
-    multiply_in_pairs = joined(Doubler.multiply_in_pairs)
-    total_of_pairs = each(Doubler.total_of_pairs)
+    total = joined(Doubler.total, pads=False)
+    multiply_in_pairs = joined(Doubler.multiply_in_pairs, group="pairs")
+    total_of_pairs = joined(Doubler.total_of_pairs, group="pairs", pads=False)
     last_seen = each(Doubler.last_seen)
     refuse = each(Doubler.refuse)
     all_reduce = each(Doubler.all_reduce)
@@ -120,7 +107,7 @@ def cluster() -> Iterator[None]:
 @pytest.fixture
 def group() -> Iterator[Doublers]:
     pool = RayResourcePool([2], use_gpu=False, cpus_per_process=0.5)
-    group = Doublers(pool, RayClassWithInitArgs(Doubler, 2), name="doubler", worker_env={"COLOUR": "green"})
+    group = Doublers(pool, partial(Doubler, 2), name="doubler", worker_env={"COLOUR": "green"})
     yield group
     group.shutdown()
     pool.release()
@@ -138,7 +125,7 @@ def test_dispatch_and_collect(group: Doublers):
         assert set(doubled.batch["rank"].tolist()) == ({0} if rows == 1 else {0, 1})
     future = group.multiply.remote(DataProto.from_dict({"x": torch.arange(2)}))
     assert future.get().batch["y"].tolist() == [0, 2]
-    assert group.total(DataProto.from_dict({"x": torch.arange(4)})) == [1.0, 5.0]
+    assert group.total(DataProto.from_dict({"x": torch.arange(4)})).batch["total"].tolist() == [1, 5]
     with pytest.raises(ValueError, match="3 rows do not divide into 2"):
         group.total(DataProto.from_dict({"x": torch.arange(3)}))
     with pytest.raises(UserError, match=r"^model.path: no such folder$"):
@@ -155,7 +142,7 @@ def test_processes_share_the_cores_of_their_node(monkeypatch: pytest.MonkeyPatch
 
 def test_ranks_of_a_group_share_rows_and_the_first_answers():
     pool = RayResourcePool([4], use_gpu=False, cpus_per_process=0.25)
-    group = Doublers(pool, RayClassWithInitArgs(Doubler, 2), group_sizes={"pairs": 2, "others": 4})
+    group = Doublers(pool, partial(Doubler, 2), group_sizes={"pairs": 2, "others": 4})
     try:
         assert (group.multiply.shares, group.multiply_in_pairs.shares) == (4, 2)
         for rows in (1, 3, 4):
@@ -171,7 +158,7 @@ def test_ranks_of_a_group_share_rows_and_the_first_answers():
     finally:
         group.shutdown()
     with pytest.raises(ValueError, match=r"groups of 3 ranks \(pairs\) do not divide 4 ranks"):
-        Doublers(pool, RayClassWithInitArgs(Doubler, 2), group_sizes={"pairs": 3})
+        Doublers(pool, partial(Doubler, 2), group_sizes={"pairs": 3})
     pool.release()
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from verl.models.lm_head import LMHead
-from verl.models.log_probs import FinalStates, masked_sum, token_log_probs, trim_padding
+from verl.models.log_probs import FinalStates, LMHead, masked_sum, token_log_probs
+from verl.models.packing import trim_padding
 
 
 @pytest.mark.parametrize("tokens_per_chunk", [1, 4, 100])

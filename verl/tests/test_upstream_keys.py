@@ -15,8 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from verl.trainer.config.check import check_config
-from verl.trainer.config.compose import as_written, compose_config
-from verl.trainer.config.overrides import read_overrides
+from verl.trainer.config.compose import as_written, compose_config, read_overrides
 from verl.trainer.config.schema import YAML
 from verl.trainer.config.upstream_keys import RENAMED, UPSTREAM_KEYS
 from verl.trainer.config.validation import default_values

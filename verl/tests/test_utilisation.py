@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import ppo_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from verl import DataProto
-from verl.trainer.config.schema import ppo_config
 from verl.trainer.planning.model_shapes import ModelShape, known_config
 from verl.trainer.ppo.utilisation import TRAINING, Utilisation
 from verl.utils.device_peaks import peak_tflops
@@ -70,7 +70,7 @@ def test_training_takes_three_times_as_many(with_lm_head: bool) -> None:
 def _utilisation(device_name: str | None, *overrides: str, critic: bool = False) -> Utilisation:
     base = [f"actor_rollout_ref.model.path={MODEL}", "data.train_files=nowhere.parquet", "trainer.device=cuda"]
     estimator = ["algorithm.adv_estimator=gae"] if critic else []
-    return Utilisation.from_config(ppo_config([*base, *estimator, *overrides]), device_name)
+    return Utilisation(ppo_config([*base, *estimator, *overrides]), device_name)
 
 
 def _batch() -> DataProto:

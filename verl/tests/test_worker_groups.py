@@ -1,27 +1,35 @@
-"""A group of workers has the methods that its workers registered, under their names, and no others."""
+"""A group of workers declares methods that its workers have, under their names, and rows are dealt out and stacked."""
 
 from __future__ import annotations
 
 import inspect
 
 import pytest
+import torch
 
-from verl.single_controller import RayWorkerGroup, Worker, each
-from verl.single_controller.decorator import REGISTRATION_ATTRIBUTE
-from verl.single_controller.worker_group import WorkerMethod
+from verl import DataProto
+from verl.single_controller import RayWorkerGroup, Worker
+from verl.single_controller.worker_group import WorkerMethod, deal_rows
 from verl.workers.critic_worker import CriticWorkers
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker, PolicyWorkers
 
 
 @pytest.mark.parametrize(("worker", "group"), [(ActorRolloutRefWorker, PolicyWorkers), (CriticWorker, CriticWorkers)])
-def test_what_is_registered_is_declared(worker: type[Worker], group: type[RayWorkerGroup]) -> None:
-    registered = {name for name, method in inspect.getmembers_static(worker) if hasattr(method, REGISTRATION_ATTRIBUTE)}
+def test_what_is_declared_is_of_the_worker(worker: type[Worker], group: type[RayWorkerGroup]) -> None:
     members = inspect.getmembers_static(group)
     declared = {name: member.name for name, member in members if isinstance(member, WorkerMethod)}
-    assert {"init_model", "save_checkpoint"} < registered
-    assert declared == {name: name for name in registered}
+    assert {"init_model", "save_checkpoint"} < declared.keys()
+    assert declared == {name: name for name in declared if hasattr(worker, name)}
 
 
-def test_a_method_that_no_worker_registered_cannot_be_declared() -> None:
-    with pytest.raises(TypeError, match=r"^Worker\.worker_info is not registered$"):
-        each(Worker.worker_info)
+@pytest.mark.parametrize(("rows", "parts", "k"), [(4, 2, 1), (3, 2, 1), (1, 4, 3), (5, 3, 2)])
+def test_padding_comes_off_again(rows: int, parts: int, k: int) -> None:
+    arguments, collect = deal_rows(parts, (DataProto.from_dict({"x": torch.arange(rows)}),), {"times": k})
+    assert len({len(part) for (part,), _ in arguments}) == 1
+    stacked = collect([part.repeat(named["times"]) for (part,), named in arguments])
+    assert stacked.batch["x"].tolist() == [x for x in range(rows) for _ in range(k)]
+
+
+def test_rows_that_may_not_be_padded_must_divide() -> None:
+    with pytest.raises(ValueError, match="3 rows do not divide into 2"):
+        deal_rows(2, (DataProto.from_dict({"x": torch.arange(3)}),), {}, pads=False)

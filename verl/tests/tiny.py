@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from verl.trainer.config.compose import compose_config
 from verl.trainer.config.fields import with_values
-from verl.trainer.config.optim import AdamConfig
-from verl.trainer.config.placement import TrainedPlacement
-from verl.trainer.config.policy import ActorRolloutRefConfig
-from verl.trainer.config.schema import ppo_defaults
+from verl.trainer.config.schema import YAML, ActorRolloutRefConfig, AdamConfig, PPOConfig, TrainedPlacement
+from verl.trainer.config.validation import validated
 
 VOCABULARY, PROMPT, RESPONSE = 40, 6, 10
 PROMPT_LENGTHS, RESPONSE_LENGTHS = (3, 5, 4, 2, 1, 5, 3, 4), (4, 9, 1, 7, 6, 8, 2, 9)
@@ -47,6 +47,17 @@ def padded_rows(generator: Generator) -> dict[str, Tensor]:
         "position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0),
         "response_mask": attention_mask[:, PROMPT:],
     }
+
+
+def ppo_config(overrides: Sequence[str]) -> PPOConfig:
+    """The defaults with overrides; nothing is looked for on this machine."""
+    return validated(PPOConfig, compose_config(YAML, overrides), YAML)
+
+
+@cache
+def ppo_defaults(*overrides: str) -> PPOConfig:
+    """`ppo_config` without data and a model, for what needs a section of it."""
+    return ppo_config(["data.train_files=none", "actor_rollout_ref.model.path=none", *overrides])
 
 
 def adam(**changes: Any) -> AdamConfig:

@@ -34,14 +34,11 @@ class DataProto:
     """Rows with tensor columns, object columns, and facts about the whole batch.
 
     Args:
-        batch: tensors of shape [rows, ...]; None when there is no tensor column.
+        batch: tensors of shape [rows, ...]; None for no tensor column.
         non_tensor_batch: NumPy arrays (mostly of objects) of shape [rows, ...].
         meta_info: anything that belongs to the batch and not to a row.
 
     `union` works in place, the other methods return a new batch.
-
-    Attributes:
-        tensors: as `batch` was given; `batch` itself is for whoever needs them.
     """
 
     def __init__(
@@ -50,89 +47,52 @@ class DataProto:
         non_tensor_batch: dict[str, np.ndarray] | None = None,
         meta_info: dict[str, Any] | None = None,
     ) -> None:
-        self.tensors = batch
         self.non_tensor_batch = {} if non_tensor_batch is None else non_tensor_batch
         self.meta_info = {} if meta_info is None else meta_info
-        self.check_consistency()
-
-    @classmethod
-    def from_single_dict(
-        cls, data: Mapping[str, Tensor | np.ndarray], meta_info: dict[str, Any] | None = None
-    ) -> DataProto:
-        """Sort the columns of `data` into tensors and arrays."""
-        tensors = {key: value for key, value in data.items() if isinstance(value, Tensor)}
-        arrays = {key: value for key, value in data.items() if not isinstance(value, Tensor)}
-        return cls.from_dict(tensors, arrays, meta_info)
-
-    @classmethod
-    def from_dict(
-        cls,
-        tensors: Mapping[str, Tensor] | None = None,
-        non_tensors: Mapping[str, np.ndarray | Sequence[Any]] | None = None,
-        meta_info: dict[str, Any] | None = None,
-    ) -> DataProto:
-        """Build a batch of columns that share their first dimension; plain sequences become object arrays.
-
-        Raises:
-            ValueError: columns of different lengths.
-        """
-        lengths = {key: len(value) for key, value in {**(tensors or {}), **(non_tensors or {})}.items()}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"columns differ in length: {lengths}")
-        batch = TensorDict(dict(tensors), batch_size=[next(iter(lengths.values()))]) if tensors else None
-        arrays = {
-            key: value if isinstance(value, np.ndarray) else object_array(value)
-            for key, value in (non_tensors or {}).items()
-        }
-        return cls(batch, arrays, meta_info or {})
-
-    def check_consistency(self) -> None:
-        """Raise a ValueError when the columns are not arrays of one length."""
+        rows = len(next(iter(self.non_tensor_batch.values()), ()))
+        self.batch = TensorDict({}, batch_size=[rows]) if batch is None else batch
         for key, value in self.non_tensor_batch.items():
             if not isinstance(value, np.ndarray):
                 raise ValueError(f"non_tensor_batch[{key!r}] is a {type(value).__name__}, not a NumPy array")
             if len(value) != len(self):
                 raise ValueError(f"non_tensor_batch[{key!r}] has {len(value)} rows, the batch {len(self)}")
 
-    @property
-    def batch(self) -> TensorDict:
-        """`tensors`, for whoever needs them.
+    @classmethod
+    def from_dict(
+        cls, columns: Mapping[str, Tensor | np.ndarray | Sequence[Any]], meta_info: dict[str, Any] | None = None
+    ) -> DataProto:
+        """Build a batch of columns that share their first dimension; plain sequences become object arrays.
 
         Raises:
-            ValueError: no tensor column.
+            ValueError: columns of different lengths.
         """
-        if self.tensors is None:
-            raise ValueError(f"the batch has no tensor column, only {sorted(self.non_tensor_batch)}")
-        return self.tensors
-
-    @batch.setter
-    def batch(self, tensors: TensorDict) -> None:
-        self.tensors = tensors
+        lengths = {key: len(value) for key, value in columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"columns differ in length: {lengths}")
+        tensors = {key: value for key, value in columns.items() if isinstance(value, Tensor)}
+        arrays = {
+            key: value if isinstance(value, np.ndarray) else object_array(value)
+            for key, value in columns.items()
+            if not isinstance(value, Tensor)
+        }
+        return cls(TensorDict(tensors, batch_size=[next(iter(lengths.values()), 0)]), arrays, meta_info)
 
     def __len__(self) -> int:
-        if self.tensors is not None:
-            return self.tensors.batch_size[0]
-        return len(next(iter(self.non_tensor_batch.values()), ()))
+        return self.batch.batch_size[0]
 
     def __getitem__(self, index: Index) -> DataProto:
         """The rows of a slice (views), of row numbers, or of a bool mask (copies)."""
         if not isinstance(index, slice):
             index = torch.as_tensor(index)
             index = index if index.dtype == torch.bool else index.long()
-        batch = None if self.tensors is None else self.tensors[index]
         rows = index if isinstance(index, slice) else index.numpy()
         arrays = {key: value[rows] for key, value in self.non_tensor_batch.items()}
-        return DataProto(batch, arrays, dict(self.meta_info))
+        return DataProto(self.batch[index], arrays, dict(self.meta_info))
 
-    def select(
-        self, batch_keys: Iterable[str] | None = None, non_tensor_batch_keys: Iterable[str] | None = None
-    ) -> DataProto:
-        """A batch of the named columns (None: all of that kind), sharing their data."""
-        batch, arrays = self.tensors, self.non_tensor_batch
-        if batch is not None and batch_keys is not None:
-            batch = batch.select(*batch_keys)
-        names = arrays if non_tensor_batch_keys is None else non_tensor_batch_keys
-        return DataProto(batch, {name: arrays[name] for name in names}, dict(self.meta_info))
+    def select(self, batch_keys: Iterable[str], non_tensor_batch_keys: Iterable[str] = ()) -> DataProto:
+        """A batch of the named columns, sharing their data."""
+        arrays = {name: self.non_tensor_batch[name] for name in non_tensor_batch_keys}
+        return DataProto(self.batch.select(*batch_keys), arrays, dict(self.meta_info))
 
     def union(self, other: DataProto) -> DataProto:
         """Add the columns and facts of `other` in place.
@@ -140,15 +100,9 @@ class DataProto:
         Raises:
             ValueError: different lengths, or a column or fact that both have with different values.
         """
-        if len(self) and len(other) and len(self) != len(other):
+        if len(self) != len(other):
             raise ValueError(f"cannot unite batches of {len(self)} and {len(other)} rows")
-        if other.tensors is not None:
-            mine = {} if self.tensors is None else self.tensors
-            _check_same("batch", mine, other.tensors)
-            self.tensors = (
-                other.tensors.clone(recurse=False) if self.tensors is None else self.tensors.update(other.tensors)
-            )
-        for name in ("non_tensor_batch", "meta_info"):
+        for name in ("batch", "non_tensor_batch", "meta_info"):
             _check_same(name, getattr(self, name), getattr(other, name))
             getattr(self, name).update(getattr(other, name))
         return self
@@ -156,6 +110,10 @@ class DataProto:
     def repeat(self, repeat_times: int) -> DataProto:
         """Each row `repeat_times` times, next to itself."""
         return self[torch.arange(len(self)).repeat_interleave(repeat_times)]
+
+    def padded(self, rows: int) -> DataProto:
+        """With copies of the first rows appended, as many as are asked for."""
+        return self[torch.arange(len(self) + rows) % len(self)] if rows else self
 
     def chunk(self, chunks: int) -> list[DataProto]:
         """Cut into `chunks` equal consecutive parts.
@@ -171,41 +129,20 @@ class DataProto:
     @staticmethod
     def concat(data: Sequence[DataProto]) -> DataProto:
         """Stack batches of the same columns; `meta_info` is that of the first."""
-        tensors = [part.tensors for part in data if part.tensors is not None]
-        if tensors and len(tensors) < len(data):
-            raise ValueError("some of the batches have tensor columns, and some have none")
-        batch = TensorDict.cat(tensors, dim=0) if tensors else None
         keys = data[0].non_tensor_batch.keys()
         arrays = {key: np.concatenate([part.non_tensor_batch[key] for part in data]) for key in keys}
-        return DataProto(batch, arrays, dict(data[0].meta_info))
+        return DataProto(TensorDict.cat([part.batch for part in data], dim=0), arrays, dict(data[0].meta_info))
 
     def __getstate__(self) -> tuple:
         # NumPy arrays travel as out-of-band buffers (one copy into Ray's object store), and a view of a large tensor
         # takes only its own rows along, where a pickled tensor takes its whole storage.
-        tensors = (
-            None if self.tensors is None else {key: _to_bytes(value) for key, value in self.tensors.to_dict().items()}
-        )
+        tensors = {key: _to_bytes(value) for key, value in self.batch.to_dict().items()}
         return len(self), tensors, self.non_tensor_batch, self.meta_info
 
     def __setstate__(self, state: tuple) -> None:
         rows, tensors, self.non_tensor_batch, self.meta_info = state
-        columns = None if tensors is None else {key: _from_bytes(*value) for key, value in tensors.items()}
-        self.tensors = None if columns is None else TensorDict(columns, batch_size=[rows])
-
-
-def pad_dataproto_to_divisor(data: DataProto, size_divisor: int) -> tuple[DataProto, int]:
-    """Append copies of the first rows until `size_divisor` divides the length; returns the batch and how many."""
-    pad_size = -len(data) % size_divisor
-    if pad_size == 0:
-        return data, 0
-    if len(data) == 0:
-        raise ValueError("an empty batch cannot be padded")
-    return data[torch.arange(len(data) + pad_size) % len(data)], pad_size
-
-
-def unpad_dataproto(data: DataProto, pad_size: int) -> DataProto:
-    """Drop the last `pad_size` rows."""
-    return data[: len(data) - pad_size] if pad_size else data
+        columns = {key: _from_bytes(*value) for key, value in tensors.items()}
+        self.batch = TensorDict(columns, batch_size=[rows])
 
 
 def _check_same(name: str, mine: Mapping[str, Any], other: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from abc import ABC
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,39 +27,33 @@ ANSWER_FIELDS = ("answer", "expected_answer", "ground_truth")
 
 @dataclass(frozen=True)
 class Question:
-    """One question of a benchmark.
-
-    Attributes:
-        index: position in the file, from 0.
-        prompt: what the file asks (of a chat, the last user message).
-        answer: the right answer as the file gives it, a string or a number.
-        meta: the file's other fields; `messages` where the file holds a whole chat.
-        place: file and line, for errors.
-    """
+    """One question of a benchmark."""
 
     index: int
+    """Position in the file, from 0."""
     prompt: str
+    """What the file asks (of a chat, the last user message)."""
     answer: str | int | float
+    """The right answer as the file gives it, a string or a number."""
     meta: dict[str, Any] = field(default_factory=dict)
+    """The file's other fields; `messages` where the file holds a whole chat."""
     place: str = ""
+    """File and line, for errors."""
 
 
-class Benchmark(ABC):
-    """A task with checkable answers.
-
-    Attributes:
-        name: as on the command line.
-        data_source: names the grader (see `xbai.grading`).
-        lang: language of the questions, `en` or `zh`.
-        instruction: what is added to a question.
-        instruction_marks: texts of which any one in a question says that it carries its instruction already.
-    """
+class Benchmark:
+    """A task with checkable answers."""
 
     name: str
+    """As on the command line."""
     data_source: str
+    """Names the grader (see `xbai.grading`)."""
     lang: str = "en"
+    """Language of the questions, `en` or `zh`."""
     instruction: str = ""
+    """What is added to a question."""
     instruction_marks: tuple[str, ...] = ()
+    """Texts of which any one in a question says that it carries its instruction already."""
 
     def read(self, path: str | Path) -> list[Question]:
         """Read a .jsonl, .json or .parquet file.
@@ -123,10 +116,10 @@ def read_rows(path: Path) -> Iterator[tuple[Row, str]]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    if path.suffix not in _READERS:
-        raise UserError(f"{path}: unknown kind of file; use one of {', '.join(_READERS)}")
+    if path.suffix not in READERS:
+        raise UserError(f"{path}: unknown kind of file; use one of {', '.join(READERS)}")
     try:
-        for row, place in _READERS[path.suffix](path):
+        for row, place in READERS[path.suffix](path):
             if not isinstance(row, dict):
                 raise UserError(f"{place}: expected an object with fields such as 'prompt' and 'answer'")
             yield row, place
@@ -172,7 +165,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[Any, str]]:
         yield row, f"{path}: row {number}"
 
 
-_READERS = {".jsonl": _read_lines, ".json": _read_json, ".parquet": _read_parquet}
+READERS = {".jsonl": _read_lines, ".json": _read_json, ".parquet": _read_parquet}
 
 
 def _parse(text: str, place: str) -> Any:

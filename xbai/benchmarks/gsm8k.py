@@ -6,20 +6,19 @@ makes training files of its published ones, as `python -m xbai.benchmarks.storie
 """
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Annotated
 
 import typer
 
-from xbai.benchmarks.base import MathBenchmark, Row, read_rows
-from xbai.benchmarks.rows import training_row, worked_response, write_jsonl, write_parquet
+from xbai.benchmarks import rows
+from xbai.benchmarks.base import READERS, MathBenchmark, Row, read_rows
+from xbai.benchmarks.rows import WorkedProblem
 from xbai.errors import UserError, exit_on_user_error
 
 ANSWER_MARK = "####"
 CALCULATION = re.compile(r"<<.*?>>")
-SUFFIXES = (".jsonl", ".json", ".parquet")
 VALIDATION_ROWS = 100
 JUDGE_ROWS = 480
 
@@ -46,32 +45,7 @@ class GSM8K(MathBenchmark):
         return final_answer(answer) if isinstance(answer, str) else answer
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A question, as the benchmark puts it in `prompt`, with its worked solution."""
-
-    question: str
-    prompt: list[dict[str, str]]
-    answer: str
-    solution: str
-
-    def training_row(self, split: str, index: int) -> Row:
-        """In the trainer's layout."""
-        return training_row(GSM8K.data_source, self.prompt, self.answer, "math", split=split, index=index)
-
-    def test_row(self) -> Row:
-        """In the benchmark's layout."""
-        return {"prompt": self.question, "answer": self.answer}
-
-    def sft_row(self, index: int) -> Row:
-        """The same with a response to learn."""
-        return {
-            **self.training_row("sft", index),
-            "response": worked_response(solution_steps(self.solution), self.answer),
-        }
-
-
-def read_problems(path: Path) -> list[Problem]:
+def read_problems(path: Path) -> list[WorkedProblem]:
     """The problems of a file in the published layout.
 
     Raises:
@@ -80,10 +54,11 @@ def read_problems(path: Path) -> list[Problem]:
     benchmark, problems = GSM8K(), []
     for index, (row, place) in enumerate(read_rows(path)):
         solution = row.get("answer")
-        if not isinstance(solution, str) or not solution_steps(solution):
+        if not isinstance(solution, str) or not (steps := solution_steps(solution)):
             raise UserError(f"{place}: 'answer' must be a worked solution that ends in '{ANSWER_MARK} NUMBER'")
         question = benchmark.question_from_row(index, row, place)
-        problems.append(Problem(question.prompt, benchmark.messages(question), str(question.answer), solution))
+        prompt, answer = benchmark.messages(question), str(question.answer)
+        problems.append(WorkedProblem(benchmark.data_source, "math", question.prompt, prompt, answer, steps))
     return problems
 
 
@@ -93,25 +68,19 @@ def find_file(folder: Path, split: str) -> Path:
     Raises:
         UserError: there is none, or there are several.
     """
-    found = [path for path in sorted(folder.glob(f"{split}*")) if path.suffix in SUFFIXES]
+    found = [path for path in sorted(folder.glob(f"{split}*")) if path.suffix in READERS]
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise UserError(f"{folder}: needs one file {split}*{{{','.join(SUFFIXES)}}} of GSM8K, found {names}")
+        raise UserError(f"{folder}: needs one file {split}*{{{','.join(READERS)}}} of GSM8K, found {names}")
     return found[0]
 
 
-def write_splits(source: Path, out_dir: Path, seed: int = 0) -> list[Path]:
+def write_splits(source: Path, out_dir: Path, seed: int = 0) -> dict[str, Path]:
     """Write `gsm8k_{sft,train,val}.parquet`, disjoint parts of the published training set, and `gsm8k_test.jsonl`; the
     validation and the end of what is for RL also as questions to sample, `gsm8k_{val,judge}.jsonl`.
 
-    Args:
-        source: folder with one file `train*` and one `test*`.
-        out_dir: folder for the files.
-        seed: decides which problem goes where: a hundred to validation (at most a tenth), half of the others to
-            fine-tuning, half to RL.
-
-    Returns:
-        The paths written.
+    The seed decides which problem goes where: a hundred to validation (at most a tenth), half of the others to
+    fine-tuning, half to RL. Returns the path of each part, such as `sft.parquet`.
     """
     train_file, test_file = (find_file(source, split) for split in ("train", "test"))
     problems = read_problems(train_file)
@@ -119,16 +88,15 @@ def write_splits(source: Path, out_dir: Path, seed: int = 0) -> list[Path]:
     held = min(VALIDATION_ROWS, len(problems) // 10)
     validation, rest = problems[:held], problems[held:]
     sft, train = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-    names = ("sft.parquet", "train.parquet", "val.parquet", "test.jsonl", "val.jsonl", "judge.jsonl")
-    paths = [out_dir / f"gsm8k_{name}" for name in names]
-    write_parquet(paths[0], [problem.sft_row(index) for index, problem in enumerate(sft)])
-    write_parquet(paths[1], [problem.training_row("train", index) for index, problem in enumerate(train)])
-    write_parquet(paths[2], [problem.training_row("val", index) for index, problem in enumerate(validation)])
-    questions = GSM8K().read(test_file)
-    write_jsonl(paths[3], ({"prompt": question.prompt, "answer": question.answer} for question in questions))
-    write_jsonl(paths[4], (problem.test_row() for problem in validation))
-    write_jsonl(paths[5], (problem.test_row() for problem in train[-JUDGE_ROWS:]))
-    return paths
+    parts = {
+        "sft.parquet": [problem.sft_row(index) for index, problem in enumerate(sft)],
+        "train.parquet": [problem.training_row("train", index) for index, problem in enumerate(train)],
+        "val.parquet": [problem.training_row("val", index) for index, problem in enumerate(validation)],
+        "test.jsonl": [{"prompt": each.prompt, "answer": each.answer} for each in GSM8K().read(test_file)],
+        "val.jsonl": [problem.test_row() for problem in validation],
+        "judge.jsonl": [problem.test_row() for problem in train[-JUDGE_ROWS:]],
+    }
+    return rows.write_parts(out_dir, GSM8K.data_source, parts)
 
 
 @exit_on_user_error
@@ -138,7 +106,7 @@ def main(
     seed: int = 0,
 ) -> None:
     """Write training and test files of the published ones."""
-    for path in write_splits(source, out, seed):
+    for path in write_splits(source, out, seed).values():
         typer.echo(path)
 
 

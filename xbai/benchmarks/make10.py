@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from xbai.benchmarks.base import Benchmark
-from xbai.benchmarks.rows import training_row, write_jsonl, write_parquet
+from xbai.benchmarks import rows
+from xbai.benchmarks.base import Benchmark, Row
 from xbai.errors import UserError
 from xbai.grading.make10 import TARGET, grade_make10
 
@@ -67,18 +67,16 @@ class Teacher:
 
     Nearly all of its mistakes show in the text. Hidden ones (a result bent so that the chain ends in 10, a miscopied
     answer) were tried and left out: the policy learns to make them sooner than the head learns to find them.
-
-    Attributes:
-        attempt_weights: relative frequency of giving up after 1, 2, ... attempts.
-        missed_hit_rate: how often a hit is taken for a miss.
-        false_yes_rate: how often the last attempt, a miss, is claimed to be a hit (else it is called close).
-        slip_rate: chance that an operation's result is off by one or two.
     """
 
     attempt_weights: tuple[int, ...] = (25, 25, 18, 14, 10, 8)
+    """Relative frequency of giving up after 1, 2, ... attempts."""
     missed_hit_rate: float = 0.02
+    """How often a hit is taken for a miss."""
     false_yes_rate: float = 0.25
+    """How often the last attempt, a miss, is claimed to be a hit (else it is called close)."""
     slip_rate: float = 0.005
+    """Chance that an operation's result is off by one or two."""
 
     def solve(self, numbers: Numbers, rng: random.Random) -> str:
         """The text of one response, right or wrong."""
@@ -153,69 +151,42 @@ def sample_problems(count: int, rng: random.Random, length: int = 5) -> list[Num
     raise UserError(f"make10: cannot find {count} different problems of {length} numbers; ask for fewer or longer ones")
 
 
-def problem_row(numbers: Numbers, split: str, index: int) -> dict[str, Any]:
+def problem_row(numbers: Numbers, split: str, index: int) -> Row:
     """One problem in the trainer's row layout; the ground truth is the numbers."""
     prompt = [{"role": "user", "content": question_text(numbers)}]
-    return training_row(DATA_SOURCE, prompt, " ".join(map(str, numbers)), "arithmetic", split=split, index=index)
+    return rows.training_row(DATA_SOURCE, prompt, " ".join(map(str, numbers)), "arithmetic", split=split, index=index)
 
 
-def sft_row(numbers: Numbers, teacher: Teacher, rng: random.Random, index: int) -> dict[str, Any]:
+def sft_row(numbers: Numbers, teacher: Teacher, rng: random.Random, index: int) -> Row:
     """One problem with a response of the teacher and whether its answer is right."""
     row = problem_row(numbers, "sft", index)
     response = teacher.solve(numbers, rng)
     return {**row, "response": response, "correct": grade_make10(response, row["reward_model"]["ground_truth"])}
 
 
-@dataclass(frozen=True)
-class SplitFiles:
-    """Where `write_splits` puts each part."""
+def write_splits(
+    out_dir: str | Path, seed: int = 0, sizes: SplitSizes | None = None, length: int = 5
+) -> dict[str, Path]:
+    """Write the SFT, RL training, validation and test files of problems with `length` numbers.
 
-    folder: Path
-    sft: Path = field(init=False)
-    train: Path = field(init=False)
-    validation: Path = field(init=False)
-    test: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        for name, file in {
-            "sft": "make10_sft.parquet",
-            "train": "make10_train.parquet",
-            "validation": "make10_val.parquet",
-            "test": "make10_test.jsonl",
-        }.items():
-            object.__setattr__(self, name, Path(self.folder) / file)
-
-
-def write_splits(out_dir: str | Path, seed: int = 0, sizes: SplitSizes | None = None, length: int = 5) -> SplitFiles:
-    """Write the SFT, RL training, validation and test files, all from `seed`.
-
-    Args:
-        out_dir: folder for the files.
-        seed: the same seed gives the same bytes of text.
-        sizes: rows of each file.
-        length: numbers in a problem.
-
-    Returns:
-        The paths written.
+    The same seed gives the same bytes of text. Returns the path of each part, such as `sft.parquet`.
     """
-    sizes, rng, files = sizes or SplitSizes(), random.Random(seed), SplitFiles(Path(out_dir))
+    sizes, rng, teacher = sizes or SplitSizes(), random.Random(seed), Teacher()
     counts = (sizes.sft_problems, sizes.train, sizes.validation, sizes.test)
     problems: Iterator[Numbers] = iter(sample_problems(sum(counts), rng, length))
     sft, train, validation, test = ([next(problems) for _ in range(count)] for count in counts)
-
-    teacher = Teacher()
-    write_parquet(files.sft, [sft_row(sft[i % len(sft)], teacher, rng, i) for i in range(sizes.sft)])
-    write_parquet(files.train, [problem_row(numbers, "train", i) for i, numbers in enumerate(train)])
-    write_parquet(files.validation, [problem_row(numbers, "val", i) for i, numbers in enumerate(validation)])
-    lines = [{"prompt": question_text(numbers), "answer": " ".join(map(str, numbers))} for numbers in test]
-    write_jsonl(files.test, lines)
-    return files
+    parts = {
+        "sft.parquet": [sft_row(sft[i % len(sft)], teacher, rng, i) for i in range(sizes.sft)],
+        "train.parquet": [problem_row(numbers, "train", i) for i, numbers in enumerate(train)],
+        "val.parquet": [problem_row(numbers, "val", i) for i, numbers in enumerate(validation)],
+        "test.jsonl": [{"prompt": question_text(numbers), "answer": " ".join(map(str, numbers))} for numbers in test],
+    }
+    return rows.write_parts(Path(out_dir), DATA_SOURCE, parts)
 
 
 def main(out: Annotated[Path, typer.Option(help="folder for the files")], seed: int = 0, length: int = 5) -> None:
     """Write the Make 10 data files."""
-    files = write_splits(out, seed, length=length)
-    for path in (files.sft, files.train, files.validation, files.test):
+    for path in write_splits(out, seed, length=length).values():
         typer.echo(path)
 
 

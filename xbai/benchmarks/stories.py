@@ -7,18 +7,19 @@ own. Nothing is downloaded: every question is made here, from a seed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Annotated
 
 import typer
 
+from xbai.benchmarks import rows
 from xbai.benchmarks.base import Benchmark, Row
-from xbai.benchmarks.rows import training_row, worked_response, write_jsonl, write_parquet
-from xbai.benchmarks.story import Story
+from xbai.benchmarks.rows import WorkedProblem
 from xbai.benchmarks.story_kinds import HELD_OUT, SEEN, StoryKind
 from xbai.errors import UserError
+from xbai.prompts import Message
 
 DATA_SOURCE = "stories"
 
@@ -27,37 +28,6 @@ class Stories(Benchmark):
     """Questions without an instruction: their form of answer is learnt."""
 
     name = data_source = DATA_SOURCE
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A story and the name of its kind."""
-
-    kind: str
-    story: Story
-
-    @property
-    def answer(self) -> str:
-        """As the grader compares it."""
-        return str(self.story.answer)
-
-    @property
-    def response(self) -> str:
-        """The worked solution."""
-        return worked_response(self.story.steps, self.answer)
-
-    def training_row(self, split: str, index: int) -> Row:
-        """In the trainer's layout."""
-        prompt = [{"role": "user", "content": self.story.question}]
-        return training_row(DATA_SOURCE, prompt, self.answer, "arithmetic", split=split, index=index, kind=self.kind)
-
-    def sft_row(self, index: int) -> Row:
-        """The same with the worked solution."""
-        return {**self.training_row("sft", index), "response": self.response}
-
-    def evaluation_row(self) -> Row:
-        """A line of a test file."""
-        return {"prompt": self.story.question, "answer": self.answer, "kind": self.kind, "solution": self.response}
 
 
 @dataclass(frozen=True)
@@ -72,39 +42,13 @@ class SplitSizes:
     held_out: int = 150
 
 
-@dataclass(frozen=True)
-class SplitFiles:
-    """Where `write_splits` puts each part."""
-
-    folder: Path
-    sft: Path = field(init=False)
-    train: Path = field(init=False)
-    judge: Path = field(init=False)
-    validation: Path = field(init=False)
-    validation_lines: Path = field(init=False)
-    test: Path = field(init=False)
-    held_out: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        for name, file in {
-            "sft": "stories_sft.parquet",
-            "train": "stories_train.parquet",
-            "judge": "stories_judge.jsonl",
-            "validation": "stories_val.parquet",
-            "validation_lines": "stories_val.jsonl",
-            "test": "stories_test.jsonl",
-            "held_out": "stories_heldout.jsonl",
-        }.items():
-            object.__setattr__(self, name, Path(self.folder) / file)
-
-
-def sample_problems(count: int, kinds: Mapping[str, StoryKind], rng: Random, used: set[str]) -> list[Problem]:
+def sample_problems(count: int, kinds: Mapping[str, StoryKind], rng: Random, used: set[str]) -> list[WorkedProblem]:
     """`count` problems, as many of each kind, whose questions are not among `used`, to which they are added.
 
     Raises:
         UserError: there are not that many.
     """
-    names, problems = sorted(kinds), list[Problem]()
+    names, problems = sorted(kinds), list[WorkedProblem]()
     for _ in range(20 * count + 1000):
         if len(problems) == count:
             return problems
@@ -112,41 +56,40 @@ def sample_problems(count: int, kinds: Mapping[str, StoryKind], rng: Random, use
         story = kinds[kind](rng)
         if story.question not in used:
             used.add(story.question)
-            problems.append(Problem(kind, story))
+            prompt: list[Message] = [{"role": "user", "content": story.question}]
+            answer, extra = str(story.answer), {"kind": kind}
+            problems.append(
+                WorkedProblem(DATA_SOURCE, "arithmetic", story.question, prompt, answer, story.steps, extra)
+            )
     raise UserError(f"stories: cannot find {count} different questions of the kinds {', '.join(names)}; ask for fewer")
 
 
-def write_splits(out_dir: str | Path, seed: int = 0, sizes: SplitSizes | None = None) -> SplitFiles:
-    """Write the SFT, RL training, validation and test files, all from `seed`.
+def _test_rows(problems: list[WorkedProblem]) -> list[Row]:
+    return [{**problem.test_row(), "solution": problem.response} for problem in problems]
 
-    Args:
-        out_dir: folder for the files.
-        seed: the same seed gives the same questions.
-        sizes: questions of each file.
 
-    Returns:
-        The paths written.
+def write_splits(out_dir: str | Path, seed: int = 0, sizes: SplitSizes | None = None) -> dict[str, Path]:
+    """Write the SFT, RL training, validation and test files.
+
+    The same seed gives the same questions. Returns the path of each part, such as `sft.parquet`.
     """
-    sizes, rng, used, files = sizes or SplitSizes(), Random(seed), set[str](), SplitFiles(Path(out_dir))
+    sizes, rng, used = sizes or SplitSizes(), Random(seed), set[str]()
     # The tests come first, so that they do not change with the amount of training data.
     test = sample_problems(sizes.test, SEEN, rng, used)
     held_out = sample_problems(sizes.held_out, HELD_OUT, rng, used)
     validation = sample_problems(sizes.validation, SEEN, rng, used)
     train = sample_problems(sizes.train, SEEN, rng, used)
     sft = sample_problems(sizes.sft, SEEN, rng, used)
-
-    write_parquet(files.sft, [problem.sft_row(i) for i, problem in enumerate(sft)])
-    write_parquet(files.train, [problem.training_row("train", i) for i, problem in enumerate(train)])
-    write_parquet(files.validation, [problem.training_row("val", i) for i, problem in enumerate(validation)])
-    lines = {
-        files.judge: train[max(0, len(train) - sizes.judge) :],
-        files.validation_lines: validation,
-        files.test: test,
-        files.held_out: held_out,
+    parts = {
+        "sft.parquet": [problem.sft_row(i) for i, problem in enumerate(sft)],
+        "train.parquet": [problem.training_row("train", i) for i, problem in enumerate(train)],
+        "judge.jsonl": _test_rows(train[max(0, len(train) - sizes.judge) :]),
+        "val.parquet": [problem.training_row("val", i) for i, problem in enumerate(validation)],
+        "val.jsonl": _test_rows(validation),
+        "test.jsonl": _test_rows(test),
+        "heldout.jsonl": _test_rows(held_out),
     }
-    for path, problems in lines.items():
-        write_jsonl(path, [problem.evaluation_row() for problem in problems])
-    return files
+    return rows.write_parts(Path(out_dir), DATA_SOURCE, parts)
 
 
 def main(
@@ -155,9 +98,7 @@ def main(
     judge: Annotated[int, typer.Option(min=1, max=SplitSizes.train, help="questions for a head")] = SplitSizes.judge,
 ) -> None:
     """Write the data files of the stories."""
-    files = write_splits(out, seed, SplitSizes(judge=judge))
-    training = (files.sft, files.train, files.judge, files.validation)
-    for path in (*training, files.validation_lines, files.test, files.held_out):
+    for path in write_splits(out, seed, SplitSizes(judge=judge)).values():
         typer.echo(path)
 
 

@@ -10,25 +10,15 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from xbai.files import atomic_directory
 from xbai.model_files import ModelFiles
-from xbai.sprm.steps import STEP_TEXT_EN
+from xbai.sprm.step_rule import STEP_TEXT_EN
 from xbai.sprm.tags import THINK_CLOSE, THINK_OPEN
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = [END_OF_TEXT, TURN_START, TURN_END]
 THINK_TAGS = [THINK_OPEN, THINK_CLOSE]
 WORDS = [
-    STEP_TEXT_EN,
-    "\n\n",
-    "system",
-    "user",
-    "assistant",
-    "Make ",
-    " from",
-    " yes",
-    " no",
-    " close",
-    "So ",
-    "The answer is \\boxed{",
+    *(STEP_TEXT_EN, "\n\n", "system", "user", "assistant", "Make ", " from"),
+    *(" yes", " no", " close", "So ", "The answer is \\boxed{"),
 ]
 NUMBERS = [str(number) for number in range(10, 21)]
 CHARACTERS = ["\n", *map(chr, range(32, 127))]

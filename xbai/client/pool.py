@@ -16,10 +16,8 @@ from urllib.parse import urlsplit
 import httpx
 
 from xbai.api_key import API_KEY_VARIABLE, authorization
-from xbai.client.replicas import RETRY_BASE_S, RETRY_MAX_S, Replica, Replicas, backoff_s
-from xbai.client.retry import RetryPolicy
-from xbai.client.served_model import ServedModel
-from xbai.client.wire import BrokenAnswerError, ReadyAnswer, ReportedFailureError, read_answer
+from xbai.client.replicas import RETRY_BASE_S, RETRY_MAX_S, Replica, Replicas, RetryPolicy, backoff_s
+from xbai.client.wire import BrokenAnswerError, ReadyAnswer, ReportedFailureError, ServedModel, read_answer
 from xbai.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -31,11 +29,9 @@ MAX_DETAIL_CHARS = 1000
 OPEN_FILES = 65536
 KEEP_ALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    *(
-        (socket.IPPROTO_TCP, getattr(socket, name), value)
-        for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
-        if hasattr(socket, name)
-    ),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
 )
 """A machine that loses its power closes no connection: this tells it from one that takes long to answer."""
 
@@ -122,7 +118,7 @@ class ServicePool:
     @property
     def capacity(self) -> int:
         """Requests that can be in flight at once."""
-        return self._replicas.capacity
+        return sum(replica.max_in_flight for replica in self._replicas.all)
 
     async def room(self) -> None:
         """Wait until a copy has room for one more than the requests that wait."""
@@ -135,7 +131,6 @@ class ServicePool:
         """What is read from the answer to `payload`.
 
         Args:
-            payload: the body.
             read: makes of an answer's body what is returned, or raises as `read_answer` does.
             weight: how much work it is, for the balance among the copies.
             ticket: of the requests that wait, the lowest goes first; by default in the order of the calls.
@@ -178,8 +173,8 @@ class ServicePool:
         self._option = option
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._policy.patience_s
-        strange_rounds = 0
-        for failures in itertools.count(1):
+        failures = strange_rounds = 0
+        while True:
             problems = await asyncio.gather(*map(self._greet, self._replicas.all))
             if self._described:
                 return ServedModel.from_copies(option, list(self._described.values()))
@@ -191,8 +186,8 @@ class ServicePool:
                     f"no service is ready at {self._tried()} ({problems[-1]}); start it first"
                 )
             logger.warning("waiting for a service at %s", self._tried())
+            failures += 1
             await asyncio.sleep(backoff_s(failures))
-        raise AssertionError("unreachable")
 
     async def _greet(self, replica: Replica) -> str:
         """Why it is not ready; nothing where it is."""

@@ -1,4 +1,4 @@
-"""The copies of one service, and which of them takes the next request."""
+"""The copies of one service, which of them takes the next request, and for how long it is tried."""
 
 from __future__ import annotations
 
@@ -8,10 +8,29 @@ import random
 from collections.abc import AsyncIterator, Sequence, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Annotated
+
+import typer
 
 RETRY_BASE_S = 0.5
 RETRY_MAX_S = 30.0
 REFUSALS_LOG_S = 60.0
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How long to keep trying.
+
+    Attributes:
+        max_attempts: tries of one request that reach a service and fail there (500, 504, time-out).
+        patience_s: how long every copy may be out of reach, or full of the work of others, before giving up.
+    """
+
+    max_attempts: int = 5
+    request_timeout_s: Annotated[float, typer.Option("--request_timeout", min=0.001)] = 3600.0
+    """Seconds to an answer; then 504."""
+    patience_s: Annotated[float, typer.Option("--patience", min=0)] = 300.0
+    """Seconds to wait for an absent service."""
 
 
 def backoff_s(failures: int) -> float:
@@ -115,7 +134,7 @@ class Replica:
             return False
         if self.failures:
             return self.in_flight == 0
-        return self.in_flight < self.limit or self._may_grow(now)
+        return self.in_flight < self.limit or (self.limit < self.max_in_flight and now >= self._grows_at)
 
     def room_again_at(self, now: float) -> float | None:
         """When it will have room with no event in between; None where only an event makes room."""
@@ -163,9 +182,6 @@ class Replica:
         self.answers = False
         self.strange_answers = 0
 
-    def _may_grow(self, now: float) -> bool:
-        return self.limit < self.max_in_flight and now >= self._grows_at
-
 
 @dataclass(order=True)
 class _Waiting:
@@ -182,11 +198,6 @@ class Replicas:
         self.all = [Replica(url, max_in_flight) for url in base_urls]
         self._waiting: list[_Waiting] = []
         self._timer: asyncio.TimerHandle | None = None
-
-    @property
-    def capacity(self) -> int:
-        """Requests that can be in flight at once."""
-        return sum(replica.max_in_flight for replica in self.all)
 
     @asynccontextmanager
     async def lease(self, ticket: int, weight: int, failed_on: Set[str] = frozenset()) -> AsyncIterator[Replica]:
@@ -224,8 +235,7 @@ class Replicas:
             heapq.heappush(self._waiting, waiting)
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
-        times = [time for time in (replica.room_again_at(now) for replica in self.all) if time is not None]
+        times = [time for replica in self.all if (time := replica.room_again_at(now)) is not None]
         if self._waiting and times:
             self._timer = loop.call_at(min(times), self._hand_out)
 

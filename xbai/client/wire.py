@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from xbai.errors import UserError
+from xbai.model_identity import is_same_model
 
 SHOWN = 200
 
 
 class BrokenAnswerError(Exception):
     """A success whose body is not what such a service answers; says what is wrong, and how the body begins."""
+
+    def __init__(self, problem: str, body: bytes) -> None:
+        super().__init__(f"{problem}, in {body[:SHOWN].decode(errors='backslashreplace')!r}")
 
 
 class ReportedFailureError(Exception):
@@ -46,6 +54,53 @@ class ReadyAnswer(Answer):
     log_probs: bool = False
 
 
+@dataclass(frozen=True)
+class ServedModel:
+    """What all copies of a service serve.
+
+    Attributes:
+        identity: of the model; None where no copy says.
+        lang: the rule by which they find steps; None where they find none.
+        scores: every copy returns scores.
+        log_probs: every copy returns mean log-probs.
+        is_ours: every copy says what it is: a service of this project, which knows more than the published interface.
+    """
+
+    identity: str | None
+    lang: str | None
+    scores: bool
+    log_probs: bool
+    is_ours: bool
+
+    @classmethod
+    def from_copies(cls, option: str, described: Sequence[ReadyAnswer]) -> ServedModel:
+        """From the copies' `/ready`.
+
+        Raises:
+            UserError: they serve different models, or find steps by different rules; names `option`.
+        """
+        identities = [copy.identity for copy in described if copy.identity]
+        others = {identity for identity in identities if not is_same_model(identity, identities[0])}
+        if others:
+            raise UserError(f"{option}: the copies serve different models ({', '.join([identities[0], *others])})")
+        langs = sorted({copy.lang for copy in described if copy.lang})
+        if len(langs) > 1:
+            raise UserError(f"{option}: the copies find steps by different rules ({', '.join(langs)})")
+        return cls(
+            identity=identities[0] if identities else None,
+            lang=langs[0] if langs else None,
+            scores=all(copy.scores for copy in described),
+            log_probs=all(copy.log_probs for copy in described),
+            is_ours=all(copy.identity for copy in described),
+        )
+
+    def gives_scores_of(self, scorer: ServedModel) -> bool:
+        """Whether its scores are those of the scorer: of one model, whose steps both find by one rule."""
+        if not self.scores or self.identity is None or scorer.identity is None or self.lang is None:
+            return False
+        return is_same_model(self.identity, scorer.identity) and self.lang == scorer.lang
+
+
 class ScoreAnswer(Answer):
     """Of `POST /score`: the trajectory's score, and those of its steps."""
 
@@ -78,12 +133,7 @@ def read_answer(kind: type[AnswerT], body: bytes) -> AnswerT:
             raise ReportedFailureError(str(_Report.model_validate_json(body).error)[:SHOWN]) from None
         problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(map(str, problem["loc"]))
-        raise broken(f"{place}: {problem['msg']}" if place else problem["msg"], body) from None
-
-
-def broken(problem: str, body: bytes) -> BrokenAnswerError:
-    """The error that says what is wrong with a body."""
-    return BrokenAnswerError(f"{problem}, in {body[:SHOWN].decode(errors='backslashreplace')!r}")
+        raise BrokenAnswerError(f"{place}: {problem['msg']}" if place else problem["msg"], body) from None
 
 
 def score_request(prompt: str, response: str, names_prompt: bool) -> dict[str, Any]:
@@ -112,5 +162,6 @@ def read_responses(body: bytes, count: int, *columns: str) -> list[tuple[Any, ..
     items = [answer.results, *(getattr(answer, name) or [None] * count for name in columns)]
     for name, column in zip(("results", *columns), items, strict=True):
         if len(column) != count:
-            raise broken(f"{name}: {len(column)} items for the {count} responses that were asked for", body)
+            problem = f"{name}: {len(column)} items for the {count} responses that were asked for"
+            raise BrokenAnswerError(problem, body)
     return list(zip(*items, strict=True))

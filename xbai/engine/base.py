@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import chain, count
 from typing import TYPE_CHECKING, Literal
@@ -14,106 +14,30 @@ import torch
 from torch import Tensor
 
 from xbai.engine.detokenizer import Detokenizer
-from xbai.engine.files import LM_HEAD, meta_model, weight_shapes
+from xbai.engine.end_tokens import end_token_ids
+from xbai.engine.files import (
+    LM_HEAD,
+    ModelOptions,
+    load_tokenizer,
+    meta_model,
+    read_config,
+    resolve_dtype,
+    resolve_head_dtype,
+    resolve_max_model_len,
+    weight_shapes,
+)
+from xbai.engine.sample import Completion, Sample, SamplingParams
 from xbai.engine.scorer import HEAD_PREFIX, PromptTooLong, Scored, Scorer, head_shapes
 from xbai.engine.weight_check import HeldWeight, WeightCheck
 from xbai.errors import UserError
 from xbai.seeds import sample_seed
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
     from xbai.sprm import StepRule
-
-
-FinishReason = Literal["stop", "stop_token", "length"]
-"""End of sequence or turn, or a stop string; one of `stop_token_ids`; no room for more tokens."""
 
 EnginePart = Literal["weights", "kv_cache"]
 
 _NO_HEAD = "scores: this engine was loaded without a score head (score_module.pt beside the model)"
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to sample `n` completions of a prompt.
-
-    Attributes:
-        max_tokens: clamped to what `max_model_len` leaves after the prompt.
-        temperature: 0 (greedy) to 2.
-        top_k: -1 or 0 keeps every token.
-        repetition_penalty: divides (multiplies, when negative) the logits of tokens seen in prompt or response.
-        stop: strings that end a completion and are cut from its text; one may be a special token.
-        stop_token_ids: tokens that end a completion, or interrupt it: they stay in its text.
-        seed: sample i draws from a stream derived from (seed, i); None takes the engine's seed, or a fresh stream.
-        log_probs: return each token's log-prob under softmax(logits / temperature), before penalties, top-k and top-p
-            (at temperature 0: under softmax(logits)).
-    """
-
-    n: int = 1
-    max_tokens: int = 1024
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    repetition_penalty: float = 1.0
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    seed: int | None = None
-    ignore_eos: bool = False
-    log_probs: bool = False
-
-    def __post_init__(self) -> None:
-        """Reject values that no engine could honour."""
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
-        for valid, message in (
-            (self.n >= 1, f"n={self.n}: at least 1"),
-            (self.max_tokens >= 1, f"max_tokens={self.max_tokens}: at least 1"),
-            (0 <= self.temperature <= 2, f"temperature={self.temperature}: from 0 (greedy) to 2"),
-            (0 < self.top_p <= 1, f"top_p={self.top_p}: above 0 and at most 1"),
-            (self.top_k >= -1, f"top_k={self.top_k}: a positive count, or -1 for all tokens"),
-            (0 < self.repetition_penalty < float("inf"), f"repetition_penalty={self.repetition_penalty}: above 0"),
-            (all(self.stop), "stop: an empty string would end every completion"),
-        ):
-            if not valid:
-                raise UserError(f"sampling: {message}")
-
-
-@dataclass
-class Completion:
-    """One sampled response; `token_ids` include the token that ends it or completes a stop string."""
-
-    token_ids: list[int]
-    text: str
-    finish_reason: FinishReason
-    log_probs: list[float] | None = None
-    step_scores: list[float] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """One completion to be, the unit of work of an engine.
-
-    Attributes:
-        key: unique among the samples of its engine.
-        index: which it is of its request's `n`.
-        params: those of the request, `max_tokens` being what there is room for.
-        seed: of its own random stream; None for a fresh one.
-        return_scores: its completion is to have step scores.
-        end_ids: tokens that end it and are not in its text.
-    """
-
-    key: str
-    index: int
-    prompt_ids: list[int]
-    params: SamplingParams
-    seed: int | None
-    return_scores: bool = False
-    end_ids: frozenset[int] = frozenset()
-
-
-def cut_at_stop(text: str, stop: Sequence[str]) -> str:
-    """`text` up to where the first of the stop strings begins."""
-    return text[: min((text.index(string) for string in stop if string in text), default=len(text))]
 
 
 class Engine(ABC):
@@ -134,31 +58,24 @@ class Engine(ABC):
     prompt_tokens = 0
     cached_prompt_tokens = 0
     max_num_seqs = 1
-    _head_is_fused = False
-    """Whether the language model has the score head inside: `_load_weights` then gets the head's weights too."""
 
-    def __init__(
-        self,
-        config: PretrainedConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        max_model_len: int,
-        scorer: Scorer | None,
-        seed: int | None = None,
-        trust_remote_code: bool = False,
-        end_ids: Sequence[int] = (),
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.detokenize = Detokenizer(tokenizer)
-        self.vocab_size: int = config.vocab_size
-        self.max_model_len = max_model_len
-        self.scorer = scorer
-        self._head_shapes = head_shapes(scorer.head) if scorer else {}
-        self._config = config
-        self._trust_remote_code = trust_remote_code
-        self._end_ids = set(end_ids)
+    def __init__(self, model: ModelOptions) -> None:
+        """Read all of the folder but weights, which each engine loads its own way."""
+        self._options = model
+        self._config = read_config(model.model_path, model.trust_remote_code)
+        self.tokenizer = load_tokenizer(model.model_path, model.trust_remote_code)
+        self.detokenize = Detokenizer(self.tokenizer)
+        self.vocab_size: int = self._config.vocab_size
+        self.max_model_len = resolve_max_model_len(model.max_model_len, self._config)
+        self._dtype = resolve_dtype(model.dtype, self._config)
+        self._logits_dtype = resolve_head_dtype(model.head_dtype, self._dtype)
+        self._end_ids = set(end_token_ids(model.model_path, self.tokenizer))
+        self.scorer: Scorer | None = None
+        # Of a score head inside the language model: `_load_weights` then gets the head's weights too.
+        self._fused_shapes: dict[str, torch.Size] = {}
         self._request_numbers = count()
-        self._unfinished: set[Sample] = set()
-        self._seeds = None if seed is None else random.Random(seed)
+        self._unfinished: dict[str, Sample] = {}
+        self._seeds = None if model.seed is None else random.Random(model.seed)
 
     @property
     def step_rule(self) -> StepRule | None:
@@ -200,10 +117,10 @@ class Engine(ABC):
             UserError: the implementation has rules of its own.
             ValueError: it is queued already.
         """
-        if sample in self._unfinished:
+        if sample.key in self._unfinished:
             raise ValueError(f"sample {sample.key} is still unfinished")
         self._enqueue(sample)
-        self._unfinished.add(sample)
+        self._unfinished[sample.key] = sample
 
     def step(self) -> list[tuple[Sample, Completion]]:
         """Run one iteration of the scheduler; the samples it finished, with their completions."""
@@ -213,9 +130,7 @@ class Engine(ABC):
 
     def abort(self, samples: Iterable[Sample]) -> None:
         """Forget those of the samples that are unfinished."""
-        dropped = [sample for sample in samples if sample in self._unfinished]
-        self._unfinished.difference_update(dropped)
-        if dropped:
+        if dropped := [sample for sample in samples if self._unfinished.pop(sample.key, None)]:
             self._drop(dropped)
 
     def has_unfinished(self) -> bool:
@@ -309,11 +224,12 @@ class Engine(ABC):
         """What the engine (this rank's part of it) holds of each of the language model's weights."""
 
     def _checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        expected = self._weight_shapes | self._head_shapes
+        of_head = self._fused_shapes or (head_shapes(self.scorer.head) if self.scorer else {})
+        expected = self._weight_shapes | of_head
         missing = set(self._weight_shapes) - ({LM_HEAD} if self._config.tie_word_embeddings else set())
         for name, tensor in weights:
             is_of_head = name.startswith(HEAD_PREFIX)
-            if is_of_head and not self._head_shapes:
+            if is_of_head and not of_head:
                 continue
             if expected.get(name) != tensor.shape:
                 wanted = f"shape {tuple(expected[name])}" if name in expected else "no such weight"
@@ -321,24 +237,26 @@ class Engine(ABC):
             if self.scorer is not None:
                 self.scorer.load_weight(name, tensor)
             missing.discard(name)
-            if self._head_is_fused or not is_of_head:
+            if self._fused_shapes or not is_of_head:
                 yield name, tensor
         if missing:
             raise UserError(f"update_weights: {len(missing)} weights were not given, first {min(missing)}")
 
     @cached_property
     def _weight_shapes(self) -> dict[str, torch.Size]:
-        return weight_shapes(meta_model(self._config, self._trust_remote_code))
+        return weight_shapes(meta_model(self._config, self._options.trust_remote_code))
 
     def _response_text(self, sample: Sample, token_ids: Sequence[int]) -> str:
         """What a finished sample says: up to its first stop string, or to the token that ended it."""
         has_ended = bool(token_ids) and token_ids[-1] in sample.end_ids
-        return cut_at_stop(self.detokenize(token_ids[:-1] if has_ended else token_ids), sample.params.stop)
+        text = self.detokenize(token_ids[:-1] if has_ended else token_ids)
+        return text[: min((text.index(stop) for stop in sample.params.stop if stop in text), default=len(text))]
 
     def _finished(self) -> list[tuple[Sample, Completion]]:
         """As `step`, but scores that take a second forward pass are still missing."""
         finished = self._advance()
-        self._unfinished.difference_update(sample for sample, _ in finished)
+        for sample, _ in finished:
+            del self._unfinished[sample.key]
         return finished
 
     def _add_scores(self, finished: Iterable[tuple[Sample, Completion]]) -> None:

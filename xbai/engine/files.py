@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,31 @@ TOKENIZER_FILES = (
     "spiece.model",
 )
 """A folder without any of them has no tokenizer."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What every engine is asked to load.
+
+    Attributes:
+        model_path: a Hugging Face model folder.
+        dtype: `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
+        head_dtype: of the logits, see `resolve_head_dtype`.
+        max_model_len: most tokens of prompt plus response; the model's context by default.
+        lang: step rule; None takes the one that travels with the head (`en` where none does).
+        with_scores: load the folder's score head.
+        trust_remote_code: run the Python code that comes with the folder.
+        seed: of the random streams of requests without a seed.
+    """
+
+    model_path: str | Path
+    dtype: str = "auto"
+    head_dtype: str | None = None
+    max_model_len: int | None = None
+    lang: str | None = None
+    with_scores: bool = False
+    trust_remote_code: bool = False
+    seed: int | None = None
 
 
 @contextmanager
@@ -138,14 +164,10 @@ def resolve_dtype(dtype: str, config: PretrainedConfig) -> torch.dtype:
 
 
 def resolve_head_dtype(name: str | None, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a model's logits: `float32`, `model` (that of its weights), or None for what suits the device.
+    """The dtype of a model's logits: `float32`, `model` (`dtype`, its weights'), or None for what suits the device.
 
     Logits in bfloat16 part the log-probs of two engines (an actor and its rollout) further than all that comes before
     them. Float32 ones cost a GPU next to nothing, but a CPU a copy of the LM head for each product.
-
-    Args:
-        name: what was asked for.
-        dtype: of the weights.
 
     Raises:
         UserError: any other name.

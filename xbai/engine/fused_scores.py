@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from xbai.sprm import ScoreHead, SPRMConfig, StepRule, load_score_head, step_feature_mask
+from xbai.sprm import ScoreHead, SPRMConfig, load_score_head
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -41,12 +39,7 @@ def register_models() -> None:
 
 
 def obstacle(config: PretrainedConfig, options: Mapping[str, Any]) -> str | None:
-    """Why vLLM cannot score what it generates in the same forward pass; None where it can.
-
-    Args:
-        config: the model's.
-        options: of vLLM's `EngineArgs`.
-    """
+    """Why vLLM, with these of its `EngineArgs`, cannot score in the forward pass that generates; None where it can."""
     architecture = _architecture(config)
     if architecture not in _FUSED_CLASSES:
         return f"{architecture} is none of {', '.join(_FUSED_CLASSES)}"
@@ -98,22 +91,3 @@ class FusedHead:
 
 def _architecture(config: PretrainedConfig) -> str:
     return next(iter(config.architectures or ()), "an architecture without a name")
-
-
-def step_scores(
-    prompt_ids: Sequence[int], token_ids: Sequence[int], step_logits: Sequence[float], rule: StepRule
-) -> list[float]:
-    """The scores of a response's steps.
-
-    Args:
-        prompt_ids: the prompt, which may end inside of the thinking region.
-        token_ids: the response.
-        step_logits: for each of its tokens the head's output on the hidden state that the token was sampled from: the
-            feature of the step, where the token ends one.
-        rule: which tokens do.
-    """
-    ids = torch.tensor([[*prompt_ids, *token_ids]])
-    in_response = torch.arange(ids.shape[1])[None] >= len(prompt_ids)
-    mask = step_feature_mask(ids, in_response, rule)[0]
-    # A feature is at the position before its token, and the response's first token never ends a step.
-    return torch.tensor(step_logits)[1:][mask[len(prompt_ids) : -1]].sigmoid().tolist()

@@ -102,14 +102,12 @@ def packed_attention(
     """Attend causally within each sequence of `packing`; one of transformers' attention functions.
 
     Args:
-        module: the attention layer.
+        module: the attention layer, without dropout.
         query: [1, heads, n, d] with the rotary embedding applied; n = N, unless ranks share the tokens.
-        key: [1, kv_heads, n, d].
-        value: the same.
+        key, value: [1, kv_heads, n, d].
         attention_mask: None.
         packing: where the sequences lie in the tokens.
         scaling: of the scores; None for 1/sqrt(d).
-        dropout: 0.
         sliding_window: a token attends to itself and the `sliding_window - 1` before it; None for all before it.
         **kwargs: what other attention functions use.
 

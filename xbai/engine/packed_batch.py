@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
+from torch import Tensor
 
 SHARED_COST = 1 / 16
 """What it costs to attend to a token that another sequence brought, in tokens: its keys and values are copied."""
-
-
 ROW_MULTIPLE = 64
 """Rows are filled up to a multiple of it: libraries of matrix products prepare, and keep, a kernel for each shape."""
 
@@ -23,7 +22,8 @@ class PackedBatch:
     makes the same states of a shared prefix in all of them.
 
     Args:
-        max_tokens: most tokens, of which shared ones count for `SHARED_COST`; a longer sequence goes alone.
+        max_tokens: most tokens, of which shared ones count for `SHARED_COST`; a longer sequence goes alone. 0 for a
+            decoder that does not compute packed sequences: each goes alone.
 
     Attributes:
         paths: for each sequence, where in the packed row each of its tokens lies.
@@ -66,18 +66,18 @@ class PackedBatch:
         """How many tokens are computed."""
         return len(self._token_ids)
 
-    def inputs(self, device: torch.device, packed: bool = True) -> dict[str, Any]:
-        """The decoder's keyword arguments: one row, which a sequence of zeros fills up.
+    def places(self, positions: Iterable[Sequence[int]]) -> Tensor:
+        """Where in the packed row the tokens at these positions of each sequence lie, one sequence after the other."""
+        found = [path[i] for path, chosen in zip(self.paths, positions, strict=True) for i in chosen]
+        return torch.tensor(found, dtype=torch.long)
 
-        Args:
-            device: of the model.
-            packed: whether it computes packed sequences; where it does not, the batch must hold a single one.
-        """
-        if not packed:
+    def inputs(self, device: torch.device) -> dict[str, Any]:
+        """The decoder's keyword arguments: one row, which a sequence of zeros fills up."""
+        if not self._max_tokens:
             return {"input_ids": torch.tensor([self._token_ids], device=device)}
         from xbai.engine.packed_attention import Packing, SharedPrefixPacking
 
-        def extents(lengths: list[int]) -> tuple[torch.Tensor, int]:
+        def extents(lengths: list[int]) -> tuple[Tensor, int]:
             return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device), max(lengths)
 
         fill = -len(self) % ROW_MULTIPLE

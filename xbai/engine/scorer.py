@@ -16,18 +16,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from xbai.engine.files import load_tokenizer, read_config, resolve_dtype
-from xbai.engine.onednn import use_onednn
+from xbai.engine.linear import use_onednn
 from xbai.engine.packed_batch import PackedBatch
-from xbai.engine.weight_files import load_pretrained
+from xbai.engine.weight_files import BACKBONE_PREFIX, load_pretrained
 from xbai.errors import UserError
-from xbai.sprm import (
-    ScoreHead,
-    StepRule,
-    load_score_head,
-    load_sprm_config,
-    step_feature_mask,
-    trajectory_scores,
-)
+from xbai.sprm import ScoreHead, StepRule, load_score_head, load_sprm_config, trajectory_scores
+from xbai.sprm.steps import step_positions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -35,7 +29,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HEAD_PREFIX = "score_head."
-BACKBONE_PREFIX = "model."
 DEFAULT_MAX_BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
 """By device: enough to keep it busy. What comes while a batch is computed waits for it, so no more than that."""
 CHUNK_TOKENS = 2048
@@ -64,11 +57,8 @@ class Scored:
 
 
 class ScoreBatch:
-    """Sequences to score in one forward pass, up to their last steps: what follows those decides nothing.
-
-    Args:
-        step_rule: which positions are steps.
-        max_tokens: most tokens, see `PackedBatch`.
+    """Sequences to score in one forward pass, of `max_tokens` as `PackedBatch` counts them, each up to its last step:
+    what follows that decides nothing.
     """
 
     def __init__(self, step_rule: StepRule, max_tokens: int) -> None:
@@ -79,9 +69,7 @@ class ScoreBatch:
 
     def add(self, ids: list[int], response_start: int) -> bool:
         """Take a sequence; False where the batch is too full for it."""
-        is_response = torch.arange(len(ids))[None] >= response_start
-        mask = step_feature_mask(torch.tensor([ids]), is_response, self._step_rule)
-        positions = mask[0].nonzero().flatten().tolist()
+        positions = step_positions(ids, response_start, self._step_rule)
         if not self.packed.add(ids[: positions[-1] + 1] if positions else ()):
             return False
         self.sequences.append(list(ids))
@@ -95,8 +83,7 @@ class Scorer:
     Args:
         backbone: a decoder whose output is the residual stream after layer L-2 (see `truncate_backbone`); from now on
             the scorer's own.
-        head: the score head.
-        step_rule: which positions are steps.
+        head, step_rule: what gives a score, and where.
         max_batch_tokens: most tokens of one forward pass, a longer sequence runs alone; None for what suits the device.
     """
 
@@ -108,9 +95,8 @@ class Scorer:
         self.head = head.to(self.device).eval()
         self.step_rule = step_rule
         self.max_model_len: int = backbone.config.max_position_embeddings
-        self._max_batch_tokens = max_batch_tokens or DEFAULT_MAX_BATCH_TOKENS[self.device.type]
         self._parameters = dict(backbone.named_parameters())
-        self._packs = prepare_for_packing(backbone)
+        self._max_batch_tokens = prepare_for_packing(backbone, max_batch_tokens)
 
     @classmethod
     def from_folder(
@@ -169,7 +155,7 @@ class Scorer:
 
     def new_batch(self) -> ScoreBatch:
         """An empty batch, to be filled for `run`."""
-        return ScoreBatch(self.step_rule, self._max_batch_tokens if self._packs else 0)
+        return ScoreBatch(self.step_rule, self._max_batch_tokens)
 
     @torch.inference_mode()
     def run(self, batch: ScoreBatch) -> list[Scored]:
@@ -177,23 +163,13 @@ class Scorer:
         counts = [len(positions) for positions in batch.positions]
         if not any(counts):
             return [Scored(0.0, [], ids, []) for ids in batch.sequences]
-        rows = pad_sequence(self._step_logits(batch).split(counts), batch_first=True)
+        hidden = self.backbone(**batch.packed.inputs(self.device), use_cache=False).last_hidden_state[0]
+        step_logits = self.head(hidden[batch.packed.places(batch.positions).to(self.device)]).float().cpu()
+        rows = pad_sequence(step_logits.split(counts), batch_first=True)
         is_step = torch.arange(rows.shape[1]) < torch.tensor(counts)[:, None]
         values, scores = trajectory_scores(rows, is_step).tolist(), rows.sigmoid()
-        return [
-            Scored(value, row[:count].tolist(), ids, positions)
-            for value, row, count, ids, positions in zip(
-                values, scores, counts, batch.sequences, batch.positions, strict=True
-            )
-        ]
-
-    def _step_logits(self, batch: ScoreBatch) -> Tensor:
-        """[K] float32 on the CPU, of all steps of all sequences."""
-        hidden = self.backbone(**batch.packed.inputs(self.device, self._packs), use_cache=False).last_hidden_state[0]
-        steps = [
-            path[i] for path, positions in zip(batch.packed.paths, batch.positions, strict=True) for i in positions
-        ]
-        return self.head(hidden[torch.tensor(steps, device=self.device)]).float().cpu()
+        found = [row[:count].tolist() for row, count in zip(scores, counts, strict=True)]
+        return list(map(Scored, values, found, batch.sequences, batch.positions))
 
     @torch.no_grad()
     def load_weight(self, name: str, tensor: Tensor) -> None:
@@ -216,8 +192,12 @@ class Scorer:
                 )
 
 
-def prepare_for_packing(model: PreTrainedModel) -> bool:
-    """Make a model, or its backbone, compute packed sequences, and fast; False where it takes one at a time."""
+def prepare_for_packing(model: PreTrainedModel, max_batch_tokens: int | None) -> int:
+    """Make a model, or its backbone, compute packed sequences, and fast.
+
+    Returns:
+        The most tokens of a `PackedBatch`: those asked for, or what suits the device; 0 where none can be packed.
+    """
     from xbai.engine.packed_attention import PACKED_ATTENTION, why_not_packed
 
     reason = why_not_packed(model)
@@ -229,7 +209,7 @@ def prepare_for_packing(model: PreTrainedModel) -> bool:
     backbone: Any = model.base_model
     for layer in backbone.layers:
         layer.mlp.forward = partial(_by_chunks, layer.mlp.forward)
-    return reason is None
+    return 0 if reason else max_batch_tokens or DEFAULT_MAX_BATCH_TOKENS[model.device.type]
 
 
 def head_shapes(head: ScoreHead) -> dict[str, torch.Size]:

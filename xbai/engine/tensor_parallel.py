@@ -1,4 +1,4 @@
-"""Among how many GPUs vLLM can divide a model's layers."""
+"""Among how many GPUs vLLM can divide a model's layers, by the content of its `config.json`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,8 @@ _DIVIDED = ("num_attention_heads", "intermediate_size", "num_key_value_heads")
 def check_tensor_parallel_size(size: int, config: Mapping[str, Any], option: str) -> None:
     """Refuse what vLLM's workers would end on, each in a traceback of its own.
 
-    Args:
-        size: GPUs that are to share the model.
-        config: the content of its `config.json`.
-        option: what the user wrote, to begin the refusal with.
-
     Raises:
-        UserError: heads, key/value heads or the MLP do not divide.
+        UserError: heads, key/value heads or the MLP do not divide; it begins with `option`, what the user wrote.
     """
     if not _divides(size, config):
         heads, mlp, kv_heads = (config.get(name) for name in _DIVIDED)
@@ -36,21 +31,12 @@ def check_tensor_parallel_size(size: int, config: Mapping[str, Any], option: str
 
 
 def largest_tensor_parallel_size(most: int, config: Mapping[str, Any]) -> int:
-    """Of at most so many GPUs, how many can share the model.
-
-    Args:
-        most: at least 1.
-        config: the content of its `config.json`.
-    """
+    """Of at most so many GPUs, one at least, how many can share the model."""
     return next(size for size in range(most, 0, -1) if _divides(size, config))
 
 
 def visible_gpus_that_share(config: Mapping[str, Any]) -> int:
-    """How many of the GPUs that CUDA_VISIBLE_DEVICES gives this process can share a model; one if unset.
-
-    Args:
-        config: the content of its `config.json`.
-    """
+    """How many of the GPUs that CUDA_VISIBLE_DEVICES gives this process can share a model; one if unset."""
     visible = max(1, torch.cuda.device_count()) if "CUDA_VISIBLE_DEVICES" in os.environ else 1
     size = largest_tensor_parallel_size(visible, config)
     if size < visible:

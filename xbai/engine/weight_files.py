@@ -60,10 +60,6 @@ def check_weights(model_path: str | Path, config: PretrainedConfig) -> None:
     What may be stored under other names, or in another shape, is left to whoever loads it: quantised weights, those of
     code that comes with the folder, and what transformers renames or puts together (experts).
 
-    Args:
-        model_path: the folder.
-        config: its configuration.
-
     Raises:
         UserError: they are not of this model, or there is none of this configuration; see also `stored_tensors`.
     """
@@ -105,8 +101,7 @@ def load_pretrained(
         auto_class: transformers' `AutoModel...` of the parts that are needed.
         model_path: the folder.
         device: where it is to be; by default where transformers has it, on the CPU.
-        trust_remote_code: run the Python code that comes with it.
-        **options: further ones of `from_pretrained`.
+        trust_remote_code, **options: of `from_pretrained`.
 
     Raises:
         UserError: no model, or weights that are damaged or of another one.

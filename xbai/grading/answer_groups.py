@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from itertools import combinations
-from types import TracebackType
 
 from xbai.grading.boxed import final_answer
-from xbai.grading.comparison import compare
-from xbai.grading.dispatch import GradeRequest, answer_key, has_exact_keys
+from xbai.grading.dispatch import GradeRequest, answer_key, compare, has_exact_keys
 from xbai.grading.math_key import is_plain, key_of_answer, surely_differ, text_key
 from xbai.grading.pool import GraderPool
 
@@ -18,7 +17,7 @@ logger = logging.getLogger(__name__)
 Pair = tuple[str, str]
 
 
-class AnswerGroups:
+class AnswerGroups(AbstractContextManager["AnswerGroups"]):
     """Groups of equal answers. Mathematical answers are compared in killable processes, which start when needed.
 
     Answers with the same key are equal; of different keys, those that the grader calls equal, whichever of the two is
@@ -65,10 +64,7 @@ class AnswerGroups:
         """End the processes."""
         self._pool.close()
 
-    def __enter__(self) -> AnswerGroups:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _find_keys(self, answers: set[str]) -> None:

@@ -29,7 +29,7 @@ def final_answer(response: str) -> str | None:
 def stated_value(text: str) -> str | None:
     """The number or formula that the last sentence with one says something to be; None without such a sentence."""
     command = _TEXT.match(text)
-    if command and closing_brace(text, command.end()) == len(text) - 1:
+    if command and closing_bracket(text, command.end()) == len(text) - 1:
         text = text[command.end() + 1 : -1]
     for sentence in reversed(_SENTENCE_END.split(text)):
         verbs = list(_VERB.finditer(sentence))
@@ -53,22 +53,16 @@ def last_boxed(text: str) -> str | None:
         # `\boxed 7` is LaTeX for a box around one token.
         token = re.match(r"\\[A-Za-z]+|\d+|[A-Za-z]", text[start:])
         return token.group() if token else None
-    end = closing_brace(text, start)
+    end = closing_bracket(text, start)
     return text[start + 1 : end] if end is not None else None
 
 
-def closing_brace(text: str, start: int) -> int | None:
-    """Where the brace at `start` closes; escaped braces (`\\{`) are text. None when it does not."""
-    depth, position = 0, start
-    while position < len(text):
-        character = text[position]
-        if character == "\\":
-            position += 1
-        elif character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-            if depth == 0:
-                return position
-        position += 1
+def closing_bracket(text: str, start: int) -> int | None:
+    """Where the bracket at `start` closes; escaped ones (`\\{`) are text. None when it does not."""
+    closing = {"{": "}", "(": ")"}[text[start]]
+    depth = 0
+    for found in re.compile(rf"\\.|[{text[start]}{closing}]", re.DOTALL).finditer(text, start):
+        depth += (found[0] == text[start]) - (found[0] == closing)
+        if depth == 0:
+            return found.start()
     return None

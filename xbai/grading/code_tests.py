@@ -9,7 +9,7 @@ import io
 import json
 import pickle
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,15 +18,12 @@ MAX_TESTS_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Case:
-    """One test.
-
-    Attributes:
-        input: standard input; of a function, one argument a line as JSON.
-        output: what is to be printed; of a function, what it returns as JSON.
-    """
+    """One test."""
 
     input: str
+    """Standard input; of a function, one argument a line as JSON."""
     output: str
+    """What is to be printed; of a function, what it returns as JSON."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +35,7 @@ class CodeTests:
 
     def to_json(self) -> str:
         """In the form that `read_code_tests` takes."""
-        cases = [{"input": case.input, "output": case.output} for case in self.cases]
-        return json.dumps({"function": self.function, "tests": cases}, ensure_ascii=False)
+        return json.dumps({"function": self.function, "tests": list(map(asdict, self.cases))}, ensure_ascii=False)
 
 
 def read_code_tests(text: str) -> CodeTests:

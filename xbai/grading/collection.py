@@ -37,7 +37,7 @@ class Collection:
         items = split_list(without_text_commands(text))
         if len(items) > 1:
             return cls([case for item in items for case in signs(item)])
-        if "\\pm" in text and len(signs(text)) > 1:
+        if "\\pm" in text:
             return cls(signs(text))
         if text.startswith("\\{") and text.endswith("\\}"):
             return cls(split_list(text[2:-2]), "{}")

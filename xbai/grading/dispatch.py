@@ -11,30 +11,21 @@ from typing import Any
 
 from xbai.errors import UserError
 
-AnswerCheck = Callable[[str, str], bool]
-
 ANSWER_CHECKS = {
     "make10": "xbai.grading.make10:grade_make10",
-    "aime": "xbai.grading.math:grade_math",
-    "math": "xbai.grading.math:grade_math",
-    "gsm8k": "xbai.grading.math:grade_math",
-    "stories": "xbai.grading.math:grade_math",
-    "deepscaler": "xbai.grading.math:grade_math",
-    "numina": "xbai.grading.math:grade_math",
-    "openr1": "xbai.grading.math:grade_math",
-    "ys_train": "xbai.grading.math:grade_math",
+    **dict.fromkeys(
+        ("aime", "math", "gsm8k", "stories", "deepscaler", "numina", "openr1", "ys_train"),
+        "xbai.grading.math:grade_math",
+    ),
     "ceval": "xbai.grading.choice:grade_choice",
-    "livecodebench": "xbai.grading.code:grade_code",
-    "code": "xbai.grading.code:grade_code",
+    **dict.fromkeys(("livecodebench", "code"), "xbai.grading.code:grade_code"),
 }
 """Prefix of a data source's name to the check of its answers."""
-_OTHER_TESTS = 'its tests have another form than {"tests": [{"input": ..., "output": ...}]}'
 NOT_GRADED = {
-    "codecontests": _OTHER_TESTS,
-    "codeforces": _OTHER_TESTS,
-    "code_syn": _OTHER_TESTS,
-    "apps": _OTHER_TESTS,
-    "taco": _OTHER_TESTS,
+    **dict.fromkeys(
+        ("codecontests", "codeforces", "code_syn", "apps", "taco"),
+        'its tests have another form than {"tests": [{"input": ..., "output": ...}]}',
+    ),
     "kk": "there is no grader of knights and knaves",
 }
 """Prefix of a data source that the public trainers grade and nothing here can, and why."""
@@ -50,19 +41,16 @@ INEXACT_KEYS = {"xbai.grading.math:grade_math"}
 
 @dataclass(frozen=True)
 class GradeRequest:
-    """One response to grade.
-
-    Attributes:
-        data_source: names the grader by its beginning (`aime24`, `HuggingFaceH4/MATH-500`, ...; see `ANSWER_CHECKS`).
-        response: the model's text, thinking included.
-        ground_truth: the right answer: a string, a number, or either as `{"target": ...}`.
-        extra_info: whatever else a grader of one's own wants to know.
-    """
+    """One response to grade."""
 
     data_source: str
+    """Names the grader by its beginning (`aime24`, `HuggingFaceH4/MATH-500`, ...; see `ANSWER_CHECKS`)."""
     response: str
+    """The model's text, thinking included."""
     ground_truth: Any
+    """The right answer: a string, a number, or either as `{"target": ...}`."""
     extra_info: dict[str, Any] | None = None
+    """Whatever else a grader of one's own wants to know."""
 
     @property
     def target(self) -> str:
@@ -86,32 +74,26 @@ Grader = Callable[[GradeRequest], Any]
 
 @dataclass(frozen=True)
 class Grade:
-    """What became of one response.
-
-    Attributes:
-        value: the score; None where the response could not be graded.
-        failure: why not: one of `FAILURES`.
-        detail: the same in words.
-        extras: what a grader of one's own returned besides the score: numbers and texts by name.
-    """
+    """What became of one response."""
 
     value: float | None
+    """The score; None where the response could not be graded."""
     failure: str | None = None
+    """Why not: one of `FAILURES`."""
     detail: str = ""
+    """The same in words."""
     extras: dict[str, Any] = field(default_factory=dict)
+    """What a grader of one's own returned besides the score: numbers and texts by name."""
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What a check of answers says before the clock starts.
-
-    Attributes:
-        time_limit_s: what it may take, where that can be longer than usual.
-        warning: what people should know of how it works on this machine.
-    """
+    """What a check of answers says before the clock starts."""
 
     time_limit_s: float = 0.0
+    """What it may take, where that can be longer than usual."""
     warning: str = ""
+    """What people should know of how it works on this machine."""
 
 
 FAILURES = TIMEOUT, CRASH, MEMORY, ERROR = ("timeout", "crash", "memory", "error")
@@ -137,7 +119,7 @@ def _plain(value: Any) -> bool | float | str | None:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def answer_check(data_source: str) -> AnswerCheck:
+def answer_check(data_source: str) -> Callable[[str, str], bool]:
     """The check for a data source, imported on first use: (response, right answer) to whether it is right.
 
     Raises:
@@ -186,6 +168,18 @@ def grade(request: GradeRequest) -> float:
     May take for ever on a hostile answer: batches go through `GraderPool`, whose processes can be killed.
     """
     return float(answer_check(request.data_source)(request.response, request.target))
+
+
+def compare(request: GradeRequest) -> Grade | bool:
+    """Whether the grader calls two boxed answers equal, whichever of them is taken for the right one.
+
+    The response is one of them; the ground truth the other, or None: then the key of the first is found, and is `key`
+    in the extras. May take for ever, as `grade` may.
+    """
+    if request.ground_truth is None:
+        return Grade(1.0, extras={"key": answer_key(request.data_source, request.response)})
+    swapped = GradeRequest(request.data_source, request.ground_truth, request.response)
+    return bool(grade(request) and grade(swapped))
 
 
 def _load(location: str) -> Callable[..., Any]:

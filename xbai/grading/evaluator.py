@@ -7,33 +7,8 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import TypeAlias
 
+import sympy
 from mpmath import isfinite, mp, mpc, mpf, workprec
-from sympy import (
-    Add,
-    Catalan,
-    E,
-    EulerGamma,
-    Expr,
-    Float,
-    Function,
-    GoldenRatio,
-    I,
-    Max,
-    Min,
-    Mod,
-    Mul,
-    Pow,
-    Rational,
-    Symbol,
-    UnevaluatedExpr,
-    binomial,
-    ceiling,
-    exp,
-    factorial,
-    floor,
-    log,
-    pi,
-)
 from sympy.functions.elementary.hyperbolic import HyperbolicFunction
 from sympy.utilities.lambdify import MPMATH_TRANSLATIONS
 
@@ -49,6 +24,7 @@ HIDDEN_BITS = 2_000
 
 Point = dict[str, Fraction]
 Number: TypeAlias = mpf | mpc
+Rules = dict[type, Callable[..., Number]]
 
 
 class UndefinedError(Exception):
@@ -74,8 +50,9 @@ class Evaluator:
         self._point = point
         self._real = real
         self._hides_nothing = hides_nothing
+        self._rules: Rules = {**_RULES, sympy.Add: self._sum, sympy.Pow: self._power}
 
-    def __call__(self, formula: Expr) -> Number:
+    def __call__(self, formula: sympy.Expr) -> Number:
         try:
             value = self._value(formula)
         except (ZeroDivisionError, ValueError, TypeError) as error:  # The last: complex numbers have no order.
@@ -88,29 +65,19 @@ class Evaluator:
             return value.real
         return value
 
-    def _value(self, formula: Expr) -> Number:
-        if isinstance(formula, Symbol) and formula.name != IMAGINARY_UNIT:
-            return _quotient(self._coordinate(formula.name))
-        if isinstance(formula, Rational | Float):
+    def _value(self, formula: sympy.Expr) -> Number:
+        if isinstance(formula, sympy.Symbol) and formula.name != IMAGINARY_UNIT:
+            if formula.name not in self._point:
+                raise UnsupportedError  # The variable of an integral or a sum.
+            return _quotient(self._point[formula.name])
+        if isinstance(formula, sympy.Rational | sympy.Float):
             return _quotient(exact(formula))
         if formula in _CONSTANTS:
             return +_CONSTANTS[formula]
-        if isinstance(formula, Symbol):
+        if isinstance(formula, sympy.Symbol):
             return mp.j
-        rule = self._rule(formula)
+        rule = self._rules.get(formula.func) or _function(formula)
         return rule(*map(self, formula.args))
-
-    def _coordinate(self, name: str) -> Fraction:
-        if name not in self._point:
-            raise UnsupportedError  # The variable of an integral or a sum.
-        return self._point[name]
-
-    def _rule(self, formula: Expr) -> Callable[..., Number]:
-        if formula.func is Add:
-            return self._sum
-        if formula.func is Pow:
-            return self._power
-        return _RULES.get(formula.func) or _function(formula)
 
     def _sum(self, *terms: Number) -> Number:
         total = mp.fsum(terms)
@@ -126,22 +93,22 @@ class Evaluator:
         return mp.power(base, exponent)
 
 
-def exact(number: Rational | Float) -> Fraction:
+def exact(number: sympy.Rational | sympy.Float) -> Fraction:
     """A number as it was written: 0.1 is a tenth."""
-    number = Rational(str(number)) if isinstance(number, Float) else number
+    number = sympy.Rational(str(number)) if isinstance(number, sympy.Float) else number
     return Fraction(int(number.p), int(number.q))
 
 
-def is_rational(formula: Expr) -> bool:
+def is_rational(formula: sympy.Expr) -> bool:
     """Whether a formula is made of rational numbers by rational operations, as far as it shows."""
-    if isinstance(formula, Pow) and isinstance(formula.exp, Rational) and formula.exp.q > 1:
+    if isinstance(formula, sympy.Pow) and isinstance(formula.exp, sympy.Rational) and formula.exp.q > 1:
         return False
     if formula.is_Atom:
-        return isinstance(formula, Rational | Float | Symbol)
-    return isinstance(formula, Add | Mul | Pow | factorial | binomial) and all(map(is_rational, formula.args))
+        return isinstance(formula, sympy.Rational | sympy.Float | sympy.Symbol)
+    return isinstance(formula, _RATIONAL_OPERATIONS) and all(map(is_rational, formula.args))
 
 
-def bits(formula: Expr, point: Point) -> int:
+def bits(formula: sympy.Expr, point: Point) -> int:
     """About how many bits the exact value of a rational formula takes, numerator and denominator together.
 
     Raises:
@@ -151,29 +118,29 @@ def bits(formula: Expr, point: Point) -> int:
         return 1 + math.ceil(_log2(formula, point))
     of_arguments = [bits(argument, point) for argument in formula.args]
     total = 1 + sum(of_arguments)
-    if isinstance(formula, Pow):
+    if isinstance(formula, sympy.Pow):
         base = _log2(formula.base, point) if formula.base.is_Atom else of_arguments[0]
         return total + math.ceil(base * _size(formula.exp, point))
-    if isinstance(formula, exp | HyperbolicFunction):
+    if isinstance(formula, sympy.exp | HyperbolicFunction):
         return total + 2 * _size(formula.args[0], point)
-    if isinstance(formula, factorial | binomial):
+    if isinstance(formula, sympy.factorial | sympy.binomial):
         count = _size(formula.args[0], point)
         return total + count * count.bit_length()
     return total
 
 
-def _log2(atom: Expr, point: Point) -> float:
+def _log2(atom: sympy.Expr, point: Point) -> float:
     """The bits of a number or variable; 2 for a constant like pi."""
-    if isinstance(atom, Rational | Float):
+    if isinstance(atom, sympy.Rational | sympy.Float):
         number = exact(atom)
-    elif isinstance(atom, Symbol):
+    elif isinstance(atom, sympy.Symbol):
         number = point.get(atom.name, Fraction(1))
     else:
         return 2.0
     return math.log2(max(1, abs(number.numerator))) + math.log2(number.denominator)
 
 
-def _size(formula: Expr, point: Point) -> int:
+def _size(formula: sympy.Expr, point: Point) -> int:
     """The absolute value, rounded up; a very large one is cut off."""
     try:
         with workprec(53):
@@ -226,26 +193,34 @@ def _floor(value: Number) -> mpf:
     return nearest if abs(value - nearest) < mp.ldexp(1, -mp.prec // 2) else mp.floor(value)
 
 
-_CONSTANTS = {pi: mp.pi, E: mp.e, GoldenRatio: mp.phi, EulerGamma: mp.euler, Catalan: mp.catalan, I: mp.j}
-_RULES: dict[type, Callable[..., Number]] = {
-    Mul: lambda *factors: mp.fprod(factors),
-    UnevaluatedExpr: lambda value: value,
-    log: lambda value, *base: mp.log(value) / mp.log(*base) if base else mp.log(value),
-    factorial: _factorial,
-    binomial: _binomial,
-    floor: _floor,
-    ceiling: lambda value: -_floor(-value),
-    Mod: lambda value, divisor: value - divisor * _floor(value / divisor),
-    Max: max,
-    Min: min,
+_CONSTANTS = {
+    sympy.pi: mp.pi,
+    sympy.E: mp.e,
+    sympy.GoldenRatio: mp.phi,
+    sympy.EulerGamma: mp.euler,
+    sympy.Catalan: mp.catalan,
+    sympy.I: mp.j,
+}
+_RATIONAL_OPERATIONS = sympy.Add | sympy.Mul | sympy.Pow | sympy.factorial | sympy.binomial
+_RULES: Rules = {
+    sympy.Mul: lambda *factors: mp.fprod(factors),
+    sympy.UnevaluatedExpr: lambda value: value,
+    sympy.log: lambda value, *base: mp.log(value) / mp.log(*base) if base else mp.log(value),
+    sympy.factorial: _factorial,
+    sympy.binomial: _binomial,
+    sympy.floor: _floor,
+    sympy.ceiling: lambda value: -_floor(-value),
+    sympy.Mod: lambda value, divisor: value - divisor * _floor(value / divisor),
+    sympy.Max: max,
+    sympy.Min: min,
 }
 
 
-def _function(formula: Expr) -> Callable[..., Number]:
+def _function(formula: sympy.Expr) -> Callable[..., Number]:
     """What mpmath has for a function of SymPy's."""
     name = type(formula).__name__
     function = getattr(mp, MPMATH_TRANSLATIONS.get(name, name), None)
-    if not isinstance(formula, Function) or function is None or not type(formula).__module__.startswith("sympy."):
+    if not isinstance(formula, sympy.Function) or function is None or not type(formula).__module__.startswith("sympy."):
         raise UnsupportedError
 
     def bounded(*arguments: Number) -> Number:

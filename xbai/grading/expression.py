@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from latex2sympy2_extended import NormalizationConfig, latex2sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig
@@ -11,10 +11,15 @@ from sympy import Expr, Float, nsimplify
 
 from xbai.grading.collection import closes_brackets
 
-NORMALIZATION = NormalizationConfig(
-    basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False
+to_sympy = partial(
+    latex2sympy,
+    convert_degrees=False,
+    normalization_config=NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False
+    ),
+    conversion_config=ConversionConfig(lowercase_symbols=False),
 )
-CONVERSION = ConversionConfig(lowercase_symbols=False)
+"""The parser, which raises bare exceptions for whatever it does not know."""
 
 
 @lru_cache(maxsize=4096)
@@ -26,16 +31,10 @@ def read_expression(latex: str) -> Expr | None:
     if re.search(r"'|\\(?:prime|pm|mp)(?![A-Za-z])", latex) or not closes_brackets(latex):
         return None
     try:
-        expression = latex2sympy(
-            latex,
-            is_real=True,
-            convert_degrees=False,
-            normalization_config=NORMALIZATION,
-            conversion_config=CONVERSION,
-        )
+        expression = to_sympy(latex, is_real=True)
     except MemoryError:
         raise
-    except Exception:  # The parser raises bare ones for whatever it does not know.
+    except Exception:
         return None
     if not isinstance(expression, Expr):
         return None

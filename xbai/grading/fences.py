@@ -20,17 +20,14 @@ _AT_START = re.compile(r"((?:[\s>]|[-*+]\s|\d+[.)]\s)*)(`{3,}|~{3,})(.*)", re.DO
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block.
-
-    Attributes:
-        language: the first word after the opening fence, in lower case; empty without one.
-        text: its content; without an end, all that follows.
-        is_closed: it has an end.
-    """
+    """A fenced block."""
 
     language: str
+    """The first word after the opening fence, in lower case; empty without one."""
     text: str
+    """Its content; without an end, all that follows."""
     is_closed: bool = True
+    """It has an end."""
 
     @property
     def is_marked_python(self) -> bool:

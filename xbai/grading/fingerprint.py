@@ -6,11 +6,10 @@ import re
 from collections.abc import Iterator
 from fractions import Fraction
 
-from latex2sympy2_extended import latex2sympy
 from sympy import Expr, Float, I, MatrixBase, Rational, Symbol, nan
 from sympy.core.evalf import PrecisionExhausted
 
-from xbai.grading.expression import CONVERSION, NORMALIZATION
+from xbai.grading.expression import to_sympy
 
 DIGITS = 40
 _GUARD_DIGITS = 20
@@ -41,13 +40,8 @@ def fingerprint(latex: str) -> Fraction | str | None:
 
 def _parse(latex: str) -> object:
     try:
-        parsed = latex2sympy(
-            _PRODUCT.sub(r"\g<0>\\cdot ", latex),
-            convert_degrees=False,
-            normalization_config=NORMALIZATION,
-            conversion_config=CONVERSION,
-        )
-    except Exception:  # The parser raises bare ones for whatever it does not know.
+        parsed = to_sympy(_PRODUCT.sub(r"\g<0>\\cdot ", latex))
+    except Exception:
         return None
     return parsed.doit() if isinstance(parsed, Expr | MatrixBase) else None
 

@@ -5,40 +5,14 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from xbai.grading.boxed import closing_brace
+from xbai.grading.boxed import closing_bracket
 from xbai.grading.notation import standard_notation
 
+_COMMANDS = "pi infty times cdot sqrt pm cup le ge ne in approx ldots"
 _CHARACTERS = str.maketrans(
-    {
-        "−": "-",
-        "–": "-",
-        "π": r"\pi ",
-        "∞": r"\infty ",
-        "×": r"\times ",
-        "·": r"\cdot ",
-        "÷": "/",
-        "√": r"\sqrt ",
-        "±": r"\pm ",
-        "∪": r"\cup ",
-        "≤": r"\le ",
-        "≥": r"\ge ",
-        "≠": r"\ne ",
-        "∈": r"\in ",
-        "°": r"^\circ ",
-        "≈": r"\approx ",
-        "∛": r"\sqrt[3] ",
-        "ⅇ": "e",
-        "ⅈ": "i",
-        "…": r"\ldots ",
-        "％": "%",
-        "，": ",",
-        "、": ",",
-        "；": ";",
-        "（": "(",
-        "）": ")",
-        "\u00a0": " ",
-        "\u2009": " ",
-    }
+    dict(zip("−–÷ⅇⅈ％，、；（）\u00a0\u2009", "--/ei%,,;()  ", strict=True))
+    | dict(zip("π∞×·√±∪≤≥≠∈≈…", (rf"\{name} " for name in _COMMANDS.split()), strict=True))
+    | {"°": r"^\circ ", "∛": r"\sqrt[3] "}
     | {
         character: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", character).split("\u2044"))
         for character in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
@@ -90,23 +64,9 @@ _REWRITES = [
     ]
 ]
 
-_SYNONYMS = {
-    spelling: meaning
-    for meaning, spellings in {
-        "undefined": (
-            "dne",
-            "doesnotexist",
-            "doesntexist",
-            "limitdoesnotexist",
-            "thelimitdoesnotexist",
-            "notdefined",
-            "isundefined",
-            "isnotdefined",
-        ),
-        "nosolution": ("nosolutions", "none", "thereisnosolution", "therearenosolutions", "hasnosolution"),
-    }.items()
-    for spelling in spellings
-}
+_UNDEFINED = "dne doesnotexist doesntexist limitdoesnotexist thelimitdoesnotexist notdefined isundefined isnotdefined"
+_NO_SOLUTION = "nosolutions none thereisnosolution therearenosolutions hasnosolution"
+_SYNONYMS = dict.fromkeys(_UNDEFINED.split(), "undefined") | dict.fromkeys(_NO_SOLUTION.split(), "nosolution")
 
 _ENDS = " \t\n.,;:"
 _PRIMED = re.compile(r"[A-Za-z]'+")
@@ -119,7 +79,7 @@ def clean(text: str) -> str:
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = re.sub(r"\s+", " ", standard_notation(text)).lstrip().rstrip(_ENDS)
-    while text.startswith("{") and closing_brace(text, 0) == len(text) - 1:
+    while text.startswith("{") and closing_bracket(text, 0) == len(text) - 1:
         text = text[1:-1].lstrip().rstrip(_ENDS)
     return text
 

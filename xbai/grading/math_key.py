@@ -124,8 +124,7 @@ def _items(text: str) -> tuple[list[str], str]:
         items = split_list(text[2:-2])
         return [case for item in items for case in signs(item)], ""
     if len(items) > 1 or "\\pm" in text:
-        items = [case for item in items for case in signs(item)]
-        return (items, "") if len(items) > 1 else ([], "")
+        return [case for item in items for case in signs(item)], ""
     if text[:1] in ("(", "[") and text[-1:] in (")", "]"):
         items = split_list(text[1:-1])
         return (items, text[0] + text[-1]) if len(items) > 1 else ([], "")

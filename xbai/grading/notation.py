@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from xbai.grading.boxed import closing_bracket
+
 _FUNCTIONS = (
     "sqrt pi sin cos tan cot csc sinh cosh tanh coth arcsin arccos arctan arccot exp ln log lg tg ctg cotg arctg arcctg"
     " cosec arcsinh arccosh arctanh arsinh arcosh artanh"
@@ -109,10 +111,10 @@ def standard_notation(text: str) -> str:
     if not _is_prose(text):
         text = _NAME.sub(lambda found: _spaced(_NAMES[found[1]], found), text)
     while found := _ENCLOSING.search(text):
-        content, end = _bracketed(text, found.end())
+        end = closing_bracket(text, found.end())
         if end is None:
             break
-        text = text[: found.start()] + _ENCLOSED[found[1]] % content + text[end:]
+        text = text[: found.start()] + _ENCLOSED[found[1]] % text[found.end() + 1 : end] + text[end + 1 :]
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     for pattern in (_BRACKETED_ROOT, _BRACKETED_POWER):
@@ -149,24 +151,14 @@ def _is_prose(text: str) -> bool:
     )
 
 
-def _bracketed(text: str, start: int) -> tuple[str, int | None]:
-    """What stands in the round bracket at `start`, and where it ends: None if nowhere."""
-    depth = 0
-    for position in range(start, len(text)):
-        depth += (text[position] == "(") - (text[position] == ")")
-        if depth == 0:
-            return text[start + 1 : position], position + 1
-    return "", None
-
-
 def _in_braces(pattern: re.Pattern[str], text: str) -> str:
     """Braces for the round brackets after each match."""
     position = 0
     while found := pattern.search(text, position):
-        content, end = _bracketed(text, found.end())
         position = found.end()
+        end = closing_bracket(text, position)
         if end is not None:
-            text = f"{text[:position]}{{{content}}}{text[end:]}"
+            text = f"{text[:position]}{{{text[position + 1 : end]}}}{text[end + 1 :]}"
     return text
 
 

@@ -193,12 +193,6 @@ def _has_absolute_value(formula: Expr) -> bool:
 
 def _is_root_of_square(power: Pow) -> bool:
     square, degree = power.base, power.exp
-    return bool(
-        isinstance(degree, Rational)
-        and degree.p == 1
-        and degree.q % 2 == 0
-        and isinstance(square, Pow)
-        and isinstance(square.exp, Integer)
-        and square.exp % 2 == 0
-        and square.free_symbols
-    )
+    is_even_root = isinstance(degree, Rational) and degree.p == 1 and degree.q % 2 == 0
+    is_square = isinstance(square, Pow) and isinstance(square.exp, Integer) and square.exp % 2 == 0
+    return bool(is_even_root and is_square and square.free_symbols)

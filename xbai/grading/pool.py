@@ -16,20 +16,19 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import cache
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Lock
-from types import TracebackType
 
 import xbai
 from xbai.errors import UserError
 from xbai.grading.custom import CustomBatchGrader
 from xbai.grading.dispatch import CRASH, ERROR, MEMORY, TIMEOUT, Grade, Grader, GradeRequest, Preparation, grade
-from xbai.grading.worker import START_TIMEOUT_S, Graded, OutOfMemory, Raised, Refused, Reply
+from xbai.grading.worker import START_TIMEOUT_S, Reply
 from xbai.sandbox.forking import patiently
 
 logger = logging.getLogger(__name__)
@@ -40,7 +39,7 @@ KILL_GRACE_S = 5.0
 """How long to wait for a killed process: one that the kernel holds in a system call ends only after it."""
 
 
-class GraderPool:
+class GraderPool(AbstractContextManager["GraderPool"]):
     """A fixed number of killable grading processes, started when first needed.
 
     Args:
@@ -77,11 +76,11 @@ class GraderPool:
 
     def submit(self, request: GradeRequest) -> Future[Grade]:
         """Grade in the background; a `UserError` of the grader (an unknown data source, say) comes out of it."""
-        return self._threads.submit(self._grade_one, request)
+        return self._threads.submit(lambda: self._grade([request], f"a response of {request.data_source} was")[0])
 
     def submit_batch(self, requests: Sequence[GradeRequest]) -> Future[list[Grade]]:
         """Grade all in one call of a grader that takes a list; where it fails, none of them has a grade."""
-        return self._threads.submit(self._grade_batch, list(requests))
+        return self._threads.submit(self._grade, list(requests))
 
     def grade(self, requests: Sequence[GradeRequest]) -> list[float | None]:
         """Grade all, in the order given; None where a response could not be graded."""
@@ -101,39 +100,24 @@ class GraderPool:
             worker.kill()
         self.close()
 
-    def __enter__(self) -> GraderPool:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _grade_one(self, request: GradeRequest) -> Grade:
-        [grade] = self._ask([request])
-        self._note([grade], f"a response of {request.data_source} was")
-        return grade
-
-    def _grade_batch(self, requests: list[GradeRequest]) -> list[Grade]:
-        grades = self._ask(requests)
-        failed = sum(grade.value is None for grade in grades)
-        self._note(grades, f"{failed} of {len(grades)} responses were")
-        return grades
-
-    def _ask(self, requests: list[GradeRequest]) -> list[Grade]:
+    def _grade(self, requests: Sequence[GradeRequest], subject: str = "") -> list[Grade]:
         worker = self._idle.get()
         try:
-            return worker.grade(requests)
+            grades = worker.grade(requests)
         except _CouldNotGradeError as error:
-            return [Grade(None, error.failure, error.detail)] * len(requests)
+            grades = [Grade(None, error.failure, error.detail)] * len(requests)
         finally:
             self._idle.put(worker)
-
-    def _note(self, grades: Sequence[Grade], subject: str) -> None:
         failed = [grade for grade in grades if grade.value is None]
         if failed and not self._killed:
             with self._failures_lock:
                 self.failures.update(grade.failure or ERROR for grade in failed)
-            first = failed[0]
-            logger.log(self._failure_level, "%s not graded: %s (%s)", subject, first.failure, first.detail)
+            subject = subject or f"{len(failed)} of {len(grades)} responses were"
+            logger.log(self._failure_level, "%s not graded: %s (%s)", subject, failed[0].failure, failed[0].detail)
+        return grades
 
 
 @cache
@@ -167,7 +151,7 @@ class _Worker:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
-    def grade(self, requests: list[GradeRequest]) -> list[Grade]:
+    def grade(self, requests: Sequence[GradeRequest]) -> list[Grade]:
         """A grade for each.
 
         Raises:
@@ -185,19 +169,15 @@ class _Worker:
                 reply = self._receive(number, reply.time_limit_s)
         except (EOFError, OSError) as error:
             raise _CouldNotGradeError(CRASH, f"the process ended with status {self.stop()}: {error!r}") from error
-        match reply:
-            case Graded(grades) if len(grades) == len(requests):
-                return grades
-            case Refused(message):
-                raise UserError(message)
-            case Raised(detail):
-                raise _CouldNotGradeError(ERROR, detail)
-            case OutOfMemory():
-                self.stop()
-                raise _CouldNotGradeError(MEMORY, f"more than {self._memory_bytes / GIBIBYTE:.1f} GiB")
-            case _:
-                self.stop()
-                raise _CouldNotGradeError(CRASH, "the process sent what is no reply to this request")
+        if isinstance(reply, UserError):
+            raise reply
+        if not isinstance(reply, list) or len(reply) != len(requests):
+            self.stop()
+            raise _CouldNotGradeError(CRASH, "the process sent what is no reply to this request")
+        if reply and all(grade.failure == MEMORY for grade in reply):
+            self.stop()
+            raise _CouldNotGradeError(MEMORY, f"more than {self._memory_bytes / GIBIBYTE:.1f} GiB")
+        return reply
 
     def stop(self) -> int | None:
         """Kill the process and its descendants, if there is one; returns its exit status."""

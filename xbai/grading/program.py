@@ -19,11 +19,8 @@ def find_program(response: str, function: str | None = None) -> str | None:
 
     It is Python that does something when it is run (calls anything outside of its functions) or, where a function is
     asked for, that defines it; not an example of the use of an earlier one. Blocks that are marked as another language
-    count only where no other can be the program. A program that was cut off is not replaced by an earlier one.
-
-    Args:
-        response: the model's text.
-        function: the name of the function, or of the method of `Solution`, that is called; None for a program.
+    count only where no other can be the program. A program that was cut off is not replaced by an earlier one. The
+    function may be a method of `Solution`.
     """
     blocks = list(fenced_blocks(after_thinking(response)))
     if any(_is_cut_off(block) for block in blocks if not block.is_closed):

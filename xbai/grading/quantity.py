@@ -8,40 +8,15 @@ from fractions import Fraction
 
 PERCENT = "%"
 
-_UNIT_NAMES = {
-    "mm": "mm millimeter millimetre",
-    "cm": "cm centimeter centimetre",
-    "m": "m meter metre",
-    "km": "km kilometer kilometre",
-    "in": "in inch inche",
-    "ft": "ft foot feet",
-    "yd": "yd yard",
-    "mi": "mi mile",
-    "s": "s sec second",
-    "min": "min minute",
-    "h": "h hr hour",
-    "day": "day",
-    "week": "week",
-    "month": "month",
-    "year": "yr year",
-    "mg": "mg milligram",
-    "g": "g gram",
-    "kg": "kg kilogram",
-    "lb": "lb pound",
-    "oz": "oz ounce",
-    "ml": "ml milliliter millilitre",
-    "l": "l liter litre",
-    "dollar": "dollar usd buck",
-    "cent": "cent",
-    "degree": "degree deg",
-    "radian": "radian rad",
-    "mph": "mph mi/h",
-    "am": "am a.m",
-    "pm": "pm p.m",
-    "unit": "unit",
-    PERCENT: "percent",
-}
-_UNITS = {alias: unit for unit, aliases in _UNIT_NAMES.items() for alias in aliases.split()}
+_SYNONYMS = (
+    "mm millimeter millimetre, cm centimeter centimetre, m meter metre, km kilometer kilometre",
+    "in inch inche, ft foot feet, yd yard, mi mile, mg milligram, g gram, kg kilogram, lb pound, oz ounce",
+    "s sec second, min minute, h hr hour, day, week, month, year yr, am a.m, pm p.m",
+    "ml milliliter millilitre, l liter litre, dollar usd buck, cent, degree deg, radian rad, mph mi/h, unit",
+)
+_UNITS = {name: names.split()[0] for line in _SYNONYMS for names in line.split(", ") for name in names.split()}
+_UNITS["percent"] = PERCENT
+_KNOWN = set(_UNITS.values())
 _VAGUE = {"unit"}
 _PER = re.compile(r" ?/ ?| per ")
 
@@ -100,7 +75,7 @@ def split_unit(text: str) -> tuple[str, str | None]:
     if found := _TEXT_UNIT.fullmatch(text):
         return found["value"], _canonical(found["unit"]) + _power(found["power"] or found["power2"])
     found = _PLAIN_UNIT.fullmatch(text)
-    if found and len(found["unit"]) > 1 and _canonical(found["unit"]) in _UNIT_NAMES:
+    if found and len(found["unit"]) > 1 and _canonical(found["unit"]) in _KNOWN:
         return found["value"], _canonical(found["unit"]) + _power(found["power"])
     return text, None
 
@@ -161,4 +136,4 @@ def _power(text: str | None) -> str:
 
 def _is_known(unit: str) -> bool:
     names = [part.partition("^")[0] for part in unit.split("/")]
-    return unit.startswith("base ") or all(name in _UNIT_NAMES and name not in _VAGUE for name in names)
+    return unit.startswith("base ") or all(name in _KNOWN and name not in _VAGUE for name in names)

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import TypeVar
 
 from sympy import Expr, FiniteSet, Intersection, Interval, S, Set, Union, oo
 
@@ -51,18 +52,17 @@ _POSITIVE, _NEGATIVE = Interval.open(0, oo), Interval.open(-oo, 0)
 _HALF_LINES = {"+": _POSITIVE, ">": _POSITIVE, "-": _NEGATIVE, "<": _NEGATIVE, "*": _POSITIVE + _NEGATIVE}
 _SIGNS = {"<": "<", ">": ">", "=": "==", r"\le": "<=", r"\ge": ">=", r"\ne": "!="}
 
+Value = TypeVar("Value")
+
 
 @dataclass(frozen=True)
 class RealSet:
-    """A set of real numbers.
-
-    Attributes:
-        reals: the set.
-        variable: the name of what an inequality restricts; None where the set itself was given.
-    """
+    """A set of real numbers."""
 
     reals: Set
+    """The set."""
     variable: str | None = None
+    """The name of what an inequality restricts; None where the set itself was given."""
 
     def equals(self, other: RealSet) -> bool:
         """Whether both hold the same numbers, and are about the same variable where both name one."""
@@ -107,15 +107,14 @@ def _read_conditions(text: str) -> RealSet:
     sets = [_read_intersection(part) for part in parts]
     together = _united(sets)
     if together.variable:
-        common = Intersection(*(part.reals for part in sets))
-        if not common.is_empty:
-            return RealSet(common, together.variable)
+        common = _common(sets)
+        if not common.reals.is_empty:
+            return common
     return together
 
 
 def _read_intersection(text: str) -> RealSet:
-    sets = [_read_difference(part) for part in split(text, _CAP)[0]]
-    return RealSet(Intersection(*(part.reals for part in sets)), _united(sets).variable)
+    return _common([_read_difference(part) for part in split(text, _CAP)[0]])
 
 
 def _read_difference(text: str) -> RealSet:
@@ -135,7 +134,7 @@ def _read_one(text: str) -> RealSet:
     if found := _HALF_LINE.fullmatch(text):
         return RealSet(_HALF_LINES[found["sign"][0]])
     if found := _INTERVAL.fullmatch(text):
-        low, high = _number(found["low"]), _number(found["high"])
+        low, high = (_known(real_number(found[bound])) for bound in ("low", "high"))
         if not low < high:
             raise _NotASetError
         return RealSet(Interval(low, high, found["left"] == "(", found["right"] == ")"))
@@ -150,7 +149,7 @@ def _read_braces(text: str) -> RealSet:
         if condition.variable != found["variable"].lstrip("\\"):
             raise _NotASetError
         return RealSet(condition.reals)
-    return RealSet(FiniteSet(*map(_number, split(text, _AND)[0])))
+    return RealSet(FiniteSet(*(_known(real_number(item)) for item in split(text, _AND)[0])))
 
 
 def _read_chain(text: str) -> RealSet:
@@ -159,21 +158,20 @@ def _read_chain(text: str) -> RealSet:
     if not relations or not all(sides):
         raise _NotASetError
     if relations in ([r"\in"], [r"\notin"]):
-        members, letter = _read_one(sides[1]).reals, unknown(sides[0])
-        if not letter:
-            raise _NotASetError
+        members, letter = _read_one(sides[1]).reals, _known(unknown(sides[0]))
         return RealSet(members if relations == [r"\in"] else S.Reals - members, letter)
     if not set(relations) <= set(_SIGNS):
         raise _NotASetError
-    sets = [_solved(left, _SIGNS[sign], right) for (left, right), sign in zip(pairwise(sides), relations, strict=True)]
+    solved = (
+        _known(solve_relation(left, _SIGNS[sign], right))
+        for (left, right), sign in zip(pairwise(sides), relations, strict=True)
+    )
+    return _common([RealSet(*found) for found in solved])
+
+
+def _common(sets: list[RealSet]) -> RealSet:
+    """The numbers that are in all of them."""
     return RealSet(Intersection(*(part.reals for part in sets)), _united(sets).variable)
-
-
-def _solved(left: str, sign: str, right: str) -> RealSet:
-    found = solve_relation(left, sign, right)
-    if found is None:
-        raise _NotASetError
-    return RealSet(*found)
 
 
 def _united(sets: list[RealSet]) -> RealSet:
@@ -184,11 +182,10 @@ def _united(sets: list[RealSet]) -> RealSet:
     return RealSet(Union(*(part.reals for part in sets)), next(iter(variables), None))
 
 
-def _number(text: str) -> Expr:
-    number = real_number(text)
-    if number is None:
+def _known(value: Value | None) -> Value:
+    if value is None:
         raise _NotASetError
-    return number
+    return value
 
 
 def _parts(reals: Set) -> list[tuple[Expr, Expr, bool, bool]]:

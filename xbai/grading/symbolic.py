@@ -2,28 +2,10 @@
 
 import logging
 import re
+from typing import TypeAlias
 
+import sympy
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import (
-    Basic,
-    Derivative,
-    Expr,
-    Integer,
-    Integral,
-    Limit,
-    MatrixBase,
-    MatrixExpr,
-    Mul,
-    Pow,
-    Product,
-    Sum,
-    Symbol,
-    nan,
-    oo,
-    preorder_traversal,
-    simplify,
-    zoo,
-)
 
 from xbai.grading.numeric import same_values
 from xbai.grading.quantity import parse_number
@@ -37,8 +19,12 @@ _REPEATING = re.compile(r"\d*\.\d*\\overline\s*\{\d+\}")
 _MIXED = re.compile(r"(?<![\d.^_}\\A-Za-z])(\d+)\s*(\\frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\})")
 _PRODUCT = re.compile(r"((?<![\d.^_}\\A-Za-z])\d+)\s*(?=\\binom(?![A-Za-z])|\(\d+\))")
 _LARGE_BINOMIAL = re.compile(r"\\binom\s*\{\s*(\d{5,})\s*\}\s*\{\s*(\d+)\s*\}")
-_INFINITE = (oo, -oo, zoo, nan)
-_TO_BE_DONE = (Sum, Product, Integral, Derivative, Limit)
+_INFINITE = (sympy.oo, -sympy.oo, sympy.zoo, sympy.nan)
+_MATRIX = sympy.MatrixBase | sympy.MatrixExpr
+_IN_NAMES = sympy.Symbol | sympy.Integer | sympy.Mul | sympy.Pow
+_TO_BE_DONE = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Derivative, sympy.Limit)
+
+Parsed: TypeAlias = sympy.Basic | sympy.MatrixBase
 
 
 def symbolically_equal(answer: str, truth: str) -> bool:
@@ -50,21 +36,21 @@ def symbolically_equal(answer: str, truth: str) -> bool:
     return any(_equal(side[0], true_side[0]) for side in sides for true_side in true_sides if side and true_side)
 
 
-def _equal(answer: Basic | MatrixBase, truth: Basic | MatrixBase) -> bool:
-    if isinstance(answer, MatrixBase | MatrixExpr) and isinstance(truth, MatrixBase | MatrixExpr):
+def _equal(answer: Parsed, truth: Parsed) -> bool:
+    if isinstance(answer, _MATRIX) and isinstance(truth, _MATRIX):
         answer, truth = answer.doit(), truth.doit()
-        if isinstance(answer, MatrixBase) and isinstance(truth, MatrixBase):
+        if isinstance(answer, sympy.MatrixBase) and isinstance(truth, sympy.MatrixBase):
             return answer.shape == truth.shape and all(map(_equal, answer.flat(), truth.flat()))
-    elif isinstance(answer, Expr) and isinstance(truth, Expr):
+    elif isinstance(answer, sympy.Expr) and isinstance(truth, sympy.Expr):
         return _same_formulas(answer, truth)
     return _verified(answer, truth)
 
 
-def _same_formulas(answer: Expr, truth: Expr) -> bool:
-    if truth.has(nan, zoo):
+def _same_formulas(answer: sympy.Expr, truth: sympy.Expr) -> bool:
+    if truth.has(sympy.nan, sympy.zoo):
         raise ValueError(f"the right answer is not a number: {truth}")
     # A name of several letters is read as a product of them.
-    are_names = _is_name(answer) and _is_name(truth) and (isinstance(answer, Symbol) or isinstance(truth, Symbol))
+    are_names = _is_name(answer) and _is_name(truth) and any(isinstance(side, sympy.Symbol) for side in (answer, truth))
     if answer == truth or (are_names and _verified(answer, truth)):
         return True
     if answer.has(*_INFINITE) or truth.has(*_INFINITE):
@@ -74,24 +60,24 @@ def _same_formulas(answer: Expr, truth: Expr) -> bool:
     return _differ_by_zero(answer, truth) if same is None else same
 
 
-def _differ_by_zero(answer: Expr, truth: Expr) -> bool:
+def _differ_by_zero(answer: sympy.Expr, truth: sympy.Expr) -> bool:
     try:
-        return simplify(answer - truth).is_zero is True
+        return sympy.simplify(answer - truth).is_zero is True
     except Exception:  # Of any kind, where a formula makes no sense, like a matrix plus a number.
         return False
 
 
-def _is_name(formula: Expr) -> bool:
+def _is_name(formula: sympy.Expr) -> bool:
     """Whether it may be a word that was read as a product of its letters."""
-    parts = preorder_traversal(formula)
-    return bool(formula.free_symbols) and all(isinstance(part, Symbol | Integer | Mul | Pow) for part in parts)
+    parts = sympy.preorder_traversal(formula)
+    return bool(formula.free_symbols) and all(isinstance(part, _IN_NAMES) for part in parts)
 
 
-def _verified(answer: Basic | MatrixBase, truth: Basic | MatrixBase) -> bool:
+def _verified(answer: Parsed, truth: Parsed) -> bool:
     return verify([truth], [answer], timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True)
 
 
-def _parse(latex: str) -> list[Basic | MatrixBase]:
+def _parse(latex: str) -> list[Parsed]:
     return parse(
         f"${_unambiguous(latex)}$",
         extraction_config=_LATEX_ONLY,

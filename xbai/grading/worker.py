@@ -6,14 +6,12 @@ import os
 import resource
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
 
 from xbai.errors import UserError
-from xbai.grading.comparison import compare
+from xbai.grading import dispatch
 from xbai.grading.custom import CustomBatchGrader, CustomFunction
-from xbai.grading.dispatch import Grade, Grader, GradeRequest, Preparation, as_grade, grade, prepare
+from xbai.grading.dispatch import ERROR, MEMORY, Grade, Grader, GradeRequest, Preparation
 from xbai.sandbox.confine import hide_memory
 
 START_TIMEOUT_S = 120.0
@@ -22,33 +20,8 @@ ORPHAN_GRACE_S = 30.0
 """A worker whose pool was killed ends itself this long after a time limit."""
 
 
-@dataclass(frozen=True)
-class Graded:
-    """The grades of what was asked, in its order."""
-
-    grades: list[Grade]
-
-
-@dataclass(frozen=True)
-class Raised:
-    """The grader failed, in words."""
-
-    detail: str
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A mistake of the user's, in words."""
-
-    message: str
-
-
-@dataclass(frozen=True)
-class OutOfMemory:
-    """The grader asked for more than it may have."""
-
-
-Answer = Graded | Raised | Refused | OutOfMemory
+Answer = list[Grade] | UserError
+"""A grade for each request, or why they are refused."""
 Reply = Preparation | Answer
 """What the worker sends, behind the number of the request: a `Preparation` when the grader starts, then an answer."""
 
@@ -96,27 +69,20 @@ def _answer(
         limit_s = max(timeout_s, preparation.time_limit_s)
         _end_after(limit_s)
         send(Preparation(limit_s, preparation.warning))
-        return Graded([as_grade(result) for result in _results(grader, requests)])
+        results = grader(requests) if isinstance(grader, CustomBatchGrader) else map(grader, requests)
+        return [dispatch.as_grade(result) for result in results]
     except UserError as error:
-        return Refused(str(error))
+        return UserError(str(error))
     except MemoryError:
-        return OutOfMemory()
+        return [Grade(None, MEMORY)] * len(requests)
     except Exception as error:
-        return Raised(f"{type(error).__name__}: {error}"[:500])
+        return [Grade(None, ERROR, f"{type(error).__name__}: {error}"[:500])] * len(requests)
 
 
 def _prepare(grader: Grader | CustomBatchGrader, requests: list[GradeRequest]) -> Preparation:
     if isinstance(grader, CustomFunction):
         grader.load()
-    if grader not in (grade, compare):
+    if grader not in (dispatch.grade, dispatch.compare):
         return Preparation()
     [request] = requests
-    return prepare(request)
-
-
-def _results(grader: Grader | CustomBatchGrader, requests: list[GradeRequest]) -> list[Any]:
-    """What a grader of batches returns for all, or another one for the single request that it is given."""
-    if isinstance(grader, CustomBatchGrader):
-        return grader(requests)
-    [request] = requests
-    return [grader(request)]
+    return dispatch.prepare(request)

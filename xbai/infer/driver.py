@@ -6,20 +6,31 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from xbai.client.pool import RequestFailedError, RequestTooLongError, ServicePool, ServiceUnavailableError
 from xbai.client.wire import read_responses, read_score, score_request
+from xbai.infer.options import RunOptions
 from xbai.infer.progress import Progress
 from xbai.infer.schedule import GenerationRequest, Schedule
 from xbai.infer.store import ResultStore
 from xbai.results.lines import REFUSED, Sample, SampleKey
 from xbai.results.settings import request_seed
+from xbai.search.service_source import ServiceSource, StepServices
+from xbai.search.strategy import search_response
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("finish_reasons", "token_counts", "scores", "step_scores", "mean_log_probs")
+COLUMNS = {
+    "finish_reasons": "finish_reason",
+    "token_counts": "token_count",
+    "scores": "score",
+    "step_scores": "step_scores",
+    "mean_log_probs": "mean_log_prob",
+}
+"""What `POST /generate` returns beside the texts, each with the attribute of a `Sample` that it is."""
 
 
 @dataclass(frozen=True)
@@ -41,91 +52,112 @@ class Services:
     names_prompt: bool = True
 
 
+@dataclass
 class Driver:
-    """Generates and scores whole responses, all questions at once.
-
-    Args:
-        sampling: fields of every `/generate` request.
-        seed: of the run.
-        on_complete: called with each sample that has all it will get.
+    """Has samples made, of all questions at once: whole responses, or searches that choose after each step.
 
     Attributes:
+        on_complete: called with each sample that has all it will get.
         failed: samples that could not be had, though they were not refused.
     """
 
-    def __init__(
-        self,
-        services: Services,
-        store: ResultStore,
-        progress: Progress,
-        on_complete: Callable[[SampleKey], None],
-        sampling: Mapping[str, Any],
-        seed: int | None,
-    ) -> None:
-        self.failed = 0
-        self._services = services
-        self._store = store
-        self._progress = progress
-        self._on_complete = on_complete
-        self._sampling = sampling
-        self._seed = seed
-        self._scorer_is_lost = False
+    options: RunOptions
+    services: Services
+    store: ResultStore
+    progress: Progress
+    on_complete: Callable[[SampleKey], None]
+    failed: int = 0
+    _scorer_is_lost: bool = False
 
     async def run(self, schedule: Schedule, prompts: Mapping[int, str]) -> None:
         """Score what an earlier run left unscored, and do what the schedule asks for, all at once."""
         self._prompts = prompts
         async with asyncio.TaskGroup() as self._tasks:
-            if self._services.scorer is not None:
-                self._scoring = asyncio.Semaphore(self._services.scorer.capacity)
-                for key in self._store.unscored():
-                    self._go_on(key)
+            if self.services.scorer is not None:
+                self._scoring = asyncio.Semaphore(self.services.scorer.capacity)
+                for key in self.store.unscored():
+                    self._tasks.create_task(self._score(key, self.services.scorer))
             while schedule:
-                await self._services.policy.room()
+                await self.services.policy.room()
                 self._tasks.create_task(self._generate(schedule.take(), schedule))
                 await asyncio.sleep(0)  # It takes the room.
-        if self._services.scorer is not None and (unscored := self._store.unscored()):
+        if self.services.scorer is not None and (unscored := self.store.unscored()):
             logger.warning("%d scores could not be had; run the same command again to retry them", len(unscored))
 
+    async def search(self, requests: Sequence[GenerationRequest], services: StepServices) -> None:
+        """Do the search of each request, which asks for one sample, all at once as far as the services take it.
+
+        What earlier searches ask for goes before that of later ones, which fill what is free: searches end one after
+        the other, so that a run that is killed keeps most of its work.
+        """
+        async with asyncio.TaskGroup() as self._tasks:
+            for ticket, request in enumerate(requests):
+                self._tasks.create_task(self._search(request, ServiceSource(services, request.question.prompt, ticket)))
+
     async def _generate(self, request: GenerationRequest, schedule: Schedule) -> None:
-        started = time.monotonic()
-        try:
-            responses = await self._services.policy.post(
+        with self._keeping_failures(request, f"{len(request.missing)} samples"):
+            started = time.monotonic()
+            responses = await self.services.policy.post(
                 self._payload(request), lambda body: read_responses(body, request.count, *COLUMNS), weight=request.count
             )
+            seconds = time.monotonic() - started
+            schedule.finished(request, seconds)
+            samples = []
+            for key in request.keys:
+                text, *columns = responses[key[1] - request.first_sample]
+                known = dict(zip(COLUMNS.values(), columns, strict=True))
+                samples.append(Sample(*key, text, seconds=round(seconds, 3), **known))
+            self._keep(samples)
+
+    async def _search(self, request: GenerationRequest, source: ServiceSource) -> None:
+        options, (key,) = self.options, request.keys
+        with self._keeping_failures(request, f"sample {request.first_sample}"):
+            started = time.monotonic()
+            path, spent = await search_response(
+                options.search, source, options.max_tokens, request_seed(options.seed, *key)
+            )
+            sample = Sample(
+                *key,
+                response=path.text,
+                finish_reason=path.finish_reason,
+                token_count=spent,
+                seconds=round(time.monotonic() - started, 3),
+                score=path.score,
+                step_scores=list(path.step_scores),
+            )
+            self._keep([sample])
+
+    @contextmanager
+    def _keeping_failures(self, request: GenerationRequest, what: str) -> Iterator[None]:
+        try:
+            yield
         except RequestTooLongError as error:
             logger.warning("question %d is refused: %s", request.question.index, error)
-            self._store.add(*(Sample(*key, "", finish_reason=REFUSED, error=str(error)) for key in request.keys))
-            for key in request.keys:
-                self._complete(key)
-            return
+            self._keep([Sample(*key, "", finish_reason=REFUSED, error=str(error)) for key in request.keys])
         except RequestFailedError as error:
-            logger.warning("question %d, %d samples: %s", request.question.index, len(request.missing), error)
+            logger.warning("question %d, %s: %s", request.question.index, what, error)
             self.failed += len(request.missing)
-            return
-        seconds = time.monotonic() - started
-        schedule.finished(request, seconds)
-        samples = list(_samples(request, responses, seconds))
-        self._store.add(*samples)
+
+    def _keep(self, samples: Sequence[Sample]) -> None:
+        self.store.add(*samples)
         for sample in samples:
-            self._progress.generated(sample.token_count)
-            self._go_on(sample.key, is_scored=sample.score is not None)
+            self.progress.generated(sample.token_count)
+            is_done = sample.score is not None or sample.finish_reason == REFUSED
+            if is_done or self.services.scorer is None:
+                self._complete(sample.key)
+            else:
+                self._tasks.create_task(self._score(sample.key, self.services.scorer))
 
     def _payload(self, request: GenerationRequest) -> dict[str, Any]:
-        seed = request_seed(self._seed, request.question.index, request.first_sample)
+        seed = request_seed(self.options.seed, request.question.index, request.first_sample)
         return {
             "prefix_prompt": request.question.prompt,
             "response_num": request.count,
             **({} if seed is None else {"seed": seed}),
-            **({"return_scores": True} if self._services.fused else {}),
-            **({"return_log_probs": True} if self._services.log_probs else {}),
-            **self._sampling,
+            **({"return_scores": True} if self.services.fused else {}),
+            **({"return_log_probs": True} if self.services.log_probs else {}),
+            **self.options.sampling(),
         }
-
-    def _go_on(self, key: SampleKey, is_scored: bool = False) -> None:
-        if is_scored or self._services.scorer is None:
-            self._complete(key)
-        else:
-            self._tasks.create_task(self._score(key, self._services.scorer))
 
     async def _score(self, key: SampleKey, scorer: ServicePool) -> None:
         # Only keys wait here: the texts of a long backlog stay on the disk.
@@ -135,7 +167,7 @@ class Driver:
         self._complete(key)
 
     async def _ask_score(self, key: SampleKey, scorer: ServicePool) -> None:
-        request = score_request(self._prompts[key[0]], self._store.get(key).response, self._services.names_prompt)
+        request = score_request(self._prompts[key[0]], self.store.get(key).response, self.services.names_prompt)
         try:
             score = await scorer.post(request, read_score)
         except (RequestTooLongError, RequestFailedError) as error:
@@ -145,24 +177,8 @@ class Driver:
                 logger.warning("no more scores are asked for: %s", error)
             self._scorer_is_lost = True
         else:
-            self._store.add_score(key, *score)
+            self.store.add_score(key, *score)
 
     def _complete(self, key: SampleKey) -> None:
-        self._progress.advance()
-        self._on_complete(key)
-
-
-def _samples(request: GenerationRequest, responses: Sequence[tuple[Any, ...]], seconds: float) -> Iterator[Sample]:
-    for sample in request.missing:
-        text, reason, tokens, score, steps, mean_log_prob = responses[sample - request.first_sample]
-        yield Sample(
-            request.question.index,
-            sample,
-            response=text,
-            finish_reason=reason,
-            token_count=tokens,
-            seconds=round(seconds, 3),
-            score=score,
-            step_scores=steps,
-            mean_log_prob=mean_log_prob,
-        )
+        self.progress.advance()
+        self.on_complete(key)

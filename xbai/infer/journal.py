@@ -19,8 +19,6 @@ from xbai.errors import UserError
 from xbai.files import why_not_written, write_all
 from xbai.results.settings import RunSettings
 
-JOURNAL_SUFFIX = ".journal"
-
 _BEGIN = re.compile(rb'(?=[0-9a-f]{8} \{")')
 _NAMES_OF_SETTINGS = [b'"%s": ' % field.name.encode() for field in fields(RunSettings)]
 """A line that tells settings has all of them. No other has any, as quotes within its texts stand behind backslashes."""
@@ -35,7 +33,6 @@ class JournalLine:
 
     Attributes:
         number: of the line, from 1.
-        place: where it is.
         record: what it says; None where it is damaged.
         tells_settings: whether it says how the run was made, or did so before it was damaged.
     """
@@ -47,10 +44,7 @@ class JournalLine:
 
 
 class Journal:
-    """A journal, opened and locked.
-
-    Args:
-        path: the file, which is made where there is none.
+    """A journal, opened and locked; made where there is none.
 
     Raises:
         BlockingIOError: another process has it open.
@@ -84,8 +78,8 @@ class Journal:
                 if not line.endswith(b"\n"):
                     return
                 for part, record in _parts(line):
-                    settings = _names_settings(part) if record is None else "settings" in record
-                    yield JournalLine(number, (self.size, len(part)), record, settings)
+                    tells = "settings" in record if record else any(name in part for name in _NAMES_OF_SETTINGS)
+                    yield JournalLine(number, (self.size, len(part)), record, tells)
                     self.size += len(part)
 
     def cut_off(self) -> bool:
@@ -102,8 +96,9 @@ class Journal:
             UserError: they cannot be written; then none of them is.
         """
         lines = [encode_line(record) for record in records]
+        self._is_synced = False
         try:
-            self._write(b"".join(lines))
+            write_all(self._file, b"".join(lines))
         except OSError as error:
             self._file.truncate(self.size)
             raise self._not_written(error) from None
@@ -129,7 +124,7 @@ class Journal:
         return record
 
     def sync(self) -> None:
-        """Wait until what is written is on the disk. May run in a thread of its own.
+        """Wait until the disk has what is written, which the machine's death then spares. May run in its own thread.
 
         Raises:
             UserError: the disk did not take it.
@@ -162,10 +157,6 @@ class Journal:
         except BaseException:
             self._file.close()
             raise
-
-    def _write(self, content: bytes) -> None:
-        self._is_synced = False
-        write_all(self._file, content)
 
     def _is_at_path(self) -> bool:
         try:
@@ -201,7 +192,3 @@ def _read(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
-
-
-def _names_settings(line: bytes) -> bool:
-    return any(name in line for name in _NAMES_OF_SETTINGS)

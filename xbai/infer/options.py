@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from xbai.api_key import ApiKeyOptions
-from xbai.client.retry import RetryPolicy
+from xbai.client.replicas import RetryPolicy
 from xbai.errors import UserError
 from xbai.search.options import SearchOptions
 
@@ -101,11 +101,6 @@ class RunOptions:
     def candidates(self) -> int:
         """Responses to each question."""
         return self.n_samples * self.group_size
-
-    @property
-    def selection(self) -> dict[str, str | None]:
-        """The part of a benchmark that has releases or dates (see `LiveCodeBench`)."""
-        return {"release": self.release, "start_date": self.start_date, "end_date": self.end_date}
 
     def sampling(self) -> dict[str, Any]:
         """The sampling fields of a `/generate` request; those that not every service knows only where they are set."""

@@ -1,10 +1,11 @@
-"""The driver's progress: a live bar on a terminal, a log line now and then elsewhere."""
+"""The driver's progress, and how good the results are so far: a live bar on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 
 from rich.console import Console
@@ -12,11 +13,62 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from xbai.infer.tally import Tally
+from xbai.logs import StderrHandler
+from xbai.results.lines import SampleKey
+from xbai.search.choice import best_candidate
 
 logger = logging.getLogger(__name__)
 
 LOG_INTERVAL_S = 10.0
+
+
+class Tally:
+    """Accuracy of the samples graded so far, and of the best of each `best_of` of a question, by score.
+
+    Attributes:
+        best_of: candidates among which the score chooses.
+        graded: samples that have a grade.
+    """
+
+    def __init__(self, best_of: int = 1) -> None:
+        self.best_of = best_of
+        self.graded = 0
+        self._correct = 0.0
+        self._groups: defaultdict[tuple[int, int], list[tuple[float | None, float | None]]] = defaultdict(list)
+        self._chosen: list[float] = []
+
+    def add(self, key: SampleKey, score: float | None, grade: float | None) -> None:
+        """Count one sample; a grade of None is none."""
+        if grade is not None:
+            self.graded += 1
+            self._correct += grade
+        if self.best_of == 1:
+            return
+        name = key[0], key[1] // self.best_of
+        group = self._groups[name]
+        group.append((score, grade))
+        if len(group) == self.best_of:
+            candidates = [(score, grade) for score, grade in self._groups.pop(name) if None not in (score, grade)]
+            if candidates:
+                scores, grades = zip(*candidates, strict=True)
+                self._chosen.append(grades[best_candidate(list(scores))])
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of right samples; None before the first grade."""
+        return self._correct / self.graded if self.graded else None
+
+    @property
+    def best_of_n(self) -> float | None:
+        """Share of groups whose best sample is right; None before the first group."""
+        return sum(self._chosen) / len(self._chosen) if self._chosen else None
+
+    def __str__(self) -> str:
+        """Both in words, as far as they are known."""
+        if self.accuracy is None:
+            return ""
+        best = "" if self.best_of_n is None else f", best of {self.best_of}: {self.best_of_n:.1%}"
+        return f"accuracy {self.accuracy:.1%}{best}"
 
 
 class _LiveColumn(ProgressColumn):
@@ -36,7 +88,6 @@ class Progress:
     Args:
         total: samples of the whole run.
         done: samples that were there before.
-        tally: how good they are.
     """
 
     def __init__(self, total: int, done: int, tally: Tally) -> None:
@@ -59,24 +110,17 @@ class Progress:
             disable=not self._live,
         )
         self._task = self._bar.add_task("samples", total=total, completed=done)
-        self._handlers: list[logging.StreamHandler] = []
+        self._handlers = logging.getLogger().handlers
 
     def __enter__(self) -> Progress:
-        """Show the bar."""
         self._bar.start()
         if self._live:
-            # Log lines go above the bar, by way of the stream that it has put in the place of stderr.
-            self._handlers = [
-                handler
-                for handler in logging.getLogger().handlers
-                if isinstance(handler, logging.StreamHandler) and handler.stream is sys.__stderr__
-            ]
-            self._send_logs_to(sys.stderr)
+            logging.getLogger().handlers = [_above_bar(handler) for handler in self._handlers]
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Take the bar away and log the end state."""
-        self._send_logs_to(sys.__stderr__)
+        logging.getLogger().handlers = self._handlers
         self._bar.stop()
         if self._new:
             self._log()
@@ -85,17 +129,13 @@ class Progress:
         """Count generated tokens, where their number is known."""
         self._tokens += tokens or 0
 
-    def advance(self, samples: int = 1) -> None:
-        """Count samples that now have all they will get."""
-        self._done += samples
-        self._new += samples
+    def advance(self) -> None:
+        """Count a sample that now has all it will get."""
+        self._done += 1
+        self._new += 1
         self._bar.update(self._task, completed=self._done)
         if not self._live and time.monotonic() - self._logged > LOG_INTERVAL_S:
             self._log()
-
-    def _send_logs_to(self, stream: object) -> None:
-        for handler in self._handlers:
-            handler.setStream(stream)
 
     def _seconds(self) -> float:
         return max(time.monotonic() - self._started, 1e-6)
@@ -113,3 +153,12 @@ class Progress:
         self._logged = time.monotonic()
         parts = (f"{self._done} of {self._total} samples", self._rate(), str(self._tally), self._time_left())
         logger.info(", ".join(part for part in parts if part))
+
+
+def _above_bar(handler: logging.Handler) -> logging.Handler:
+    """Log lines for a terminal go by way of the stream that the bar has put in the place of stderr."""
+    if not isinstance(handler, StderrHandler):
+        return handler
+    above = logging.StreamHandler(sys.stderr)
+    above.setFormatter(handler.formatter)
+    return above

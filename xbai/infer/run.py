@@ -9,27 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xbai.benchmarks.base import Benchmark, Question
 from xbai.benchmarks.registry import get_benchmark
 from xbai.client.pool import ServicePool, open_client
-from xbai.client.served_model import ServedModel
+from xbai.client.wire import ServedModel
 from xbai.engine.files import load_tokenizer
 from xbai.errors import UserError, first_error
 from xbai.infer.driver import Driver, Services
-from xbai.infer.interrupt import run_until_interrupted
 from xbai.infer.options import RunOptions
-from xbai.infer.progress import Progress
+from xbai.infer.progress import Progress, Tally
 from xbai.infer.running_grades import RunningGrades
 from xbai.infer.schedule import GenerationRequest, Schedule, missing_requests
-from xbai.infer.step_search import StepSearchDriver
 from xbai.infer.store import ResultStore, check_result_file
-from xbai.infer.tally import Tally
 from xbai.model_identity import model_identity
 from xbai.prompts import prompt_text
 from xbai.results.lines import StoredQuestion
@@ -56,7 +55,9 @@ def run(options: RunOptions) -> Path:
         KeyboardInterrupt: Ctrl-C; what is finished is kept.
     """
     api_key = options.api_key.read()
-    benchmark = get_benchmark(options.task, **options.selection)
+    benchmark = get_benchmark(
+        options.task, release=options.release, start_date=options.start_date, end_date=options.end_date
+    )
     check_result_file(options.output_file)
     tokenizer = load_tokenizer(options.model_dir)
     questions = {question.index: question for question in benchmark.read(options.input_file)}
@@ -77,22 +78,45 @@ def run(options: RunOptions) -> Path:
     ours = stored[: options.max_questions][options.part :: options.total_parts]
     with ResultStore(options.output_file, settings, ours) as store:
         logger.info("results will be in %s; until the run ends, in %s", store.path, store.journal_path)
-        inference = Inference(options, api_key, ours, store, tokenizer, benchmark, questions)
         try:
-            run_until_interrupted(inference.run())
+            failed = _run_until_interrupted(_run(options, api_key, ours, store, tokenizer, benchmark, questions))
         except ExceptionGroup as group:
             raise first_error(group) from group
         except KeyboardInterrupt:
             logger.warning("interrupted: %d samples are kept; run the same command again to go on", len(store))
             raise
         store.write_results()
-    if inference.failed:
+    if failed:
         raise UserError(
-            f"{options.output_file}: {inference.failed} samples are missing, on which the service failed each time "
+            f"{options.output_file}: {failed} samples are missing, on which the service failed each time "
             "(see above); run the same command again to ask for them"
         )
     logger.info("results: %s", options.output_file)
     return Path(options.output_file)
+
+
+def _run_until_interrupted(main: Coroutine[Any, Any, int]) -> int:
+    """`asyncio.run` whose task is cancelled by Ctrl-C, which it then raises; a second one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        return asyncio.run(main)
+
+    async def cancelled_by_interrupt() -> int:
+        task = asyncio.ensure_future(main)
+
+        def interrupt() -> None:
+            signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
+            task.cancel()
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupt)
+        return await task
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        return asyncio.run(cancelled_by_interrupt())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _stored(benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase, question: Question) -> StoredQuestion:
@@ -100,92 +124,73 @@ def _stored(benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase, question: 
     return StoredQuestion(question.index, prompt, question.answer, {**question.meta, "question": question.prompt})
 
 
-@dataclass
-class Inference:
-    """One run's event loop.
+async def _run(
+    options: RunOptions,
+    api_key: str | None,
+    stored: Sequence[StoredQuestion],
+    store: ResultStore,
+    tokenizer: PreTrainedTokenizerBase,
+    benchmark: Benchmark,
+    questions: Mapping[int, Question],
+) -> int:
+    """Do what is missing of the `stored` questions; returns on how many samples the services failed each time."""
+    response_num = 1 if options.search.is_step_search else options.response_num
+    requests = list(missing_requests(stored, store, options.candidates, response_num))
+    total = len(store) + sum(len(request.missing) for request in requests)
+    if len(store):
+        logger.info("%d of %d samples are there already", len(store), total)
+    tally = Tally(options.group_size)
+    async with (
+        open_client(api_key) as client,
+        _synced(store),
+        RunningGrades(benchmark, questions, store, tally) as grades,
+    ):
+        services = await _services(options, store, client, requests)
+        done = store.complete() + (store.unscored() if services.scorer is None else [])
+        for key in done if requests else ():
+            grades.add(key)
+        with Progress(total, len(done), tally) as progress:
+            driver = Driver(options, services, store, progress, grades.add)
+            if options.search.is_step_search:
+                await driver.search(requests, _step_services(options, services, tokenizer))
+            else:
+                await driver.run(Schedule(requests), {question.index: question.prompt for question in stored})
+            await grades.settle(GRADING_PATIENCE_S)
+    return driver.failed
 
-    Attributes:
-        api_key: of the services.
-        stored: the questions to run.
-        questions: the benchmark's, by index.
-        failed: samples on which the services failed each time.
-    """
 
-    options: RunOptions
-    api_key: str | None
-    stored: list[StoredQuestion]
-    store: ResultStore
-    tokenizer: PreTrainedTokenizerBase
-    benchmark: Benchmark
-    questions: Mapping[int, Question]
-    failed: int = 0
+async def _services(
+    options: RunOptions, store: ResultStore, client: httpx.AsyncClient, requests: Sequence[GenerationRequest]
+) -> Services:
+    """What is asked, once it is sure that it serves the models that made what is there."""
+    policy = ServicePool(options.response_api_url, "/generate", client, options.retry, options.max_in_flight)
+    scorer = policy_model = scorer_model = None
+    if requests:
+        policy_model = await policy.served_model(f"--response_api_url {options.response_api_url}")
+        _say_what_is_not_known("--response_api_url", policy_model, options.further_sampling())
+        store.record(policy=policy_model.identity)
+    asks_scorer = store.unscored() or (requests and options.score_source != "fused")
+    if options.score_api_url and options.score_source != "none" and asks_scorer:
+        scorer = ServicePool(options.score_api_url, "/score", client, options.retry, options.max_in_flight)
+        scorer_model = await scorer.served_model(f"--score_api_url {options.score_api_url}")
+        _say_what_is_not_known("--score_api_url", scorer_model, {})
+    fused = policy_model is not None and use_fused_scores(options, policy_model, scorer_model)
+    for model in (policy_model if fused else None, scorer_model):
+        if model is not None:
+            store.record(scorer=model.identity, lang=model.lang)
+    return Services(
+        policy,
+        scorer,
+        fused,
+        log_probs=policy_model is not None and policy_model.log_probs,
+        names_prompt=scorer_model is not None and scorer_model.is_ours,
+    )
 
-    async def run(self) -> None:
-        """Do what is missing."""
-        options, store = self.options, self.store
-        response_num = 1 if options.search.is_step_search else options.response_num
-        requests = list(missing_requests(self.stored, store, options.candidates, response_num))
-        total = len(store) + sum(len(request.missing) for request in requests)
-        if len(store):
-            logger.info("%d of %d samples are there already", len(store), total)
-        tally = Tally(options.group_size)
-        async with (
-            open_client(self.api_key) as client,
-            _synced(store),
-            RunningGrades(self.benchmark, self.questions, store, tally) as grades,
-        ):
-            services = await self._services(client, requests)
-            done = store.complete() + (store.unscored() if services.scorer is None else [])
-            for key in done if requests else ():
-                grades.add(key)
-            with Progress(total, len(done), tally) as progress:
-                driver: Driver | StepSearchDriver
-                if options.search.is_step_search:
-                    driver = StepSearchDriver(options, store, self._step_services(services), progress, grades.add)
-                    await driver.run(requests)
-                else:
-                    driver = Driver(services, store, progress, grades.add, options.sampling(), options.seed)
-                    await driver.run(Schedule(requests), {question.index: question.prompt for question in self.stored})
-                await grades.settle(GRADING_PATIENCE_S)
-        self.failed = driver.failed
 
-    async def _services(self, client: httpx.AsyncClient, requests: Sequence[GenerationRequest]) -> Services:
-        """What is asked, once it is sure that it serves the models that made what is there."""
-        options, store = self.options, self.store
-        policy = ServicePool(options.response_api_url, "/generate", client, options.retry, options.max_in_flight)
-        scorer = policy_model = scorer_model = None
-        if requests:
-            policy_model = await policy.served_model(f"--response_api_url {options.response_api_url}")
-            _say_what_is_not_known("--response_api_url", policy_model, options.further_sampling())
-            store.record(policy=policy_model.identity)
-        if options.score_api_url and self._asks_scorer(requests):
-            scorer = ServicePool(options.score_api_url, "/score", client, options.retry, options.max_in_flight)
-            scorer_model = await scorer.served_model(f"--score_api_url {options.score_api_url}")
-            _say_what_is_not_known("--score_api_url", scorer_model, {})
-        fused = policy_model is not None and use_fused_scores(options, policy_model, scorer_model)
-        for model in (policy_model if fused else None, scorer_model):
-            if model is not None:
-                store.record(scorer=model.identity, lang=model.lang)
-        return Services(
-            policy,
-            scorer,
-            fused,
-            log_probs=policy_model is not None and policy_model.log_probs,
-            names_prompt=scorer_model is not None and scorer_model.is_ours,
-        )
-
-    def _asks_scorer(self, requests: Sequence[GenerationRequest]) -> bool:
-        if self.options.score_source == "none":
-            return False
-        left_unscored = bool(self.store.unscored())
-        return left_unscored or (bool(requests) and self.options.score_source != "fused")
-
-    def _step_services(self, services: Services) -> StepServices:
-        rule = load_sprm_config(self.options.model_dir, self.tokenizer).step_rule
-        scorer = None if services.fused else services.scorer
-        return StepServices(
-            services.policy, scorer, self.options.sampling(), rule, self.tokenizer, services.names_prompt
-        )
+def _step_services(options: RunOptions, services: Services, tokenizer: PreTrainedTokenizerBase) -> StepServices:
+    rule = load_sprm_config(options.model_dir, tokenizer).step_rule
+    scorer = None if services.fused else services.scorer
+    return StepServices(services.policy, scorer, options.sampling(), rule, tokenizer, services.names_prompt)
 
 
 def _say_what_is_not_known(option: str, model: ServedModel, sampling: Mapping[str, Any]) -> None:
@@ -206,7 +211,7 @@ async def _synced(store: ResultStore) -> AsyncIterator[None]:
         while True:
             await asyncio.sleep(SYNC_INTERVAL_S)
             try:
-                await asyncio.to_thread(store.sync)
+                await asyncio.to_thread(store.journal.sync)
             except UserError as error:
                 # The last one, as the store is closed, decides.
                 logger.warning("%s", error)

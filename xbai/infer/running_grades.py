@@ -6,12 +6,13 @@ import asyncio
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from xbai.benchmarks.base import Benchmark, Question
 from xbai.errors import UserError, first_error
 from xbai.grading import GraderPool
+from xbai.infer.progress import Tally
 from xbai.infer.store import ResultStore
-from xbai.infer.tally import Tally
 from xbai.results.lines import SampleKey
 
 logger = logging.getLogger(__name__)
@@ -20,30 +21,26 @@ CORES_PER_WORKER = 4
 """The services may be on the same machine."""
 
 
+@dataclass
 class RunningGrades:
     """Grades finished samples in killable processes. Only keys wait; the texts are read back from the store.
 
     Use as an async context manager, within which it works; what is not graded at its end stays so.
     """
 
-    def __init__(
-        self, benchmark: Benchmark, questions: Mapping[int, Question], store: ResultStore, tally: Tally
-    ) -> None:
-        self._benchmark = benchmark
-        self._questions = questions
-        self._store = store
-        self._tally = tally
-        self._waiting: asyncio.Queue[SampleKey] = asyncio.Queue()
+    benchmark: Benchmark
+    questions: Mapping[int, Question]
+    store: ResultStore
+    tally: Tally
+    _waiting: asyncio.Queue[SampleKey] = field(default_factory=asyncio.Queue)
 
     async def __aenter__(self) -> RunningGrades:
-        """Begin."""
         workers = max(1, (os.cpu_count() or 1) // CORES_PER_WORKER)
         self._pool = GraderPool(workers)
         self._working = asyncio.create_task(self._work_together(workers))
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        """Stop at once."""
         self._working.cancel()
         self._pool.kill()
 
@@ -73,11 +70,9 @@ class RunningGrades:
 
     async def _work(self) -> None:
         while True:
-            await self._grade(await self._waiting.get())
+            key = await self._waiting.get()
+            sample = self.store.get(key)
+            request = self.benchmark.grade_request(self.questions[key[0]], sample.response)
+            grade = await asyncio.wrap_future(self._pool.submit(request))
+            self.tally.add(key, sample.score, grade.value)
             self._waiting.task_done()
-
-    async def _grade(self, key: SampleKey) -> None:
-        sample = self._store.get(key)
-        request = self._benchmark.grade_request(self._questions[key[0]], sample.response)
-        grade = await asyncio.wrap_future(self._pool.submit(request))
-        self._tally.add(key, sample.score, grade.value)

@@ -70,7 +70,6 @@ class Schedule:
             self._push(question)
 
     def __len__(self) -> int:
-        """How many are left."""
         return self._length
 
     def take(self) -> GenerationRequest:

@@ -1,7 +1,7 @@
 """Results on disk: a journal that survives any death of the process, and the result file made from it.
 
 While a run goes on, every finished sample is one line appended to `OUT.journal` (written at once, fsynced as often as
-`sync` is called): first a line of settings, then samples, then scores that came later. When the run ends with what
+its `sync` is called): first a line of settings, then samples, then scores that came later. When the run ends with what
 could be had, `OUT` is written in one piece, one line a question, and the journal is removed. A run started again reads
 both and asks only for the rest, which includes what stood in lines of the journal that are damaged.
 """
@@ -11,15 +11,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from itertools import chain
+from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from xbai.errors import UserError
 from xbai.files import atomic_write, check_writable, is_replaced
-from xbai.infer.journal import JOURNAL_SUFFIX, Journal, JournalLine, Place
-from xbai.results.lines import REFUSED, ResultLine, Sample, SampleKey, StoredQuestion, read_result_lines
-from xbai.results.response_choice import ResponseChoice
+from xbai.infer.journal import Journal, JournalLine, Place
+from xbai.results.lines import JOURNAL_SUFFIX, REFUSED, ResultLine, Sample, SampleKey, StoredQuestion, read_result_lines
+from xbai.results.response_choice import Choose, response_choice
 from xbai.results.settings import RunSettings
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,9 @@ class ResultStore:
         path: the result file; its journal lies beside it.
         settings: what all results of the file share.
         questions: those of this run. The file may hold others (of another part), which it keeps.
+
+    Attributes:
+        journal: what finished samples are added to, while the store is open.
     """
 
     def __init__(self, path: str | Path, settings: RunSettings, questions: Sequence[StoredQuestion]) -> None:
@@ -53,25 +57,22 @@ class ResultStore:
                 journal says how its run was made it is damaged.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._journal = self._open_journal()
+        self.journal = self._open_journal()
         try:
             self._read_journal()
             self._import_results()
         except BaseException:
-            self._journal.close()
+            self.journal.close()
             raise
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Flush to the disk and let go of the files."""
-        self._journal.close()
+        self.journal.close()
 
     def __contains__(self, key: object) -> bool:
-        """Whether the sample is there."""
         return key in self._places
 
     def __len__(self) -> int:
-        """How many samples are there."""
         return len(self._places)
 
     def record(self, **models: str | None) -> None:
@@ -104,22 +105,15 @@ class ResultStore:
         for sample in samples:
             if sample.key in self._places:
                 raise ValueError(f"question {sample.question}, sample {sample.sample} is there already")
-        for sample, place in zip(samples, self._journal.append(*map(asdict, samples)), strict=True):
+        for sample, place in zip(samples, self.journal.append(*map(asdict, samples)), strict=True):
             self._remember(sample, place)
 
     def add_score(self, key: SampleKey, score: float, step_scores: list[float] | None = None) -> None:
         """Keep the score of a sample that is there."""
         if key not in self._places:
             raise KeyError(key)
-        self._journal.append({"question": key[0], "sample": key[1], "score": score, "step_scores": step_scores})
+        self.journal.append({"question": key[0], "sample": key[1], "score": score, "step_scores": step_scores})
         self._scores[key] = score, step_scores
-
-    def sync(self) -> None:
-        """Wait until what is written is on the disk: it then survives the machine's death, not only the process's.
-
-        May run in a thread of its own.
-        """
-        self._journal.sync()
 
     def get(self, key: SampleKey) -> Sample:
         """Read a sample back.
@@ -127,23 +121,21 @@ class ResultStore:
         Raises:
             UserError: its line has been damaged since it was written.
         """
-        record = self._journal.read(self._places[key])
+        record = self.journal.read(self._places[key])
         score, step_scores = self._scores.get(key, (None, None))
         return Sample(**{**record, "score": score, "step_scores": step_scores})
 
     def write_results(self) -> None:
         """Write the result file and remove the journal: after this the store is closed."""
-        keys: dict[int, list[SampleKey]] = {}
-        for key in sorted(self._places):
-            keys.setdefault(key[0], []).append(key)
+        keys = {index: list(group) for index, group in groupby(sorted(self._places), key=itemgetter(0))}
         others = [line for line in self._existing_lines() if line.index not in self._questions]
-        with ResponseChoice(self._settings.to_dict()) as choose, atomic_write(self.path) as stream:
+        with response_choice(self._settings.to_dict()) as choose, atomic_write(self.path) as stream:
             ours = (self._line(question, keys.get(index, []), choose) for index, question in self._questions.items())
             for line in chain(others, ours):
                 stream.write(line.to_json().encode() + b"\n")
-        self._journal.remove()
+        self.journal.remove()
 
-    def _line(self, question: StoredQuestion, keys: Sequence[SampleKey], choose: ResponseChoice) -> ResultLine:
+    def _line(self, question: StoredQuestion, keys: Sequence[SampleKey], choose: Choose) -> ResultLine:
         samples = [self.get(key) for key in keys]
         return ResultLine(
             index=question.index,
@@ -162,7 +154,7 @@ class ResultStore:
             self._scores[sample.key] = sample.score, sample.step_scores
 
     def _append_settings(self) -> None:
-        self._journal.append({"settings": self._settings.to_dict()})
+        self.journal.append({"settings": self._settings.to_dict()})
 
     def _open_journal(self) -> Journal:
         try:
@@ -174,12 +166,12 @@ class ResultStore:
             ) from None
 
     def _read_journal(self) -> None:
-        for line in self._journal.lines():
+        for line in self.journal.lines():
             if line.tells_settings or line.place[0] == 0:
                 self._replay_settings(line)
             elif not self._replay(line):
                 self._damaged.append(line.number)
-        if self._journal.cut_off():
+        if self.journal.cut_off():
             logger.warning("%s: the last line was cut off; what it held is asked for again", self.journal_path)
         if self._damaged:
             logger.warning(
@@ -188,7 +180,7 @@ class ResultStore:
                 len(self._damaged),
                 self._damaged[0],
             )
-        if self._journal.size == 0:
+        if self.journal.size == 0:
             self._append_settings()
 
     def _replay_settings(self, line: JournalLine) -> None:

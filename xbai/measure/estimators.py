@@ -1,4 +1,4 @@
-"""What a way of choosing among N candidates achieves on one question, estimated from all K sampled ones.
+"""What a way of choosing among N candidates achieves on one question, estimated from all K sampled ones; and means.
 
 Everything here is a pure function of matrices. Best-of-N and oracle are exact expectations over all subsets of size N;
 votes are averaged over the subsets they are given, all of them where those are few (see `subset_masks`).
@@ -7,16 +7,34 @@ votes are averaged over the subsets they are given, all of them where those are 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 from math import comb
 
 import numpy as np
 
-from xbai.search.majority import vote_winners
+from xbai.search.choice import vote_winners
 
 MAX_SUBSETS = 2048
 VOTE_DECIMALS = 12
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over questions and its standard error (nan with one question)."""
+
+    mean: float
+    standard_error: float
+
+    @classmethod
+    def over(cls, values: Sequence[float] | np.ndarray) -> Estimate:
+        """The mean of one value a question; nan of none."""
+        array = np.asarray(values, dtype=np.float64)
+        if not len(array):
+            return cls(float("nan"), float("nan"))
+        error = array.std(ddof=1) / np.sqrt(len(array)) if len(array) > 1 else np.nan
+        return cls(float(array.mean()), float(error))
 
 
 def expected_best_of_n(scores: np.ndarray, correct: np.ndarray, n: int) -> float:
@@ -78,7 +96,7 @@ def votes_for(keys: Sequence[str | None]) -> np.ndarray:
 
 
 @lru_cache(maxsize=16)
-def subset_masks(samples: int, n: int, seed: int = 0) -> np.ndarray:
+def subset_masks(samples: int, n: int) -> np.ndarray:
     """Subsets of n among `samples` candidates: all of them where those are at most `MAX_SUBSETS`, else random ones.
 
     Returns:
@@ -87,7 +105,7 @@ def subset_masks(samples: int, n: int, seed: int = 0) -> np.ndarray:
     if comb(samples, n) <= MAX_SUBSETS:
         members = np.array(list(combinations(range(samples), n)))
     else:
-        noise = np.random.default_rng((seed, samples, n)).random((MAX_SUBSETS, samples))
+        noise = np.random.default_rng((0, samples, n)).random((MAX_SUBSETS, samples))
         members = noise.argpartition(n, axis=1)[:, :n]
     masks = np.zeros((len(members), samples))
     np.put_along_axis(masks, members, 1.0, axis=1)
@@ -114,21 +132,10 @@ def best_of_n_groups(scores: np.ndarray, correct: np.ndarray, n: int) -> np.ndar
 
 
 def vote_groups(votes: np.ndarray, correct: np.ndarray, n: int, weights: np.ndarray | None = None) -> np.ndarray:
-    """Probability that the vote of each disjoint group of n candidates is right; as `best_of_n_groups`.
-
-    Args:
-        votes: [K, answers] bool.
-        correct: [K], nan where not graded; only the graded ones vote.
-        n: group size.
-        weights: [K] weight of each vote, 1 where not given.
-
-    Returns:
-        [K // n], nan for a group with no graded candidate.
-    """
+    """Probability that the vote of each disjoint group's graded candidates is right; as `best_of_n_groups`."""
     won = np.full(len(correct) // n, np.nan)
     for group in range(len(won)):
-        members = np.arange(group * n, group * n + n)
-        members = members[~np.isnan(correct[members])]
+        members = group * n + np.flatnonzero(~np.isnan(correct[group * n : group * n + n]))
         if len(members):
             cast = votes[members][:, votes[members].any(0)]
             weight = None if weights is None else weights[members]

@@ -13,17 +13,19 @@ from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from xbai.engine.feature_extractor import EncodedResponse, FeatureBatch, FeatureExtractor, resolve_layers
+from xbai.engine.feature_extractor import EncodedResponse, FeatureExtractor, resolve_layers
 from xbai.engine.files import load_tokenizer, read_config, resolve_dtype
-from xbai.engine.weight_files import check_weights
+from xbai.engine.packed_batch import PackedBatch
+from xbai.engine.weight_files import check_weights, load_pretrained
 from xbai.errors import UserError
 from xbai.measure.graded_responses import GradedResponse, read_graded_responses
 from xbai.measure.options import FeatureOptions
 from xbai.model_identity import is_same_model, model_identity
-from xbai.sprm import SPRMConfig, StepRule, load_sprm_config, step_feature_mask
+from xbai.sprm import SPRMConfig, StepRule, load_sprm_config
 from xbai.sprm.step_features import FORMAT, SUFFIX, FeatureSource, StepFeatures
+from xbai.sprm.steps import step_positions
 from xbai.sprm.tags import THINK_OPEN
 
 logger = logging.getLogger(__name__)
@@ -31,10 +33,6 @@ logger = logging.getLogger(__name__)
 
 class FeatureFiles:
     """Finds the features of files in a folder, and makes those that are missing.
-
-    Args:
-        options: how.
-        folder: where they are kept.
 
     Attributes:
         hidden_size: c of the model.
@@ -72,8 +70,8 @@ class FeatureFiles:
         stored = self.folder / f"{path.stem}-{self._digest(path)}{SUFFIX}"
         if stored.exists():
             logger.info("%s: the features of %s by this model are there already", stored, path)
-            return stored
-        self._make(path, stored)
+        else:
+            self._make(path, stored)
         return stored
 
     def _check(self, path: Path) -> None:
@@ -107,7 +105,8 @@ class FeatureFiles:
         encoded = self._encode(path, responses)
         steps = [len(response.positions) for response in encoded]
         with StepFeatures.create(stored, self.source, steps, self.hidden_size) as found:
-            found.questions.copy_(torch.tensor([_question(response.prompt) for response in responses]))
+            prompts = [_number(hashlib.sha256(response.prompt.encode())) for response in responses]
+            found.questions.copy_(torch.tensor(prompts))
             found.correct.copy_(torch.tensor([response.correct for response in responses]))
             found.graded.copy_(torch.tensor([response.graded for response in responses]))
             found.tokens.copy_(torch.tensor([len(response.ids) - response.start for response in encoded]))
@@ -130,14 +129,14 @@ class FeatureFiles:
 
     @cached_property
     def _extractor(self) -> FeatureExtractor:
-        options = self.options
-        return FeatureExtractor.from_folder(
-            options.model_path,
-            self.source.layers,
-            dtype=options.dtype,
-            max_batch_tokens=options.max_batch_tokens,
-            trust_remote_code=options.trust_remote_code,
+        model = load_pretrained(
+            AutoModelForCausalLM,
+            self.options.model_path,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            dtype=self.source.dtype,
+            trust_remote_code=self.options.trust_remote_code,
         )
+        return FeatureExtractor(model, self.source.layers, self.options.max_batch_tokens)
 
     def _extract(self, path: Path, encoded: Sequence[EncodedResponse], into: StepFeatures) -> None:
         # Responses to a prompt one after the other: a batch computes it once. Equal ones, of which a confident model
@@ -149,23 +148,24 @@ class FeatureFiles:
         starts = into.starts.tolist()
         with _progress(path, sum(len(encoded[numbers[0]].ids) for numbers in equal.values())) as advance:
             for batch, copies in self._batches(encoded, list(equal.values())):
-                for numbers, found in zip(copies, self._extractor.run(batch), strict=True):
+                responses = [encoded[numbers[0]] for numbers in copies]
+                for numbers, found in zip(copies, self._extractor.run(batch, responses), strict=True):
                     for number in numbers:
                         into.features[starts[number] : starts[number] + len(found.features)] = found.features
                         into.mean_log_prob[number] = found.mean_log_prob
-                advance(sum(len(encoded[numbers[0]].ids) for numbers in copies))
+                advance(sum(len(response.ids) for response in responses))
 
     def _batches(
         self, encoded: Sequence[EncodedResponse], equal: Sequence[list[int]]
-    ) -> Iterator[tuple[FeatureBatch, list[list[int]]]]:
+    ) -> Iterator[tuple[PackedBatch, list[list[int]]]]:
         """Full batches, each with the numbers of those that are equal to each of its responses."""
         batch = self._extractor.new_batch()
         copies: list[list[int]] = []
         for numbers in equal:
-            if not batch.add(encoded[numbers[0]]):
+            if not batch.add(encoded[numbers[0]].ids):
                 yield batch, copies
                 batch, copies = self._extractor.new_batch(), []
-                batch.add(encoded[numbers[0]])
+                batch.add(encoded[numbers[0]].ids)
             copies.append(numbers)
         yield batch, copies
 
@@ -175,13 +175,8 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, rule: StepRule, response
     prompt_ids, ids = (
         tokenizer.encode(text, add_special_tokens=False, verbose=False) for text in (response.prompt, response.response)
     )
-    whole = torch.tensor([[*prompt_ids, *ids]])
-    mask = step_feature_mask(whole, torch.arange(whole.shape[1])[None] >= len(prompt_ids), rule)
-    return EncodedResponse([*prompt_ids, *ids], len(prompt_ids), mask[0].nonzero().flatten().tolist())
-
-
-def _question(prompt: str) -> int:
-    return _number(hashlib.sha256(prompt.encode()))
+    whole, start = [*prompt_ids, *ids], len(prompt_ids)
+    return EncodedResponse(whole, start, step_positions(whole, start, rule))
 
 
 def step_states(response: EncodedResponse) -> Iterator[int]:

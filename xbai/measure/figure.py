@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -72,15 +75,36 @@ def draw_line(axis: Axes, x: np.ndarray, y: np.ndarray, line: Line, error: np.nd
         axis.fill_between(x, low, high, color=line.color, alpha=0.13, lw=0)
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure in one piece, in the format of its suffix.
+@contextmanager
+def new_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure of so many inches to draw on; then it is written in one piece, in the format of the name's suffix.
 
     Raises:
         UserError: there is no such format, or no file can be written there.
     """
     check_figure(path)
-    with atomic_write(path) as stream:
-        figure.savefig(stream, dpi=DOTS_PER_INCH, format=path.suffix[1:].lower(), facecolor="white")
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height))
+        yield figure
+        with atomic_write(path) as stream:
+            figure.savefig(stream, dpi=DOTS_PER_INCH, format=path.suffix[1:].lower(), facecolor="white")
+
+
+def draw_panels(
+    path: Path, panels: Sequence[Callable[[Axes], None]], columns: int, size: tuple[float, float], title: str = ""
+) -> None:
+    """Write a figure of panels, each of `size` inches, in rows of at most `columns`; raises as `new_figure` does."""
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    with new_figure(path, size[0] * columns, size[1] * rows) as figure:
+        axes = figure.subplots(rows, columns, squeeze=False).flat
+        # The last row may have room.
+        for axis, draw in zip(axes, panels, strict=False):
+            draw(axis)
+        for axis in figure.axes[len(panels) :]:
+            axis.set_visible(False)
+        if title:
+            figure.suptitle(title, x=0.02, ha="left", fontweight="bold", fontsize=12)
 
 
 def check_figure(path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +15,7 @@ from xbai.benchmarks.registry import get_benchmark
 from xbai.grading import AnswerGroups, GradeRequest, GraderPool
 from xbai.measure.estimators import votes_for
 from xbai.results.lines import REFUSED, ResultLine, Sample
-from xbai.search.best_of_n import sortable_scores
+from xbai.search.choice import sortable_scores
 
 QuestionKey = tuple[int | None, str]
 """What identifies a question, whichever model answers it: its place in the benchmark (where known) and its text."""
@@ -69,22 +71,17 @@ class GradedQuestion:
 
     def graded(self) -> GradedQuestion:
         """The same with only those candidates that could be graded."""
-        kept = np.flatnonzero(~np.isnan(self.correct))
+        return self.only(~np.isnan(self.correct))
 
-        def pick(values: list) -> list:
-            return [values[i] for i in kept]
-
-        return replace(
-            self,
-            scores=self.scores[kept],
-            correct=self.correct[kept],
-            keys=pick(self.keys),
-            step_scores=pick(self.step_scores),
-            token_counts=pick(self.token_counts),
-            finish_reasons=pick(self.finish_reasons),
-            mean_log_probs=self.mean_log_probs[kept],
-            combined=None if self.combined is None else self.combined[kept],
-        )
+    def only(self, kept: np.ndarray) -> GradedQuestion:
+        """The same with only the candidates `kept`, [K] bool."""
+        columns: dict[str, Any] = {}
+        for name, column in vars(self).items():
+            if isinstance(column, np.ndarray):
+                columns[name] = column[kept]
+            elif isinstance(column, list):
+                columns[name] = list(compress(column, kept))
+        return replace(self, **columns)
 
 
 def question_key(line: ResultLine) -> QuestionKey:
@@ -96,7 +93,7 @@ Grades = dict[tuple[int, str], float | None]
 """By number of the line and response; None where it could not be graded."""
 
 
-def grade_responses(task: str, lines: Sequence[ResultLine], workers: int | None = None) -> Grades:
+def grade_responses(task: str, lines: Sequence[ResultLine]) -> Grades:
     """Grade every candidate, equal responses of a line once."""
     benchmark = get_benchmark(task)
     requests: dict[tuple[int, str], GradeRequest] = {}
@@ -105,18 +102,18 @@ def grade_responses(task: str, lines: Sequence[ResultLine], workers: int | None 
         question = Question(line.index or 0, meta.pop("question", line.prompt), line.answer, meta)
         for response in line.responses:
             requests.setdefault((number, response), benchmark.grade_request(question, response))
-    with GraderPool(workers) as pool:
+    with GraderPool() as pool:
         return dict(zip(requests, pool.grade(list(requests.values())), strict=True))
 
 
-def grade_lines(task: str, lines: Sequence[ResultLine], workers: int | None = None) -> list[GradedQuestion]:
+def grade_lines(task: str, lines: Sequence[ResultLine]) -> list[GradedQuestion]:
     """Grade every candidate; lines of the same question are put together."""
-    grades = grade_responses(task, lines, workers)
+    grades = grade_responses(task, lines)
     by_question: dict[QuestionKey, list[tuple[Sample, float | None]]] = {}
     for number, line in enumerate(lines):
         graded = [(sample, grades[number, sample.response]) for sample in line.samples]
         by_question.setdefault(question_key(line), []).extend(graded)
-    with AnswerGroups(get_benchmark(task).data_source, workers) as groups:
+    with AnswerGroups(get_benchmark(task).data_source) as groups:
         votes = groups.of([[sample.response for sample, _ in graded] for graded in by_question.values()])
     return [_graded_question(key, graded, keys) for (key, graded), keys in zip(by_question.items(), votes, strict=True)]
 
@@ -139,8 +136,3 @@ def _graded_question(
 
 def _score(sample: Sample) -> float | None:
     return aggregate(sample.step_scores) if sample.score is None and sample.step_scores is not None else sample.score
-
-
-def refused_count(questions: Sequence[GradedQuestion]) -> int:
-    """How many candidates are empty because the service refused to make them; they count as wrong."""
-    return int(sum(question.is_refused.sum() for question in questions))

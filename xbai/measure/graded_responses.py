@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from xbai.errors import UserError
 from xbai.measure.graded import grade_responses
 from xbai.measure.result_set import read_lines, result_files
-from xbai.results.lines import REFUSED
+from xbai.results.lines import REFUSED, parsed_lines
 from xbai.sprm.step_features import SUFFIX
 
 
@@ -57,7 +57,8 @@ def read_graded_responses(path: Path, task: str | None = None) -> list[GradedRes
         UserError: a file of another kind, or a result file without `task`.
     """
     if not _is_result_file(path):
-        return list(_read_rollouts(path))
+        problem = "no object with the texts prompt and response and the number correct"
+        return list(parsed_lines(path, _graded_response, problem))
     if task is None:
         raise UserError(f"{path} is a result file: name the benchmark by which it is graded (--task, data.task)")
     lines = read_lines([path], task)
@@ -79,20 +80,8 @@ def _is_result_file(path: Path) -> bool:
         raise UserError(f"{path}: no lines of JSON with graded responses ({error!r:.80})") from None
 
 
-def _read_rollouts(path: Path) -> Iterator[GradedResponse]:
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                yield _graded_response(json.loads(line.decode()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(
-                    f"{path}:{number}: no object with the texts prompt and response and the number correct ({error!r})"
-                ) from None
-
-
-def _graded_response(row: dict) -> GradedResponse:
+def _graded_response(line: str) -> GradedResponse:
+    row = json.loads(line)
     graded = bool(row.get("graded", True))
     if not isinstance(row["prompt"], str) or not isinstance(row["response"], str):
         raise TypeError("prompt and response must be texts")

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from xbai.measure.estimate import Estimate
-from xbai.measure.estimators import expected_best_of_n
+from xbai.measure.estimators import Estimate, expected_best_of_n
 from xbai.measure.graded import GradedQuestion
 from xbai.measure.separation import separation
 
@@ -49,23 +48,18 @@ def length_bands(questions: Sequence[GradedQuestion]) -> list[LengthBand]:
 
 
 def _band(graded: Sequence[GradedQuestion], members: Sequence[np.ndarray]) -> LengthBand:
-    tokens, correct = (
-        np.concatenate([values[of] for values, of in zip(column, members, strict=True)])
-        for column in ([question.tokens for question in graded], [question.correct for question in graded])
-    )
+    here = [question.only(of) for question, of in zip(graded, members, strict=True)]
+    tokens = np.concatenate([question.tokens for question in here])
     chosen = [
         expected_best_of_n(question.scores, of.astype(float), min(CHOICE_N, len(of)))
         for question, of in zip(graded, members, strict=True)
     ]
-    here = separation(
-        [question.scores[of] for question, of in zip(graded, members, strict=True)],
-        [question.correct[of] for question, of in zip(graded, members, strict=True)],
-    )
+    correct = [question.correct for question in here]
     return LengthBand(
         low=int(tokens.min()),
         high=int(tokens.max()),
         share=len(tokens) / sum(map(len, members)),
-        accuracy=float(correct.mean()),
+        accuracy=float(np.concatenate(correct).mean()),
         chosen=float(np.mean(chosen)),
-        within_prompt_auc=here.within_prompt_auc,
+        within_prompt_auc=separation([question.scores for question in here], correct).within_prompt_auc,
     )

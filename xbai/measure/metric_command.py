@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any
 import typer
 
 from xbai.calibration import Calibration
-from xbai.files import atomic_write, check_writable, write_json
+from xbai.files import atomic_write, check_writable
 from xbai.measure.figure import check_figure
-from xbai.measure.metrics import Comparison, Report, compare, repeated_accuracy, report_files
+from xbai.measure.graded import GradedQuestion
+from xbai.measure.metrics import compare, json_ready, repeated_accuracy, report_files
 from xbai.measure.options import MetricOptions
 from xbai.measure.plots import plot_results
 from xbai.measure.tables import STRATEGY_NAMES, Grid, comparison_grid, report_grids, show
@@ -29,28 +29,21 @@ class RepeatedTest:
 
     strategy: str
     n: int
+    repetitions: int
     accuracies: list[float]
+    mean: float
 
-    @property
-    def mean(self) -> float:
-        """Mean over the repetitions."""
-        return sum(self.accuracies) / len(self.accuracies)
+    @classmethod
+    def of(cls, questions: Sequence[GradedQuestion], strategy: str, n: int) -> RepeatedTest:
+        """Raises `UserError` as `repeated_accuracy` does."""
+        accuracies = repeated_accuracy(questions, n, strategy)
+        return cls(strategy, n, len(accuracies), accuracies, sum(accuracies) / len(accuracies))
 
     @property
     def lines(self) -> list[str]:
         """As it is said."""
         name = f"Best-of-{self.n}" if self.strategy == "best_of_n" else f"{STRATEGY_NAMES[self.strategy]} of {self.n}"
-        return [f"Test {len(self.accuracies)} times", f"pass@1 ({name}): {100 * self.mean:.2f}"]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
-        return {
-            "strategy": self.strategy,
-            "n": self.n,
-            "repetitions": len(self.accuracies),
-            "accuracies": self.accuracies,
-            "mean": self.mean,
-        }
+        return [f"Test {self.repetitions} times", f"pass@1 ({name}): {100 * self.mean:.2f}"]
 
 
 def run_metric(options: MetricOptions) -> None:
@@ -67,22 +60,23 @@ def run_metric(options: MetricOptions) -> None:
             check_writable(path)
     calibration = None if options.calibration is None else Calibration.read(options.calibration)
     report, questions = report_files(options.task, options.patterns, calibration)
-    strategy = choice_of(report.settings)
-    repeated = RepeatedTest(strategy, options.n, repeated_accuracy(questions, options.n, strategy))
+    repeated = RepeatedTest.of(questions, choice_of(report.settings), options.n)
     name, base_name = _names(options)
-    reports, comparison = {name: report}, None
+    reports = {name: report}
+    compared: list[Grid] = []
+    values: dict[str, Any] = {"repeated": repeated, **vars(report)}
     if options.compare:
         base, base_questions = report_files(options.task, options.compare)
-        reports[base_name] = base
         comparison = compare(questions, base_questions, (report.settings, base.settings))
-    grids = report_grids(reports)
-    if comparison is not None:
-        grids.append(comparison_grid(comparison, name, base_name))
+        reports[base_name] = base
+        compared = [comparison_grid(comparison, name, base_name)]
+        values |= {"base": base, "difference": comparison}
+    grids = [*report_grids(reports), *compared]
     if TERMINAL not in (options.json_path, options.markdown_path):
         typer.echo("\n".join(repeated.lines))
         show(grids)
-    _write_json(options.json_path, repeated, reports, comparison)
-    _write_markdown(options.markdown_path, repeated, grids)
+    _write(options.json_path, json.dumps(json_ready(values), indent=2))
+    _write(options.markdown_path, "\n".join(["  \n".join(repeated.lines) + "\n", *map(Grid.to_markdown, grids)]))
     if options.plot_path is not None:
         plot_results(reports, questions, options.plot_path)
 
@@ -96,28 +90,9 @@ def _names(options: MetricOptions) -> tuple[str, str]:
     return stems if stems[0] != stems[1] else (str(paths[0]), str(paths[1]))
 
 
-def _write_json(
-    path: Path | None, repeated: RepeatedTest, reports: dict[str, Report], comparison: Comparison | None
-) -> None:
-    if path is None:
-        return
-    report, *base = reports.values()
-    values = {"repeated": repeated.to_dict(), **report.to_dict()}
-    if comparison is not None:
-        values |= {"base": base[0].to_dict(), "difference": comparison.to_dict()}
-    if path == TERMINAL:
-        json.dump(values, sys.stdout, indent=2)
-        typer.echo()
-    else:
-        write_json(values, path)
-
-
-def _write_markdown(path: Path | None, repeated: RepeatedTest, grids: Sequence[Grid]) -> None:
-    if path is None:
-        return
-    text = "\n".join(["  \n".join(repeated.lines) + "\n", *(grid.to_markdown() for grid in grids)])
+def _write(path: Path | None, text: str) -> None:
     if path == TERMINAL:
         typer.echo(text)
-    else:
+    elif path is not None:
         with atomic_write(path, "w") as stream:
-            stream.write(text)
+            stream.write(text.removesuffix("\n") + "\n")

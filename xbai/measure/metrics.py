@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from xbai.calibration import Calibration
 from xbai.errors import UserError
-from xbai.measure.calibration import Bin, expected_calibration_error, reliability
-from xbai.measure.combined_fit import with_combined
-from xbai.measure.differences import paired_differences
-from xbai.measure.estimate import Curves, Estimate
-from xbai.measure.estimators import best_of_n_groups, vote_groups
-from xbai.measure.graded import GradedQuestion, QuestionKey, grade_lines, refused_count
+from xbai.measure.estimators import Estimate, best_of_n_groups, vote_groups
+from xbai.measure.graded import GradedQuestion, QuestionKey, grade_lines
 from xbai.measure.length_bands import LengthBand, length_bands
 from xbai.measure.result_set import read_lines, result_files
-from xbai.measure.separation import Separation, separation
-from xbai.measure.strategies import SIGNALS, accuracies, candidate_counts, possible_strategies
+from xbai.measure.separation import Bin, Separation, expected_calibration_error, reliability, separation
+from xbai.measure.strategies import (
+    SIGNALS,
+    Curves,
+    accuracies,
+    candidate_counts,
+    paired_differences,
+    possible_strategies,
+)
 from xbai.results.settings import check_calibration, differing_settings
 
 logger = logging.getLogger(__name__)
@@ -62,9 +65,7 @@ class Report:
         within_prompt_auc, within_prompt_auc_standard_error, auc: of the score, as in `signals`; nan when undefined.
         signals: how well each strategy's signal tells right from wrong, for the strategies that have one.
         calibration_error: expected distance of score and accuracy; nan without scores.
-        reliability: accuracy by score.
         by_length: how well the score does on short, middling and long responses; empty where it or they are unknown.
-        lengths: of the candidates.
         settings: how the candidates were made; None when the files do not say.
     """
 
@@ -90,10 +91,6 @@ class Report:
     lengths: Lengths
     settings: dict[str, Any] | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; undefined values are None."""
-        return json_ready(asdict(self))
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -111,13 +108,11 @@ class Comparison:
     curves: Curves
     differing_settings: list[str]
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; undefined values are None."""
-        return json_ready(asdict(self))
-
 
 def json_ready(value: Any) -> Any:
-    """The value with string keys, and None for nan."""
+    """The value with string keys, dataclasses as objects, and None for nan."""
+    if is_dataclass(value):
+        value = vars(value)
     if isinstance(value, Mapping):
         return {str(key): json_ready(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -125,13 +120,15 @@ def json_ready(value: Any) -> Any:
     return None if isinstance(value, float) and np.isnan(value) else value
 
 
-def measure(questions: Sequence[GradedQuestion], settings: dict[str, Any] | None = None, seed: int = 0) -> Report:
+def measure(questions: Sequence[GradedQuestion], settings: dict[str, Any] | None = None) -> Report:
     """Measure graded candidates.
 
     Raises:
         UserError: nothing could be graded.
     """
-    usable = _usable(questions)
+    usable = [question for question in questions if _counts(question)]
+    if not any(map(_is_answered, usable)):
+        raise UserError("none of the responses could be graded")
     per_question = [len(question.correct) for question in questions]
     fewest = min(filter(None, per_question))
     scores = np.concatenate([question.scores for question in questions])
@@ -139,7 +136,7 @@ def measure(questions: Sequence[GradedQuestion], settings: dict[str, Any] | None
     question_of = np.repeat(np.arange(len(questions)), per_question)
     judged = np.isfinite(scores) & ~np.isnan(correct)
     curve = reliability(scores[judged], correct[judged], question_of[judged])
-    found = accuracies(usable, possible_strategies(usable), candidate_counts(fewest), seed)
+    found = accuracies(usable, possible_strategies(usable), candidate_counts(fewest))
     of_score = _separation("best_of_n", questions)
     finishes = [reason for question in questions for reason in question.finish_reasons if reason is not None]
     return Report(
@@ -149,9 +146,9 @@ def measure(questions: Sequence[GradedQuestion], settings: dict[str, Any] | None
         unanswered=per_question.count(0),
         ungraded=int(np.isnan(correct).sum()),
         unscored=int((~np.isfinite(scores)).sum()),
-        refused=refused_count(questions),
+        refused=int(sum(question.is_refused.sum() for question in questions)),
         ungraded_rate=float(np.isnan(correct).mean()),
-        truncated_rate=_mean(np.array([reason == "length" for reason in finishes])),
+        truncated_rate=_mean(np.array([reason == "length" for reason in finishes], dtype=np.float64)),
         mean_at_1=Estimate.over(found["random"][1]),
         curves={name: {n: Estimate.over(values) for n, values in by_count.items()} for name, by_count in found.items()},
         differences=paired_differences(found),
@@ -171,7 +168,6 @@ def compare(
     questions: Sequence[GradedQuestion],
     base: Sequence[GradedQuestion],
     settings: tuple[dict[str, Any] | None, dict[str, Any] | None] = (None, None),
-    seed: int = 0,
 ) -> Comparison:
     """Accuracies of `questions` less those of `base`, paired by question.
 
@@ -190,7 +186,7 @@ def compare(
     pairs = [[side[key] for key in paired] for side in (ours, theirs)]
     strategies = [name for name in possible_strategies(pairs[0]) if name in possible_strategies(pairs[1])]
     counts = candidate_counts(min(filter(None, (len(question.correct) for side in pairs for question in side))))
-    here, there = (accuracies(side, strategies, counts, seed) for side in pairs)
+    here, there = (accuracies(side, strategies, counts) for side in pairs)
     return Comparison(
         questions=len(paired),
         unpaired=len(ours) + len(theirs) - 2 * len(paired),
@@ -202,10 +198,7 @@ def compare(
 def repeated_accuracy(questions: Sequence[GradedQuestion], n: int, strategy: str = "best_of_n") -> list[float]:
     """Accuracy in each repetition of the test: repetition k takes every question's k-th group of n candidates.
 
-    Args:
-        questions: with their candidates in the order they were sampled.
-        n: group size.
-        strategy: chooses in each group: best_of_n, majority or weighted_vote.
+    Candidates are in the order they were sampled; `strategy` is best_of_n, majority or weighted_vote.
 
     Raises:
         UserError: a question has candidates, but fewer than n, or there are no scores to choose by.
@@ -219,14 +212,11 @@ def repeated_accuracy(questions: Sequence[GradedQuestion], n: int, strategy: str
         )
     if n > 1 and strategy != "majority" and strategy not in possible_strategies(questions):
         raise UserError(f"--N {n}: there are no scores to choose by; use --N 1, or run inference again with scores")
-    picks = np.stack(
-        [
-            _group_picks(question, n, strategy)[:repetitions] if _is_answered(question) else np.zeros(repetitions)
-            for question in questions
-        ]
-    )
-    graded = ~np.isnan(picks)
-    return [float(np.mean(pick[known])) for pick, known in zip(picks.T, graded.T, strict=True) if known.any()]
+    picks = [
+        _group_picks(question, n, strategy)[:repetitions] if _is_answered(question) else np.zeros(repetitions)
+        for question in questions
+    ]
+    return [_mean(pick) for pick in np.stack(picks, axis=1) if not np.isnan(pick).all()]
 
 
 def _group_picks(question: GradedQuestion, n: int, strategy: str) -> np.ndarray:
@@ -239,39 +229,35 @@ def _group_picks(question: GradedQuestion, n: int, strategy: str) -> np.ndarray:
 def report_files(
     task: str, patterns: Sequence[str], calibration: Calibration | None = None
 ) -> tuple[Report, list[GradedQuestion]]:
-    """Read, grade and measure result files.
-
-    Args:
-        task: the benchmark.
-        patterns: paths and globs of files that belong together.
-        calibration: of the model that made them, to choose by score and log-prob together as well.
+    """Read, grade and measure result files that belong together; with a calibration, also choose by it.
 
     Raises:
         UserError: no such files, files that are not results, that do not belong together, or to which the calibration
             does not apply.
     """
-    lines = read_lines(result_files(patterns), task)
+    lines, place = read_lines(result_files(patterns), task), " ".join(patterns)
     settings = next((line.settings for line in lines if line.settings is not None), None)
     if calibration is not None:
-        check_calibration(calibration, settings, " ".join(patterns))
+        check_calibration(calibration, settings, place)
     questions = grade_lines(task, lines)
     if calibration is not None:
-        questions = [with_combined(question, calibration.combined) for question in questions]
+        combined = calibration.combined
+        questions = [replace(each, combined=combined(each.scores, each.mean_log_probs)) for each in questions]
     report = measure(questions, settings)
     if calibration is not None and "best_of_n_combined" not in report.curves:
         raise UserError(
-            f"{' '.join(patterns)}: --calibration needs scores and log-probs of all responses, which are not there; "
+            f"{place}: --calibration needs scores and log-probs of all responses, which are not there; "
             "leave it out, or sample again from a policy service that returns both"
         )
     if report.missing:
         logger.warning(
             "%s: %d samples are missing; N ends at %d, which every question has that has any",
-            " ".join(patterns), report.missing, report.samples,
+            place, report.missing, report.samples,
         )  # fmt: skip
     if report.unanswered:
         logger.warning(
             "%s: %d of %d questions have no sample and count as wrong; run the same inference again to ask for them",
-            " ".join(patterns), report.unanswered, report.questions,
+            place, report.unanswered, report.questions,
         )  # fmt: skip
     return report, questions
 
@@ -285,13 +271,6 @@ def _counts(question: GradedQuestion) -> bool:
     return not _is_answered(question) or not np.isnan(question.correct).all()
 
 
-def _usable(questions: Sequence[GradedQuestion]) -> list[GradedQuestion]:
-    usable = [question for question in questions if _counts(question)]
-    if not any(map(_is_answered, usable)):
-        raise UserError("none of the responses could be graded")
-    return usable
-
-
 def _separation(name: str, questions: Sequence[GradedQuestion]) -> Separation:
     signal = SIGNALS[name]
     return separation([signal(question) for question in questions], [question.correct for question in questions])
@@ -302,17 +281,14 @@ def _lengths(questions: Sequence[GradedQuestion], correct: np.ndarray) -> Length
     tokens = np.array(counts, dtype=np.float64)
     known = tokens[~np.isnan(tokens)]
     return Lengths(
-        mean=_mean(known),
-        right=_mean_defined(tokens[correct > 0.5]),
-        wrong=_mean_defined(tokens[correct <= 0.5]),
+        mean=_mean(tokens),
+        right=_mean(tokens[correct > 0.5]),
+        wrong=_mean(tokens[correct <= 0.5]),
         percentiles={p: float(np.percentile(known, p)) if len(known) else float("nan") for p in PERCENTILES},
     )
 
 
 def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else float("nan")
-
-
-def _mean_defined(values: Sequence[float] | np.ndarray) -> float:
-    array = np.asarray(values, dtype=np.float64)
-    return _mean(array[~np.isnan(array)])
+    """Of those that are not nan; nan of none."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from xbai.measure.estimate import Estimate
+from xbai.measure.estimators import Estimate, clustered_mean
 from xbai.measure.figure import (
     BLUE,
     GREEN,
@@ -22,15 +21,14 @@ from xbai.measure.figure import (
     PURPLE,
     RED,
     RIGHT,
-    STYLE,
     WRONG,
     Line,
     draw_line,
-    save_figure,
+    draw_panels,
+    new_figure,
 )
 from xbai.measure.graded import GradedQuestion
 from xbai.measure.metrics import Report
-from xbai.measure.step_curve import StepCurve, step_curve
 from xbai.results.settings import choice_of
 
 STRATEGY_LINES = {
@@ -50,50 +48,46 @@ LABEL_PLACES: tuple[dict[str, Any], ...] = (
 """Where N stands beside a point of the first and of the second line: rising lines leave these corners free."""
 
 PANEL_SIZE = (4.8, 4.0)
+STEP_POSITIONS = np.linspace(0.0, 1.0, 21)
 
-Drawing = Callable[[Axes], None]
+
+@dataclass(frozen=True)
+class StepCurve:
+    """Mean step score [points] at `STEP_POSITIONS`, from the first step of a response to its last.
+
+    Attributes:
+        standard_error: [points] over questions (nan with one).
+        responses: how many were averaged.
+    """
+
+    mean: np.ndarray
+    standard_error: np.ndarray
+    responses: int
 
 
 def plot_results(reports: Mapping[str, Report], questions: Sequence[GradedQuestion], path: Path) -> None:
     """One figure of everything: accuracy against N and against tokens, step scores, reliability.
 
-    Panels for which the results have no data are left out.
-
-    Args:
-        reports: the results, then, where there is one, the base they are compared with (against tokens only).
-        questions: the candidates of the first report.
-        path: .png, .pdf or .svg.
+    Panels for which the results have no data are left out. Of the reports, the first is drawn, whose candidates are
+    `questions`, and in the panel of tokens also the base that it is compared with.
     """
     report = next(iter(reports.values()))
-    curves = _step_curves(questions)
-    panels: list[Drawing] = [lambda axis: _draw_accuracy(axis, "Accuracy against candidates", report)]
+    curves = [(line, curve) for line in (RIGHT, WRONG) if (curve := step_curve(questions, right=line is RIGHT))]
+    panels: list[Callable[[Axes], None]] = [lambda axis: _draw_accuracy(axis, report)]
     if any(_has_tokens(each) for each in reports.values()):
         panels.append(lambda axis: _draw_scaling(axis, reports))
     if curves:
         panels.append(lambda axis: _draw_step_curves(axis, curves))
     if report.reliability:
         panels.append(lambda axis: _draw_reliability(axis, report))
-    columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(PANEL_SIZE[0] * columns, PANEL_SIZE[1] * rows))
-        axes = figure.subplots(rows, columns, squeeze=False).flat
-        # The last row may have room.
-        for axis, draw in zip(axes, panels, strict=False):
-            draw(axis)
-        for axis in list(figure.axes)[len(panels) :]:
-            axis.set_visible(False)
-        if len(reports) > 1:
-            first, *others = reports
-            title = f"{first}; in the panel of thinking tokens also {', '.join(others)}"
-            figure.suptitle(title, x=0.02, ha="left", fontweight="bold", fontsize=12)
-        save_figure(figure, path)
+    first, *others = reports
+    title = f"{first}; in the panel of thinking tokens also {', '.join(others)}" if others else ""
+    draw_panels(path, panels, 2, PANEL_SIZE, title)
 
 
 def plot_accuracy(reports: Mapping[str, Report], path: Path) -> None:
     """Accuracy against N for each way of choosing, a panel for each report; bands are 95 % confidence."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(1.0 + 4.4 * len(reports), 4.2))
+    with new_figure(path, 1.0 + 4.4 * len(reports), 4.2) as figure:
         axes = figure.subplots(1, len(reports), sharey=True, squeeze=False)[0]
         for axis, (title, report) in zip(axes, reports.items(), strict=True):
             _draw_accuracy_lines(axis, title, report)
@@ -105,11 +99,10 @@ def plot_accuracy(reports: Mapping[str, Report], path: Path) -> None:
         labels = [line.label for line in STRATEGY_LINES.values() if line.label in drawn]
         handles = [drawn[label] for label in labels]
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) if len(reports) > 1 else 2)
-        save_figure(figure, path)
 
 
-def _draw_accuracy(axis: Axes, title: str, report: Report) -> None:
-    _draw_accuracy_lines(axis, title, report)
+def _draw_accuracy(axis: Axes, report: Report) -> None:
+    _draw_accuracy_lines(axis, "Accuracy against candidates", report)
     _accuracy_axis(axis)
     _legend_below(axis, columns=2)
 
@@ -123,8 +116,7 @@ def _draw_accuracy_lines(axis: Axes, title: str, report: Report) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, [f"{n:,}" for n in ticks])
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_xlabel("candidates N")
-    axis.set_title(title)
+    axis.set(title=title, xlabel="candidates N")
 
 
 def _draw_scaling(axis: Axes, reports: Mapping[str, Report]) -> None:
@@ -146,54 +138,54 @@ def _draw_scaling(axis: Axes, reports: Mapping[str, Report]) -> None:
     axis.xaxis.set_major_formatter(FuncFormatter(lambda count, _: _short(count)))
     axis.xaxis.set_minor_locator(NullLocator())
     _accuracy_axis(axis, headroom=0.05)
-    axis.set_xlabel("thinking tokens a question, N candidates together")
-    axis.set_title("Accuracy against thinking tokens, with N")
+    title = "Accuracy against thinking tokens, with N"
+    axis.set(title=title, xlabel="thinking tokens a question, N candidates together")
     _legend_below(axis, columns=1)
 
 
 def _draw_step_curves(axis: Axes, curves: Sequence[tuple[Line, StepCurve]]) -> None:
     for line, curve in curves:
         labelled = Line(f"{line.label} ({curve.responses:,})", line.color, line.dashes, None)
-        draw_line(axis, curve.position, curve.mean, labelled, curve.standard_error)
-    axis.set_xlim(0, 1)
-    axis.set_ylim(0, 1)
+        draw_line(axis, STEP_POSITIONS, curve.mean, labelled, curve.standard_error)
     axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axis.set_xlabel("position in the response, from first step to last")
-    axis.set_ylabel("mean step score")
-    axis.set_title("Step scores of right and wrong responses")
+    axis.set(xlim=(0, 1), xlabel="position in the response, from first step to last")
+    axis.set(ylim=(0, 1), ylabel="mean step score", title="Step scores of right and wrong responses")
     _legend_below(axis, columns=2)
 
 
 def _draw_reliability(axis: Axes, report: Report) -> None:
-    bins = report.reliability
-    total = sum(bin.count for bin in bins)
-    edges = np.array([bin.low for bin in bins])
-    widths = np.array([bin.high - bin.low for bin in bins])
-    axis.bar(edges, [bin.count / total for bin in bins], widths, align="edge", color=LIGHT_GREY, alpha=0.35, lw=0,
+    low, high, count, score, accuracy, error = np.array([astuple(bin) for bin in report.reliability]).T
+    axis.bar(low, count / count.sum(), high - low, align="edge", color=LIGHT_GREY, alpha=0.35, lw=0,
              label="share of responses")  # fmt: skip
     axis.plot([0, 1], [0, 1], ":", color=GREY, lw=1.2, label="ideal")
-    score = np.array([bin.score for bin in bins])
-    accuracy = np.array([bin.accuracy for bin in bins])
-    draw_line(axis, score, accuracy, Line("accuracy", BLUE), np.array([bin.standard_error for bin in bins]))
-    axis.set_xlim(0, 1)
-    axis.set_ylim(0, 1.02)
+    draw_line(axis, score, accuracy, Line("accuracy", BLUE), error)
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axis.set_xlabel("score of a response")
-    axis.set_ylabel("accuracy, and share of responses")
+    axis.set(xlim=(0, 1), xlabel="score of a response", ylim=(0, 1.02), ylabel="accuracy, and share of responses")
     axis.set_title(f"Reliability (calibration error {report.calibration_error:.3f})")
     _legend_below(axis, columns=3)
 
 
-def _step_curves(questions: Sequence[GradedQuestion]) -> list[tuple[Line, StepCurve]]:
-    found = [(RIGHT, step_curve(questions, right=True)), (WRONG, step_curve(questions, right=False))]
-    return [(line, curve) for line, curve in found if curve is not None]
+def step_curve(questions: Sequence[GradedQuestion], right: bool) -> StepCurve | None:
+    """The curve of the right, or of the wrong, responses that have steps; None where there are none.
+
+    Each response is stretched to the same length, so that long ones weigh no more than short ones: between steps lie
+    straight lines, a single step is everywhere.
+    """
+    chosen = [
+        (np.interp(STEP_POSITIONS, np.linspace(0.0, 1.0, len(steps)) if len(steps) > 1 else [0.0], steps), number)
+        for number, question in enumerate(questions)
+        for steps, correct in zip(question.step_scores, question.correct, strict=True)
+        if steps and not np.isnan(correct) and (correct > 0.5) == right
+    ]
+    if not chosen:
+        return None
+    rows, numbers = zip(*chosen, strict=True)
+    return StepCurve(*clustered_mean(np.stack(rows), np.array(numbers)), len(rows))
 
 
-def _columns(curve: Mapping[int, Estimate]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """N, mean and standard error, each [counts]."""
-    estimates = curve.values()
-    means, errors = [estimate.mean for estimate in estimates], [estimate.standard_error for estimate in estimates]
-    return np.array(list(curve), dtype=np.float64), np.array(means), np.array(errors)
+def _columns(curve: Mapping[int, Estimate]) -> np.ndarray:
+    """N, mean and standard error, [3, counts]."""
+    return np.array([(n, estimate.mean, estimate.standard_error) for n, estimate in curve.items()]).T
 
 
 def _legend_below(axis: Axes, columns: int) -> None:

@@ -6,23 +6,17 @@ import glob
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from xbai.errors import UserError
-from xbai.infer.journal import JOURNAL_SUFFIX
 from xbai.measure.graded import question_key
-from xbai.results.lines import ResultLine, read_result_lines
+from xbai.results.lines import JOURNAL_SUFFIX, ResultLine, read_result_lines
 from xbai.results.settings import differing_settings
 
 logger = logging.getLogger(__name__)
 
 
 def result_files(patterns: Sequence[str], option: str = "--result_paths") -> list[Path]:
-    """The files that paths and globs name, each once, journals of unfinished runs left out.
-
-    Args:
-        patterns: paths and globs.
-        option: names them in errors.
+    """The files that paths and globs name (in errors as `option`), each once, journals of unfinished runs left out.
 
     Raises:
         UserError: one of them names no file.
@@ -50,71 +44,50 @@ def read_lines(paths: Sequence[Path], task: str | None = None) -> list[ResultLin
     Files of one run in parts, or of several runs that differ in nothing but the seed, belong together; and files that
     all do not say how they were made.
 
-    Args:
-        paths: the files.
-        task: the benchmark by which they are graded; those of another one are refused.
-
     Raises:
         UserError: a file is not a result file, holds a sample of another one again, was made with other settings or
             for another task, or does not say how it was made while another does; or there is no candidate at all.
     """
-    by_path = {path: list(read_result_lines(path)) for path in paths}
-    lines = [line for found in by_path.values() for line in found]
-    if not any(line.samples for line in lines):
+    found = [(path, line) for path in paths for line in read_result_lines(path)]
+    if not any(line.samples for _, line in found):
         raise UserError(f"{', '.join(map(str, paths))}: no candidates to measure")
-    _check_origins(by_path)
-    _check_settings(by_path, task)
-    _check_repeated(by_path)
+    _check_settings(found, task)
+    _check_repeated(found)
     for path in paths:
         journal = path.with_name(path.name + JOURNAL_SUFFIX)
         if journal.exists():
             logger.warning("%s: an unfinished run adds to this file; what it holds so far is not counted", journal)
-    return lines
+    return [line for _, line in found]
 
 
-def _check_origins(by_path: dict[Path, list[ResultLine]]) -> None:
-    # Neither whether they belong together can be told, nor which questions are the same: by their place, or their text?
-    told, untold = (
-        [path for path, lines in by_path.items() for line in lines if (line.settings is not None) is is_told]
-        for is_told in (True, False)
-    )
+def _check_settings(found: Sequence[tuple[Path, ResultLine]], task: str | None) -> None:
+    told = [(path, line.settings) for path, line in found if line.settings is not None]
+    untold = [path for path, line in found if line.settings is None]
     if told and untold:
+        # Neither whether they belong together can be told, nor which questions are the same: by place, or by text?
         raise UserError(
-            f"{untold[0]} does not say how it was made, as files of XBai's own pipeline do not, and {told[0]} does: "
+            f"{untold[0]} does not say how it was made, as files of XBai's own pipeline do not, and {told[0][0]} does: "
             "measure each alone"
         )
+    for path, settings in told:
+        first_path, first = told[0]
+        if task is not None and settings.get("task", task) != task:
+            raise UserError(f"{path}: made for --task {settings['task']}, not {task}")
+        differing = [name for name in differing_settings(first, settings) if name != "seed"]
+        if differing:
+            values = "; ".join(f"{name}={first.get(name)!r}, there {settings.get(name)!r}" for name in differing)
+            raise UserError(f"{first_path} and {path} were made with different settings ({values}): measure each alone")
 
 
-def _check_settings(by_path: dict[Path, list[ResultLine]], task: str | None) -> None:
-    first: tuple[Path, dict[str, Any]] | None = None
-    for path, lines in by_path.items():
-        for line in lines:
-            settings = line.settings
-            if settings is None:
-                continue
-            if task is not None and settings.get("task", task) != task:
-                raise UserError(f"{path}: made for --task {settings['task']}, not {task}")
-            first = first or (path, settings)
-            differing = [name for name in differing_settings(first[1], settings) if name != "seed"]
-            if differing:
-                values = "; ".join(f"{name}={first[1].get(name)!r}, there {settings.get(name)!r}" for name in differing)
-                raise UserError(
-                    f"{first[0]} and {path} were made with different settings ({values}): measure each alone"
-                )
-
-
-def _check_repeated(by_path: dict[Path, list[ResultLine]]) -> None:
+def _check_repeated(found: Sequence[tuple[Path, ResultLine]]) -> None:
     # With a seed, the sample of that number is the same sample wherever it stands.
     seen: dict[tuple, Path] = {}
-    for path, lines in by_path.items():
-        for line in lines:
-            seed = (line.settings or {}).get("seed")
-            if seed is None:
-                continue
-            for sample in line.samples:
-                key = (question_key(line), seed, sample.sample)
-                if key in seen:
-                    raise UserError(
-                        f"{path} holds sample {sample.sample} of question {line.index} again, after {seen[key]}"
-                    )
-                seen[key] = path
+    for path, line in found:
+        seed = (line.settings or {}).get("seed")
+        for sample in line.samples if seed is not None else ():
+            key = (question_key(line), seed, sample.sample)
+            if key in seen:
+                raise UserError(
+                    f"{path} holds sample {sample.sample} of question {line.index} again, after {seen[key]}"
+                )
+            seen[key] = path

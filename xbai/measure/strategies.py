@@ -1,4 +1,4 @@
-"""Every way of choosing among N candidates, and what it achieves."""
+"""Every way of choosing among N candidates, what it achieves, and how much better it is than another."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from functools import partial
 import numpy as np
 
 from xbai.aggregation import AGGREGATIONS
-from xbai.measure.estimators import expected_best_of_n, expected_oracle, expected_vote, subset_masks
+from xbai.measure.estimators import Estimate, expected_best_of_n, expected_oracle, expected_vote, subset_masks
 from xbai.measure.graded import GradedQuestion
+
+Accuracies = dict[str, dict[int, np.ndarray]]
+"""[questions], by strategy and N."""
+
+Curves = dict[str, dict[int, Estimate]]
+"""By strategy, or difference of two, and N."""
 
 Signal = Callable[[GradedQuestion], np.ndarray]
 """Question -> a value [K] of each candidate, of which the highest is chosen; -inf where there is none."""
 
-AtN = Callable[[int, int], float]
-"""(N, seed) -> probability that the choice among N candidates of one question is right."""
+AtN = Callable[[int], float]
+"""N -> probability that the choice among N candidates of one question is right."""
 
 Strategy = Callable[[GradedQuestion], AtN]
 """A way of choosing: looks at a question once, whatever the N."""
@@ -44,20 +50,20 @@ SIGNALS: dict[str, Signal] = {
 
 def _best_by(signal: Signal, question: GradedQuestion) -> AtN:
     values = signal(question)
-    return lambda n, _: expected_best_of_n(values, question.correct, n)
+    return lambda n: expected_best_of_n(values, question.correct, n)
 
 
 def _vote(question: GradedQuestion, weights: np.ndarray | None = None) -> AtN:
     votes, correct = question.votes, question.correct
-    return lambda n, seed: expected_vote(votes, correct, subset_masks(len(correct), n, seed), weights)
+    return lambda n: expected_vote(votes, correct, subset_masks(len(correct), n), weights)
 
 
 STRATEGIES: dict[str, Strategy] = {
     **{name: partial(_best_by, signal) for name, signal in SIGNALS.items()},
     "majority": _vote,
     "weighted_vote": lambda question: _vote(question, question.vote_weights),
-    "oracle": lambda question: lambda n, _: expected_oracle(question.correct, n),
-    "random": lambda question: lambda *_: float(question.correct.mean()),
+    "oracle": lambda question: lambda n: expected_oracle(question.correct, n),
+    "random": lambda question: lambda _: float(question.correct.mean()),
 }
 
 
@@ -77,16 +83,16 @@ def possible_strategies(questions: Sequence[GradedQuestion]) -> list[str]:
     with_log_probs = _are_known(questions, SIGNALS["best_of_n_log_prob"])
     calibrated = scored and with_log_probs and all(question.combined is not None for question in questions)
     answered = any(key is not None for question in questions for key in question.keys)
-    impossible = {
-        *(() if scored else ("best_of_n",)),
-        *(() if with_steps else AGGREGATED),
-        *(() if calibrated else ("best_of_n_combined",)),
-        *(() if with_log_probs else ("best_of_n_log_prob",)),
-        *(() if _are_known(questions, SIGNALS["shortest"]) else ("shortest",)),
-        *(() if answered else ("majority",)),
-        *(() if answered and scored else ("weighted_vote",)),
+    possible = {
+        "best_of_n": scored,
+        **dict.fromkeys(AGGREGATED, with_steps),
+        "best_of_n_combined": calibrated,
+        "best_of_n_log_prob": with_log_probs,
+        "shortest": _are_known(questions, SIGNALS["shortest"]),
+        "majority": answered,
+        "weighted_vote": answered and scored,
     }
-    return [name for name in STRATEGIES if name not in impossible]
+    return [name for name in STRATEGIES if possible.get(name, True)]
 
 
 def _are_known(questions: Sequence[GradedQuestion], signal: Signal) -> bool:
@@ -96,26 +102,49 @@ def _are_known(questions: Sequence[GradedQuestion], signal: Signal) -> bool:
     )
 
 
-def accuracies(
-    questions: Sequence[GradedQuestion], strategies: Sequence[str], counts: Sequence[int], seed: int = 0
-) -> dict[str, dict[int, np.ndarray]]:
-    """Accuracy [questions] of each strategy at each N.
+def accuracies(questions: Sequence[GradedQuestion], strategies: Sequence[str], counts: Sequence[int]) -> Accuracies:
+    """What each strategy achieves at each N.
 
-    Where ungraded candidates leave a question fewer than N, its estimate is that of all it has. `seed` draws the
-    subsets of the votes. A question without any candidate is wrong.
+    Where ungraded candidates leave a question fewer than N, its estimate is that of all it has. A question without any
+    candidate is wrong.
     """
     graded = [question.graded() for question in questions]
     found = {}
     for name in strategies:
         choices = [(STRATEGIES[name](question), len(question.correct)) for question in graded]
         found[name] = {
-            n: np.array([choice(min(n, samples), seed) if samples else 0.0 for choice, samples in choices])
-            for n in counts
+            n: np.array([choice(min(n, samples)) if samples else 0.0 for choice, samples in choices]) for n in counts
         }
     return found
 
 
 def candidate_counts(samples: int) -> list[int]:
     """The N to report for that many samples: powers of two, and all of them."""
-    powers = [2**exponent for exponent in range(samples.bit_length()) if 2**exponent <= samples]
+    powers = [2**exponent for exponent in range(samples.bit_length())]
     return powers if powers[-1] == samples else [*powers, samples]
+
+
+BASELINES = {
+    "best_of_n": ("majority", "best_of_n_log_prob", "random"),
+    "best_of_n_combined": ("best_of_n", "majority", "best_of_n_log_prob", "random"),
+}
+"""What a choice by the score is held against: what is free, and the score without log-prob."""
+
+REFERENCE_N = 8
+"""A choice that finds the errors of its score gets worse with more candidates than these."""
+
+
+def paired_differences(found: Accuracies) -> Curves:
+    """`one - other` at each N above 1, and `one - one at 8` above 8, of what was measured, paired by question."""
+    curves: Curves = {}
+    for name, baselines in BASELINES.items():
+        ours = found.get(name, {})
+        for baseline in filter(found.__contains__, baselines):
+            theirs = found[baseline]
+            curves[f"{name} - {baseline}"] = {n: Estimate.over(ours[n] - theirs[n]) for n in ours if n > 1}
+        if REFERENCE_N in ours:
+            at_reference = ours[REFERENCE_N]
+            curves[f"{name} - {name} at {REFERENCE_N}"] = {
+                n: Estimate.over(ours[n] - at_reference) for n in ours if n > REFERENCE_N
+            }
+    return {name: curve for name, curve in curves.items() if curve}

@@ -1,24 +1,64 @@
-"""One JSON file that says what training brought: the model before and after RL, side by side.
+"""`xbai summary`: one JSON file that says what training brought, the model before and after RL side by side.
 
 Where the files have log-probs, it also says what is free (`free_baselines`), so that a score can be held against it.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import typer
+
+from xbai.calibration import Calibration
 from xbai.errors import UserError
-from xbai.measure.metrics import Report
+from xbai.files import check_writable, write_json
+from xbai.measure.figure import check_figure
+from xbai.measure.metrics import Report, json_ready, report_files
+from xbai.measure.options import SummaryOptions
+from xbai.measure.plots import plot_accuracy
+from xbai.measure.tables import report_grids, show
 from xbai.results.settings import MODELS, differing_settings
 
 MAY_DIFFER = (*MODELS, "lang", "seed")
 HELD_OUT_MAY_DIFFER = ("questions", "seed")
 SUMMARY_COUNTS = (2, 8, 32)
-SUMMARY_STRATEGIES = ("best_of_n", "majority", "oracle", "random")
-OPTIONAL_STRATEGIES = ("best_of_n_combined",)
+SUMMARY_STRATEGIES = ("best_of_n", "majority", "oracle", "random", "best_of_n_combined")
 FREE_BASELINES = {"mean_log_prob": "best_of_n_log_prob", "shortest": "shortest"}
 """Ways of choosing that need neither a score head nor answers that can be compared."""
+
+
+def run_summary(options: SummaryOptions) -> None:
+    """Measure, compare and write.
+
+    Raises:
+        UserError: files that are missing, are no results, do not belong together, or were not sampled alike; outputs
+            that cannot be written.
+    """
+    if options.held_out_base is not None and options.held_out is None:
+        raise UserError("--held_out_base: there is nothing to compare it with; give --held_out too")
+    if options.plot_output is not None:
+        check_figure(options.plot_output)
+    check_writable(options.output)
+    score_setting = None if options.score_setting is None else _read_object(options.score_setting)
+    calibration = None if options.calibration is None else Calibration.read(options.calibration)
+
+    def measured(pattern: str, calibration: Calibration | None = None) -> Report:
+        return report_files(options.task, [pattern], calibration)[0]
+
+    base, rl = measured(options.base_results), measured(options.rl_results, calibration)
+    held_out_base = None if options.held_out_base is None else measured(options.held_out_base)
+    held_out = None if options.held_out is None else measured(options.held_out, calibration)
+    summary = build_summary(base, rl, options.seconds_total, held_out, held_out_base, score_setting)
+    named = {"Before RL": base, "After RL": rl, "Before RL, held out": held_out_base, "After RL, held out": held_out}
+    reports = {name: report for name, report in named.items() if report is not None}
+    write_json(summary, options.output)
+    if options.plot_output is not None:
+        plot_accuracy(reports, options.plot_output)
+    show(report_grids(reports))
+    typer.echo(f"wrote {options.output}")
 
 
 def build_summary(
@@ -74,14 +114,15 @@ def _check_alike(one: Report, other: Report, what: str, may_differ: Sequence[str
 
 def _both_models(base: Report | None, rl: Report) -> dict[str, Any]:
     """Accuracies on one set of questions, of the model after RL and, where measured, before."""
-    models = {"base": base, "rl": rl} if base is not None else {"rl": rl}
-    at_1 = {name: report.to_dict()["mean_at_1"] for name, report in models.items()}
+    reports = {"base": base, "rl": rl} if base is not None else {"rl": rl}
+    models = {name: json_ready(report) for name, report in reports.items()}
+    at_1 = {name: model["mean_at_1"] for name, model in models.items()}
     return {
         "problems": rl.questions,
         "pass_at_1": {name: estimate["mean"] for name, estimate in at_1.items()},
         "pass_at_1_standard_error": {name: estimate["standard_error"] for name, estimate in at_1.items()},
-        **_accuracies(rl.to_dict()),
-        **({} if base is None else {"base_model": _accuracies(base.to_dict(), needs_scores=False)}),
+        **_accuracies(models["rl"]),
+        **({} if base is None else {"base_model": _accuracies(models["base"], needs_scores=False)}),
     }
 
 
@@ -92,7 +133,7 @@ def _accuracies(report: dict[str, Any], needs_scores: bool = True) -> dict[str, 
         raise UserError(f"the summary needs N={missing[0]}, but a question has only {report['samples']} samples")
     if needs_scores and "best_of_n" not in curves:
         raise UserError("the summary needs scores: run inference again with scores")
-    strategies = [name for name in (*SUMMARY_STRATEGIES, *OPTIONAL_STRATEGIES) if name in curves]
+    strategies = [name for name in SUMMARY_STRATEGIES if name in curves]
     has_log_probs = FREE_BASELINES["mean_log_prob"] in curves
     free = {name: curve for name, curve in FREE_BASELINES.items() if has_log_probs and curve in curves}
     free_accuracies = {name: _at_counts(curves[curve], "mean") for name, curve in free.items()}
@@ -114,3 +155,13 @@ def _accuracies(report: dict[str, Any], needs_scores: bool = True) -> dict[str, 
 
 def _at_counts(curve: Mapping[str, Any], key: str) -> dict[str, float | None]:
     return {str(n): curve[str(n)][key] for n in SUMMARY_COUNTS}
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--score_setting {path}: not a JSON file that can be read ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"--score_setting {path}: holds no JSON object, but {type(value).__name__}")
+    return value

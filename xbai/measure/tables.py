@@ -10,8 +10,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from xbai.measure.estimate import Curves, Estimate
+from xbai.measure.estimators import Estimate
+from xbai.measure.length_bands import LengthBand
 from xbai.measure.metrics import Comparison, Report
+from xbai.measure.strategies import Curves
 from xbai.results.settings import search_of
 
 STRATEGY_NAMES = {
@@ -89,14 +91,8 @@ def show(grids: Sequence[Grid]) -> None:
 
 def report_grids(reports: Mapping[str, Report]) -> list[Grid]:
     """Everything measured on each named set of results."""
-    grids = [
-        accuracy_grid(reports),
-        differences_grid(reports),
-        signals_grid(reports),
-        length_grid(reports),
-        quality_grid(reports),
-    ]
-    return [grid for grid in grids if grid.sections]
+    made = (grid_of(reports) for grid_of in (accuracy_grid, differences_grid, signals_grid, length_grid, quality_grid))
+    return [grid for grid in made if grid.sections]
 
 
 def accuracy_grid(reports: Mapping[str, Report]) -> Grid:
@@ -108,7 +104,7 @@ def accuracy_grid(reports: Mapping[str, Report]) -> Grid:
 def differences_grid(reports: Mapping[str, Report]) -> Grid:
     """How much better one way of choosing is than another, at each N."""
     title = "Differences of ways to choose in points ± standard error, paired by question"
-    differences = {name: report.differences for name, report in reports.items() if report.differences}
+    differences = {name: report.differences for name, report in reports.items()}
     names = {name: _difference_name(name) for curves in differences.values() for name in curves}
     return _curves_grid(title, differences, names, _points)
 
@@ -121,54 +117,44 @@ def _difference_name(name: str) -> str:
 
 def signals_grid(reports: Mapping[str, Report]) -> Grid:
     """How well that by which candidates are chosen tells right from wrong."""
-    sections = [
-        _labelled(
-            name,
-            [
-                [STRATEGY_NAMES[signal], fraction(found.within_prompt_auc), _number(found.auc, 3)]
-                for signal, found in report.signals.items()
-            ],
-        )
+    rows = {
+        name: [
+            [STRATEGY_NAMES[signal], fraction(found.within_prompt_auc), _number(found.auc, 3)]
+            for signal, found in report.signals.items()
+        ]
         for name, report in reports.items()
-        if report.signals
-    ]
+    }
     header = ["", "", "within a question ± standard error", "over all responses"]
-    return Grid("AUC: the chance that a right response is ranked above a wrong one", header, sections, labels=2)
+    return Grid("AUC: the chance that a right response is ranked above a wrong one", header, _sections(rows), labels=2)
 
 
 def length_grid(reports: Mapping[str, Report]) -> Grid:
     """How the score does on short, middling and long responses."""
-    sections = [
-        _labelled(
-            name,
-            [
-                [
-                    f"{band.low:,} to {band.high:,}",
-                    *(f"{100 * value:.1f}" for value in (band.share, band.accuracy, band.chosen)),
-                    fraction(band.within_prompt_auc),
-                ]
-                for band in report.by_length
-            ],
-        )
-        for name, report in reports.items()
-        if report.by_length
-    ]
     header = ["", "tokens", "responses (%)", "right (%)", "choices of Best-of-8 (%)", "AUC within a question"]
-    return Grid("By length of the response", header, sections, labels=2)
+    rows = {name: [_length_row(band) for band in report.by_length] for name, report in reports.items()}
+    return Grid("By length of the response", header, _sections(rows), labels=2)
 
 
-def _labelled(name: str, rows: list[list[str]]) -> list[list[str]]:
-    return [[name if number == 0 else "", *row] for number, row in enumerate(rows)]
+def _length_row(band: LengthBand) -> list[str]:
+    shares = [f"{100 * share:.1f}" for share in (band.share, band.accuracy, band.chosen)]
+    return [f"{band.low:,} to {band.high:,}", *shares, fraction(band.within_prompt_auc)]
+
+
+def _sections(rows: Mapping[str, list[list[str]]]) -> list[list[list[str]]]:
+    """A section for each set of results that has rows, its name before the first of them."""
+    return [
+        [[name if number == 0 else "", *row] for number, row in enumerate(section)]
+        for name, section in rows.items()
+        if section
+    ]
 
 
 def comparison_grid(comparison: Comparison, name: str, base: str) -> Grid:
     """Differences of the accuracies of two sets of results, with their standard errors."""
-    title = (
-        f"{name} less {base}, in points ± standard error of the difference ({comparison.questions:,} questions paired"
-    )
-    title += f", {comparison.unpaired:,} unpaired)" if comparison.unpaired else ")"
-    if comparison.differing_settings:
-        title += f"; other {', '.join(comparison.differing_settings)}"
+    paired = f"{comparison.questions:,} questions paired"
+    unpaired = f", {comparison.unpaired:,} unpaired" if comparison.unpaired else ""
+    other = f"; other {', '.join(comparison.differing_settings)}" if comparison.differing_settings else ""
+    title = f"{name} less {base}, in points ± standard error of the difference ({paired}{unpaired}){other}"
     return _curves_grid(title, {name: comparison.curves}, STRATEGY_NAMES, _points)
 
 
@@ -176,14 +162,13 @@ def _curves_grid(
     title: str, curves_of: Mapping[str, Curves], names: Mapping[str, str], cell: Callable[[Estimate], str]
 ) -> Grid:
     counts = sorted({n for curves in curves_of.values() for curve in curves.values() for n in curve})
-    sections = [
-        _labelled(
-            label,
-            [[names[name], *(cell(curve[n]) if n in curve else "" for n in counts)] for name, curve in curves.items()],
-        )
+    rows = {
+        label: [
+            [names[name], *(cell(curve[n]) if n in curve else "" for n in counts)] for name, curve in curves.items()
+        ]
         for label, curves in curves_of.items()
-    ]
-    return Grid(title, ["", "", *(f"N={n}" for n in counts)], sections, labels=2)
+    }
+    return Grid(title, ["", "", *(f"N={n}" for n in counts)], _sections(rows), labels=2)
 
 
 def quality_grid(reports: Mapping[str, Report]) -> Grid:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from xbai.errors import UserError
-from xbai.search.best_of_n import best_candidate
+from xbai.search.choice import best_candidate
+
+T = TypeVar("T")
 
 REFUSED = "refused"
+JOURNAL_SUFFIX = ".journal"
+"""Of the file beside it that holds the samples of an unfinished run."""
 
 _COLUMNS = {
     "score_lst": "score",
@@ -77,13 +81,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class ResultLine:
-    """One question of a result file, and the responses to it.
+    """One question of a result file, and the samples of responses to it.
 
     Attributes:
         index: of the question in its benchmark; None where the file does not say.
         prompt: with the chat template applied.
         answer, meta: what the benchmark says of it.
-        samples: the responses.
         content: the response that was chosen.
         time: seconds of the slowest.
         settings: how the responses were made; None where the file does not say.
@@ -177,11 +180,20 @@ def read_result_lines(path: Path) -> Iterator[ResultLine]:
     Raises:
         UserError: names the line that is not one.
     """
+    return parsed_lines(path, ResultLine.from_json, "not a result line")
+
+
+def parsed_lines(path: Path, parse: Callable[[str], T], problem: str) -> Iterator[T]:
+    """What `parse` makes of every line that is not blank.
+
+    Raises:
+        UserError: names the line of which it makes nothing, and says that `problem`.
+    """
     with path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
             try:
-                yield ResultLine.from_json(line.decode())
+                yield parse(line.decode())
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{path}:{number}: not a result line ({error!r})") from None
+                raise UserError(f"{path}:{number}: {problem} ({error!r})") from None

@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import TracebackType
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from xbai.benchmarks.registry import get_benchmark
 from xbai.grading import AnswerGroups
 from xbai.results.settings import choice_of
-from xbai.search.best_of_n import best_candidate
-from xbai.search.majority import voted_candidate
+from xbai.search.choice import best_candidate, voted_candidate
+
+Choose = Callable[[Sequence[str], Sequence[float | None]], str]
+"""Responses to a question and their scores -> the response chosen; "" where there is none."""
 
 
-class ResponseChoice:
-    """Chooses among the responses to a question: by score, or by the vote that the settings ask for.
+@contextmanager
+def response_choice(settings: Mapping[str, Any]) -> Iterator[Choose]:
+    """Chooses by score, or by the vote that the settings ask for.
 
-    Use as a context manager: votes on mathematics are counted in processes (see `AnswerGroups`).
+    Votes on mathematics are counted in processes (see `AnswerGroups`), which end with the context.
     """
+    choice = choice_of(settings)
+    if choice == "best_of_n":
+        yield lambda responses, scores: responses[best_candidate(list(scores))] if responses else ""
+        return
+    with AnswerGroups(get_benchmark(settings["task"]).data_source) as groups:
 
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        self._choice = choice_of(settings)
-        self._groups = None
-        if self._choice != "best_of_n":
-            self._groups = AnswerGroups(get_benchmark(settings["task"]).data_source)
+        def voted(responses: Sequence[str], scores: Sequence[float | None]) -> str:
+            (votes,) = groups.of([responses])
+            return responses[voted_candidate(votes, scores, choice == "weighted_vote")] if responses else ""
 
-    def __call__(self, responses: Sequence[str], scores: Sequence[float | None]) -> str:
-        """The response chosen; empty where there is none."""
-        if not responses:
-            return ""
-        if self._groups is None:
-            return responses[best_candidate(list(scores))]
-        (votes,) = self._groups.of([responses])
-        return responses[voted_candidate(votes, scores, weighted=self._choice == "weighted_vote")]
-
-    def __enter__(self) -> ResponseChoice:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._groups is not None:
-            self._groups.close()
+        yield voted

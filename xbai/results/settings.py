@@ -133,14 +133,9 @@ def choice_of(settings: Mapping[str, Any] | None) -> str:
 
 def digest_texts(texts: list[str]) -> str:
     """A short digest of the prompts of a benchmark."""
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode() + b"\0")
-    return digest.hexdigest()[:16]
+    return hashlib.sha256(b"".join(text.encode() + b"\0" for text in texts)).hexdigest()[:16]
 
 
 def request_seed(seed: int | None, question: int, first_sample: int) -> int | None:
     """The seed of the request for a question's samples from `first_sample` on; None when the run has none."""
-    if seed is None:
-        return None
-    return derived_seed(seed, question, first_sample)
+    return None if seed is None else derived_seed(seed, question, first_sample)

@@ -54,8 +54,7 @@ def die_with(parent: int) -> None:
 def confine(limits: Limits, walls: Walls) -> int | None:
     """Keep this process, from here on, to its limits, and from changing anything outside of itself.
 
-    Returns:
-        With `walls.held_threads` the listener for `HeldCalls`.
+    Returns, with `walls.held_threads`, the listener for `let_pass`.
     """
     _limit(resource.RLIMIT_CPU, limits.cpu_s)
     _limit(resource.RLIMIT_AS, limits.memory_bytes)

@@ -13,39 +13,30 @@ MAX_INT_DIGITS = 50_000
 
 @dataclass(frozen=True)
 class Limits:
-    """What one run may use. The clock on the wall is the longer limit, so that a busy machine fails no right answer.
-
-    Attributes:
-        cpu_s: processor seconds, whole ones.
-        wall_s: seconds on the clock.
-        memory_bytes: address space.
-        output_bytes: on standard output.
-        threads: at a time, the main one included.
-    """
+    """What one run may use. The clock on the wall is the longer limit, so that a busy machine fails no right answer."""
 
     cpu_s: int = 6
+    """Processor seconds, whole ones."""
     wall_s: float = 20.0
     memory_bytes: int = 2048 * MEBIBYTE
+    """Address space."""
     output_bytes: int = 16 * MEBIBYTE
+    """On standard output."""
     threads: int = 32
+    """At a time, the main one included."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a program: fed by standard input, or by a call of one of its functions.
-
-    Attributes:
-        code: Python source.
-        stdin: what it reads.
-        function: name of a function, or of a method of its class `Solution`; None runs the code as a program.
-        arguments: what the function is called with.
-        limits: of this run.
-    """
+    """One run of a program: fed by standard input, or by a call of one of its functions."""
 
     code: str
+    """Python source."""
     stdin: str = ""
     function: str | None = None
+    """Name of a function, or of a method of its class `Solution`; None runs the code as a program."""
     arguments: list[Any] = field(default_factory=list)
+    """What the function is called with."""
     limits: Limits = field(default_factory=Limits)
 
 

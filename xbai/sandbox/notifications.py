@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import os
 import struct
 from functools import cache
 
@@ -24,28 +23,17 @@ def _sizes() -> tuple[int, int, int]:
     return tuple(sizes)
 
 
-class HeldCalls:
-    """The calls of a filtered process that wait for an answer.
+def let_pass(listener: int) -> None:
+    """Let the call that waits go on, unless its thread is gone.
 
-    Args:
-        descriptor: the listener that `seccomp.restrict_calls` returned there; readable when a call waits.
+    The listener, which `seccomp.restrict_calls` returned there, is readable when a call waits.
     """
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-
-    def let_pass(self) -> None:
-        """Let the call that waits go on, unless its thread is gone."""
-        call = bytearray(_sizes()[0])
-        try:
-            fcntl.ioctl(self.descriptor, _RECEIVE, call)
-            (number,) = _NUMBER.unpack_from(call)
-            answer = _ANSWER.pack(number, 0, 0, _CONTINUE).ljust(_sizes()[1], b"\0")
-            fcntl.ioctl(self.descriptor, _SEND, bytearray(answer))
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.EINTR):
-                raise
-
-    def close(self) -> None:
-        """From here on such calls fail."""
-        os.close(self.descriptor)
+    call = bytearray(_sizes()[0])
+    try:
+        fcntl.ioctl(listener, _RECEIVE, call)
+        (number,) = _NUMBER.unpack_from(call)
+        answer = _ANSWER.pack(number, 0, 0, _CONTINUE).ljust(_sizes()[1], b"\0")
+        fcntl.ioctl(listener, _SEND, bytearray(answer))
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EINTR):
+            raise

@@ -7,10 +7,9 @@ import shutil
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
 
 from xbai.errors import UserError
 from xbai.sandbox import landlock, seccomp
@@ -27,7 +26,12 @@ ATTEMPTS = 2
 """How many harnesses a job gets to run in."""
 
 _PACKAGE = Path(__file__).parent
-_CODE = f"import sys; sys.path.insert(0, {str(_PACKAGE.parents[1])!r}); from xbai.sandbox.harness import main; main()"
+_CODE = (
+    f"import sys; sys.path.insert(0, {str(_PACKAGE.parents[1])!r}); from xbai.sandbox.supervisor import main; main()"
+)
+# Threads of numpy's libraries count as the program's.
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+_ENVIRONMENT = {"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1", **_ONE_THREAD}
 
 
 class SandboxError(Exception):
@@ -38,7 +42,7 @@ class _HarnessEndedError(SandboxError):
     pass
 
 
-class Sandbox:
+class Sandbox(AbstractContextManager["Sandbox"]):
     """Runs untrusted Python where it can do no more than compute: no processes, no network, no file written.
 
     Each job is a process of its own that gives up, before the submitted code starts: its privileges, nearly all system
@@ -109,10 +113,7 @@ class Sandbox:
         self._complaints.close()
         return lines[-1] if lines else f"status {process.returncode}"
 
-    def __enter__(self) -> Sandbox:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _start_in_bubblewrap(self) -> str:
@@ -150,7 +151,7 @@ class Sandbox:
             stdout=subprocess.DEVNULL,
             stderr=self._complaints,
             cwd="/",
-            env=_environment(),
+            env=_ENVIRONMENT,
         )
 
     def _ask(self, job: Job, timeout_s: float, *before: Walls) -> Outcome:
@@ -187,17 +188,6 @@ class Sandbox:
         if not self._walls.held_threads:
             holes.append("the kernel (before Linux 5.5) lets nobody hold up new threads, which are counted later")
         return f"submitted code runs behind fewer walls than it could: {'; '.join(holes)}" if holes else ""
-
-
-def _environment() -> dict[str, str]:
-    return {
-        "PATH": os.defpath,
-        "LANG": "C.UTF-8",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        # Threads of numpy's libraries count as the program's.
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-    }
 
 
 def _bubblewrap_command(program: str) -> list[str]:

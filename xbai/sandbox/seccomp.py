@@ -16,118 +16,44 @@ _PR_GET_SECCOMP = 21
 _SET_MODE_FILTER, _GET_ACTION_AVAILABLE, GET_NOTIF_SIZES = 1, 2, 3
 _NEW_LISTENER = 1 << 3
 
-# Of each call its number on x86_64 and on aarch64; None where there is no such call.
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
-_PROCESSES = {
-    "fork": (57, None),
-    "vfork": (58, None),
-    "execve": (59, 221),
-    "execveat": (322, 281),
-    "setpgid": (109, 154),
-    "setsid": (112, 157),
-}
-# A pair of sockets reaches any socket in the file system that its user may write to, and carries descriptors around.
-_NETWORK = {"socket": (41, 198), "socketpair": (53, 199), "io_uring_setup": (425, 425)}
-_OTHER_PROCESSES = {
-    "kill": (62, 129),
-    "tkill": (200, 130),
-    "tgkill": (234, 131),
-    "rt_sigqueueinfo": (129, 138),
-    "rt_tgsigqueueinfo": (297, 240),
-    "pidfd_send_signal": (424, 424),
-    "pidfd_open": (434, 434),
-    "pidfd_getfd": (438, 438),
-    "ptrace": (101, 117),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "process_madvise": (440, 440),
-    "setpriority": (141, 140),
-    "ioprio_set": (251, 30),
-    "flock": (73, 32),
-    "migrate_pages": (256, 238),
-    "move_pages": (279, 239),
-    "sched_setaffinity": (203, 122),
-    "sched_setparam": (142, 118),
-    "sched_setscheduler": (144, 119),
-    "sched_setattr": (314, 274),
-}
-# Memory that the limit on the address space does not see.
-_SHARED_MEMORY = {
-    "memfd_create": (319, 279),
-    "memfd_secret": (447, 447),
-    "shmget": (29, 194),
-    "msgget": (68, 186),
-    "semget": (64, 190),
-    "mq_open": (240, 180),
-}
-# What others do with their files, and pages that move between a pipe and a process.
-_WATCHING = {
-    "inotify_init": (253, None),
-    "inotify_init1": (294, 26),
-    "splice": (275, 76),
-    "tee": (276, 77),
-    "vmsplice": (278, 75),
-}
-_KERNEL = {
-    "bpf": (321, 280),
-    "perf_event_open": (298, 241),
-    "userfaultfd": (323, 282),
-    "keyctl": (250, 219),
-    "add_key": (248, 217),
-    "request_key": (249, 218),
-    "unshare": (272, 97),
-    "setns": (308, 268),
-    "mount": (165, 40),
-    "umount2": (166, 39),
-    "pivot_root": (155, 41),
-    "chroot": (161, 51),
-    "open_by_handle_at": (304, 265),
-    "fanotify_init": (300, 262),
-}
-_FILES = {
-    "chmod": (90, None),
-    "fchmod": (91, 52),
-    "fchmodat": (268, 53),
-    "fchmodat2": (452, 452),
-    "chown": (92, None),
-    "lchown": (94, None),
-    "fchown": (93, 55),
-    "fchownat": (260, 54),
-    "setxattr": (188, 5),
-    "lsetxattr": (189, 6),
-    "fsetxattr": (190, 7),
-    "setxattrat": (463, 463),
-    "removexattr": (197, 14),
-    "lremovexattr": (198, 15),
-    "fremovexattr": (199, 16),
-    "removexattrat": (466, 466),
-    "file_setattr": (469, 469),
-    "utime": (132, None),
-    "utimes": (235, None),
-    "futimesat": (261, None),
-    "utimensat": (280, 88),
-    "ioctl": (16, 29),
-    "creat": (85, None),
-    "unlink": (87, None),
-    "unlinkat": (263, 35),
-    "rename": (82, None),
-    "renameat": (264, 38),
-    "renameat2": (316, 276),
-    "link": (86, None),
-    "linkat": (265, 37),
-    "symlink": (88, None),
-    "symlinkat": (266, 36),
-    "mkdir": (83, None),
-    "mkdirat": (258, 34),
-    "rmdir": (84, None),
-    "mknod": (133, None),
-    "mknodat": (259, 33),
-    "truncate": (76, 45),
-    "ftruncate": (77, 46),
-    "fallocate": (285, 47),
-}
-_ABSENT = {"clone3": (435, 435), "openat2": (437, 437)}
+
+def _calls(*lines: str) -> list[tuple[int | None, ...]]:
+    """Of each call its number on x86_64 and on aarch64; None where there is no such call."""
+    calls = (call.split() for line in lines for call in line.split(", "))
+    return [tuple(None if number == "-" else int(number) for number in numbers) for _, *numbers in calls]
+
+
+_REFUSED = _calls(
+    # Processes.
+    "fork 57 -, vfork 58 -, execve 59 221, execveat 322 281, setpgid 109 154, setsid 112 157",
+    # A pair of sockets reaches any socket in the file system that its user may write to, and carries descriptors.
+    "socket 41 198, socketpair 53 199, io_uring_setup 425 425",
+    # What is done to other processes.
+    "kill 62 129, tkill 200 130, tgkill 234 131, rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240",
+    "pidfd_send_signal 424 424, pidfd_open 434 434, pidfd_getfd 438 438, ptrace 101 117",
+    "process_vm_readv 310 270, process_vm_writev 311 271, process_madvise 440 440, setpriority 141 140",
+    "ioprio_set 251 30, flock 73 32, migrate_pages 256 238, move_pages 279 239, sched_setaffinity 203 122",
+    "sched_setparam 142 118, sched_setscheduler 144 119, sched_setattr 314 274",
+    # Memory that the limit on the address space does not see.
+    "memfd_create 319 279, memfd_secret 447 447, shmget 29 194, msgget 68 186, semget 64 190, mq_open 240 180",
+    # What others do with their files, and pages that move between a pipe and a process.
+    "inotify_init 253 -, inotify_init1 294 26, splice 275 76, tee 276 77, vmsplice 278 75",
+    # The kernel, and what a process sees of it.
+    "bpf 321 280, perf_event_open 298 241, userfaultfd 323 282, keyctl 250 219, add_key 248 217",
+    "request_key 249 218, unshare 272 97, setns 308 268, mount 165 40, umount2 166 39, pivot_root 155 41",
+    "chroot 161 51, open_by_handle_at 304 265, fanotify_init 300 262",
+    # Changes of files.
+    "chmod 90 -, fchmod 91 52, fchmodat 268 53, fchmodat2 452 452, chown 92 -, lchown 94 -, fchown 93 55",
+    "fchownat 260 54, setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7, setxattrat 463 463",
+    "removexattr 197 14, lremovexattr 198 15, fremovexattr 199 16, removexattrat 466 466",
+    "file_setattr 469 469, utime 132 -, utimes 235 -, futimesat 261 -, utimensat 280 88, ioctl 16 29",
+    "creat 85 -, unlink 87 -, unlinkat 263 35, rename 82 -, renameat 264 38, renameat2 316 276, link 86 -",
+    "linkat 265 37, symlink 88 -, symlinkat 266 36, mkdir 83 -, mkdirat 258 34, rmdir 84 -, mknod 133 -",
+    "mknodat 259 33, truncate 76 45, ftruncate 77 46, fallocate 285 47",
+)
+_ABSENT = _calls("clone3 435 435, openat2 437 437")
 """Calls whose arguments a filter cannot read; the C library does without them."""
 _CLONE, _PRLIMIT, _OPEN, _OPENAT, _FCNTL = (56, 220), (302, 261), (2, None), (257, 56), (72, 25)
 _PRCTL, _SECCOMP = (157, 167), (317, 277)
@@ -203,11 +129,9 @@ def _program(open_to_write: bool, hold_threads: bool) -> list[bytes]:
     if not open_to_write:
         program += _unless(_OPEN[column], 1, _OPENS_TO_CHANGE, allowed_if_set=False)
         program += _unless(_OPENAT[column], 2, _OPENS_TO_CHANGE, allowed_if_set=False)
-    for group in (_PROCESSES, _NETWORK, _OTHER_PROCESSES, _SHARED_MEMORY, _WATCHING, _KERNEL, _FILES):
-        for numbers in group.values():
-            program += _refuse(numbers[column], errno.EACCES)
-    for numbers in _ABSENT.values():
-        program += _refuse(numbers[column], errno.ENOSYS)
+    for calls, error in ((_REFUSED, errno.EACCES), (_ABSENT, errno.ENOSYS)):
+        for numbers in calls:
+            program += _refuse(numbers[column], error)
     program += _unless(_CLONE[column], 0, _CLONE_THREAD, allowed_if_set=True)
     if hold_threads:
         program += [_instruction(_JUMP_EQUAL, _CLONE[column], 0, 1), _instruction(_RETURN, _NOTIFY)]

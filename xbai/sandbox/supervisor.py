@@ -1,4 +1,9 @@
-"""Running one job: a process for the program, and an eye on it until it has ended."""
+"""The process behind `Sandbox`: forks one confined child for each job, and has an eye on it until it has ended.
+
+It imports little, and nothing that a submitted program should not see. Children have its memory; so what a job has, its
+source, its input and its output, is never in it: the child reads the job, and the output passes through memory that is
+given back before the next child is forked.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +17,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import CodeType
 
-from xbai.sandbox.confine import Walls
+from xbai.sandbox.confine import Walls, hide_memory, python_paths
 from xbai.sandbox.forking import fork
 from xbai.sandbox.job import Limits, Status
-from xbai.sandbox.notifications import HeldCalls
-from xbai.sandbox.program import DONE, OUT_OF_MEMORY, run_in_this_process
+from xbai.sandbox.notifications import let_pass
+from xbai.sandbox.program import DONE, OUT_OF_MEMORY, compile_preamble, run_in_this_process
 
 _STATUS_OF_EXIT = {
     DONE: Status.DONE,
@@ -30,6 +35,20 @@ _LOOK_S = 0.05
 
 class OwnerEndedError(Exception):
     """Nobody waits for the outcome any more."""
+
+
+def main() -> None:
+    """Serve the jobs that arrive on file descriptor 0 until the other end closes."""
+    connection = Connection(0)
+    walls = connection.recv()
+    python_paths()
+    preamble = compile_preamble()
+    hide_memory()
+    while True:
+        try:
+            supervise(connection, connection.recv(), preamble, walls)
+        except (EOFError, OwnerEndedError):
+            os._exit(0)
 
 
 def supervise(connection: Connection, limits: Limits, preamble: CodeType, walls: Walls) -> None:
@@ -52,13 +71,13 @@ def supervise(connection: Connection, limits: Limits, preamble: CodeType, walls:
         output.send(connection, status)
 
 
-def _wait_for_start(control: socket.socket) -> HeldCalls | None:
+def _wait_for_start(control: socket.socket) -> int | None:
     """Until the child has read the job and stands behind its walls; what it hands over then."""
     with control:
         started, descriptors, _, _ = socket.recv_fds(control, 1, 1)
     if not started:
         raise EOFError("the program's process ended before it began")
-    return HeldCalls(descriptors[0]) if descriptors else None
+    return descriptors[0] if descriptors else None
 
 
 class _Output:
@@ -107,15 +126,15 @@ class _Output:
 class _Watch:
     """A running program."""
 
-    def __init__(self, child: int, output: _Output, calls: HeldCalls | None, owner_fd: int, limits: Limits) -> None:
-        self._child, self._output, self._calls, self._owner_fd = child, output, calls, owner_fd
+    def __init__(self, child: int, output: _Output, listener: int | None, owner_fd: int, limits: Limits) -> None:
+        self._child, self._output, self._listener, self._owner_fd = child, output, listener, owner_fd
         self._limits, self._deadline = limits, time.monotonic() + limits.wall_s
         self._poll = select.poll()
         self._poll.register(output.descriptor, select.POLLIN)
         # Without a flag it is told of the other end's closing alone.
         self._poll.register(owner_fd, 0)
-        if calls is not None:
-            self._poll.register(calls.descriptor, select.POLLIN)
+        if listener is not None:
+            self._poll.register(listener, select.POLLIN)
 
     def status(self) -> Status:
         """Wait for the end, or bring it about."""
@@ -127,8 +146,9 @@ class _Watch:
                     os.waitpid(self._child, 0)
                     return overstepped
         finally:
-            if self._calls is not None:
-                self._calls.close()
+            if self._listener is not None:
+                # From here on such calls fail.
+                os.close(self._listener)
         while self._output.read():
             pass
         if self._output.is_over_limit:
@@ -143,15 +163,15 @@ class _Watch:
         if self._output.descriptor in events and not self._output.read():
             # It is about to end, or closed its output to look as if.
             time.sleep(0.001)
-        if self._calls is None or self._calls.descriptor not in events:
+        if self._listener is None or self._listener not in events:
             return None
-        if events[self._calls.descriptor] & select.POLLIN:
+        if events[self._listener] & select.POLLIN:
             if self._threads() >= self._limits.threads:
                 return Status.THREADS
-            self._calls.let_pass()
+            let_pass(self._listener)
         else:
             # No thread of it is left.
-            self._poll.unregister(self._calls.descriptor)
+            self._poll.unregister(self._listener)
         return None
 
     def _overstepped(self) -> Status | None:
@@ -160,7 +180,7 @@ class _Watch:
             return Status.OUTPUT
         if time.monotonic() > self._deadline:
             return Status.TIME
-        return Status.THREADS if self._calls is None and self._threads() > self._limits.threads else None
+        return Status.THREADS if self._listener is None and self._threads() > self._limits.threads else None
 
     def _threads(self) -> int:
         try:

@@ -31,13 +31,7 @@ class StepSource(Protocol):
     """A model that writes on at the responses to one prompt and scores their steps."""
 
     async def write_on(self, path: SearchPath, max_tokens: int, to_end: bool, seed: int | None) -> Continuation:
-        """Continue an open path.
-
-        Args:
-            path: how the response begins.
-            max_tokens: most tokens to generate.
-            to_end: do not stop at steps.
-            seed: makes the sample reproducible.
+        """Continue an open path, to its end if `to_end`, else to the end of a step.
 
         Returns:
             The path up to its next step (one more step score), to its end (a finish reason), or to where `max_tokens`

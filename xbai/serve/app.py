@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -18,7 +18,7 @@ from xbai.model_identity import model_identity
 from xbai.prompts import is_far_longer
 from xbai.serve.bodies import BodyRoute
 from xbai.serve.errors import ServiceError, install_error_handlers
-from xbai.serve.limits import RETRY_AFTER_S, Limits
+from xbai.serve.limits import RETRY_AFTER_S, Admission, Limits
 from xbai.serve.model_thread import ModelThread
 from xbai.serve.monitoring import Metrics, RequestMiddleware
 from xbai.serve.schemas import ErrorResponse, StateResponse
@@ -51,32 +51,6 @@ CLIENT_CLOSED_REQUEST = 499
 NOT_READY: Answers = {503: {"model": ErrorResponse, "description": "not so"}}
 
 
-class Admission:
-    """Counts the items accepted and unanswered. Used from the event loop only."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self.pending = 0
-        self.closed = False
-
-    @contextmanager
-    def admit(self, items: int) -> Iterator[None]:
-        """Hold `items` places while the block runs. A request larger than the limit is taken when nothing else waits.
-
-        Raises:
-            ServiceError: 429 when the queue is full, 503 when the service is stopping.
-        """
-        if self.closed:
-            raise ServiceError(503, "the service is stopping", RETRY_AFTER_S)
-        if self.pending and self.pending + items > self._limit:
-            raise ServiceError(429, f"the queue is full ({self.pending} of {self._limit} pending)", RETRY_AFTER_S)
-        self.pending += items
-        try:
-            yield
-        finally:
-            self.pending -= items
-
-
 class Service:
     """One service's FastAPI app around a model thread.
 
@@ -87,26 +61,17 @@ class Service:
 
     Attributes:
         app: the ASGI application; routes are added to it by `policy.py` and `score.py`.
-        admission: the bounded queue.
-        metrics: the Prometheus metrics.
     """
 
     def __init__(
-        self,
-        title: str,
-        model_name: str,
-        thread: ModelThread,
-        limits: Limits,
-        routes: list[str],
-        log_probs: bool = False,
+        self, title: str, model_name: str, thread: ModelThread, limits: Limits, routes: list[str], log_probs: bool
     ) -> None:
         self.thread = thread
         self.limits = limits
         self.admission = Admission(limits.max_pending)
         self.metrics = Metrics()
-        self.metrics.watch(
-            "xbai_queue_items", "Responses or texts accepted, not yet answered", lambda: self.admission.pending
-        )
+        accepted = "Responses or texts accepted, not yet answered"
+        self.metrics.watch("xbai_queue_items", accepted, lambda: self.admission.pending)
         self._deadline: float | None = None
         self._model_name = model_name
         self._log_probs = log_probs
@@ -186,15 +151,12 @@ class Service:
         Raises:
             ServiceError: 413 for a text that is far too long for the model, found out without encoding all of it.
         """
-        model = self.thread.model
-
-        def encode(text: str) -> list[int]:
-            return model.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        tokenizer, max_tokens = self.thread.model.tokenizer, self.thread.model.max_model_len
 
         def encode_all() -> list[list[int]]:
             for text in texts:
-                _refuse_far_too_long(text, model.max_model_len, model.tokenizer, encode)
-            return [encode(text) for text in texts]
+                _refuse_far_too_long(text, max_tokens, tokenizer)
+            return [_encode(text, tokenizer) for text in texts]
 
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, encode_all)
 
@@ -247,9 +209,11 @@ async def _until_disconnected(request: Request) -> None:
         continue
 
 
-def _refuse_far_too_long(
-    text: str, max_tokens: int, tokenizer: PreTrainedTokenizerBase, encode: Callable[[str], list[int]]
-) -> None:
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+
+def _refuse_far_too_long(text: str, max_tokens: int, tokenizer: PreTrainedTokenizerBase) -> None:
     # Megabytes of text take seconds to encode, and a hundred times their size in memory. A window's tokens are as many
     # as these of the whole text, up to its edges; texts near the limit pass, and are counted exactly later.
     refusal = ServiceError(413, f"the text has more than {max_tokens} tokens, which is all that the model takes")
@@ -258,6 +222,6 @@ def _refuse_far_too_long(
     window = 16 * max_tokens
     tokens = 0
     for start in range(0, len(text) if len(text) > window else 0, window):
-        tokens += len(encode(text[start : start + window]))
+        tokens += len(_encode(text[start : start + window], tokenizer))
         if tokens > 2 * max_tokens:
             raise refusal

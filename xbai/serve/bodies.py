@@ -92,7 +92,6 @@ class BodyRoute(APIRoute):
     """A route whose handler gets a `BodyRequest`. The application's `state.parsing` is the lock of its large bodies."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """What answers a request."""
         handle = super().get_route_handler()
 
         async def handle_body(request: Request) -> Response:

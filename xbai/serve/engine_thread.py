@@ -73,24 +73,17 @@ class EngineThread(ModelThread[Engine]):
     scheduler and workers are behind both; what the other one's process would spare is the event loop's share of the
     interpreter lock, which is taken once a request (not once a token: nothing is passed on before a request is
     finished), and the GPU works on meanwhile, because vLLM schedules a step ahead of it.
+
+    Attributes:
+        queue: samples that the engine has not been given yet.
+        begun: those that it is at.
     """
 
     def __init__(self, load: Callable[[], Engine]) -> None:
         super().__init__("engine", load)
-        self._unanswered: set[_Request] = set()
         self._abandoned: list[_Request] = []
-        self._queue: FairQueue[tuple[_Request, Sample]] = FairQueue()
-        self._begun: dict[Sample, _Request] = {}
-
-    @property
-    def samples_waiting(self) -> int:
-        """Samples that the engine has not been given yet."""
-        return len(self._queue)
-
-    @property
-    def samples_begun(self) -> int:
-        """Samples that the engine is at."""
-        return len(self._begun)
+        self.queue: FairQueue[tuple[_Request, Sample]] = FairQueue()
+        self.begun: dict[Sample, _Request] = {}
 
     async def generate(
         self, prompt_ids: list[int], params: SamplingParams, return_scores: bool = False, client: str = ""
@@ -106,9 +99,8 @@ class EngineThread(ModelThread[Engine]):
             raise ServiceError(413 if isinstance(error, PromptTooLong) else 422, str(error)) from None
         request = _Request(client, samples)
         with self._changed:
-            self.check_ready()
-            self._unanswered.add(request)
-            self._queue.put(client, request, ((request, sample) for sample in samples))
+            self._expect(request.future)
+            self.queue.put(client, request, ((request, sample) for sample in samples))
             self._changed.notify()
         try:
             return await asyncio.wrap_future(request.future)
@@ -119,7 +111,7 @@ class EngineThread(ModelThread[Engine]):
             raise
 
     def _has_work(self) -> bool:
-        return bool(self._queue or self._begun or self._abandoned)
+        return bool(self.queue or self.begun or self._abandoned)
 
     def _work(self, model: Engine) -> None:
         with self._changed:
@@ -127,53 +119,33 @@ class EngineThread(ModelThread[Engine]):
         for request in abandoned:
             self._abort(model, request)
         self._fill(model)
-        if not self._begun:
+        if not self.begun:
             return
         for sample, completion in model.step():
-            request = self._begun.pop(sample)
+            request = self.begun.pop(sample)
             request.completions[sample] = completion
             if len(request.completions) == len(request.samples):
-                self._finish(request, [request.completions[sample] for sample in request.samples])
+                self._answer(request.future, [request.completions[sample] for sample in request.samples])
 
     def _fill(self, engine: Engine) -> None:
         """Give the engine as many samples as it works on at once."""
-        while len(self._begun) < engine.max_num_seqs:
+        while len(self.begun) < engine.max_num_seqs:
             with self._changed:
-                if not self._queue:
+                if not self.queue:
                     return
-                request, sample = self._queue.get()
+                request, sample = self.queue.get()
             try:
                 engine.add(sample)
             except UserError as error:
-                self._finish(request, ServiceError(422, str(error)))
+                self._answer(request.future, ServiceError(422, str(error)))
                 self._abort(engine, request)
             else:
-                self._begun[sample] = request
+                self.begun[sample] = request
 
     def _abort(self, engine: Engine, request: _Request) -> None:
         with self._changed:
-            self._unanswered.discard(request)
-            self._queue.remove(request.client, request)
-        engine.abort(sample for sample in request.samples if self._begun.pop(sample, None) is not None)
-
-    def _finish(self, request: _Request, answer: list[Completion] | ServiceError) -> None:
-        with self._changed:
-            if request not in self._unanswered:
-                return
-            self._unanswered.remove(request)
-        if not request.future.set_running_or_notify_cancel():
-            return
-        if isinstance(answer, ServiceError):
-            request.future.set_exception(answer)
-        else:
-            request.future.set_result(answer)
-
-    def _fail_all(self, error: ServiceError) -> None:
-        with self._changed:
-            self._model = None
-            waiting = list(self._unanswered)
-        for request in waiting:
-            self._finish(request, error)
+            self.queue.remove(request.client, request)
+        engine.abort(sample for sample in request.samples if self.begun.pop(sample, None) is not None)
 
     def _watch(self, model: Engine) -> None:
         def on_failure() -> None:

@@ -14,13 +14,7 @@ MAX_PROBLEM_CHARS = 200
 
 
 class ServiceError(Exception):
-    """An answer other than success.
-
-    Attributes:
-        status: the HTTP status code.
-        detail: what the client reads.
-        retry_after_s: when the client may try again; sent as `Retry-After`.
-    """
+    """An answer other than success: its HTTP status code, what the client reads, and when it may try again."""
 
     def __init__(self, status: int, detail: str, retry_after_s: int | None = None) -> None:
         super().__init__(detail)
@@ -38,37 +32,32 @@ class ServiceError(Exception):
 
 def list_problems(problems: Sequence[str], separator: str = "; ") -> str:
     """The first `MAX_PROBLEMS`, each of at most `MAX_PROBLEM_CHARS`, and how many more there are."""
-    shown = [
-        problem if len(problem) <= MAX_PROBLEM_CHARS else f"{problem[:MAX_PROBLEM_CHARS]}..."
-        for problem in problems[:MAX_PROBLEMS]
-    ]
+    most = MAX_PROBLEM_CHARS
+    shown = [one if len(one) <= most else f"{one[:most]}..." for one in problems[:MAX_PROBLEMS]]
     if len(problems) > MAX_PROBLEMS:
         shown.append(f"and {len(problems) - MAX_PROBLEMS} more")
     # A key may hold half a surrogate pair, which no answer can.
     return separator.join(shown).encode(errors="backslashreplace").decode()
 
 
-async def _on_service_error(request: Request, error: ServiceError) -> JSONResponse:
-    return error.to_response()
-
-
-async def _on_invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:
-    # The rejected values are not sent back: they may be megabytes, or NaN, which JSON cannot carry.
-    problems = [f"{'.'.join(map(str, item['loc'][1:])) or 'body'}: {item['msg']}" for item in error.errors()]
-    return JSONResponse({"detail": list_problems(problems)}, 422)
-
-
-async def _on_http_error(request: Request, error: HTTPException) -> JSONResponse:
-    # FastAPI turns whatever goes wrong while it reads a body into a 400, and keeps the reason as the cause.
-    if isinstance(error.__cause__, ServiceError):
-        return error.__cause__.to_response()
-    if isinstance(error.__cause__, UnicodeDecodeError):
-        return JSONResponse({"detail": "body: not valid UTF-8"}, 422)
-    return JSONResponse({"detail": str(error.detail)}, error.status_code, error.headers)
-
-
 def install_error_handlers(app: FastAPI) -> None:
     """Make every refusal of `app` a JSON answer; a bug's is `RequestMiddleware`'s."""
-    app.exception_handler(ServiceError)(_on_service_error)
-    app.exception_handler(HTTPException)(_on_http_error)
-    app.exception_handler(RequestValidationError)(_on_invalid_request)
+
+    @app.exception_handler(ServiceError)
+    async def on_service_error(request: Request, error: ServiceError) -> JSONResponse:
+        return error.to_response()
+
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:
+        # The rejected values are not sent back: they may be megabytes, or NaN, which JSON cannot carry.
+        problems = [f"{'.'.join(map(str, item['loc'][1:])) or 'body'}: {item['msg']}" for item in error.errors()]
+        return JSONResponse({"detail": list_problems(problems)}, 422)
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
+        # FastAPI turns whatever goes wrong while it reads a body into a 400, and keeps the reason as the cause.
+        if isinstance(error.__cause__, ServiceError):
+            return error.__cause__.to_response()
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            return JSONResponse({"detail": "body: not valid UTF-8"}, 422)
+        return JSONResponse({"detail": str(error.detail)}, error.status_code, error.headers)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
+from xbai.serve.errors import ServiceError
 from xbai.serve.options import ServiceOptions
 
 RETRY_AFTER_S = 2
@@ -46,3 +49,29 @@ class Limits:
             shutdown_timeout_s=options.shutdown_timeout,
             api_key=options.api_key.read(),
         )
+
+
+class Admission:
+    """Counts the items accepted and unanswered. Used from the event loop only."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.pending = 0
+        self.closed = False
+
+    @contextmanager
+    def admit(self, items: int) -> Iterator[None]:
+        """Hold `items` places while the block runs. A request larger than the limit is taken when nothing else waits.
+
+        Raises:
+            ServiceError: 429 when the queue is full, 503 when the service is stopping.
+        """
+        if self.closed:
+            raise ServiceError(503, "the service is stopping", RETRY_AFTER_S)
+        if self.pending and self.pending + items > self._limit:
+            raise ServiceError(429, f"the queue is full ({self.pending} of {self._limit} pending)", RETRY_AFTER_S)
+        self.pending += items
+        try:
+            yield
+        finally:
+            self.pending -= items

@@ -6,7 +6,8 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from concurrent.futures import Future
+from typing import Any, Generic, TypeVar
 
 from xbai.errors import UserError
 from xbai.serve.errors import ServiceError
@@ -14,13 +15,14 @@ from xbai.serve.errors import ServiceError
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model")
+Answer = TypeVar("Answer")
 
 
 class ModelThread(ABC, Generic[Model]):
     """Loads a model in a thread of its own, which alone touches it from then on.
 
-    Other threads leave work under `_changed`, the lock of all that they share with it, notify it and await futures.
-    When loading or the work fails, the thread ends and every waiting future fails with 503.
+    Other threads leave work under `_changed`, the lock of all that they share with it, notify it and await futures that
+    it is to `_expect`. When loading or the work fails, the thread ends and each of these fails with 503.
 
     Attributes:
         error: why the model is dead; None while it is not.
@@ -32,6 +34,7 @@ class ModelThread(ABC, Generic[Model]):
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._model: Model | None = None
+        self._waiting: set[Future[Any]] = set()
         self._stopping = False
         self.error: BaseException | None = None
         self.loading_error: UserError | None = None
@@ -51,7 +54,7 @@ class ModelThread(ABC, Generic[Model]):
     def fail(self, error: BaseException) -> None:
         """Take the model for dead, also where its thread hangs in it; callable from any thread."""
         self.error = self.error or error
-        self._fail_all(ServiceError(503, "the engine stopped"))
+        self._fail_waiting()
 
     @property
     def running(self) -> bool:
@@ -62,11 +65,6 @@ class ModelThread(ABC, Generic[Model]):
     def alive(self) -> bool:
         """Loading or serving."""
         return self.running and self.error is None
-
-    @property
-    def loading(self) -> bool:
-        """The model is not loaded yet."""
-        return self.alive and self._model is None
 
     @property
     def ready(self) -> bool:
@@ -106,7 +104,33 @@ class ModelThread(ABC, Generic[Model]):
             logger.exception("the %s thread died", self._thread.name)
             self.fail(error)
         finally:
-            self._fail_all(ServiceError(503, "the engine stopped"))
+            self._fail_waiting()
+
+    def _expect(self, future: Future[Any]) -> None:
+        """Have a future failed with the thread, unless it is answered before; to be called under the lock.
+
+        Raises:
+            ServiceError: 503 when the model is not at work.
+        """
+        self.check_ready()
+        self._waiting.add(future)
+        future.add_done_callback(self._waiting.discard)
+
+    def _answer(self, future: Future[Answer], answer: Answer | ServiceError) -> None:
+        """Give what a future waits for, unless it was cancelled, or has failed."""
+        with self._changed:
+            if future.done() or not future.set_running_or_notify_cancel():
+                return
+            if isinstance(answer, ServiceError):
+                future.set_exception(answer)
+            else:
+                future.set_result(answer)
+
+    def _fail_waiting(self) -> None:
+        with self._changed:
+            self._model = None
+            for future in list(self._waiting):
+                self._answer(future, ServiceError(503, "the engine stopped"))
 
     def _await_work(self) -> bool:
         """Whether there is some; False once the thread is to end."""
@@ -121,10 +145,6 @@ class ModelThread(ABC, Generic[Model]):
     @abstractmethod
     def _work(self, model: Model) -> None:
         """Advance the work at hand by one batch."""
-
-    @abstractmethod
-    def _fail_all(self, error: ServiceError) -> None:
-        """Fail every waiting future."""
 
     def _watch(self, model: Model) -> None:
         """Call `fail` when a process that the model needs dies."""

@@ -8,7 +8,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -31,22 +31,16 @@ class Metrics:
     """One service's counters, in a registry of their own."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        self.requests = Counter("xbai_requests", "Requests answered", ["route", "status"], registry=self._registry)
+        registry = self._registry = CollectorRegistry()
+        self.requests = Counter("xbai_requests", "Requests answered", ["route", "status"], registry=registry)
         self.latency = Histogram(
-            "xbai_request_seconds", "Time to the answer", ["route"], buckets=LATENCY_BUCKETS_S, registry=self._registry
+            "xbai_request_seconds", "Time to the answer", ["route"], buckets=LATENCY_BUCKETS_S, registry=registry
         )
-        self.prompt_tokens = Counter("xbai_prompt_tokens", "Tokens read", registry=self._registry)
-        self.generated_tokens = Counter("xbai_generated_tokens", "Tokens generated", registry=self._registry)
-        self.responses = Counter(
-            "xbai_responses", "Responses generated, by why they ended", ["finish_reason"], registry=self._registry
-        )
-        self.scores = Histogram("xbai_scores", "Trajectory scores", buckets=SCORE_BUCKETS, registry=self._registry)
-
-    def observe_scores(self, values: Iterable[float]) -> None:
-        """Count trajectory scores."""
-        for value in values:
-            self.scores.observe(value)
+        self.prompt_tokens = Counter("xbai_prompt_tokens", "Tokens read", registry=registry)
+        self.generated_tokens = Counter("xbai_generated_tokens", "Tokens generated", registry=registry)
+        ended = "Responses generated, by why they ended"
+        self.responses = Counter("xbai_responses", ended, ["finish_reason"], registry=registry)
+        self.scores = Histogram("xbai_scores", "Trajectory scores", buckets=SCORE_BUCKETS, registry=registry)
 
     def watch(self, name: str, description: str, value: Callable[[], int]) -> None:
         """Add a gauge that is read whenever it is asked for."""
@@ -74,7 +68,6 @@ class RequestMiddleware:
         self._authorization = authorization(limits.api_key).get("Authorization", "").encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one connection event stream."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -83,8 +76,7 @@ class RequestMiddleware:
         if not REQUEST_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
         state = scope.setdefault("state", {})
-        log: dict[str, int] = {}
-        state["log"] = log
+        log: dict[str, int] = state.setdefault("log", {})
         has_key = state["has_key"] = self._has_key(scope)
         status: int | None = None
 

@@ -49,8 +49,8 @@ def run_policy_service(options: PolicyOptions) -> None:
 def create_policy_app(thread: EngineThread, model_name: str, limits: Limits) -> FastAPI:
     """The ASGI application; it starts and stops `thread`."""
     service = Service("XBai policy service", model_name, thread, limits, ["/generate", "/score"], log_probs=True)
-    service.metrics.watch("xbai_engine_samples_waiting", "Samples before the engine", lambda: thread.samples_waiting)
-    service.metrics.watch("xbai_engine_samples_begun", "Samples in the engine", lambda: thread.samples_begun)
+    service.metrics.watch("xbai_engine_samples_waiting", "Samples before the engine", lambda: len(thread.queue))
+    service.metrics.watch("xbai_engine_samples_begun", "Samples in the engine", lambda: len(thread.begun))
 
     # The README of XBai o4 gives its client this path of the policy service.
     @service.app.post("/score", **service.route(), response_model_exclude_none=True, include_in_schema=False)
@@ -69,28 +69,26 @@ async def _generate(
     if body.return_scores and thread.model.step_rule is None:
         raise ServiceError(422, "return_scores: this model has no score head")
     (prompt_ids,) = await service.encode(body.prefix_prompt)
-    room = thread.model.max_model_len - len(prompt_ids)
-    if room < 1:
-        raise ServiceError(
-            413, f"prefix_prompt: {len(prompt_ids)} tokens leave no room in the model's {thread.model.max_model_len}"
-        )
+    if len(prompt_ids) >= (most := thread.model.max_model_len):
+        raise ServiceError(413, f"prefix_prompt: {len(prompt_ids)} tokens leave no room in the model's {most}")
     client = request.client.host if request.client else ""
-    completions = await thread.generate(prompt_ids, _sampling_params(body, room), body.return_scores, client)
+    completions = await thread.generate(prompt_ids, _sampling_params(body), body.return_scores, client)
     response = _response(completions, body.return_scores, body.return_log_probs)
     generated = sum(response.token_counts)
     request.state.log |= {"responses": body.response_num, "prompt_tokens": len(prompt_ids), "tokens": generated}
     service.metrics.prompt_tokens.inc(len(prompt_ids))
     service.metrics.generated_tokens.inc(generated)
-    service.metrics.observe_scores(response.scores or ())
+    for score in response.scores or ():
+        service.metrics.scores.observe(score)
     for reason in response.finish_reasons:
         service.metrics.responses.labels(reason).inc()
     return response
 
 
-def _sampling_params(body: GenerateRequest, room: int) -> SamplingParams:
+def _sampling_params(body: GenerateRequest) -> SamplingParams:
     return SamplingParams(
         n=body.response_num,
-        max_tokens=min(body.max_tokens, room),
+        max_tokens=body.max_tokens,
         temperature=body.temperature,
         top_p=body.top_p,
         top_k=body.top_k or -1,

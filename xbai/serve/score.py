@@ -40,7 +40,7 @@ def _load_scorer(options: ScoreOptions) -> ScoreModel:
 
 def create_score_app(thread: ScorerThread, model_name: str, limits: Limits) -> FastAPI:
     """The ASGI application; it starts and stops `thread`."""
-    service = Service("XBai score service", model_name, thread, limits, ["/score", "/score_batch"])
+    service = Service("XBai score service", model_name, thread, limits, ["/score", "/score_batch"], log_probs=False)
 
     @service.app.post("/score", **service.route(), response_model_exclude_none=True)
     async def score(body: ScoreRequest, request: Request) -> ScoreResponse:
@@ -74,7 +74,8 @@ async def _score(
     tokens = sum(map(len, sequences))
     request.state.log |= {"texts": len(texts), "tokens": tokens}
     service.metrics.prompt_tokens.inc(tokens)
-    service.metrics.observe_scores(item.value for item in scored)
+    for item in scored:
+        service.metrics.scores.observe(item.value)
     return scored
 
 

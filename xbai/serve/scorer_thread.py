@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from xbai.engine import Scored, Scorer
-from xbai.serve.errors import ServiceError
 from xbai.serve.model_thread import ModelThread
 from xbai.sprm import StepRule
 
@@ -69,7 +68,8 @@ class ScorerThread(ModelThread[ScoreModel]):
             for ids, start, number in zip(sequences, response_starts, others, strict=False)
         ]
         with self._changed:
-            self.check_ready()
+            for job in jobs:
+                self._expect(job.future)
             self._jobs += jobs
             self._changed.notify()
         self._unfinished[client] += len(jobs)
@@ -83,24 +83,14 @@ class ScorerThread(ModelThread[ScoreModel]):
 
     def _work(self, model: ScoreModel) -> None:
         with self._changed:
-            self._jobs = [job for job in self._jobs if not job.future.cancelled()]
+            # Nobody waits for what was cancelled, or has failed.
+            self._jobs = [job for job in self._jobs if not job.future.done()]
             waiting = sorted(self._jobs, key=lambda job: job.turn)
         batch = model.scorer.new_batch()
         running = list(itertools.takewhile(lambda job: batch.add(job.ids, job.response_start), waiting))
         self._tokens_begun += sum(len(job.ids) for job in running)
         results = dict(zip(running, model.scorer.run(batch), strict=True))
         with self._changed:
-            # None is left of them where `fail` has been called meanwhile.
-            answered = [job for job in self._jobs if job in results]
             self._jobs = [job for job in self._jobs if job not in results]
-        for job in answered:
-            if job.future.set_running_or_notify_cancel():
-                job.future.set_result(results[job])
-
-    def _fail_all(self, error: ServiceError) -> None:
-        with self._changed:
-            self._model = None
-            jobs, self._jobs = self._jobs, []
-        for job in jobs:
-            if job.future.set_running_or_notify_cancel():
-                job.future.set_exception(error)
+        for job, scored in results.items():
+            self._answer(job.future, scored)

@@ -71,7 +71,6 @@ class TimedProtocol(H11Protocol):
     _read_clock: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        """A request is expected at once."""
         super().connection_made(transport)
         self._start_clock()
 
@@ -84,7 +83,6 @@ class TimedProtocol(H11Protocol):
             self._stop_clock()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is expected any more."""
         self._stop_clock()
         self._stop_read_clock()
         super().connection_lost(exc)
@@ -95,7 +93,6 @@ class TimedProtocol(H11Protocol):
         self._start_read_clock()
 
     def resume_writing(self) -> None:
-        """The client has read on."""
         self._stop_read_clock()
         super().resume_writing()
 
@@ -112,7 +109,6 @@ class TimedProtocol(H11Protocol):
     def _stop_read_clock(self) -> None:
         if self._read_clock is not None:
             self._read_clock.cancel()
-            self._read_clock = None
 
     def _start_clock(self) -> None:
         self._clock = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
@@ -150,7 +146,7 @@ class _Server(uvicorn.Server):
         """Stop at the first signal, end the process at the second."""
         if self._service.stopping:
             _leave(128 + sig)
-        if self._service.thread.loading:
+        if self._service.thread.alive and not self._service.thread.ready:
             logger.info("stopping: nothing is accepted yet, and loading cannot be interrupted")
             _leave(0)
         logger.info("stopping: at most %g s for what is unanswered", self._service.limits.shutdown_timeout_s)

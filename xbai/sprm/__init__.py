@@ -2,8 +2,7 @@
 
 Token tensors are [batch, time] int64, right-padded; masks are bool, True where something is. *Step logits* are the
 head's raw output, *step scores* their sigmoid, in (0, 1); the score of a trajectory is one number made of its step
-scores. A label is 1 for a trajectory whose final answer is right, 0 for a wrong one; `graded` is False where nobody
-knows.
+scores. What functions take is named in `steps.py`.
 """
 
 from xbai.aggregation import AGGREGATIONS, aggregate
@@ -19,7 +18,6 @@ from xbai.sprm.loss import (
     sprm_metrics,
 )
 from xbai.sprm.objective import ScoreObjective, ScoreTotals
-from xbai.sprm.score import trajectory_scores
 from xbai.sprm.standardize import (
     MIN_FEATURES,
     FeatureMoments,
@@ -30,7 +28,8 @@ from xbai.sprm.standardize import (
     start_totals,
     unfolded,
 )
-from xbai.sprm.steps import StepRule, split_response, step_feature_mask
+from xbai.sprm.step_rule import StepRule, split_response
+from xbai.sprm.steps import step_feature_mask, trajectory_scores
 from xbai.sprm.tap import HiddenStateTap
 
 __all__ = [

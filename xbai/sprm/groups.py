@@ -19,17 +19,9 @@ Prompts: TypeAlias = 'Sequence[str] | Sequence[int] | Shaped[np.ndarray, "n"]'
 
 
 def within_prompt_auc(scores: Float[Tensor, "n"], labels: Shaped[Tensor, "n"], prompts: Prompts) -> float:
-    """`auc` of the responses to each prompt that has right and wrong ones, averaged over these prompts.
+    """`auc` of the responses to each prompt that has right and wrong ones, averaged over these prompts; nan without.
 
     An AUC over all responses rewards a head that knows which questions are easy, which chooses nothing.
-
-    Args:
-        scores: of the responses.
-        labels: in {0, 1}.
-        prompts: what each answers.
-
-    Returns:
-        nan where no prompt has both.
     """
     values = [auc(scores[rows], labels[rows]) for rows in _groups(prompts)]
     return _mean([value for value in values if not np.isnan(value)])
@@ -38,7 +30,7 @@ def within_prompt_auc(scores: Float[Tensor, "n"], labels: Shaped[Tensor, "n"], p
 def best_of_n_gain(scores: Float[Tensor, "n"], labels: Shaped[Tensor, "n"], prompts: Prompts) -> float:
     """How much more often the response with its prompt's highest score is right than any response to it.
 
-    Arguments as of `within_prompt_auc`; of tied responses each is chosen as often. The mean over prompts; nan without.
+    Of tied responses each is chosen as often. The mean over prompts; nan without.
     """
     gains = []
     for rows in _groups(prompts):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from xbai.errors import UserError
 from xbai.files import atomic_write
-from xbai.sprm.steps import StepRule
+from xbai.sprm.step_rule import StepRule
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float64
@@ -35,11 +35,7 @@ class SPRMConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form, read back by `from_dict`."""
-        return {
-            "step_rule": self.step_rule.to_dict(),
-            "dropout": self.dropout,
-            "normalize_features": self.normalize_features,
-        }
+        return vars(self) | {"step_rule": self.step_rule.to_dict()}
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> SPRMConfig:
@@ -126,12 +122,8 @@ def load_sprm_config(folder: str | Path, tokenizer: PreTrainedTokenizerBase, lan
 
 
 def load_score_head(path: str | Path, hidden_size: int, config: SPRMConfig | None = None) -> ScoreHead:
-    """Load `score_module.pt` (given itself or by its folder) as a head in evaluation mode.
-
-    Args:
-        path: the file or its folder.
-        hidden_size: of the model.
-        config: the head's form; None for the published one.
+    """Load `score_module.pt` (given itself or by its folder) as a head in evaluation mode, without `config` one of the
+    published form.
 
     Raises:
         UserError: the file is missing or damaged, has other keys, belongs to a model of another hidden size, or holds

@@ -7,17 +7,17 @@ that label. Denominators are global (all micro-batches of all ranks), so that lo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from xbai.auc import roc_auc
-from xbai.sprm.score import trajectory_scores
+from xbai.sprm.steps import Outcomes, StepLogits, StepMask, trajectory_scores
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Float32, Shaped
+    from jaxtyping import Float, Float32, Shaped
 
 POSITIVE_CLASS_WEIGHT = 1.5
 
@@ -37,39 +37,21 @@ class StepCounts:
         return POSITIVE_CLASS_WEIGHT * self.negative / total, self.positive / total
 
 
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.scale, None
-
-
 def scale_gradient(x: Float[Tensor, "*shape"], scale: float) -> Float[Tensor, "*shape"]:
     """Identity whose gradient is multiplied by `scale`: how much of the score loss reaches the backbone."""
-    scaled: Tensor = _ScaleGradient.apply(x, scale)
+    scaled = x.view_as(x)
+    if scaled.requires_grad:
+        scaled.register_hook(lambda gradient: gradient * scale)
     return scaled
 
 
 def counted_steps(
-    step_logits: Float[Tensor, "batch time"],
-    feature_mask: Bool[Tensor, "batch time"],
-    labels: Shaped[Tensor, "batch"],
-    graded: Shaped[Tensor, "batch"],
-    agreement_weighting: bool,
-) -> Bool[Tensor, "batch time"]:
-    """The steps with w_n = 1.
+    step_logits: StepLogits, feature_mask: StepMask, labels: Outcomes, graded: Outcomes, agreement_weighting: bool
+) -> StepMask:
+    """The steps with w_n = 1, none of which is in a trajectory that could not be graded.
 
-    Args:
-        step_logits: raw head outputs.
-        feature_mask: True at the steps.
-        labels: 1 for a right and 0 for a wrong final answer.
-        graded: trajectories that could not be graded count nowhere.
-        agreement_weighting: count only steps where the head agrees with the label (score > 0.5 and right, or
-            score < 0.5 and wrong).
+    With `agreement_weighting` these are only the steps where the head agrees with the label (score > 0.5 and right, or
+    score < 0.5 and wrong).
     """
     counted = feature_mask & graded.bool()[:, None]
     if not agreement_weighting:
@@ -78,7 +60,7 @@ def counted_steps(
     return counted & torch.where(right, step_logits > 0, step_logits < 0)
 
 
-def count_by_class(counted: Bool[Tensor, "batch time"], labels: Shaped[Tensor, "batch"]) -> Float32[Tensor, "2"]:
+def count_by_class(counted: StepMask, labels: Outcomes) -> Float32[Tensor, "2"]:
     """Counted steps of right and of wrong trajectories (to be summed over ranks)."""
     steps = counted.sum(-1).float()
     right = (labels > 0.5).float()
@@ -86,18 +68,14 @@ def count_by_class(counted: Bool[Tensor, "batch time"], labels: Shaped[Tensor, "
 
 
 def sprm_loss(
-    step_logits: Float[Tensor, "batch time"],
-    counted: Bool[Tensor, "batch time"],
-    labels: Shaped[Tensor, "batch"],
-    counts: StepCounts,
-    class_balance: bool = True,
+    step_logits: StepLogits, counted: StepMask, labels: Outcomes, counts: StepCounts, class_balance: bool = True
 ) -> Float32[Tensor, ""]:
     """This micro-batch's share of the class-balanced mean of w_n * BCE(score_n, y).
 
     Args:
-        step_logits: raw head outputs.
+        step_logits: values off `counted` are ignored.
         counted: from `counted_steps`.
-        labels: 1 right, 0 wrong.
+        labels: of the trajectories.
         counts: counted steps of the global mini-batch.
         class_balance: weigh the classes by their frequency.
 
@@ -121,10 +99,7 @@ def auc(scores: Float[Tensor, "n"], labels: Shaped[Tensor, "n"]) -> float:
 
 
 def sprm_metrics(
-    step_logits: Float[Tensor, "batch time"],
-    feature_mask: Bool[Tensor, "batch time"],
-    labels: Shaped[Tensor, "batch"],
-    graded: Shaped[Tensor, "batch"],
+    step_logits: StepLogits, feature_mask: StepMask, labels: Outcomes, graded: Outcomes
 ) -> dict[str, float]:
     """How well the head tells right from wrong on a whole batch (see `counted_steps`).
 
@@ -135,16 +110,16 @@ def sprm_metrics(
         define (no right trajectory, say) is nan.
     """
     graded = graded.bool() & feature_mask.any(-1)
-    step_logits, feature_mask, labels = step_logits[graded], feature_mask[graded], labels[graded]
-    steps = counted_steps(step_logits, feature_mask, labels, torch.ones_like(labels, dtype=torch.bool), False)
-    agreeing = counted_steps(step_logits, feature_mask, labels, torch.ones_like(labels, dtype=torch.bool), True)
+    columns = step_logits, feature_mask, labels, graded
+    step_logits, feature_mask, labels, graded = (column[graded] for column in columns)
+    agreeing = counted_steps(step_logits, feature_mask, labels, graded, agreement_weighting=True)
     scores, right = trajectory_scores(step_logits, feature_mask), labels > 0.5
     score_right, score_wrong = float(scores[right].mean()), float(scores[~right].mean())
     positive = float((step_logits[feature_mask] > 0).float().mean())
     return {
         "one_sided": max(positive, 1 - positive),
-        "steps_agree": float(agreeing.sum() / steps.sum()),
-        "steps_per_response": float(steps.sum(-1).float().mean()),
+        "steps_agree": float(agreeing.sum() / feature_mask.sum()),
+        "steps_per_response": float(feature_mask.sum(-1).float().mean()),
         "score_right": score_right,
         "score_wrong": score_wrong,
         "score_gap": score_right - score_wrong,

@@ -3,15 +3,15 @@
 The published loss (`xbai.sprm.loss`) gives each step the label of its response. It can be lowered by telling easy
 prompts from hard ones, which is no help in choosing among the responses to one prompt. The losses here look at a whole
 response, through the aggregation by which responses are chosen, so that one bad step can sink it: against its label
-(`outcome_loss`, multiple-instance learning: a response is right when all of its steps are), or against the responses to
-the same prompt with the other label (`pairwise_loss`, Bradley and Terry's model), where the prompt cancels out.
+(multiple-instance learning: a response is right when all of its steps are), or against the responses to the same prompt
+with the other label (`pairwise_loss`, Bradley and Terry's model), where the prompt cancels out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -19,9 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xbai.sprm.loss import StepCounts, count_by_class, counted_steps, sprm_loss
+from xbai.sprm.steps import Outcomes, StepLogits, StepMask
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float32, Shaped
+
+Rivals: TypeAlias = 'Float[Tensor, "batch rivals"]'
+"""From `rival_scores`."""
+Prompts: TypeAlias = 'Sequence[Any] | Shaped[np.ndarray, "batch"]'
+"""Hashable, and the same for the responses to one prompt."""
 
 LOSSES = ("step_bce", "outcome_bce", "pairwise", "both")
 SMALLEST_LOSS = 1e-6
@@ -30,21 +36,13 @@ TRAINED_AGGREGATIONS = ("geometric", "mean_logit", "product", "soft_min")
 
 
 def log_odds(
-    step_logits: Float[Tensor, "batch time"], feature_mask: Bool[Tensor, "batch time"], aggregation: str = "geometric"
+    step_logits: StepLogits, feature_mask: StepMask, aggregation: str = "geometric"
 ) -> Float32[Tensor, "batch"]:
     """The log-odds of each row's aggregated score, in float32 and with useful gradients at every step.
 
     Of the score p that is, with `geometric`, the geometric mean of the steps' scores and with `product` their product;
     with `mean_logit` they are the mean of the steps' logits, and with `soft_min` its soft minimum,
-    -log(mean(exp(-logit))).
-
-    Args:
-        step_logits: raw head outputs; values off the mask are ignored.
-        feature_mask: True at the steps.
-        aggregation: one of `TRAINED_AGGREGATIONS`.
-
-    Returns:
-        0 for a row without a step, which no loss may count.
+    -log(mean(exp(-logit))). 0 for a row without a step, which no loss may count.
     """
     steps = feature_mask.sum(-1)
     logits = step_logits.float().masked_fill(~feature_mask, 0.0)
@@ -63,38 +61,16 @@ def log_odds(
     return odds.where(steps > 0, 0.0)
 
 
-def outcome_loss(
-    odds: Float[Tensor, "batch"],
-    labels: Shaped[Tensor, "batch"],
-    counted: Bool[Tensor, "batch"],
-    counts: StepCounts,
-    class_balance: bool,
-) -> Float32[Tensor, ""]:
-    """This micro-batch's share of the class-balanced mean of BCE(aggregated score, y), one term a response.
-
-    Args:
-        odds: from `log_odds`.
-        labels: 1 right, 0 wrong.
-        counted: the responses that count.
-        counts: responses of each class that count in the global mini-batch.
-        class_balance: weigh the classes by their frequency, as the step loss does.
-    """
-    return sprm_loss(odds[:, None], counted[:, None], labels, counts, class_balance)
-
-
 def rival_scores(
-    scores: Float[Tensor, "batch"],
-    labels: Shaped[Tensor, "batch"],
-    counted: Bool[Tensor, "batch"],
-    groups: Sequence[Any] | Shaped[np.ndarray, "batch"],
-) -> Float[Tensor, "batch rivals"]:
+    scores: Float[Tensor, "batch"], labels: Outcomes, counted: Bool[Tensor, "batch"], groups: Prompts
+) -> Rivals:
     """The scores of each response's rivals: the counted responses to the same prompt that have the other label.
 
     Args:
         scores: before the update.
-        labels: 1 right, 0 wrong.
+        labels: of the responses.
         counted: responses that could not be graded, or have no step, are nobody's rivals.
-        groups: [batch] hashable, the same for the responses to one prompt.
+        groups: what each response answers.
 
     Returns:
         As many columns as the largest group has responses; nan where there is no such rival, and all nan for rows that
@@ -112,11 +88,7 @@ def rival_scores(
 
 
 def pairwise_loss(
-    odds: Float[Tensor, "batch"],
-    labels: Shaped[Tensor, "batch"],
-    counted: Bool[Tensor, "batch"],
-    rivals: Float[Tensor, "batch rivals"],
-    total: float,
+    odds: Float[Tensor, "batch"], labels: Outcomes, counted: Bool[Tensor, "batch"], rivals: Rivals, total: float
 ) -> Float[Tensor, ""]:
     """This micro-batch's share of the mean, over pairs of a response and a rival, of -log P(the right one is chosen).
 
@@ -127,7 +99,7 @@ def pairwise_loss(
 
     Args:
         odds: from `log_odds`.
-        labels: 1 right, 0 wrong.
+        labels: of the responses.
         counted: the responses that count.
         rivals: from `rival_scores`, of the same aggregation.
         total: pairs in the global mini-batch, each counted from both sides.
@@ -193,77 +165,49 @@ class ScoreObjective:
         return self.loss in ("pairwise", "both")
 
     def counted_steps(
-        self,
-        logits_before: Float[Tensor, "batch time"],
-        feature_mask: Bool[Tensor, "batch time"],
-        labels: Shaped[Tensor, "batch"],
-        graded: Shaped[Tensor, "batch"],
-    ) -> Bool[Tensor, "batch time"]:
+        self, logits_before: StepLogits, feature_mask: StepMask, labels: Outcomes, graded: Outcomes
+    ) -> StepMask:
         """The steps with w_n = 1, by the logits before the update."""
         return counted_steps(logits_before, feature_mask, labels, graded, self.agreement_weighting)
 
     def rivals(
-        self,
-        logits_before: Float[Tensor, "batch time"],
-        feature_mask: Bool[Tensor, "batch time"],
-        labels: Shaped[Tensor, "batch"],
-        graded: Shaped[Tensor, "batch"],
-        groups: Sequence[Any] | Shaped[np.ndarray, "batch"],
-    ) -> Float[Tensor, "batch rivals"]:
+        self, logits_before: StepLogits, feature_mask: StepMask, labels: Outcomes, graded: Outcomes, groups: Prompts
+    ) -> Rivals:
         """`rival_scores` by the log-odds before the update."""
         before = log_odds(logits_before, feature_mask, self.aggregation)
         return rival_scores(before, labels, counted_responses(feature_mask, graded), groups)
 
     def local_totals(
-        self,
-        counted: Bool[Tensor, "batch time"],
-        feature_mask: Bool[Tensor, "batch time"],
-        labels: Shaped[Tensor, "batch"],
-        graded: Shaped[Tensor, "batch"],
-        rivals: Float[Tensor, "batch rivals"] | None,
+        self, counted: StepMask, feature_mask: StepMask, labels: Outcomes, graded: Outcomes, rivals: Rivals | None
     ) -> Float32[Tensor, "5"]:
         """To be summed over ranks: see `ScoreTotals`."""
-        responses = counted_responses(feature_mask, graded)
+        responses = counted_responses(feature_mask, graded)[:, None]
         pairs = torch.zeros(1) if rivals is None else (~rivals.isnan()).sum()[None].float()
-        return torch.cat(
-            [count_by_class(counted, labels), count_by_class(responses[:, None], labels), pairs.to(labels.device)]
-        )
+        return torch.cat([count_by_class(counted, labels), count_by_class(responses, labels), pairs.to(labels.device)])
 
     def response_loss(
         self,
-        step_logits: Float[Tensor, "batch time"],
-        feature_mask: Bool[Tensor, "batch time"],
-        labels: Shaped[Tensor, "batch"],
-        graded: Shaped[Tensor, "batch"],
-        rivals: Float[Tensor, "batch rivals"] | None,
+        step_logits: StepLogits,
+        feature_mask: StepMask,
+        labels: Outcomes,
+        graded: Outcomes,
+        rivals: Rivals | None,
         totals: ScoreTotals,
     ) -> Float[Tensor, ""]:
         """This micro-batch's share of the loss of whole responses; `rivals` where the loss `compares`."""
         odds = log_odds(step_logits, feature_mask, self.aggregation)
         counted = counted_responses(feature_mask, graded)
         if not self.compares:
-            return outcome_loss(odds, labels, counted, totals.responses, self.class_balance)
+            # The class-balanced mean of BCE(aggregated score, y): to the loss of steps a response is one of them.
+            return sprm_loss(odds[:, None], counted[:, None], labels, totals.responses, self.class_balance)
         if rivals is None:
             raise ValueError(f"loss={self.loss} compares responses with their rivals, and none were given")
         return pairwise_loss(odds, labels, counted, rivals, totals.pairs)
 
     def __call__(
-        self,
-        step_logits: Float[Tensor, "batch time"],
-        feature_mask: Bool[Tensor, "batch time"],
-        labels: Shaped[Tensor, "batch"],
-        graded: Shaped[Tensor, "batch"],
-        groups: Sequence[Any] | Shaped[np.ndarray, "batch"],
+        self, step_logits: StepLogits, feature_mask: StepMask, labels: Outcomes, graded: Outcomes, groups: Prompts
     ) -> Float[Tensor, ""]:
-        """The loss of a batch that holds its prompts' responses whole, by its own logits before the update.
-
-        Args:
-            step_logits: raw head outputs.
-            feature_mask: True at the steps.
-            labels: 1 right, 0 wrong.
-            graded: those that count.
-            groups: [batch] hashable, the same for the responses to one prompt.
-        """
+        """The loss of a batch that holds its prompts' responses whole, by its own logits before the update."""
         before = step_logits.detach()
         counted = self.counted_steps(before, feature_mask, labels, graded)
         rivals = self.rivals(before, feature_mask, labels, graded, groups) if self.compares else None
@@ -276,8 +220,6 @@ class ScoreObjective:
         return loss
 
 
-def counted_responses(
-    feature_mask: Bool[Tensor, "batch time"], graded: Shaped[Tensor, "batch"]
-) -> Bool[Tensor, "batch"]:
+def counted_responses(feature_mask: StepMask, graded: Outcomes) -> Bool[Tensor, "batch"]:
     """Graded, and with a step to judge."""
     return graded.bool() & feature_mask.any(-1)

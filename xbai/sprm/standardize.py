@@ -21,9 +21,10 @@ from torch.distributed.tensor import DTensor
 from xbai.sprm.head import ScoreHead, Standardization
 from xbai.sprm.loss import POSITIVE_CLASS_WEIGHT
 from xbai.sprm.objective import ScoreObjective
+from xbai.sprm.steps import Outcomes, StepLogits, StepMask
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Float64, Shaped
+    from jaxtyping import Float, Float64
 
 DEVIATION_FLOOR = 0.1
 """Of the median coordinate's deviation: one that hardly moves in the first responses may move later."""
@@ -35,10 +36,6 @@ MOST_CERTAIN = 0.95
 
 class FeatureMoments:
     """Count, sums and sums of squares of feature vectors, in float64: those of micro-batches and of ranks add up.
-
-    Args:
-        hidden_size: c.
-        device: where `totals` are.
 
     Attributes:
         totals: [1 + 2c]; to be summed over ranks.
@@ -59,25 +56,15 @@ class FeatureMoments:
 
     @property
     def standardization(self) -> Standardization:
-        """By these moments."""
-        return Standardization(self.mean, self.deviation)
-
-    @property
-    def mean(self) -> Float64[Tensor, "c"]:
-        """Of each coordinate."""
-        return self.totals[1:].chunk(2)[0] / self.totals[0]
-
-    @property
-    def deviation(self) -> Float64[Tensor, "c"]:
-        """Of each coordinate, none below `DEVIATION_FLOOR` of the median; 1 where nothing moves at all."""
-        mean_square = self.totals[1:].chunk(2)[1] / self.totals[0]
+        """By these moments: no deviation is below `DEVIATION_FLOOR` of the median; 1 where nothing moves at all."""
+        mean, mean_square = (self.totals[1:] / self.totals[0]).chunk(2)
         # Rounding makes a little of what is nothing.
-        variance = mean_square - self.mean.square()
+        variance = mean_square - mean.square()
         moves = variance > 1e-12 * mean_square
-        deviation = torch.where(moves, variance, 0.0).sqrt()
         if not moves.any():
-            return torch.ones_like(deviation)
-        return deviation.clamp(min=DEVIATION_FLOOR * deviation[moves].median())
+            return Standardization(mean, torch.ones_like(mean))
+        deviation = torch.where(moves, variance, 0.0).sqrt()
+        return Standardization(mean, deviation.clamp(min=DEVIATION_FLOOR * deviation[moves].median()))
 
 
 @contextmanager
@@ -148,17 +135,9 @@ def shift_head(head: ScoreHead, shift: float) -> None:
 
 
 def start_totals(
-    step_logits: Float[Tensor, "batch time"],
-    feature_mask: Bool[Tensor, "batch time"],
-    labels: Shaped[Tensor, "batch"],
-    graded: Shaped[Tensor, "batch"],
+    step_logits: StepLogits, feature_mask: StepMask, labels: Outcomes, graded: Outcomes
 ) -> Float64[Tensor, "4"]:
-    """What `start_shift` needs, to be summed over ranks.
-
-    Args:
-        step_logits: of the standardised head in evaluation mode.
-        feature_mask: True at the steps.
-        labels, graded: see `counted_steps`.
+    """What `start_shift` needs, to be summed over ranks, by the logits of the standardised head in evaluation mode.
 
     Returns:
         Sum of the logits, number of steps, of graded steps, and of steps of right answers.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from xbai.errors import UserError
 from xbai.files import atomic_write
-from xbai.sprm.steps import StepRule
+from xbai.sprm.step_rule import StepRule
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float32, Int64
@@ -55,12 +55,8 @@ class FeatureSource:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {
-            "model": self.model,
-            "step_rule": self.step_rule.to_dict(),
-            "layers": list(self.layers),
-            "dtype": str(self.dtype).removeprefix("torch."),
-        }
+        dtype = str(self.dtype).removeprefix("torch.")
+        return vars(self) | {"step_rule": self.step_rule.to_dict(), "layers": list(self.layers), "dtype": dtype}
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> FeatureSource:
@@ -117,24 +113,15 @@ class StepFeatures:
     def create(
         cls, path: str | Path, source: FeatureSource, steps: Sequence[int], hidden_size: int
     ) -> Iterator[StepFeatures]:
-        """Zeros to be filled in in place; the file takes its name when the context ends well.
-
-        Args:
-            path: the file.
-            source: what they will come from.
-            steps: how many steps each response has.
-            hidden_size: c.
+        """Zeros for responses of so many steps, to be filled in; the file takes its name when the context ends well.
 
         Raises:
             UserError: it cannot be written, or the disk has no room for it.
         """
         columns = {
-            "steps": (torch.int64, [len(steps)]),
-            "questions": (torch.int64, [len(steps)]),
-            "tokens": (torch.int64, [len(steps)]),
+            **dict.fromkeys(("steps", "questions", "tokens"), (torch.int64, [len(steps)])),
             "states": (torch.int64, [sum(steps)]),
-            "correct": (torch.float32, [len(steps)]),
-            "mean_log_prob": (torch.float32, [len(steps)]),
+            **dict.fromkeys(("correct", "mean_log_prob"), (torch.float32, [len(steps)])),
             "features": (source.dtype, [sum(steps), len(source.layers), hidden_size]),
             "graded": (torch.bool, [len(steps)]),
         }
@@ -181,9 +168,8 @@ def _layout(
     entries: dict[str, Any] = {"__metadata__": metadata}
     places, end = {}, 0
     for name, (dtype, shape) in columns.items():
-        places[name] = end, end + math.prod(shape) * dtype.itemsize
-        end = places[name][1]
-        entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": list(places[name])}
+        places[name] = begin, end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, places

@@ -43,8 +43,8 @@ def tag_ends(
     Args:
         input_ids: token ids.
         tag: its text.
-        token_id: the tag's own token; None where it is made of `pieces`.
-        pieces: tokens of no use where there is an own one; without any, the tag is never found.
+        token_id: the tag's own token; None where it is made of `pieces`, without which it is never found.
+        pieces: from `tag_pieces`.
 
     Returns:
         Where a tag ends in the token; where it does, and the token's text goes on behind it.

@@ -14,9 +14,8 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 import typer
 
-from verl.bringup import display
 from verl.bringup.machine import ROOT, default_device, describe, gpu_column, start_method, used_mib
-from verl.bringup.report import Report
+from verl.bringup.report import Report, show_end, show_machine, show_names, show_start, show_summary
 from verl.bringup.runner import run_step
 from verl.bringup.step import Context, Step, all_steps, choose
 from xbai.errors import UserError, exit_on_user_error
@@ -30,16 +29,17 @@ def check(steps: list[Step], device: str, out: Path) -> Report:
     """Run the steps one after the other and write the report after each."""
     report = Report(out, describe(device))
     report.write()
-    display.machine(report.machine)
+    show_machine(report.machine)
     with tempfile.TemporaryDirectory(prefix="bringup_") as folder:
         devices = max(1, len(gpu_column("name"))) if device == "cuda" else STAND_INS
         used = used_mib() if device == "cuda" else ()
         context = Context(device, devices, Path(folder), used, start_method(device))
         for number, step in enumerate(steps, 1):
-            display.started(step, number, len(steps))
+            place = f"{number}/{len(steps)}"
+            show_start(step, place)
             outcome = run_step(step, context, out.with_suffix("") / f"{step.name}.log")
             report.add(step, outcome)
-            display.ended(step, outcome, number, len(steps))
+            show_end(step, outcome, place)
     report.finished = True
     report.write()
     return report
@@ -64,12 +64,12 @@ def main(
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     steps = choose(all_steps(), quick, None if only is None else only.split(","))
     if list_steps:
-        display.names(steps)
+        show_names(steps)
         return
     # Without an end of its own, a process that is told to stop would leave its step's processes behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     report = check(steps, device, out)
-    display.summary(report)
+    show_summary(report)
     raise SystemExit(int(report.count("fail") > 0))
 
 

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from verl.bringup.driver import GIB, now
-from verl.bringup.generation import token_log_probs
-from verl.bringup.step import Context, require, step
+from verl.bringup.generation import token_ids, token_log_probs
+from verl.bringup.step import GIB, Context, require, seconds, step
 from verl.bringup.workload import build_policy, fsdp_section, model_folder, plain_model, process_group
 from verl.models.fsdp import named_full_tensors
 from xbai.aggregation import aggregate
@@ -61,7 +60,7 @@ def vllm_sleep(context: Context) -> str:
     with process_group():
         policy = build_policy(folder, fsdp_section(param_offload=True, compute_dtype="bfloat16"))
         with closing(_engine(context)) as engine:
-            before = _token_ids(engine, greedy)
+            before = token_ids(engine, _prompts(8), greedy)
             for level in (1, 2):
                 held = torch.cuda.mem_get_info()[0] if context.on_gpu else 0
                 engine.sleep(level)
@@ -71,7 +70,8 @@ def vllm_sleep(context: Context) -> str:
                     with policy.on_device():
                         engine.update_weights(named_full_tensors(policy.model, torch.bfloat16), check=True)
                 engine.wake_up(["kv_cache"])
-                require(_token_ids(engine, greedy) == before, f"greedy tokens changed after sleep level {level}")
+                after = token_ids(engine, _prompts(8), greedy)
+                require(after == before, f"greedy tokens changed after sleep level {level}")
     if not context.on_gpu:
         return "the same greedy tokens; checksums agree (a CPU engine does not sleep)"
     require(min(freed) > 1.0, f"sleep freed {freed[0]:.1f} GiB at level 1, {freed[1]:.1f} at level 2")
@@ -88,13 +88,12 @@ def vllm_penalties_and_seeds(context: Context) -> str:
     """Milliseconds a step of 256 rows of 4,000 tokens: plain, seeded, penalised."""
     rows, length = (256, 4000) if context.on_gpu else (8, 40)
     with closing(_engine(context, layers=None)) as engine:
-        kinds: dict[str, dict[str, Any]] = {
-            "plain": {},
-            "seeded": {"seed": 1},
-            "penalised": {"repetition_penalty": 1.05},
-        }
         _milliseconds(engine, rows, 1)
-        found = {name: _milliseconds(engine, rows, length, **sampling) for name, sampling in kinds.items()}
+        found = {
+            "plain": _milliseconds(engine, rows, length),
+            "seeded": _milliseconds(engine, rows, length, seed=1),
+            "penalised": _milliseconds(engine, rows, length, repetition_penalty=1.05),
+        }
     figure = f"{rows} x {length}: " + ", ".join(f"{name} {each:.2f} ms" for name, each in found.items())
     if context.on_gpu:
         require(max(found.values()) <= SLOWER * found["plain"], f"{figure}; at most {SLOWER} x plain is wanted")
@@ -114,7 +113,7 @@ def vllm_closed(context: Context) -> str:
     found = []
     for _ in range(2):
         with closing(_engine(context)) as engine:
-            found.append(_token_ids(engine, greedy))
+            found.append(token_ids(engine, _prompts(8), greedy))
         gc.collect()
     require(found[0] == found[1], "the second engine generates something else")
     if not context.on_gpu:
@@ -126,12 +125,11 @@ def vllm_closed(context: Context) -> str:
 
 
 def _engine(context: Context, layers: int | None = 4, dtype: str = "bfloat16", **options: Any) -> Engine:
-    size: dict[str, Any] = (
-        {"max_model_len": 8192, "max_num_seqs": 256} if context.on_gpu else {"max_model_len": 256, "max_num_seqs": 16}
-    )
     if context.on_gpu:
-        options["gpu_memory_utilization"] = 0.6
-    return load_engine("vllm", model_folder(context, layers), dtype=dtype, with_scores=True, **size, **options)
+        options |= {"max_model_len": 8192, "max_num_seqs": 256, "gpu_memory_utilization": 0.6}
+    else:
+        options |= {"max_model_len": 256, "max_num_seqs": 16}
+    return load_engine("vllm", model_folder(context, layers), dtype=dtype, with_scores=True, **options)
 
 
 def _tokens(context: Context) -> int:
@@ -142,18 +140,12 @@ def _prompts(count: int) -> list[list[int]]:
     return [[50 + i % 40] * (3 + i % 40) for i in range(count)]
 
 
-def _token_ids(engine: Engine, params: SamplingParams) -> list[list[list[int]]]:
-    return [[one.token_ids for one in group] for group in engine.generate(_prompts(8), params)]
-
-
 def _compare(context: Context, engine: Engine, score_error: float, log_prob_error: float) -> str:
     """Sample requests that want scores, log-probs or both at once, and ask the plain model in float32 the same."""
-    prompts = _prompts(48 if context.on_gpu else 12)
+    prompts, folder = _prompts(48 if context.on_gpu else 12), model_folder(context)
     done = _mixed(engine, prompts, _tokens(context))
-    folder = model_folder(context)
-    model = plain_model(context, folder)
     score = _score_error(Scorer.from_folder(folder, dtype="float32"), prompts, done)
-    mean = _log_prob_error(model, prompts, done)
+    mean = _log_prob_error(plain_model(context, folder), prompts, done)
     require(score < score_error, f"scores are up to {score:.2g} off; at most {score_error}")
     require(mean < log_prob_error, f"log-probs are {mean:.2g} off on average; at most {log_prob_error}")
     return f"scores within {score:.2g} of float32, log-probs {mean:.2g} off on average"
@@ -198,17 +190,13 @@ def _log_prob_error(model: PreTrainedModel, prompts: Sequence[list[int]], done: 
 
 def _milliseconds(engine: Engine, rows: int, length: int, **sampling: Any) -> float:
     """Of a step once every response has `length` tokens."""
-    params = SamplingParams(
-        max_tokens=length + MEASURED_STEPS + 20, ignore_eos=True, temperature=TEMPERATURE, **sampling
-    )
+    tokens = length + MEASURED_STEPS + 20
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=TEMPERATURE, **sampling)
     samples = [sample for prompt in _prompts(rows) for sample in engine.samples(prompt, params)]
     for sample in samples:
         engine.add(sample)
     for _ in range(length):
         engine.step()
-    started = now()
-    for _ in range(MEASURED_STEPS):
-        engine.step()
-    each = (now() - started) / MEASURED_STEPS * 1e3
+    each = seconds(engine.step, MEASURED_STEPS) * 1e3
     engine.abort(samples)
     return each

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from verl.bringup.driver import now
-from verl.bringup.step import Context, require, step
+from verl.bringup.step import GIB, Context, require, seconds, step
 from verl.bringup.workload import build_policy, fsdp_section, model_folder, plain_model, process_group
 from verl.models.fsdp import named_full_tensors
 from xbai.engine import Engine, SamplingParams, load_engine
@@ -38,9 +35,8 @@ def hf_engine(context: Context) -> str:
     )
     require(worst < LOG_PROB_ERROR, f"log-probs are up to {worst:.3g} off; at most {LOG_PROB_ERROR}")
     rows = 64 if context.on_gpu else 8
-    started = now()
-    engine.generate([[57, 58]] * rows, SamplingParams(max_tokens=64, ignore_eos=True))
-    return f"log-probs within {worst:.2g}; {rows * 64 / (now() - started):,.0f} tokens/s in {rows} rows"
+    of_all = seconds(lambda: engine.generate([[57, 58]] * rows, SamplingParams(max_tokens=64, ignore_eos=True)))
+    return f"log-probs within {worst:.2g}; {rows * 64 / of_all:,.0f} tokens/s in {rows} rows"
 
 
 @step(
@@ -54,23 +50,19 @@ def hf_weight_sync(context: Context) -> str:
     with process_group():
         policy = build_policy(folder, fsdp_section(), with_head=False)
         engine = load_engine("hf", folder, dtype="float32", with_scores=False)
-        before = _greedy(engine)
-        engine.update_weights(_turned_around(named_full_tensors(policy.model)), check=True)
-        require(_greedy(engine) != before, "other weights gave the same greedy tokens")
-        started = now()
-        engine.update_weights(named_full_tensors(policy.model), check=True)
-        seconds = now() - started
-        require(_greedy(engine) == before, "the same weights gave other greedy tokens")
-    gib = sum(parameter.numel() * 4 for parameter in policy.model.parameters()) / 2**30
-    return f"checksums agree; {gib:.2g} GiB in {seconds:.2g} s"
+        before = token_ids(engine, PROMPTS, GREEDY)
+        turned_around = ((name, weight.flip(0)) for name, weight in named_full_tensors(policy.model))
+        engine.update_weights(turned_around, check=True)
+        require(token_ids(engine, PROMPTS, GREEDY) != before, "other weights gave the same greedy tokens")
+        of_sync = seconds(lambda: engine.update_weights(named_full_tensors(policy.model), check=True))
+        require(token_ids(engine, PROMPTS, GREEDY) == before, "the same weights gave other greedy tokens")
+    gib = sum(parameter.numel() * 4 for parameter in policy.model.parameters()) / GIB
+    return f"checksums agree; {gib:.2g} GiB in {of_sync:.2g} s"
 
 
-def _turned_around(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    yield from ((name, weight.flip(0)) for name, weight in weights)
-
-
-def _greedy(engine: Engine) -> list[list[int]]:
-    return [completion.token_ids for (completion,) in engine.generate(PROMPTS, GREEDY)]
+def token_ids(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> list[list[list[int]]]:
+    """Of every response to every prompt."""
+    return [[one.token_ids for one in group] for group in engine.generate(prompts, params)]
 
 
 @torch.no_grad()

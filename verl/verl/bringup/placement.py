@@ -4,21 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from verl.bringup.driver import GIB
-from verl.bringup.step import Context, require, step
-from verl.bringup.workload import (
-    Sizes,
-    actor_config,
-    build_policy,
-    fsdp_section,
-    make_batch,
-    model_folder,
-    process_group,
-)
+from verl.bringup.step import GIB, Context, require, step
+from verl.bringup.workload import Sizes, build_actor, build_policy, fsdp_section, model_folder, process_group
 from verl.models.fsdp import local_device, named_full_tensors
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.placed_model import PlacedModel
-from xbai.engine.files import read_config
 
 LEFT_BEHIND = 0.05
 MEANS = (
@@ -58,8 +48,7 @@ def _figure(context: Context, placement: str | None = None) -> str:
     folder, changes = model_folder(context), {} if placement is None else {placement: True}
     with process_group():
         policy = build_policy(folder, fsdp_section(**changes), lr=1e-3, packed=True)
-        actor = DataParallelPPOActor(actor_config(SIZES, packed=True), policy.model, policy.optimizer)
-        batch = make_batch(SIZES, read_config(folder).vocab_size)
+        actor, batch = build_actor(policy, folder, SIZES)
         with policy.on_device():
             batch |= actor.compute_log_prob(batch)
         batch["ref_log_prob"] = batch["old_log_probs"] - 0.1

@@ -12,23 +12,13 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import start_processes
 
+from verl.bringup.generation import token_ids
 from verl.bringup.step import Context, require, step
-from verl.bringup.workload import (
-    Sizes,
-    actor_config,
-    build_policy,
-    fsdp_section,
-    make_batch,
-    model_folder,
-    model_folder_made_apart,
-    process_count,
-)
+from verl.bringup.workload import Sizes, build_actor, build_policy, fsdp_section, model_folder, model_folder_made_apart
 from verl.models.fsdp import init_distributed, named_full_tensors
 from verl.models.loading import load_tokenizer
 from verl.models.ulysses import sequence_parallel_group
-from verl.workers.actor.dp_actor import DataParallelPPOActor
 from xbai.engine import SamplingParams, load_engine
-from xbai.engine.files import read_config
 from xbai.sprm import load_sprm_config
 
 SIZES = Sizes(prompts=4, samples=8, prompt_tokens=32, response_tokens=128, tokens_per_micro_batch=640)
@@ -54,7 +44,7 @@ def ranks_fsdp(context: Context) -> str:
 @step(means=MEANS + "Here HSDP, sharded in pairs or alone and replicated (fsdp_size).", needs=["2 devices"])
 def ranks_hsdp(context: Context) -> str:
     """Two replicas."""
-    return _compare(context, fsdp_size=process_count(context) // 2)
+    return _compare(context, fsdp_size=context.process_count // 2)
 
 
 @step(means=MEANS + "Here sequence parallelism (all-to-all).", needs=["2 devices"])
@@ -82,11 +72,7 @@ def rollout_of_eight(context: Context) -> str:
 
 
 def run_ranks(context: Context, count: int, rank: Callable[..., None], *arguments: Any) -> None:
-    """Run `rank(context, *arguments)` in so many processes, each with the variables of a launcher.
-
-    Raises:
-        ProcessRaisedException: one of them raised; the others are ended.
-    """
+    """Run `rank(context, *arguments)` in so many processes, with the variables of a launcher; raise what one raises."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     os.environ.update(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -100,7 +86,7 @@ def _be_rank(number: int, rank: Callable[..., None], context: Context, arguments
 
 def _compare(context: Context, fsdp_size: int = -1, sp_size: int = 1) -> str:
     model_folder_made_apart(context)
-    file, ranks = context.work / "metrics.pt", process_count(context)
+    file, ranks = context.work / "metrics.pt", context.process_count
     run_ranks(context, 1, _update, file, -1, 1)
     alone = torch.load(file)
     run_ranks(context, ranks, _update, file, fsdp_size, sp_size)
@@ -115,11 +101,9 @@ def _update(context: Context, file: Path, fsdp_size: int, sp_size: int) -> None:
     """Be a rank of one update in float32; the first one saves the metrics."""
     init_distributed()
     folder = model_folder(context)
-    config = actor_config(SIZES, packed=True, entropy_coeff=0.01, kl_loss_coef=0.1)
-    fsdp_config = fsdp_section(compute_dtype="float32", fsdp_size=fsdp_size)
-    policy = build_policy(folder, fsdp_config, packed=True)
-    actor = DataParallelPPOActor(config, policy.model, policy.optimizer, sp_group=sequence_parallel_group(sp_size))
-    whole = make_batch(SIZES, read_config(folder).vocab_size)
+    policy = build_policy(folder, fsdp_section(compute_dtype="float32", fsdp_size=fsdp_size), packed=True)
+    sp_group = sequence_parallel_group(sp_size)
+    actor, whole = build_actor(policy, folder, SIZES, sp_group=sp_group, entropy_coeff=0.01, kl_loss_coef=0.1)
     share, groups = dist.get_rank() // sp_size, dist.get_world_size() // sp_size
     batch = {name: column.chunk(groups)[share] for name, column in whole.items()}
     columns = actor.compute_log_prob(batch)
@@ -134,7 +118,7 @@ def _update(context: Context, file: Path, fsdp_size: int, sp_size: int) -> None:
 
 def _rollout(context: Context, tensor_parallel: int) -> str:
     model_folder_made_apart(context)
-    ranks = process_count(context)
+    ranks = context.process_count
     run_ranks(context, ranks, _generate, tensor_parallel)
     return (
         f"{ranks} ranks, {ranks // tensor_parallel} engines: {CYCLES} cycles of sleep, sync and check, the same tokens"
@@ -149,18 +133,9 @@ def _generate(context: Context, tensor_parallel: int) -> None:
     folder = model_folder(context)
     sprm_config = load_sprm_config(folder, load_tokenizer(folder))
     policy = build_policy(folder, fsdp_section(param_offload=True, compute_dtype="bfloat16"))
-    options: dict[str, Any] = {"gpu_memory_utilization": 0.5} if context.on_gpu else {}
-    engine = load_engine(
-        "vllm",
-        folder,
-        dtype="bfloat16",
-        max_model_len=512,
-        max_num_seqs=64 if context.on_gpu else 8,
-        with_scores=False,
-        sprm_config=sprm_config,
-        tensor_parallel_size=tensor_parallel,
-        **options,
-    )
+    options: dict[str, Any] = {"dtype": "bfloat16", "max_model_len": 512, "tensor_parallel_size": tensor_parallel}
+    options |= {"max_num_seqs": 64, "gpu_memory_utilization": 0.5} if context.on_gpu else {"max_num_seqs": 8}
+    engine = load_engine("vllm", folder, with_scores=False, sprm_config=sprm_config, **options)
     length, prompts = (256, 64) if context.on_gpu else (24, 4)
     asked = [[55 + i, 59, 62 + i % 30] for i in range(prompts)]
     greedy = SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True)
@@ -175,9 +150,8 @@ def _generate(context: Context, tensor_parallel: int) -> None:
         tokens = [one.token_ids for (one,) in engine.generate(asked, greedy, return_scores=True)]
         first = first or tokens
         require(tokens == first, f"cycle {cycle}: greedy responses are not those of the first cycle")
-        drawn = [[one.token_ids for one in group] for group in engine.generate(asked, sampled)]
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, drawn)
+        dist.all_gather_object(everyone, token_ids(engine, asked, sampled))
         begin = dist.get_rank() // tensor_parallel * tensor_parallel
         same = all(one == everyone[begin] for one in everyone[begin : begin + tensor_parallel])
         require(same, f"cycle {cycle}: ranks of one engine sampled different tokens")

@@ -18,7 +18,7 @@ from pathlib import Path
 from verl.bringup.step import CheckFailed, Context, Step
 from xbai.errors import UserError
 
-TAIL_LINES = 60
+TAIL_LINES, FIGURE_CHARACTERS = 60, 300
 END_S = 10.0
 STDERR = 2
 
@@ -45,10 +45,7 @@ class Outcome:
 def run_step(step: Step, context: Context, log: Path) -> Outcome:
     """Run a step; it fails when it raises, when its process dies, and when it takes longer than it may.
 
-    Args:
-        step: a global of its module.
-        context: where.
-        log: file for what the process writes to its standard streams.
+    The step is a global of its module. What its process writes to its standard streams goes to the file `log`.
     """
     if (missing := step.missing(context)) is not None:
         return Outcome("skipped", f"needs {missing}")
@@ -63,8 +60,11 @@ def run_step(step: Step, context: Context, log: Path) -> Outcome:
         outcome = _outcome(process, receiver, step.limit_s)
     finally:
         _end(process)
-    details = None if outcome.status == "pass" else f"{outcome.details or ''}\n{_tail(log)}".strip()
-    return replace(outcome, seconds=time.monotonic() - started, details=details)
+    outcome = replace(outcome, seconds=time.monotonic() - started)
+    if outcome.status == "pass":
+        return outcome
+    written = log.read_text(errors="replace", encoding="utf-8").splitlines()[-TAIL_LINES:]
+    return replace(outcome, details="\n".join([outcome.details or "", *written]).strip())
 
 
 def _outcome(process: BaseProcess, receiver: Connection, limit_s: float) -> Outcome:
@@ -90,10 +90,6 @@ def _end(process: BaseProcess) -> None:
     process.join()
 
 
-def _tail(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace", encoding="utf-8").splitlines()[-TAIL_LINES:])
-
-
 def _be_the_process(module: str, name: str, context: Context, log: Path, sender: Connection) -> None:
     os.setsid()
     with log.open("wb") as stream:
@@ -106,10 +102,9 @@ def _be_the_process(module: str, name: str, context: Context, log: Path, sender:
     step: Step = getattr(importlib.import_module(module), name)
     try:
         outcome = Outcome("pass", step.run(context), peak_gib=_peak_gib())
-    except (CheckFailed, UserError) as error:
-        outcome = Outcome("fail", one_line(str(error)), details=traceback.format_exc())
     except Exception as error:
-        outcome = Outcome("fail", one_line(f"{type(error).__name__}: {error}"), details=traceback.format_exc())
+        kind = "" if isinstance(error, (CheckFailed, UserError)) else f"{type(error).__name__}: "
+        outcome = Outcome("fail", _one_line(f"{kind}{error}"), details=traceback.format_exc())
     sender.send(outcome)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -117,10 +112,9 @@ def _be_the_process(module: str, name: str, context: Context, log: Path, sender:
     os._exit(0)
 
 
-def one_line(text: str, most: int = 300) -> str:
-    """`text` without line breaks, cut to so many characters."""
+def _one_line(text: str) -> str:
     joined = " ".join(text.split())
-    return joined if len(joined) <= most else f"{joined[: most - 1]}…"
+    return joined if len(joined) <= FIGURE_CHARACTERS else f"{joined[: FIGURE_CHARACTERS - 1]}…"
 
 
 def _peak_gib() -> float | None:

@@ -1,17 +1,17 @@
-"""Two training steps of each recipe, cut to the GPUs at hand: the whole trainer, its metrics and its memory."""
+"""Two training steps of each recipe, cut to the GPUs at hand: the whole trainer, its metrics, memory and leftovers."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from verl.bringup.driver import GIB
-from verl.bringup.machine import ROOT
-from verl.bringup.step import CheckFailed, Context, require, step
-from verl.bringup.workload import model_folder_made_apart, process_count
+from verl.bringup.machine import ROOT, used_mib
+from verl.bringup.step import GIB, CheckFailed, Context, require, step
+from verl.bringup.workload import model_folder_made_apart
 
 STEPS = 2
 MISMATCH, LOG_PROB_DIFF = 5e-3, 0.06
@@ -31,19 +31,21 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     return float(sum(map(ord, solution_str)) % 2)
 """
 """Random text gets it half of the time, so that there are advantages."""
+LEFT_MIB = 1024
+PATIENCE_S = 20.0
 
 
 @step(means=MEANS, needs=NEEDS, limit_s=900)
 def run_of_the_1_5b_recipe(context: Context) -> str:
     """scripts/run_single_node.sh on all GPUs of this machine, responses cut short."""
-    recipe = [f"actor_rollout_ref.actor.ulysses_sequence_parallel_size={min(2, process_count(context))}"]
+    recipe = [f"actor_rollout_ref.actor.ulysses_sequence_parallel_size={min(2, context.process_count)}"]
     return _run(context, "run_single_node.sh", model_folder_made_apart(context, None), recipe)
 
 
 @step(means=MEANS + "Here one engine spans GPUs, as does a sequence.", needs=[*NEEDS, "2 devices"], limit_s=900)
 def run_of_the_32b_recipe(context: Context) -> str:
     """scripts/run_multi_node.sh on this machine alone, the shape of 32B cut to a few layers, responses cut short."""
-    shared = process_count(context)
+    shared = context.process_count
     recipe = [
         "trainer.nnodes=1",
         f"actor_rollout_ref.actor.ulysses_sequence_parallel_size={shared}",
@@ -59,6 +61,25 @@ def run_with_a_critic(context: Context) -> str:
     return _run(context, "run_single_node.sh", model_folder_made_apart(context, None), recipe)
 
 
+@step(
+    means="Memory of a GPU is still taken after all processes of the steps have ended: `nvidia-smi` names who has it. "
+    "A worker that outlives its run makes the next one fail for want of memory.",
+    needs=["gpu", "memory in use"],
+    quick=True,
+)
+def memory_is_free(context: Context) -> str:
+    """Every GPU has as much free memory as before the first step."""
+    deadline = time.monotonic() + PATIENCE_S
+    while (left := _left_mib(context)) > LEFT_MIB and time.monotonic() < deadline:
+        time.sleep(0.5)
+    require(left <= LEFT_MIB, f"{left} MiB more are in use than before the first step")
+    return f"{left} MiB more in use than before the first step"
+
+
+def _left_mib(context: Context) -> int:
+    return max(0, *(after - before for after, before in zip(used_mib(), context.used_mib, strict=True)))
+
+
 def _run(context: Context, script: str, model: Path, recipe: list[str]) -> str:
     from xbai.benchmarks.make10 import SplitSizes, write_splits
 
@@ -69,7 +90,7 @@ def _run(context: Context, script: str, model: Path, recipe: list[str]) -> str:
         *_small(context),
         *recipe,
         f"actor_rollout_ref.model.path={model}",
-        f"data.train_files={data.train}",
+        f"data.train_files={data['train.parquet']}",
         f"custom_reward_function.path={folder / 'reward.py'}",
         f"trainer.default_local_dir={folder / 'out'}",
     ]
@@ -96,7 +117,7 @@ def _small(context: Context) -> list[str]:
     computes = [f"actor_rollout_ref.{name}.fsdp_config.compute_dtype=bfloat16" for name in ("actor", "ref")]
     return [
         f"trainer.device={context.device}",
-        f"trainer.n_gpus_per_node={process_count(context)}",
+        f"trainer.n_gpus_per_node={context.process_count}",
         f"trainer.total_training_steps={STEPS}",
         "trainer.test_freq=-1",
         "trainer.save_freq=-1",
@@ -144,9 +165,7 @@ def _memory(config: str, model: Path, metrics: dict[str, float]) -> str:
 def judged_memory(found: dict[str, tuple[float, float]], is_most: bool = False) -> str:
     """The figure of GiB at the peak and as estimated, by phase; raises where they are too far apart.
 
-    Args:
-        found: peak and estimate of each phase.
-        is_most: it may be less, as with Liger's kernels, which save less for the backward pass than is counted.
+    Where it `is_most`, it may be less, as with Liger's kernels, which save less for the backward pass than is counted.
     """
     figure = ", ".join(f"{phase} {peak:.1f} GiB, estimated {expected:.1f}" for phase, (peak, expected) in found.items())
     off = {phase: peak / expected - 1 for phase, (peak, expected) in found.items()}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from verl.bringup.driver import now
-from verl.bringup.step import Context, require, step
+from verl.bringup.step import Context, require, seconds, step
 from verl.bringup.workload import STEP_IDS, model_folder, plain_model
 from xbai.engine import Scored, Scorer
 from xbai.engine.files import read_config
@@ -42,24 +42,22 @@ def scores(context: Context) -> str:
     asked = texts(ROWS, 100, longer=30)
     starts = [PROMPT_TOKENS] * len(asked)
     scorer = Scorer.from_folder(folder, dtype="bfloat16")
-    wanted = _plain_scores(context, scorer, asked)
-    worst = max(abs(one.value - other) for one, other in zip(scorer.score(asked, starts), wanted, strict=True))
+    scored = scorer.score(asked, starts)
+    wanted = _plain_scores(context, folder, scored)
+    worst = max(abs(one.value - other) for one, other in zip(scored, wanted, strict=True))
     require(worst < SCORE_ERROR, f"scores are up to {worst:.3g} off; at most {SCORE_ERROR}")
     many = texts(32, 2000 if context.on_gpu else 100)
     scorer.score(many, [PROMPT_TOKENS] * len(many))
-    started = now()
-    scorer.score(many, [PROMPT_TOKENS] * len(many))
-    speed = sum(map(len, many)) / (now() - started)
+    speed = sum(map(len, many)) / seconds(lambda: scorer.score(many, [PROMPT_TOKENS] * len(many)))
     return f"within {worst:.2g} of float32, from {min(wanted):.3f} to {max(wanted):.3f}; {speed:,.0f} tokens/s"
 
 
-def _plain_scores(context: Context, scorer: Scorer, asked: list[list[int]]) -> list[float]:
+def _plain_scores(context: Context, folder: Path, scored: list[Scored]) -> list[float]:
     """By `hidden_states[-2]` of the whole model at the positions that the scorer names, one text at a time."""
-    folder = model_folder(context)
     model = plain_model(context, folder)
     config = SPRMConfig(StepRule("en", step_ids=STEP_IDS), dropout=0.0)
     head = load_score_head(folder, read_config(folder).hidden_size, config).to(context.device)
-    return [_plain_score(model, head, scored) for scored in scorer.score(asked, [PROMPT_TOKENS] * len(asked))]
+    return [_plain_score(model, head, one) for one in scored]
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from verl.bringup.machine import ROOT
@@ -33,7 +32,8 @@ def service_under_load(context: Context) -> str:
     clients, requests, tokens = (CLIENTS, REQUESTS, 1024) if context.on_gpu else (4, 8, 32)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    process = _start(model_folder_made_apart(context, None), port)
+    command = [sys.executable, str(ROOT / "test/policy_model_queue.py"), "--ip", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen([*command, "--model_path", str(model_folder_made_apart(context, None))])
     try:
         _wait_until_ready(process, port)
         body = {"prefix_prompt": "Make 10 from 7 8 1 1 5", "response_num": 8, "max_tokens": tokens, "stop": []}
@@ -53,11 +53,6 @@ def service_under_load(context: Context) -> str:
     require(status == 0, f"after SIGTERM it ended with status {status}")
     same = sum(one == other for one, other in zip(again["results"], answers[0]["results"], strict=True))
     return f"{requests / seconds:.2g} requests/s of 8 responses, {same}/8 the same alone; stopped in {stopped:.1f} s"
-
-
-def _start(model: Path, port: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(ROOT / "test/policy_model_queue.py"), "--model_path", str(model)]
-    return subprocess.Popen([*command, "--ip", "127.0.0.1", "--port", str(port)])
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], port: int) -> None:

@@ -5,31 +5,27 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import shutil
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.context import ForkContext, SpawnContext
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from verl.bringup.machine import gpu_column
 from xbai.errors import UserError
 
 SUBJECTS = (
-    "driver",
-    "attention",
-    "lm_head",
-    "scorer",
-    "placement",
-    "training",
-    "generation",
-    "throughput",
-    "ranks",
-    "engines",
-    "service",
-    "runs",
-    "leftovers",
+    *("kernels", "scorer", "placement", "training", "generation"),
+    *("throughput", "ranks", "engines", "service", "runs"),
 )
 """The modules that hold the steps, in their order: what most of the rest stands on comes first."""
+
+MOST_PROCESSES = 8
+GIB = 2**30
 
 
 class CheckFailed(Exception):  # noqa: N818 (it says what happened, as pytest's own)
@@ -40,6 +36,20 @@ def require(condition: bool, message: str) -> None:
     """Fail the step unless `condition`."""
     if not condition:
         raise CheckFailed(message)
+
+
+def seconds(run: Callable[[], Any], repeats: int = 1) -> float:
+    """That `run` takes on average, until the GPU has done what it was asked for."""
+    started = _now()
+    for _ in range(repeats):
+        run()
+    return (_now() - started) / repeats
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,11 @@ class Context:
     def processes(self) -> ForkContext | SpawnContext:
         """What starts processes that use CUDA."""
         return get_context("fork") if self.start_method == "fork" else get_context("spawn")
+
+    @property
+    def process_count(self) -> int:
+        """How many GPUs work together: a power of two, so that rows and heads divide."""
+        return 1 << (min(self.devices, MOST_PROCESSES).bit_length() - 1)
 
     @property
     def on_gpu(self) -> bool:
@@ -130,11 +145,7 @@ def all_steps() -> list[Step]:
 
 
 def choose(steps: Sequence[Step], quick: bool, only: Sequence[str] | None) -> list[Step]:
-    """Those that were asked for, in their order.
-
-    Raises:
-        UserError: a name that no step has.
-    """
+    """Those that were asked for, in their order; a `UserError` for a name that no step has."""
     names = [one.name for one in steps]
     if unknown := [name for name in only or () if name not in names]:
         raise UserError(f"--only {unknown[0]}: no such step, use some of {','.join(names)}")

@@ -9,18 +9,8 @@ from typing import Any, Unpack
 
 import torch
 
-from verl.bringup.driver import GIB, now
-from verl.bringup.step import Context, require, step
-from verl.bringup.workload import (
-    Modes,
-    Sizes,
-    actor_config,
-    build_policy,
-    fsdp_section,
-    make_batch,
-    model_folder,
-    process_group,
-)
+from verl.bringup.step import GIB, Context, require, seconds, step
+from verl.bringup.workload import Modes, Sizes, build_actor, build_policy, fsdp_section, model_folder, process_group
 from verl.models.log_probs import LOGITS_PER_CHUNK
 from verl.trainer.config.defaults import plain_defaults
 from verl.trainer.planning.memory_estimate import Placement, training_peak
@@ -109,8 +99,7 @@ def _training(
     folder = model_folder(context, layers)
     shape = ModelShape.from_config(read_config(folder))
     policy = build_policy(folder, fsdp_section(compute_dtype="bfloat16"), **modes)
-    actor = DataParallelPPOActor(actor_config(sizes, packed=True), policy.model, policy.optimizer)
-    batch = make_batch(sizes, shape.vocabulary)
+    actor, batch = build_actor(policy, folder, sizes)
     batch |= actor.compute_log_prob(batch)
     batch["ref_log_prob"] = batch["old_log_probs"]
     return actor, batch, shape
@@ -121,12 +110,10 @@ def _measure(context: Context, **modes: Unpack[Modes]) -> dict[str, float]:
     sizes = _sizes(context)
     with process_group():
         actor, batch, shape = _training(context, sizes, layers=None, **modes)
-        lengths = batch["attention_mask"].sum(1).tolist()
-        pairs = sum(length * (length + 1) / 2 for length in lengths)
-        forward = shape.forward_flops(sum(lengths), pairs / sum(lengths), int(batch["response_mask"].sum()))
+        forward = shape.sequence_flops(batch["attention_mask"].sum(1).tolist(), int(batch["response_mask"].sum()))
         return {
-            "log-prob": forward / _seconds(lambda: actor.compute_log_prob(batch)) / 1e12,
-            "update": 3 * forward / _seconds(lambda: actor.update_policy(batch)) / 1e12,
+            "log-prob": forward / _median_seconds(lambda: actor.compute_log_prob(batch)) / 1e12,
+            "update": 3 * forward / _median_seconds(lambda: actor.update_policy(batch)) / 1e12,
         }
 
 
@@ -140,11 +127,6 @@ def _figure(found: dict[str, float], context: Context) -> str:
     return ", ".join(f"{phase} {tflops / peak:.1%} MFU ({tflops:.0f} TFLOP/s)" for phase, tflops in found.items())
 
 
-def _seconds(run: Callable[[], Any]) -> float:
+def _median_seconds(run: Callable[[], Any]) -> float:
     run()
-    seconds = []
-    for _ in range(REPEATS):
-        started = now()
-        run()
-        seconds.append(now() - started)
-    return statistics.median(seconds)
+    return statistics.median(seconds(run) for _ in range(REPEATS))

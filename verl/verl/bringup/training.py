@@ -13,23 +13,22 @@ from verl.bringup.step import Context, require, step
 from verl.bringup.workload import (
     Modes,
     Sizes,
-    actor_config,
+    build_actor,
     build_policy,
     fsdp_section,
     make_batch,
     model_folder,
     process_group,
 )
-from verl.models.loading import build_joint_model
+from verl.models.loading import build_joint_model, torch_dtype
 from verl.models.reference import ReferencePolicy
 from verl.models.value_model import build_value_model
 from verl.optim.optimizers import Optimizers
 from verl.trainer.config.defaults import plain_defaults
 from verl.trainer.config.fields import with_values
-from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.critic.dp_critic import DataParallelPPOCritic
+from verl.workers.critic import DataParallelPPOCritic
 from verl.workers.placed_model import Dtypes, PlacedModel
-from xbai.engine.files import read_config, resolve_head_dtype
+from xbai.engine.files import resolve_head_dtype
 
 SIZES = Sizes(prompts=4, samples=4, prompt_tokens=32, response_tokens=128, tokens_per_micro_batch=640)
 LOSS_ERROR, NORM_ERROR, LOG_PROB_ERROR = 0.01, 0.05, 0.03
@@ -120,7 +119,8 @@ def _exact(context: Context, full_kl: bool = False) -> Figures:
 
 
 def _compare(context: Context, full_kl: bool = False, **modes: Unpack[Modes]) -> str:
-    exact, found = _exact(context, full_kl), _update(context, "bfloat16", full_kl, **modes)
+    exact = _exact(context, full_kl)
+    found = _update(context, "bfloat16", full_kl, exact["earlier"], **modes)
     losses = {name: abs(found[name] / exact[name] - 1) for name in LOSSES}
     name = max(losses, key=lambda name: losses[name])
     require(losses[name] < LOSS_ERROR, f"{name} {found[name]:.5g}, in float32 {exact[name]:.5g}")
@@ -133,49 +133,44 @@ def _compare(context: Context, full_kl: bool = False, **modes: Unpack[Modes]) ->
     return f"losses within {losses[name]:.2%}, gradient norms within {norms[norm]:.2%}, log-probs {log_probs:.2g} off"
 
 
-def _update(context: Context, dtype: str, full_kl: bool, **modes: Unpack[Modes]) -> Figures:
-    """Log-probs, then the metrics of one update, whose losses depend on how good the log-probs are."""
+def _update(
+    context: Context, dtype: str, full_kl: bool, earlier: dict[str, Tensor] | None = None, **modes: Unpack[Modes]
+) -> Figures:
+    """Log-probs, then the metrics of one update, whose losses depend on how good the log-probs are.
+
+    The log-probs that the update is relative to are `earlier` (None: some are drawn), the same in every mode.
+    """
     folder = model_folder(context)
-    fsdp_config = fsdp_section(compute_dtype=dtype)
+    kind = "full" if full_kl else "low_var_kl"
+    loss: dict[str, Any] = {"kl_loss_type": kind, "entropy_coeff": 0.01, "kl_loss_coef": 0.1}
+    packed = modes.get("packed", False)
     with process_group():
-        policy = build_policy(folder, fsdp_config, **modes)
-        kl = {"kl_loss_type": "full" if full_kl else "low_var_kl", "entropy_coeff": 0.01, "kl_loss_coef": 0.1}
-        config = actor_config(SIZES, modes.get("packed", False), **kl)
-        reference = _reference(folder, dtype, modes) if full_kl else None
-        actor = DataParallelPPOActor(config, policy.model, policy.optimizer, reference=reference)
-        batch = make_batch(SIZES, read_config(folder).vocab_size)
+        policy = build_policy(folder, fsdp_section(compute_dtype=dtype), **modes)
+        reference = _reference(folder, dtype, packed) if full_kl else None
+        actor, batch = build_actor(policy, folder, SIZES, packed, reference=reference, **loss)
         columns = actor.compute_log_prob(batch)
-        batch |= {"old_step_logits": columns["old_step_logits"], **_earlier_log_probs(context, columns, dtype)}
+        earlier = earlier or _earlier(columns["old_log_probs"])
+        batch |= {"old_step_logits": columns["old_step_logits"], **earlier}
         # Not 0 on average, so that an error of one in a hundred is one of the loss.
         batch["advantages"] = batch["advantages"] + 1
         metrics = actor.update_policy(batch)
     require(metrics["actor/skipped_updates"] == 0, "a gradient is not finite")
     require(all(map(math.isfinite, metrics.values())), "a metric is not finite")
-    return metrics | {"log_probs": columns["old_log_probs"], "mask": batch["response_mask"]}
+    return metrics | {"log_probs": columns["old_log_probs"], "mask": batch["response_mask"], "earlier": earlier}
 
 
-def _earlier_log_probs(context: Context, columns: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
-    """Those of a policy and a reference some updates ago: the same in every mode, and not what the policy has."""
-    file = context.work / "earlier_log_probs.pt"
-    if dtype == EXACT and not file.exists():
-        generator = torch.Generator().manual_seed(1)
-        log_probs = columns["old_log_probs"]
-        names = ("old_log_probs", "ref_log_prob")
-        moved = {name: log_probs + EARLIER * torch.randn(log_probs.shape, generator=generator) for name in names}
-        torch.save(moved, file)
-    return torch.load(file)
+def _earlier(log_probs: Tensor) -> dict[str, Tensor]:
+    """Log-probs of a policy and a reference some updates ago, which are not what the policy has."""
+    generator = torch.Generator().manual_seed(1)
+    names = ("old_log_probs", "ref_log_prob")
+    return {name: log_probs + EARLIER * torch.randn(log_probs.shape, generator=generator) for name in names}
 
 
-def _reference(folder: Path, dtype: str, modes: Modes) -> ReferencePolicy:
-    compute = Dtypes.from_config(fsdp_section(compute_dtype=dtype)).compute
-    model = build_joint_model(
-        folder,
-        compute if dtype != EXACT else torch.float32,
-        compute_dtype=compute,
-        logits_dtype=resolve_head_dtype(None, compute),
-        packed=modes.get("packed", False),
-    ).requires_grad_(False)
-    for parameter in model.parameters():
+def _reference(folder: Path, dtype: str, packed: bool) -> ReferencePolicy:
+    compute = torch_dtype(dtype)
+    logits_dtype = resolve_head_dtype(None, compute)
+    model = build_joint_model(folder, compute, compute_dtype=compute, logits_dtype=logits_dtype, packed=packed)
+    for parameter in model.requires_grad_(False).parameters():
         parameter.mul_(REFERENCE_SCALE)
     return ReferencePolicy(PlacedModel(model, fsdp_section(compute_dtype=dtype)).model)
 
@@ -195,7 +190,7 @@ def _critic(folder: Path, dtype: str) -> float:
     config = with_values(plain_defaults().critic, changes)
     placed = PlacedModel(model, fsdp_config, lambda sharded: Optimizers({"critic": (sharded, config.optim)}))
     critic = DataParallelPPOCritic(config, SIZES.samples, placed.model, placed.optimizer)
-    batch = make_batch(SIZES, read_config(folder).vocab_size)
+    batch = make_batch(SIZES, folder)
     batch["values"] = critic.compute_values(batch)
     batch["returns"] = batch["advantages"]
     metrics = critic.update_critic(batch)

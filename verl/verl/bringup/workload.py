@@ -18,12 +18,13 @@ from verl.bringup.step import Context, require
 from verl.models.fsdp import init_distributed
 from verl.models.joint_model import JointModel
 from verl.models.loading import build_joint_model, load_tokenizer, loading_dtype
+from verl.models.reference import ReferencePolicy
 from verl.optim.optimizers import JointOptimizer
 from verl.trainer.config.defaults import plain_defaults
 from verl.trainer.config.fields import with_values
-from verl.trainer.config.placement import TrainedPlacement
-from verl.trainer.config.policy import ActorRolloutRefConfig
+from verl.trainer.config.schema import TrainedPlacement
 from verl.trainer.planning.model_shapes import known_config
+from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.placed_model import Dtypes, PlacedModel
 from xbai.benchmarks.tiny_model import make_tokenizer, write_tiny_model
 from xbai.engine.files import quiet_transformers, read_config, resolve_head_dtype
@@ -32,7 +33,6 @@ from xbai.model_files import ModelFiles
 from xbai.sprm import ScoreHead, SPRMConfig, StepRule, load_sprm_config, save_score_head
 
 SHAPE = "DeepSeek-R1-Distill-Qwen-1.5B"
-MOST_PROCESSES = 8
 CUT_LAYERS = 4
 SCORE_SCALE = 2.0
 """So that scores of random texts are further apart than any rounding moves them."""
@@ -58,18 +58,11 @@ class Sizes:
         return self.prompts * self.samples
 
 
-def process_count(context: Context) -> int:
-    """How many GPUs work together: a power of two, so that rows and heads divide."""
-    return 1 << (min(context.devices, MOST_PROCESSES).bit_length() - 1)
-
-
 def model_folder(context: Context, layers: int | None = CUT_LAYERS, shape: str = SHAPE) -> Path:
     """A reflective model with tokenizer and score head, made when it is first asked for.
 
-    Args:
-        context: in a rehearsal it is the tiny model of the quickstart, whatever else is asked for.
-        layers: how many of its decoder layers the shape is cut to; None for all of them.
-        shape: on a GPU, one of `KNOWN_CONFIGS`, in bfloat16.
+    On a GPU it has a shape of `KNOWN_CONFIGS`, cut to some decoder layers (None: all), in bfloat16. In a rehearsal it
+    is the tiny model of the quickstart, whatever is asked for.
     """
     folder = context.work / (f"{shape}_{layers or 'all'}" if context.on_gpu else "tiny")
     if not folder.exists():
@@ -120,9 +113,9 @@ def _add_head(folder: Path) -> None:
     save_score_head(folder, head.state_dict(), config)
 
 
-def make_batch(sizes: Sizes, vocabulary: int) -> dict[str, Tensor]:
-    """Rows as a rollout leaves them, of random tokens; half of the answers are right."""
-    generator = torch.Generator().manual_seed(0)
+def make_batch(sizes: Sizes, folder: Path) -> dict[str, Tensor]:
+    """Rows as a rollout leaves them, of random tokens of a folder's model; half of the answers are right."""
+    vocabulary, generator = read_config(folder).vocab_size, torch.Generator().manual_seed(0)
     shape = (sizes.rows, sizes.prompt_tokens + sizes.response_tokens)
     lengths = torch.randint(sizes.response_tokens // 4, sizes.response_tokens + 1, (sizes.rows,), generator=generator)
     lengths[0] = sizes.response_tokens
@@ -143,22 +136,6 @@ def make_batch(sizes: Sizes, vocabulary: int) -> dict[str, Tensor]:
     }
 
 
-def actor_config(sizes: Sizes, packed: bool, **actor: Any) -> ActorRolloutRefConfig:
-    """The `actor_rollout_ref` section, as the trainer's defaults have it but for what `actor` names."""
-    changes = {
-        "model.use_remove_padding": packed,
-        "rollout.n": sizes.samples,
-        "rollout.log_prob_use_dynamic_bsz": True,
-        "rollout.log_prob_max_token_len_per_gpu": 2 * sizes.tokens_per_micro_batch,
-        "actor.ppo_mini_batch_size": sizes.prompts,
-        "actor.use_dynamic_bsz": True,
-        "actor.ppo_max_token_len_per_gpu": sizes.tokens_per_micro_batch,
-        "score.agreement_weighting": False,
-        **{f"actor.{key}": value for key, value in actor.items()},
-    }
-    return with_values(plain_defaults().actor_rollout_ref, changes)
-
-
 def fsdp_section(**changes: Any) -> TrainedPlacement:
     """The policy's `fsdp_config`, as the trainer's defaults have it but for `changes`."""
     return with_values(plain_defaults().actor_rollout_ref.actor.fsdp_config, changes)
@@ -176,15 +153,7 @@ class Modes(TypedDict, total=False):
 def build_policy(
     folder: Path, fsdp_config: TrainedPlacement, lr: float = 1e-6, with_head: bool = True, **modes: Unpack[Modes]
 ) -> PlacedModel[JointModel, JointOptimizer]:
-    """A policy with optimisers, sharded as in training.
-
-    Args:
-        folder: of the model.
-        fsdp_config: from `fsdp_section`.
-        lr: of both optimisers.
-        with_head: with the score head.
-        **modes: of `build_joint_model`.
-    """
+    """The model of a folder as a policy with optimisers, both at `lr`, sharded as in training."""
     dtypes = Dtypes.from_config(fsdp_config)
     joint = build_joint_model(
         folder,
@@ -196,6 +165,36 @@ def build_policy(
     )
     optim = with_values(plain_defaults().actor_rollout_ref.actor.optim, {"lr": lr})
     return PlacedModel(joint, fsdp_config, lambda sharded: JointOptimizer(sharded, optim, optim))
+
+
+def build_actor(
+    policy: PlacedModel[JointModel, JointOptimizer],
+    folder: Path,
+    sizes: Sizes,
+    packed: bool = True,
+    *,
+    sp_group: dist.ProcessGroup | None = None,
+    reference: ReferencePolicy | None = None,
+    **loss: Any,
+) -> tuple[DataParallelPPOActor, dict[str, Tensor]]:
+    """What trains the policy of a folder, and a batch for it.
+
+    The configuration is that of the trainer's defaults but for sizes, `packed` and what `loss` names in `actor`.
+    """
+    changes = {
+        "model.use_remove_padding": packed,
+        "rollout.n": sizes.samples,
+        "rollout.log_prob_use_dynamic_bsz": True,
+        "rollout.log_prob_max_token_len_per_gpu": 2 * sizes.tokens_per_micro_batch,
+        "actor.ppo_mini_batch_size": sizes.prompts,
+        "actor.use_dynamic_bsz": True,
+        "actor.ppo_max_token_len_per_gpu": sizes.tokens_per_micro_batch,
+        "score.agreement_weighting": False,
+        **{f"actor.{key}": value for key, value in loss.items()},
+    }
+    config = with_values(plain_defaults().actor_rollout_ref, changes)
+    actor = DataParallelPPOActor(config, policy.model, policy.optimizer, sp_group, reference)
+    return actor, make_batch(sizes, folder)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from verl.utils.first_rank import on_first_rank
+from verl.utils.first_rank import check_on_all_ranks, on_first_rank
 from xbai.errors import UserError, one_line
 from xbai.files import atomic_write
 
@@ -41,11 +41,7 @@ _SEAL = b"# sum of the lines above: "
 
 
 class HashedFile(io.BufferedWriter):
-    """A new file that makes the sum of what is written to it, from its beginning to its end.
-
-    Attributes:
-        digest: so far.
-    """
+    """A new file that makes the `digest` of what is written to it, from its beginning to its end."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path, "w"))
@@ -100,11 +96,7 @@ def check_inside(listed_by: Path | str, names: Iterable[str]) -> None:
 
 
 def check_files(folder: Path, digests: Mapping[str, str]) -> None:
-    """Make sure that files are what was written.
-
-    Raises:
-        UserError: the first that is not, or cannot be read.
-    """
+    """Raise a `UserError` of the first file that is not what was written, or cannot be read."""
     with ThreadPoolExecutor(THREADS) as pool:
         try:
             list(pool.map(lambda name: _check_file(folder / name, digests[name]), digests))
@@ -113,11 +105,7 @@ def check_files(folder: Path, digests: Mapping[str, str]) -> None:
 
 
 def check_checkpoint(checkpoint: Path) -> None:
-    """Make sure of every file of a checkpoint that has a sum, in all of its parts.
-
-    Raises:
-        UserError: see `check_files`, `read_checksums`.
-    """
+    """Make sure of every file of a checkpoint that has a sum, in all of its parts; see `check_files`."""
     for path in sorted(checkpoint.rglob(CHECKSUM_FILE)):
         check_files(path.parent, read_checksums(path.parent))
 
@@ -131,19 +119,8 @@ def check_together(folder: Path) -> None:
         UserError: see `check_files`, `read_checksums`; the same on every rank.
     """
     digests = on_first_rank(lambda: read_checksums(folder))
-    mine = list(digests.items())[dist.get_rank() :: dist.get_world_size()]
-    failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, _what_is_wrong(folder, dict(mine)))
-    for failure in filter(None, failures):
-        raise UserError(failure)
-
-
-def _what_is_wrong(folder: Path, digests: Mapping[str, str]) -> str | None:
-    try:
-        check_files(folder, digests)
-    except UserError as error:
-        return str(error)
-    return None
+    mine = dict(list(digests.items())[dist.get_rank() :: dist.get_world_size()])
+    check_on_all_ranks(lambda: check_files(folder, mine))
 
 
 def _check_file(path: Path, digest: str) -> None:

@@ -7,25 +7,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from verl.checkpoints.checksums import file_digest
+
 
 def data_identity(files: Sequence[str], settings: Mapping[str, Any], rows: Iterable[bytes]) -> dict[str, Any]:
     """What must be as it was for a run to go on at the same place of its data.
 
-    Args:
-        files: of the training data.
-        settings: values of the keys that decide the order.
-        rows: what became of each row, or which one it is.
-
-    Returns:
-        `files`: size and hash of each (their paths may change); `prompts`: how many rows there are, and a hash of them;
-        `settings`.
+    Size and hash of each of `files` (their paths may change), number and hash of `rows` (what became of each, or which
+    one it is) as `prompts`, and `settings`, by the keys that decide the order.
     """
     digest, count = hashlib.sha256(), 0
     for row in rows:
         digest.update(row)
         count += 1
     return {
-        "files": [_file_identity(Path(file)) for file in files],
+        "files": [
+            {"path": str(file), "bytes": file.stat().st_size, "sha256": file_digest(file)} for file in map(Path, files)
+        ],
         "prompts": {"count": count, "sha256": digest.hexdigest()},
         "settings": dict(settings),
     }
@@ -34,9 +32,7 @@ def data_identity(files: Sequence[str], settings: Mapping[str, Any], rows: Itera
 def differences(then: dict[str, Any], now: dict[str, Any], other_rows: str) -> list[str]:
     """What differs between two identities, each in words that name the file or key.
 
-    Args:
-        then, now: from `data_identity`.
-        other_rows: how to say that files and settings are the same and the rows are not, and by what.
+    `other_rows` is how to say that files and settings are the same and the rows are not, and by what.
     """
     if len(then["files"]) != len(now["files"]):
         return [f"data.train_files were {len(then['files'])} and are {len(now['files'])}"]
@@ -54,9 +50,3 @@ def differences(then: dict[str, Any], now: dict[str, Any], other_rows: str) -> l
 def other_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Which keys have other values, each in words."""
     return [f"{key} was {then.get(key)} and is {value}" for key, value in now.items() if then.get(key) != value]
-
-
-def _file_identity(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"path": str(file), "bytes": file.stat().st_size, "sha256": digest}

@@ -47,11 +47,7 @@ class CheckpointFolder:
         return self.folder / step_name(step)
 
     def find(self, resume_mode: str, resume_from_path: str | None) -> Path | None:
-        """The checkpoint to go on from, or None for a new run.
-
-        Raises:
-            UserError: it is named but not there.
-        """
+        """The checkpoint to go on from, or None for a new run; a `UserError` where it is named but not there."""
         if resume_mode == "resume_path":
             if resume_from_path is None:
                 raise UserError("trainer.resume_mode=resume_path needs trainer.resume_from_path")
@@ -60,11 +56,7 @@ class CheckpointFolder:
         return None if latest is None else _checked(self.step_folder(latest), str(self.folder / LATEST_FILE))
 
     def latest(self) -> int | None:
-        """The step that the next start goes on from.
-
-        Raises:
-            UserError: the file that names it holds no number.
-        """
+        """The step that the next start goes on from; a `UserError` where the file that names it holds no number."""
         pointer = self.folder / LATEST_FILE
         if not pointer.exists():
             return None
@@ -82,8 +74,7 @@ class CheckpointFolder:
     def prepare(self, start: Path | None) -> None:
         """Remove what killed saves left behind, and forget the checkpoints of an earlier run that went further.
 
-        Args:
-            start: the checkpoint that the run goes on from; None for a new run.
+        `start` is the checkpoint that the run goes on from; None for a new run.
         """
         for leftover in self.folder.glob(".global_step_*.tmp"):
             logger.info("removing %s: a save that was interrupted", leftover)
@@ -106,10 +97,7 @@ class CheckpointFolder:
         """Yield an empty folder to fill, which is no checkpoint and is removed again."""
         self.folder.mkdir(parents=True, exist_ok=True)
         # What a network file system holds on to for a while is no reason to refuse a run; `prepare` removes it later.
-        temporary = TemporaryDirectory(
-            prefix=".global_step_try_", suffix=".tmp", dir=self.folder, ignore_cleanup_errors=True
-        )
-        with temporary as folder:
+        with TemporaryDirectory(".tmp", ".global_step_try_", self.folder, ignore_cleanup_errors=True) as folder:
             yield Path(folder)
 
     @contextmanager
@@ -124,16 +112,17 @@ class CheckpointFolder:
         latest = self.latest()
         if self._max_to_keep is None or latest is None:
             return
-        for step in surplus(self._steps(), latest, self._max_to_keep):
+        steps = steps_among(path.name for path in self.folder.iterdir())
+        for step in surplus(steps, latest, self._max_to_keep):
             if step not in in_use:
-                _remove(self.step_folder(step))
+                # Under its final name a checkpoint is always whole, even one that is being deleted.
+                doomed = self.folder / f".{step_name(step)}.doomed.tmp"
+                self.step_folder(step).rename(doomed)
+                shutil.rmtree(doomed)
 
     def _name_latest(self, step: int) -> None:
         with atomic_write(self.folder / LATEST_FILE, "w") as stream:
             stream.write(str(step))
-
-    def _steps(self) -> list[int]:
-        return steps_among(path.name for path in self.folder.iterdir())
 
 
 def step_name(step: int) -> str:
@@ -142,15 +131,10 @@ def step_name(step: int) -> str:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint folder's name.
-
-    Raises:
-        UserError: another name.
-    """
-    steps = steps_among([checkpoint.name])
-    if not steps:
-        raise UserError(f"{checkpoint}: a checkpoint folder is called global_step_N")
-    return steps[0]
+    """The step in a checkpoint folder's name; a `UserError` where that is another."""
+    if steps := steps_among([checkpoint.name]):
+        return steps[0]
+    raise UserError(f"{checkpoint}: a checkpoint folder is called global_step_N")
 
 
 def steps_among(names: Iterable[str]) -> list[int]:
@@ -168,20 +152,17 @@ def surplus(steps: Collection[int], latest: int, max_to_keep: int) -> list[int]:
 def write_state(state: dict[str, Any], folder: Path) -> None:
     """Write a checkpoint's `data.pt`, of tensors and plain values, and its sum."""
     # By way of memory: torch's own writing to a file hides why it failed.
-    content = io.BytesIO()
-    torch.save(state, content)
+    stream, file = io.BytesIO(), folder / TRAINER_STATE_FILE
+    torch.save(state, stream)
+    content = stream.getvalue()
     # What cannot be read again is to fail as it is written.
-    load_with_rng(io.BytesIO(content.getvalue()), folder / TRAINER_STATE_FILE)
-    (folder / TRAINER_STATE_FILE).write_bytes(content.getvalue())
-    write_checksums(folder, {TRAINER_STATE_FILE: hashlib.sha256(content.getvalue()).hexdigest()})
+    load_with_rng(io.BytesIO(content), file)
+    file.write_bytes(content)
+    write_checksums(folder, {file.name: hashlib.sha256(content).hexdigest()})
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What `write_state` wrote.
-
-    Raises:
-        UserError: it is damaged, or holds more than plain values, or no state.
-    """
+    """What `write_state` wrote; a `UserError` where it is damaged, or holds more than plain values, or no state."""
     sums = read_checksums(checkpoint)
     if not sums:
         logger.warning("%s is of an earlier version, without %s: its files are not checked", checkpoint, CHECKSUM_FILE)
@@ -207,10 +188,3 @@ def _checked(checkpoint: Path, named_by: str) -> Path:
             "one with trainer.resume_mode=resume_path, or start anew with trainer.resume_mode=disable"
         )
     return checkpoint
-
-
-def _remove(checkpoint: Path) -> None:
-    """Under its final name a checkpoint is always whole, even one that is being deleted."""
-    doomed = checkpoint.with_name(f".{checkpoint.name}.doomed.tmp")
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)

@@ -18,15 +18,31 @@ def load_plain(source: Path | io.BytesIO, name: str | Path | None = None, stand_
     """What `torch.save` wrote, with tensors on the CPU.
 
     Args:
-        source: a file, or its bytes.
         name: of the source in messages; a file's own path by default.
         stand_ins: as `torch.serialization.safe_globals` takes them: classes, and pairs of one and whose place it takes.
 
     Raises:
         UserError: it cannot be read, is damaged, or holds anything but tensors and plain values.
     """
-    with nothing_but_tensors(source if name is None else name), torch.serialization.safe_globals(list(stand_ins)):
+    with nothing_but_tensors(name or source), torch.serialization.safe_globals(list(stand_ins)):
         return torch.load(source, map_location="cpu", weights_only=True)
+
+
+class StandIn:
+    """What an object in a file had stored, in place of a class whose own unpickling trusts the file, or changes."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.stored: Any = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        self.stored = stored_fields(state)
+
+
+def stored_fields(state: Any) -> Any:
+    """A class with __slots__ stores a pair: its __dict__ or None, and the slots."""
+    if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):
+        return {**(state[0] or {}), **state[1]}
+    return state
 
 
 @contextmanager

@@ -13,7 +13,8 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
@@ -67,25 +68,18 @@ class RemoteFolder:
         key: the configuration key that names it, for messages.
 
     Raises:
-        UserError: the file system cannot be used.
+        UserError: the file system cannot be used; of all methods but `upload`, too.
     """
 
     def __init__(self, url: str, max_to_keep: int | None = None, key: str = "trainer.default_hdfs_dir") -> None:
         check_url(key, url)
         self.url, self._max_to_keep, self._key = url.rstrip("/"), max_to_keep, key
-        try:
+        with self._user_errors():
             self._files, self._root = url_to_fs(self.url)
-        except Exception as error:
-            # File systems raise what they like: missing libraries, credentials, addresses.
-            raise self._unusable(error) from error
 
     def latest(self) -> int | None:
-        """The newest whole checkpoint's step; None where there is none.
-
-        Raises:
-            UserError: the file system cannot be read.
-        """
-        try:
+        """The newest whole checkpoint's step; None where there is none."""
+        with self._user_errors():
             pointer = f"{self._root}/{LATEST_FILE}"
             if not self._files.exists(pointer):
                 return None
@@ -93,34 +87,26 @@ class RemoteFolder:
             # A run that went back replaces checkpoints of the one before, and may have been killed at this one.
             earlier = sorted((step for step in self._steps() if step <= latest), reverse=True)
             return next((step for step in earlier if self._is_whole(step)), latest)
-        except Exception as error:
-            raise self._unusable(error) from error
 
     def try_writing(self) -> None:
-        """Write a small file and remove it.
-
-        Raises:
-            UserError: the file system does not take it.
-        """
+        """Write a small file and remove it; a `UserError` where the file system does not take it."""
         probe = f"{self._root}/.try_{uuid.uuid4().hex}"
-        try:
+        with self._user_errors():
             self._files.makedirs(self._root, exist_ok=True)
             self._files.pipe_file(probe, b"try")
             self._files.rm_file(probe)
-        except Exception as error:
-            raise self._unusable(error) from error
 
     def upload(self, checkpoint: Path) -> None:
         """Copy a checkpoint; name it as the latest when every file has arrived; drop old ones. Raises whatever the
         file system does."""
         target = f"{self._root}/{checkpoint.name}"
-        names = [str(path.relative_to(checkpoint)) for path in sorted(checkpoint.rglob("*")) if path.is_file()]
-        names = [name for name in names if name != COMPLETE_FILE]
-        sizes = {name: (checkpoint / name).stat().st_size for name in names}
+        files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+        sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
+        sizes.pop(COMPLETE_FILE, None)
         self._discard(checkpoint.name)
-        for folder in {f"{target}/{name}".rpartition("/")[0] for name in names}:
+        for folder in {f"{target}/{name}".rpartition("/")[0] for name in sizes}:
             self._files.makedirs(folder, exist_ok=True)
-        self._files.put([str(checkpoint / name) for name in names], [f"{target}/{name}" for name in names])
+        self._files.put([str(checkpoint / name) for name in sizes], [f"{target}/{name}" for name in sizes])
         self._files.invalidate_cache()
         for name, size in sizes.items():
             if (arrived := self._files.size(f"{target}/{name}")) != size:
@@ -131,21 +117,16 @@ class RemoteFolder:
             stream.write(manifest)
         self._files.pipe_file(f"{target}/{COMPLETE_FILE}", manifest.encode())
         self._files.pipe_file(f"{self._root}/{LATEST_FILE}", str(step_of(checkpoint)).encode())
-        self._drop_old(step_of(checkpoint))
+        if self._max_to_keep is not None:
+            for step in surplus(self._steps(), step_of(checkpoint), self._max_to_keep):
+                self._discard(step_name(step))
 
     def check(self, name: str) -> None:
-        """Make sure that the checkpoint `name` (`global_step_N`) is there.
-
-        Raises:
-            UserError: there is no whole checkpoint of this name.
-        """
+        """Raise a `UserError` unless a whole checkpoint `name` (`global_step_N`) is there."""
         step = step_of(Path(name))
-        try:
-            is_whole = self._is_whole(step)
-        except Exception as error:
-            raise self._unusable(error) from error
-        if not is_whole:
-            raise UserError(f"{self._key}: {self.url}/{name} is no complete checkpoint (it has no {COMPLETE_FILE})")
+        with self._user_errors():
+            if not self._is_whole(step):
+                raise UserError(f"{self._key}: {self.url}/{name} is no complete checkpoint (it has no {COMPLETE_FILE})")
 
     def fetch(self, name: str, into: CheckpointFolder) -> Path:
         """Copy the checkpoint `name` (`global_step_N`) into the local folder, or find it there already.
@@ -156,7 +137,7 @@ class RemoteFolder:
         self.check(name)
         step, source = step_of(Path(name)), f"{self._root}/{name}"
         local = into.step_folder(step)
-        try:
+        with self._user_errors():
             manifest = self._files.cat_file(f"{source}/{COMPLETE_FILE}").decode()
             if local.exists():
                 self._check_same(local, manifest)
@@ -165,10 +146,6 @@ class RemoteFolder:
             with into.write(step) as folder:
                 self._download(source, json.loads(manifest)["files"], folder)
                 (folder / COMPLETE_FILE).write_text(manifest, encoding="utf-8")
-        except UserError:
-            raise
-        except Exception as error:
-            raise self._unusable(error) from error
         return local
 
     def _download(self, source: str, sizes: dict[str, int], folder: Path) -> None:
@@ -192,12 +169,6 @@ class RemoteFolder:
                 "that, or choose another trainer.default_local_dir"
             )
 
-    def _drop_old(self, latest: int) -> None:
-        if self._max_to_keep is None:
-            return
-        for step in surplus(self._steps(), latest, self._max_to_keep):
-            self._discard(step_name(step))
-
     def _steps(self) -> list[int]:
         paths = self._files.ls(self._root, detail=False)
         return steps_among(path.rstrip("/").rpartition("/")[2] for path in paths)
@@ -213,9 +184,16 @@ class RemoteFolder:
         if self._files.exists(folder):
             self._files.rm(folder, recursive=True)
 
-    def _unusable(self, error: Exception) -> UserError:
-        text = one_line(error)
-        return UserError(f"{self._key}={self.url} cannot be used: {type(error).__name__}: {text[:300]}")
+    @contextmanager
+    def _user_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            # File systems raise what they like: missing libraries, credentials, addresses.
+            why = f"{type(error).__name__}: {one_line(error)[:300]}"
+            raise UserError(f"{self._key}={self.url} cannot be used: {why}") from error
 
 
 class Uploads:
@@ -255,21 +233,16 @@ class Uploads:
 
     def _work(self) -> None:
         while True:
-            checkpoint = self._next()
+            with self._changed:
+                while self._waiting is None:
+                    self._changed.wait()
+                checkpoint, self._waiting = self._waiting, None
+                self._running = checkpoint
             succeeded = self._upload(checkpoint)
             with self._changed:
                 self.failed = [] if succeeded else [*self.failed, checkpoint]
                 self._running = None
                 self._changed.notify_all()
-
-    def _next(self) -> Path:
-        """Wait for a checkpoint, and take it."""
-        with self._changed:
-            while self._waiting is None:
-                self._changed.wait()
-            checkpoint = self._running = self._waiting
-            self._waiting = None
-            return checkpoint
 
     def _upload(self, checkpoint: Path) -> bool:
         for delay_s in (0.0, *self._retry_delays_s):

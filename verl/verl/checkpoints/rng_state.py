@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from verl.checkpoints.plain_values import load_plain
+from verl.checkpoints.plain_values import StandIn, load_plain
 
 
 def rng_state() -> dict[str, Any]:
@@ -28,8 +28,9 @@ def rng_state() -> dict[str, Any]:
 def set_rng_state(state: dict[str, Any]) -> None:
     """Put back what `rng_state` returned."""
     kind, keys, *place = state["numpy"]
-    if isinstance(keys, _StoredArray):
-        keys = np.frombuffer(keys.content, np.uint32)
+    if isinstance(keys, StandIn):
+        *_, content = keys.stored
+        keys = np.frombuffer(content, np.uint32)
     random.setstate(state["python"])
     np.random.set_state((kind, keys, *place))
     torch.set_rng_state(state["torch"])
@@ -39,23 +40,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 def load_with_rng(source: Path | io.BytesIO, name: str | Path | None = None) -> dict[str, Any]:
     """See `load_plain`: a file that also holds random states, perhaps of an older version."""
-    places = ("numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct")
-    names = (*places, places[-1].replace("numpy.core", "numpy._core"))
-    return load_plain(source, name, [_StoredArray, *((_StoredArray, place) for place in names)])
-
-
-class _StoredArray:
-    """A numpy array as its file holds it, which older checkpoints have among the random states.
-
-    numpy's own unpickling takes the dtype from the file, and with it where an array's bytes are pointers.
-    """
-
-    def __init__(self, *arguments: Any) -> None:
-        self._stored: Any = arguments
-
-    def __setstate__(self, state: Any) -> None:
-        self._stored = state
-
-    @property
-    def content(self) -> bytes:
-        return self._stored[-1]
+    # Older ones are arrays of numpy, whose own unpickling takes the dtype from the file, and with it where an array's
+    # bytes are pointers.
+    arrays = ("ndarray", "dtype", "core.multiarray._reconstruct", "_core.multiarray._reconstruct")
+    return load_plain(source, name, [StandIn, *((StandIn, f"numpy.{array}") for array in arrays)])

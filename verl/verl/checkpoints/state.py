@@ -17,7 +17,6 @@ import io
 import logging
 import random
 from concurrent.futures import Future
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ from verl.checkpoints.rng_state import load_with_rng, rng_state, set_rng_state
 from verl.checkpoints.storage import METADATA_FILE, HashingWriter, load_state, read_metadata
 from verl.models.fsdp import reshard
 from verl.optim.optimizers import Optimizers
+from verl.utils.first_rank import check_on_all_ranks
 from xbai.engine.scorer import HEAD_PREFIX
 from xbai.errors import UserError
 from xbai.files import fsync_tree, why_not_written
@@ -69,7 +69,6 @@ def save_checkpoint(
 
     Args:
         folder: `.../actor`, in a step folder that is not yet visible under its final name.
-        model, optimizer: of this rank.
         files, sprm_config: travel with the weights.
 
     Raises:
@@ -126,11 +125,7 @@ class BackgroundSaves:
         self._save = (saving if isinstance(saving, Future) else saving.upload_completion), Path(folder)
 
     def is_done(self) -> bool:
-        """Whether all ranks' bytes are on the disk.
-
-        Raises:
-            UserError: a rank could not write; on every rank.
-        """
+        """Whether all ranks' bytes are on the disk; a `UserError` on every rank where one could not write."""
         if self._save is None:
             return True
         save, folder = self._save
@@ -147,14 +142,13 @@ class BackgroundSaves:
 def load_checkpoint(
     folder: str | Path, model: nn.Module, optimizer: Optimizers, *, load_optimizer: bool = True, seed: int = 0
 ) -> None:
-    """Restore what `save_checkpoint` wrote, in place. A collective.
+    """Restore what `save_checkpoint` wrote into a model and optimisers built as for a new run. A collective.
 
     Moments and the place in the schedules come from the checkpoint; learning rates and other settings of the
     optimisers are the configuration's, so that a run can go on with others.
 
     Args:
         folder: `.../global_step_N/actor`.
-        model, optimizer: built and sharded as for a new run.
         load_optimizer: false (`optim.no_load_optim`) leaves optimisers and schedules as they are.
         seed: for the random states, when the checkpoint was written by another number of ranks.
 
@@ -181,7 +175,7 @@ def load_checkpoint(
         load_state(state, folder)
     except CheckpointException as error:
         raise UserError(f"{folder}: the checkpoint does not fit this model: {_reason(error)}") from error
-    _check_head(folder, state["model"])
+    check_on_all_ranks(lambda: _check_head(folder, state["model"]))
     set_model_state_dict(model, state["model"])
     if load_optimizer:
         for name, part in optimizer.optimizers.items():
@@ -194,16 +188,11 @@ def load_checkpoint(
 
 
 def _check_head(folder: Path, weights: dict[str, Any]) -> None:
-    """Refuse a score head that is not finite, which would give each step the same score, or none. A collective."""
-    parts = {
-        name: weight.to_local() if isinstance(weight, DTensor) else weight
-        for name, weight in weights.items()
-        if name.startswith(HEAD_PREFIX)
-    }
-    broken: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(broken, next((name for name, part in parts.items() if not part.isfinite().all()), None))
-    for name in filter(None, broken):
-        raise UserError(f"{folder}: {name} holds weights that are not finite; resume from an earlier checkpoint")
+    """Refuse a score head that is not finite, which would give each step the same score, or none."""
+    for name, weight in weights.items():
+        part = weight.to_local() if isinstance(weight, DTensor) else weight
+        if name.startswith(HEAD_PREFIX) and not part.isfinite().all():
+            raise UserError(f"{folder}: {name} holds weights that are not finite; resume from an earlier checkpoint")
 
 
 class _Writer(HashingWriter):
@@ -211,19 +200,16 @@ class _Writer(HashingWriter):
 
     def __init__(self, folder: str | Path, files: ModelFiles, sprm_config: SPRMConfig | None) -> None:
         super().__init__(folder)
-        self._write_files = partial(_write_model_files, Path(folder) / HUGGINGFACE_FOLDER, files, sprm_config)
+        self._model_files, self._sprm_config = files, sprm_config
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        self._write_files()
+        folder = Path(self.path) / HUGGINGFACE_FOLDER
+        folder.mkdir(parents=True)
+        self._model_files.write(folder)
+        if self._sprm_config is not None:
+            save_sprm_config(folder, self._sprm_config)
+        fsync_tree(folder)
         super().finish(metadata, results)
-
-
-def _write_model_files(folder: Path, files: ModelFiles, sprm_config: SPRMConfig | None) -> None:
-    folder.mkdir(parents=True)
-    files.write(folder)
-    if sprm_config is not None:
-        save_sprm_config(folder, sprm_config)
-    fsync_tree(folder)
 
 
 def _save(state: dict[str, Any], folder: str | Path, files: ModelFiles, sprm_config: SPRMConfig | None) -> None:

@@ -17,19 +17,11 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.metadata as dcp_metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -97,11 +89,7 @@ class _HashedFiles(FileSystem):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Names, shapes and places of what a folder holds.
-
-    Raises:
-        UserError: `.metadata` is damaged, or holds anything else.
-    """
+    """Names, shapes and places of what a folder holds; a `UserError` where `.metadata` is damaged, or no such thing."""
     return _PlainReader(folder).read_metadata()
 
 
@@ -162,15 +150,15 @@ class _PlainPlanner(DefaultLoadPlanner):
 _CLASSES = {
     (allowed.__module__, allowed.__qualname__): allowed
     for allowed in (
-        _MEM_FORMAT_ENCODING,
+        dcp_metadata._MEM_FORMAT_ENCODING,
         _StorageInfo,
-        BytesStorageMetadata,
-        ChunkStorageMetadata,
+        dcp_metadata.BytesStorageMetadata,
+        dcp_metadata.ChunkStorageMetadata,
         Metadata,
-        MetadataIndex,
+        dcp_metadata.MetadataIndex,
         StorageMeta,
-        TensorProperties,
-        TensorStorageMetadata,
+        dcp_metadata.TensorProperties,
+        dcp_metadata.TensorStorageMetadata,
         torch.Size,
         torch.serialization._get_layout,
     )

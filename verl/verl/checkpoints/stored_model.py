@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,34 +18,15 @@ from xbai.errors import UserError, one_line
 MODEL_PREFIX = "model."
 
 
-class StoredModel(Protocol):
-    """A language model by its Hugging Face names, perhaps with a score head as `score_head.*`."""
-
-    @property
-    def tensors(self) -> Mapping[str, Tensor]:
-        """Names, whole shapes and dtypes (on the meta device)."""
-
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Whole tensors.
-
-        Raises:
-            UserError: a file of the checkpoint is damaged or missing.
-        """
-
-
 class DistributedCheckpoint:
-    """What `verl.checkpoints.state.save_checkpoint` wrote.
-
-    Args:
-        folder: `.../global_step_N/actor`.
-    """
+    """What `save_checkpoint` wrote into `.../global_step_N/actor`, by Hugging Face's names and `score_head.*`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """See `StoredModel`."""
+        """Names, whole shapes and dtypes (on the meta device)."""
         entries = read_metadata(self._folder).state_dict_metadata
         return {
             _public_name(key): torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
@@ -55,7 +35,7 @@ class DistributedCheckpoint:
         }
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """See `StoredModel`."""
+        """Whole tensors; a `UserError` where a file of the checkpoint is damaged or missing."""
         tensors = {_key(name): torch.empty_like(self.tensors[name], device="cpu") for name in names}
         try:
             load_state(tensors, self._folder, no_dist=True)
@@ -66,17 +46,16 @@ class DistributedCheckpoint:
         return {_public_name(key): tensor for key, tensor in tensors.items()}
 
 
+StoredModel = DistributedCheckpoint | VerlShards
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder holds a model that `open_stored_model` reads."""
     return (folder / METADATA_FILE).is_file() or has_verl_shards(folder)
 
 
 def open_stored_model(folder: Path) -> StoredModel:
-    """The model of a folder for which `is_checkpoint` holds.
-
-    Raises:
-        UserError: shards that are missing, damaged or not only tensors.
-    """
+    """The model of a folder for which `is_checkpoint` holds; errors as of `VerlShards`."""
     return DistributedCheckpoint(folder) if (folder / METADATA_FILE).is_file() else VerlShards(folder)
 
 

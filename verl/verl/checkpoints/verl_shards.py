@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from verl.checkpoints.plain_values import nothing_but_tensors
+from verl.checkpoints.plain_values import StandIn, nothing_but_tensors, stored_fields
 from xbai.errors import UserError
 
 Part = tuple[Tensor, Sequence[int]]
@@ -27,10 +27,7 @@ FILE_PATTERN = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
 
 
 class VerlShards:
-    """The shards of one checkpoint.
-
-    Args:
-        folder: `.../global_step_N/actor`.
+    """The shards in `.../global_step_N/actor`.
 
     Raises:
         UserError: a rank's file is missing, damaged or holds something other than tensors.
@@ -48,11 +45,7 @@ class VerlShards:
         }
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Whole tensors, put together from the ranks' parts.
-
-        Raises:
-            UserError: parts that do not make up the whole, or are laid out as FSDP does not.
-        """
+        """Whole tensors; a `UserError` where the ranks' parts do not make them up, or are laid out as FSDP does not."""
         return {name: self._whole(name) for name in names}
 
     def _whole(self, name: str) -> Tensor:
@@ -115,16 +108,6 @@ def _rank_files(folder: Path) -> list[Path]:
     return files
 
 
-class _StandIn:
-    """An object of torch.distributed in a file: what it had stored."""
-
-    def __init__(self, *arguments: Any) -> None:
-        self.stored: Any = arguments
-
-    def __setstate__(self, state: Any) -> None:
-        self.stored = _fields(state)
-
-
 class _Sharded(Tensor):
     """A DTensor or ShardedTensor in a file: the whole's shape and dtype, and what this rank had stored of it."""
 
@@ -132,7 +115,7 @@ class _Sharded(Tensor):
     is_dtensor: bool
 
     def __setstate__(self, state: Any) -> None:
-        self.stored = _fields(state)
+        self.stored = stored_fields(state)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch types it as if it were of an instance.
@@ -149,18 +132,11 @@ class _ShardedTensor(_Sharded):
     is_dtensor = False
 
 
-def _fields(state: Any) -> Any:
-    """A class with __slots__ stores a pair: its __dict__ or None, and the slots."""
-    if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):
-        return {**(state[0] or {}), **state[1]}
-    return state
-
-
 def _load(path: Path) -> dict[str, Any]:
     with nothing_but_tensors(path), _no_safe_globals():
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         stand_ins = [(_stand_in(name), name) for name in names if _is_known(name)]
-        with torch.serialization.safe_globals([_StandIn, *stand_ins]):
+        with torch.serialization.safe_globals([StandIn, *stand_ins]):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
@@ -184,9 +160,9 @@ def _stand_in(name: str) -> Any:
         return _nested_class
     last = name.rpartition(".")[2]
     bases = {"DTensor": _DTensor, "ShardedTensor": _ShardedTensor}
-    return bases.get(last) or type(last, (_StandIn,), {})
+    return bases.get(last) or type(last, (StandIn,), {})
 
 
-def _nested_class(owner: Any, name: str) -> type[_StandIn]:
+def _nested_class(owner: Any, name: str) -> type[StandIn]:
     """A class inside of a class (ShardedTensor's process group state) is pickled as a call of getattr."""
-    return _StandIn
+    return StandIn

@@ -24,17 +24,12 @@ _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def write_weights(
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    dtype: torch.dtype,
-    read: Callable[[Iterable[str]], dict[str, Tensor]],
+    folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, read: Callable[[Iterable[str]], dict[str, Tensor]]
 ) -> None:
     """Write weights in `dtype`, holding one file of at most 5 GB in memory.
 
     Args:
-        folder: exists.
         tensors: names and shapes; on any device, the meta device too.
-        dtype: to write.
         read: gives the values of some of them, on the CPU.
 
     Raises:

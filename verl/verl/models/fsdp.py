@@ -12,13 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -42,14 +36,8 @@ def local_device() -> torch.device:
 def init_distributed(timeout_s: float = 1800.0) -> torch.device:
     """Join the process group that the usual variables (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`) describe.
 
-    CPU tensors travel by gloo and GPU tensors by NCCL.
-
-    Args:
-        timeout_s: how long a rank waits for the others in one collective, before it fails; for groups that are made
-            later, see `adopt_timeout`.
-
-    Returns:
-        This rank's device, made the current one.
+    CPU tensors travel by gloo and GPU tensors by NCCL. A rank that waits `timeout_s` for the others in one collective
+    fails; for groups that are made later, see `adopt_timeout`. Returns this rank's device, made the current one.
     """
     device = local_device()
     if device.type == "cuda":
@@ -67,11 +55,9 @@ def adopt_timeout(group: dist.ProcessGroup) -> None:
 
 
 def create_mesh(fsdp_size: int = -1) -> DeviceMesh:
-    """The data-parallel mesh over all ranks.
+    """The data-parallel mesh over all ranks; `fsdp_size` of them share one sharded copy of the model.
 
-    Args:
-        fsdp_size: ranks that share one sharded copy of the model; -1 for all of them (plain FSDP). A smaller number
-            gives HSDP: sharded inside a group, replicated over groups.
+    -1 stands for all of them (plain FSDP). A smaller number gives HSDP: sharded in a group, replicated over groups.
 
     Raises:
         UserError: `fsdp_size` does not divide the number of ranks.
@@ -117,7 +103,7 @@ def shard_model(
     def shard(module: nn.Module, policy: MixedPrecisionPolicy, reshards: bool = reshards) -> None:
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards, offload_policy=offload_policy)
 
-    backbone = transformers_model(model)
+    backbone = next(child for child in model.children() if isinstance(child, PreTrainedModel))
     compute = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     for layer in decoder_layers(backbone):
         shard(layer, compute)
@@ -135,11 +121,6 @@ def shard_model(
         model.float()
         backbone.config.dtype = stored_dtype
     return model
-
-
-def transformers_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model among the children of a joint or value model."""
-    return next(child for child in model.children() if isinstance(child, PreTrainedModel))
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -185,23 +166,12 @@ def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> None:
-    """Scale gradients whose total norm is `norm` (from `grad_norm`) down to `max_norm`."""
-    torch.nn.utils.clip_grads_with_norm_(list(parameters), max_norm, norm)
-
-
 def named_full_tensors(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """Gather the weights one parameter at a time, for weight sync: never more than one of them is whole.
 
-    A collective: every rank must run the iterator to its end.
-
-    Args:
-        model: sharded or plain.
-        dtype: cast the policy's weights to this on the way (the head stays float32).
-
-    Yields:
-        `(name, tensor)` with the names of the Hugging Face checkpoint, and `score_head.*`. A tied `lm_head.weight` is
-        left out, as in that checkpoint.
+    A collective: every rank must run the iterator to its end. The policy's weights are cast to `dtype` on the way (the
+    head stays float32). Names are those of the Hugging Face checkpoint, and `score_head.*`. A tied `lm_head.weight` is
+    left out, as in that checkpoint.
     """
     reshard(model)
     for name, parameter in model.named_parameters():

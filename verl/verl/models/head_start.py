@@ -29,7 +29,6 @@ def standardize_features(model: JointModel, compute: Callable[[], object], is_fr
     """Standardise what the score head sees by the step features of all ranks. A collective.
 
     Args:
-        model: sharded or plain, with a score head.
         compute: runs forward passes; of a sequence-parallel group each rank's see other steps.
         is_fresh: a fresh head gives standardised features the logits that it gave features as they are. Any other goes
             on giving the same logits, and only its optimiser sees it on standardised features.
@@ -56,7 +55,6 @@ def start_head(
     """Standardise the features of a fresh head by rows whose grades are known, and set its bias. A collective.
 
     Args:
-        model: sharded or plain, with a score head.
         batches: as many on every rank, with `step_feature_mask [B, T]`, `correct` and `graded [B]`.
         evaluate: a batch's step logits [B, T] in evaluation mode.
         objective: of the training that follows.
@@ -75,11 +73,7 @@ def start_head(
 
 
 def head_of(model: JointModel) -> ScoreHead:
-    """Its score head.
-
-    Raises:
-        ValueError: it has none.
-    """
+    """Its score head; a `ValueError` where it has none."""
     if model.score_head is None:
         raise ValueError("the model has no score head")
     return model.score_head

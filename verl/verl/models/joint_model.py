@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from verl.models.lm_head import LMHead
-from verl.models.log_probs import FinalStates, token_log_probs
+from verl.models.log_probs import FinalStates, LMHead, token_log_probs
 from verl.models.packing import TokenLayout
 from xbai.sprm import HiddenStateTap, ScoreHead, scale_gradient
 
@@ -31,11 +30,7 @@ class JointOutput(NamedTuple):
 
 
 def computed(part: Tensor | None) -> Tensor:
-    """A part of a `JointOutput` that a loss needs.
-
-    Raises:
-        ValueError: the forward pass was not asked for it, or the model has no score head.
-    """
+    """A part of a `JointOutput`; a `ValueError` where the forward pass was not asked for it, or there is no head."""
     if part is None:
         raise ValueError("the loss needs what the forward pass was not asked for")
     return part

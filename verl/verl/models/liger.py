@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from xbai.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
 
 KEY = "model.use_liger"
 
@@ -27,8 +25,6 @@ def check_liger(device: str, key: str = KEY) -> None:
 
 def has_liger_kernels(config: PretrainedConfig, trust_remote_code: bool = False) -> bool:
     """Whether `apply_liger` would find what it needs in a causal LM of this configuration."""
-    from transformers import AutoModelForCausalLM
-
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -57,17 +53,10 @@ def apply_liger(model: PreTrainedModel) -> None:
 
 def _modules_of(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
     """The RMS norms and the gated MLPs."""
-    modules = list(model.modules())
-    return [one for one in modules if _is_rms_norm(one)], [one for one in modules if _is_swiglu(one, model)]
-
-
-def _is_rms_norm(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
-
-
-def _is_swiglu(module: nn.Module, model: PreTrainedModel) -> bool:
-    is_gated = all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj"))
-    return is_gated and getattr(model.config, "hidden_act", None) == "silu"
+    modules, parts = list(model.modules()), ("gate_proj", "up_proj", "down_proj")
+    norms = [m for m in modules if type(m).__name__.endswith("RMSNorm") and hasattr(m, "variance_epsilon")]
+    is_silu = getattr(model.config, "hidden_act", None) == "silu"
+    return norms, [m for m in modules if is_silu and all(hasattr(m, part) for part in parts)]
 
 
 def _rms_norm(self: Any, hidden_states: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -25,11 +25,7 @@ DTYPES = files.DTYPES | {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": 
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of a configuration value, one of `DTYPES`.
-
-    Raises:
-        UserError: another name.
-    """
+    """The dtype of a configuration value; a `UserError` where it is none of `DTYPES`."""
     if name not in DTYPES:
         raise UserError(f"dtype {name!r} is unknown, use one of {', '.join(DTYPES)}")
     return DTYPES[name]
@@ -47,11 +43,11 @@ def trained_dtype(name: str, key: str) -> torch.dtype:
         UserError: an unknown name, or float16, in which small gradients are 0 (a loss is a mean over all tokens of a
             batch, and there is no loss scaling) and weights that Adam keeps in it become nan (its epsilon is 0).
     """
-    if torch_dtype(name) == torch.float16:
-        raise UserError(
-            f"{key}={name} cannot train: small gradients, and Adam's epsilon, are 0 in float16; use bfloat16 or float32"
-        )
-    return torch_dtype(name)
+    if (dtype := torch_dtype(name)) != torch.float16:
+        return dtype
+    raise UserError(
+        f"{key}={name} cannot train: small gradients, and Adam's epsilon, are 0 in float16; use bfloat16 or float32"
+    )
 
 
 def loading_dtype(path: str | Path, dtype: torch.dtype) -> torch.dtype:
@@ -66,15 +62,21 @@ def loading_dtype(path: str | Path, dtype: torch.dtype) -> torch.dtype:
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, with a padding token.
-
-    Raises:
-        UserError: the folder has no tokenizer.
-    """
+    """The tokenizer of a model folder, with a padding token; a `UserError` where the folder has none."""
     tokenizer = files.load_tokenizer(path, trust_remote_code)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+class TransformerOptions(TypedDict, total=False):
+    """See `load_transformer`."""
+
+    packed: bool
+    trust_remote_code: bool
+    gradient_checkpointing: bool
+    compute_dtype: torch.dtype | None
+    compile_layers: bool
 
 
 def build_joint_model(
@@ -84,14 +86,10 @@ def build_joint_model(
     sprm_config: SPRMConfig | None = None,
     score_model_path: str | Path | None = None,
     channel: int | None = None,
-    trust_remote_code: bool = False,
-    gradient_checkpointing: bool = False,
-    compute_dtype: torch.dtype | None = None,
-    packed: bool = False,
     use_liger: bool = False,
     fused_kernels: bool = False,
     logits_dtype: torch.dtype | None = None,
-    compile_layers: bool = False,
+    **options: Unpack[TransformerOptions],
 ) -> JointModel:
     """Load the LM of a Hugging Face folder and, when `sprm_config` is given, a score head, on the CPU.
 
@@ -102,25 +100,15 @@ def build_joint_model(
         score_model_path: `score_module.pt` or its folder; None takes the model folder's, and where that has none a
             fresh head, initialised alike on every rank.
         channel: the hidden size that the configuration expects, checked against the model's.
-        trust_remote_code, gradient_checkpointing, compute_dtype, packed: see `load_transformer`.
         use_liger: see `apply_liger`.
         fused_kernels, logits_dtype: see `JointModel`.
-        compile_layers: see `load_transformer`.
+        options: see `load_transformer`.
 
     Raises:
         UserError: no such folder, no model in it, a head that does not fit, a model that cannot be packed or that Liger
             has no kernels for.
     """
-    lm = load_transformer(
-        AutoModelForCausalLM,
-        path,
-        dtype,
-        packed=packed,
-        trust_remote_code=trust_remote_code,
-        gradient_checkpointing=gradient_checkpointing,
-        compute_dtype=compute_dtype,
-        compile_layers=compile_layers,
-    )
+    lm = load_transformer(AutoModelForCausalLM, path, dtype, **options)
     if use_liger:
         apply_liger(lm)
     hidden_size = lm.config.hidden_size
@@ -145,20 +133,18 @@ def load_transformer(
     path: str | Path,
     dtype: torch.dtype,
     *,
-    packed: bool,
-    trust_remote_code: bool,
-    gradient_checkpointing: bool,
-    compute_dtype: torch.dtype | None,
+    packed: bool = False,
+    trust_remote_code: bool = False,
+    gradient_checkpointing: bool = False,
+    compute_dtype: torch.dtype | None = None,
     compile_layers: bool = False,
 ) -> PreTrainedModel:
     """Load a Hugging Face folder for training, on the CPU.
 
     Args:
         auto_class: with the LM head or without.
-        path: model folder.
-        dtype: of the weights.
+        path, dtype: of the weights.
         packed: for packed sequences (`model.use_remove_padding`), and for them alone.
-        trust_remote_code: passed on to transformers.
         gradient_checkpointing: recompute each decoder layer in the backward pass.
         compute_dtype: what FSDP2 will cast the weights to (None: `dtype`); flash attention works in 16 bits only.
         compile_layers: have torch.compile make kernels of each decoder layer, when it first runs; all share them.
@@ -195,11 +181,7 @@ def attention_for(compute_dtype: torch.dtype, packed: bool = False) -> str:
 
 
 def check_packable(lm: PreTrainedModel) -> None:
-    """Refuse a model in which a token would see the sequences packed before its own.
-
-    Raises:
-        UserError: see `why_not_packed`.
-    """
+    """Raise a `UserError` where a token would see the sequences packed before its own, see `why_not_packed`."""
     if reason := why_not_packed(lm):
         raise UserError(
             f"{type(lm).__name__} cannot compute packed sequences ({reason}): set "

@@ -1,4 +1,4 @@
-"""Tensor functions that keep [tokens, vocabulary] from ever being whole in memory."""
+"""From final hidden states to log-probs, without [tokens, vocabulary] ever being whole in memory."""
 
 from __future__ import annotations
 
@@ -8,12 +8,42 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from verl.models.lm_head import LMHead, add_weight_gradient
+from xbai.engine.linear import matrix_product
 
 # Logits held at once (512 MiB in float32): about 880 tokens of a 152k vocabulary. Compiled kernels keep no copies.
 LOGITS_PER_CHUNK, LOGITS_PER_FUSED_CHUNK = 2**27, 2**28
+
+
+class LMHead(NamedTuple):
+    """Hidden states to logits: products that are summed in float32 where their operands have 16 bits.
+
+    Attributes:
+        weight: [V, c] as it is multiplied.
+        bias: [V], or None.
+        dtype: of the logits. What a product of 16-bit numbers is rounded to when it leaves the matrix unit moves
+            log-probabilities more than all layers before it: logits of about 20 are known to 0.06 in bfloat16.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, linear: nn.Linear, dtype: torch.dtype | None = None) -> LMHead:
+        """The head of a causal LM, while its weight is whole; `dtype` None: logits as the weight is."""
+        return cls(linear.weight, linear.bias, dtype or linear.weight.dtype)
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return self.weight.shape[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, V] of final hidden states [n, c]."""
+        product = matrix_product(hidden.to(self.weight.dtype), self.weight.T, self.dtype)
+        return product if self.bias is None else product + self.bias
 
 
 class FinalStates:
@@ -154,16 +184,20 @@ def _add_gradients(sums: list[Tensor | None], of_logits: Tensor, hidden: Tensor,
     if of_hidden is not None:
         of_hidden[chunk] = of_logits @ weight
     if of_weight is not None:
-        add_weight_gradient(of_weight, of_logits, hidden[chunk].to(weight.dtype))
+        _add_weight_gradient(of_weight, of_logits, hidden[chunk].to(weight.dtype))
+
+
+def _add_weight_gradient(total: Tensor, logit_gradients: Tensor, hidden: Tensor) -> None:
+    """Add a chunk's share to `total` [V, c], in its dtype, from the gradients [n, V] and [n, c] hidden states."""
+    if total.dtype == hidden.dtype or total.device.type == "cpu":
+        total += matrix_product(logit_gradients.T, hidden, total.dtype)
+    else:
+        # In the product's own kernel: a temporary one of 152k x 5,120 would take 3 GB, and three more passes over it.
+        torch.addmm(total, logit_gradients.T, hidden, out_dtype=total.dtype, out=total)
 
 
 def _logit_gradients(
-    chunks: _Chunks,
-    lm_head: LMHead,
-    hidden: Tensor,
-    labels: Tensor,
-    chunk: slice,
-    gradients: tuple[Tensor | None, ...],
+    chunks: _Chunks, lm_head: LMHead, hidden: Tensor, labels: Tensor, chunk: slice, gradients: tuple[Tensor | None, ...]
 ) -> Tensor:
     """[n, V] for the tokens of a chunk, whose logits are computed once more."""
     logits = lm_head.logits(hidden[chunk]).requires_grad_()
@@ -203,21 +237,3 @@ def _fused_chunk_log_probs() -> Callable[..., tuple[Tensor, Tensor | None, Tenso
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     """Sum of `values` where `mask`; values off the mask may be anything, inf and nan included."""
     return values.masked_fill(~mask.bool(), 0.0).sum()
-
-
-def trim_padding(attention_mask: Tensor, response_length: int) -> tuple[int, int]:
-    """Columns of padding common to all rows of a batch laid out as left-padded prompt and right-padded response.
-
-    Args:
-        attention_mask: [batch, prompt + response].
-        response_length: columns of the response.
-
-    Returns:
-        `(left, right)`: how many columns can be cut off at either side. At least one column of the prompt and one of
-        the response remain.
-    """
-    used = attention_mask.bool().any(0)
-    prompt_length = len(used) - response_length
-    left = int(used[: prompt_length - 1].long().cumsum(0).eq(0).sum())
-    right = int(used[prompt_length + 1 :].flip(0).long().cumsum(0).eq(0).sum())
-    return left, right

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from verl.models.identical_rows import DistinctRows
-from verl.models.log_probs import trim_padding
 from verl.models.ulysses import UlyssesPacking, group_size
 from xbai.engine.packed_attention import Packing
 
@@ -41,7 +40,6 @@ class TokenLayout:
 
     Args:
         batch: the padded rows; best on the CPU, from where nothing waits for the device.
-        backbone_inputs: see the attribute.
         slots: [B, T] index of each token in the flattened hidden states, `NOT_HERE` for those that are not among them.
         device: of the model; None for where the batch lies.
         sp_group: the ranks that share these rows.
@@ -143,6 +141,18 @@ class _SumOfRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient * ctx.ranks, None
+
+
+def trim_padding(attention_mask: Tensor, response_length: int) -> tuple[int, int]:
+    """How many columns can be cut off at the left and at the right: they are padding in all rows [B, P+R] of a batch.
+
+    Rows are left-padded prompts and right-padded responses of R columns. At least one column of either remains.
+    """
+    used = attention_mask.bool().any(0)
+    prompt_length = len(used) - response_length
+    left = int(used[: prompt_length - 1].long().cumsum(0).eq(0).sum())
+    right = int(used[prompt_length + 1 :].flip(0).long().cumsum(0).eq(0).sum())
+    return left, right
 
 
 def padded_layout(batch: Batch, device: torch.device | None = None) -> TokenLayout:

@@ -14,10 +14,8 @@ from verl.models.packing import TokenLayout
 class ReferencePolicy:
     """Gives the reference's final states, from which its logits are made chunk by chunk where they are compared.
 
-    Its LM head stays gathered from the first `states` to `release`, and so over all micro-batches of a mini-batch.
-
-    Args:
-        model: without score head, sharded by `shard_model`, which keeps the LM head with the root.
+    The model, without score head, is sharded by `shard_model`, which keeps the LM head with the root: it stays gathered
+    from the first `states` to `release`, and so over all micro-batches of a mini-batch.
     """
 
     def __init__(self, model: JointModel) -> None:

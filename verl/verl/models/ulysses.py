@@ -21,10 +21,7 @@ from xbai.errors import UserError
 class UlyssesPacking(Packing):
     """Sequences whose N tokens the ranks of a group share, in equal contiguous slices.
 
-    Args:
-        cu_seqlens: of all N tokens; those that fill N up to a multiple of the ranks are a sequence of their own.
-        max_seqlen: the length of the longest sequence.
-        group: the sequence-parallel group.
+    Those tokens that fill N up to a multiple of the ranks are a sequence of their own in `cu_seqlens`.
     """
 
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int, group: dist.ProcessGroup) -> None:
@@ -67,12 +64,9 @@ def sequence_parallel_group(size: int) -> dist.ProcessGroup | None:
 
 
 def check_head_counts(num_heads: int, num_kv_heads: int, sp: int) -> None:
-    """Check that a model's attention heads divide among `sp` ranks.
+    """Raise a `UserError` where a model's attention heads do not divide among `sp` ranks.
 
     Key/value heads that do not divide are repeated, which any number of them allows that divides the query heads.
-
-    Raises:
-        UserError: they do not.
     """
     if num_heads % num_kv_heads:
         raise UserError(f"the model has {num_heads} attention heads, no multiple of its {num_kv_heads} key/value heads")
@@ -88,9 +82,7 @@ def split_heads(query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGr
 
     Args:
         query: [N/sp, heads, d]; N/sp is the same on all ranks of the group.
-        key: [N/sp, kv_heads, d].
-        value: the same.
-        group: the sequence-parallel group.
+        key, value: [N/sp, kv_heads, d].
 
     Returns:
         [N, heads/sp, d], and twice [N, lcm(kv_heads, sp)/sp, d]; views of one buffer.

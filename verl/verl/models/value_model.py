@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
-from verl.models.loading import load_transformer
-
-if TYPE_CHECKING:
-    from verl.models.packing import TokenLayout
+from verl.models.loading import TransformerOptions, load_transformer
+from verl.models.packing import TokenLayout
 
 HEAD_SEED = 0
 
@@ -40,31 +38,19 @@ class ValueModel(nn.Module):
 def build_value_model(
     path: str | Path,
     dtype: torch.dtype = torch.float32,
-    *,
-    packed: bool = False,
-    trust_remote_code: bool = False,
-    gradient_checkpointing: bool = False,
-    compute_dtype: torch.dtype | None = None,
+    **options: Unpack[TransformerOptions],
 ) -> ValueModel:
     """Load the backbone of a Hugging Face folder, on the CPU, and put a fresh value head on it, alike on every rank.
 
     Args:
         path: model folder, of a causal LM (whose LM head is not loaded) or of a base model.
         dtype: of the backbone's weights; the head is float32.
-        packed, trust_remote_code, gradient_checkpointing, compute_dtype: see `load_transformer`.
+        options: see `load_transformer`.
 
     Raises:
         UserError: no such folder, no model in it, or one that cannot compute packed sequences.
     """
-    backbone = load_transformer(
-        AutoModel,
-        path,
-        dtype,
-        packed=packed,
-        trust_remote_code=trust_remote_code,
-        gradient_checkpointing=gradient_checkpointing,
-        compute_dtype=compute_dtype,
-    )
+    backbone = load_transformer(AutoModel, path, dtype, **options)
     return ValueModel(backbone, _fresh_head(backbone.config.hidden_size))
 
 

@@ -36,7 +36,6 @@ class EightBitAdam(Optimizer):
 
     Args:
         name: one of `EIGHT_BIT_OPTIMIZERS`.
-        parameters: plain or sharded.
         options: `lr`, `betas` and `weight_decay`.
     """
 

@@ -22,7 +22,6 @@ class Muon(torch.optim.Optimizer):
     Jordan, https://kellerjordan.github.io/posts/muon/.
 
     Args:
-        named_parameters: as `module.named_parameters()` gives them.
         lr: of the matrices; a tall one's is scaled by the root of its aspect ratio.
         adamw_lr: of everything else.
         betas: of AdamW.
@@ -88,11 +87,7 @@ def _on_whole(matrix: Tensor) -> Tensor:
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:
-    """About the nearest matrix with orthonormal rows or columns: singular values go to 0.7..1.2, vectors stay.
-
-    Args:
-        matrix: [rows, columns].
-    """
+    """About the nearest matrix with orthonormal rows or columns: singular values go to 0.7..1.2, vectors stay."""
     a, b, c = NEWTON_SCHULZ
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if is_tall else matrix).bfloat16()

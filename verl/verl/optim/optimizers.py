@@ -6,18 +6,18 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from typing import TypedDict
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from verl.models.fsdp import clip_gradients, grad_norm, local_device
+from verl.models.fsdp import grad_norm, local_device
 from verl.models.joint_model import JointModel
 from verl.optim.eight_bit_adam import EIGHT_BIT_OPTIMIZERS, EightBitAdam, check_eight_bit
 from verl.optim.muon import Muon
-from verl.trainer.config.optim import OptimConfig, SFTOptim
+from verl.trainer.config.schema import OptimConfig, SFTOptim
 from xbai.errors import UserError
 from xbai.sprm import ScoreHead, unfolded
 
@@ -28,12 +28,6 @@ STATE_BYTES = {"AdamW": 8, "Muon": 4, **dict.fromkeys(EIGHT_BIT_OPTIMIZERS, 2)}
 """What an optimiser keeps of one float32 parameter, at least."""
 
 
-class _Options(TypedDict):
-    lr: float
-    betas: tuple[float, float]
-    weight_decay: float
-
-
 def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> Optimizer:
     """The optimiser of one `optim` section.
 
@@ -41,8 +35,7 @@ def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config
         UserError: an 8-bit one that cannot run here.
         ValueError: Muon without `adamw_lr`.
     """
-    first, second = config.betas
-    options: _Options = {"lr": config.lr, "betas": (first, second), "weight_decay": config.weight_decay}
+    options: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "weight_decay": config.weight_decay}
     if config.name == "Muon":
         if not isinstance(config, SFTOptim) or config.adamw_lr is None:
             raise ValueError("optim.name=Muon needs an optim.adamw_lr")
@@ -52,15 +45,13 @@ def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config
         check_eight_bit(config.name, local_device().type)
         return EightBitAdam(config.name, parameters, **options)
     # In place: torch's default on a GPU makes a copy of all second moments in every step.
-    fused = True if local_device().type == "cuda" else None
-    return torch.optim.AdamW(parameters, **options, fused=fused)
+    return torch.optim.AdamW(parameters, **options, fused=local_device().type == "cuda" or None)
 
 
 def lr_factor(step: int, warmup_steps: int, total_steps: int, config: OptimConfig) -> float:
     """The learning rate at `step` (0-based) relative to its peak.
 
     Args:
-        step: optimiser schedule step.
         warmup_steps: linear over these, from 1 / warmup_steps to 1.
         total_steps: where the cosine ends; it stays there afterwards.
         config: its `warmup_style`, and for cosine `min_lr_ratio` and `num_cycles` (0.5: one fall).
@@ -96,11 +87,11 @@ class Optimizers:
     Args:
         parts: from a part's name, which metrics and checkpoints use, to its module, sharded or plain, and its `optim`
             section.
-        total_steps: of the schedules.
         max_nonfinite: how many updates in a row may be left out because a gradient was not finite.
 
     Attributes:
         optimizers, schedules: by the part's name; what checkpoints and offloading go through.
+        least_state_bytes: what the optimisers of all ranks keep once they have stepped, at least.
     """
 
     def __init__(
@@ -110,28 +101,13 @@ class Optimizers:
         max_nonfinite: int = MAX_NONFINITE,
     ) -> None:
         self._max_nonfinite, self._nonfinite_in_a_row = max_nonfinite, 0
-        self._names = {part: config.name for part, (_, config) in parts.items()}
         self._heads = [module for module, _ in parts.values() if isinstance(module, ScoreHead)]
         self._parameters = {name: list(module.parameters()) for name, (module, _) in parts.items()}
-        self.optimizers = {
-            name: build_optimizer(module.named_parameters(), config) for name, (module, config) in parts.items()
-        }
-        self.schedules = {
-            name: build_schedule(self.optimizers[name], config, total_steps) for name, (_, config) in parts.items()
-        }
-
-    @property
-    def least_state_bytes(self) -> int:
-        """What the optimisers of all ranks keep once they have stepped, at least."""
-        return sum(
-            STATE_BYTES[name] * sum(parameter.numel() for parameter in self._parameters[part])
-            for part, name in self._names.items()
-        )
-
-    def zero_grad(self) -> None:
-        """Drop all gradients."""
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
+        self.optimizers, self.schedules, self.least_state_bytes = dict[str, Optimizer](), dict[str, LambdaLR](), 0
+        for name, (module, config) in parts.items():
+            self.optimizers[name] = build_optimizer(module.named_parameters(), config)
+            self.schedules[name] = build_schedule(self.optimizers[name], config, total_steps)
+            self.least_state_bytes += STATE_BYTES[config.name] * sum(p.numel() for p in self._parameters[name])
 
     def step(self, max_norm: float, loss: float = 0.0) -> dict[str, float]:
         """Clip each part to `max_norm` and update all of them; where the loss or a gradient is not finite, none.
@@ -152,7 +128,8 @@ class Optimizers:
             for head in self._heads:
                 stack.enter_context(unfolded(head))
             metrics = self._step(max_norm, loss)
-        self.zero_grad()
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
         self._count_nonfinite(not metrics["skipped"], {"loss": loss, **metrics})
         return metrics
 
@@ -162,7 +139,7 @@ class Optimizers:
         finite = all(map(math.isfinite, (loss, *metrics.values())))
         if finite:
             for name, norm in norms.items():
-                clip_gradients(self._parameters[name], max_norm, norm)
+                nn.utils.clip_grads_with_norm_(self._parameters[name], max_norm, norm)
                 self.optimizers[name].step()
         return metrics | {"skipped": float(not finite)}
 
@@ -189,15 +166,7 @@ class Optimizers:
 
 
 class JointOptimizer(Optimizers):
-    """The parts `policy` and, when the model has a head, `score`.
-
-    Args:
-        model: sharded or plain.
-        policy_config: `actor.optim`.
-        score_config: `score.optim`; required when the model has a head.
-        total_steps: of the schedules.
-        max_nonfinite: `actor.max_nonfinite_updates`.
-    """
+    """The parts `policy` and, when the model has a head, `score`, which then must be configured."""
 
     def __init__(
         self,

@@ -1,22 +1,16 @@
 """One driver, many worker processes: methods of a worker class called on all ranks at once, over Ray."""
 
-from verl.single_controller.decorator import Dispatch, register
 from verl.single_controller.resource_pool import RayResourcePool
 from verl.single_controller.worker import Worker
-from verl.single_controller.worker_future import WorkerFuture
 from verl.single_controller.worker_group import GroupMethod, RayWorkerGroup, each, joined
-from verl.single_controller.worker_processes import RayClassWithInitArgs, WorkerLostError
+from verl.single_controller.worker_processes import WorkerLostError
 
 __all__ = [
-    "Dispatch",
     "GroupMethod",
-    "RayClassWithInitArgs",
     "RayResourcePool",
     "RayWorkerGroup",
     "Worker",
-    "WorkerFuture",
     "WorkerLostError",
     "each",
     "joined",
-    "register",
 ]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
@@ -20,8 +19,6 @@ from xbai.errors import UserError, one_line
 ANSWER_TIMEOUT_S = 5.0
 START_TIMEOUT_S = 300.0
 """For the first Python process on a node, whose imports may come over the network."""
-
-SIOCGIFADDR = 0x8915
 
 
 @dataclass(frozen=True)
@@ -145,12 +142,6 @@ def _look_around(address: str) -> tuple[str | None, int]:
 
 def _interface_of(address: str) -> str | None:
     """The network interface of this machine that has an IPv4 address."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
-            except OSError:  # it has no IPv4 address
-                continue
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
-    return None
+    of_interface = psutil.net_if_addrs().items()
+    own = ((name, one) for name, addresses in of_interface for one in addresses if one.family is socket.AF_INET)
+    return next((name for name, one in own if one.address == address), None)

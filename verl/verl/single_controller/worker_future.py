@@ -32,10 +32,8 @@ class WorkerFuture(Generic[Result]):
         method: str,
         refs: list[ray.ObjectRef],
         collect: Callable[[list[Any]], Result],
-        group_size: int = 1,
     ) -> None:
-        self._processes, self._method, self._refs = processes, method, refs
-        self._collect, self._group_size = collect, group_size
+        self._processes, self._method, self._refs, self._collect = processes, method, refs, collect
         self._start = time.monotonic()
 
     def get(self) -> Result:
@@ -52,7 +50,7 @@ class WorkerFuture(Generic[Result]):
             for ref in ray.wait(list(waiting), num_returns=1)[0]:
                 rank = waiting.pop(ref)
                 results[rank] = self._result(ref, rank, waiting)
-        return self._collect(results[:: self._group_size])
+        return self._collect(results)
 
     def _result(self, ref: ray.ObjectRef, rank: int, waiting: Mapping[ray.ObjectRef, int]) -> Any:
         try:

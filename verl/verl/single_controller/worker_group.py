@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import ray
 
 from verl.protocol import DataProto
-from verl.single_controller.decorator import RankCalls, Registration, dispatch, registration_of
 from verl.single_controller.resource_pool import RayResourcePool
 from verl.single_controller.worker_future import WorkerFuture
-from verl.single_controller.worker_processes import RayClassWithInitArgs, WorkerProcesses
+from verl.single_controller.worker_processes import WorkerProcesses
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+Arguments = tuple[tuple, dict[str, Any]]
+"""Positional and named."""
+Deal = Callable[[int, tuple, dict[str, Any]], tuple[list[Arguments], Callable[[list[Any]], Any]]]
+"""From into how many parts, and the arguments of a call: those of each part, and how to make one result of theirs."""
 
 
 class RayWorkerGroup:
@@ -25,11 +30,11 @@ class RayWorkerGroup:
 
     Args:
         resource_pool: where they run.
-        ray_cls_with_init: their class and its arguments.
+        init: their class and its arguments.
         name: what they are called in messages, say the role.
         worker_env: environment variables of the worker processes, set before they start; they override what is derived
             from each node: the number of OpenMP threads and the network interface of gloo.
-        group_sizes: for each kind of group that methods are registered with, how many consecutive ranks share the rows;
+        group_sizes: for each kind of group that methods are declared with, how many consecutive ranks share the rows;
             1 for kinds that are not named.
         nccl_timeout_s: what the workers give their process groups: how long a rank waits for others.
 
@@ -42,7 +47,7 @@ class RayWorkerGroup:
     def __init__(
         self,
         resource_pool: RayResourcePool,
-        ray_cls_with_init: RayClassWithInitArgs,
+        init: partial[Any],
         name: str = "",
         worker_env: Mapping[str, str] | None = None,
         group_sizes: Mapping[str, int] | None = None,
@@ -53,8 +58,8 @@ class RayWorkerGroup:
         for kind, size in self.group_sizes.items():
             if self.world_size % size:
                 raise ValueError(f"groups of {size} ranks ({kind}) do not divide {self.world_size} ranks")
-        name = name or ray_cls_with_init.cls.__name__
-        self.processes = WorkerProcesses(resource_pool, ray_cls_with_init, worker_env or {}, name, nccl_timeout_s)
+        name = name or init.func.__name__
+        self.processes = WorkerProcesses(resource_pool, init, worker_env or {}, name, nccl_timeout_s)
         refs: list[ray.ObjectRef] = [worker.worker_info.remote() for worker in self.processes.handles]
         try:
             self.processes.infos = WorkerFuture(self.processes, "__init__", refs, list).get()
@@ -62,22 +67,25 @@ class RayWorkerGroup:
             self.shutdown()
             raise
 
-    def start(self, method: str, calls: RankCalls) -> WorkerFuture:
-        """Start `method` on the first ranks, `calls.group_size` of them for each entry of `calls.arguments`.
+    def start(
+        self, method: str, arguments: Sequence[Arguments], collect: Callable[[list[Any]], Any]
+    ) -> WorkerFuture[Any]:
+        """Start `method` on all ranks, of which as many consecutive ones share each entry of `arguments`; `collect`
+        makes one result of those of the first rank of each entry.
 
         What several ranks get is sent to Ray's object store once, and what several compute comes back once.
         """
         if self.processes.loss is not None:
             raise self.processes.loss
-        size = calls.group_size
+        size = self.world_size // len(arguments)
         refs: list[ray.ObjectRef] = []
-        for group, (args, kwargs) in enumerate(calls.arguments):
-            first, *others = self.processes.handles[group * size : (group + 1) * size]
+        for part, (args, kwargs) in enumerate(arguments):
+            first, *others = self.processes.handles[part * size : (part + 1) * size]
             if others:
                 args, kwargs = tuple(map(_stored, args)), {key: _stored(value) for key, value in kwargs.items()}
             refs.append(getattr(first, method).remote(*args, **kwargs))
             refs += [worker.run_without_answer.remote(method, *args, **kwargs) for worker in others]
-        return WorkerFuture(self.processes, method, refs, calls.collect, size)
+        return WorkerFuture(self.processes, method, refs, lambda results: collect(results[::size]))
 
     def shutdown(self) -> None:
         """End all worker processes, at once."""
@@ -87,46 +95,77 @@ class RayWorkerGroup:
 class GroupMethod(Generic[P, R]):
     """A method of all workers of a group: call it, or `.remote(...)` for a future."""
 
-    def __init__(self, group: RayWorkerGroup, name: str, registration: Registration) -> None:
-        self._group, self._name, self._registration = group, name, registration
-
-    @property
-    def shares(self) -> int:
-        """Into how many parts a batch is cut: one for each rank, or for each group of ranks that share rows."""
-        return self._group.world_size // self._group_size
-
-    @property
-    def _group_size(self) -> int:
-        kind = self._registration.group
-        return 1 if kind is None else self._group.group_sizes.get(kind, 1)
+    def __init__(self, group: RayWorkerGroup, name: str, deal: Deal, shares: int) -> None:
+        self._group, self._name, self._deal, self.shares = group, name, deal, shares
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.remote(*args, **kwargs).get()
 
     def remote(self, *args: P.args, **kwargs: P.kwargs) -> WorkerFuture[R]:
         """Start the call on the ranks and return at once."""
-        mode, world_size = self._registration.dispatch_mode, self._group.world_size
-        return self._group.start(self._name, dispatch(mode, world_size, args, kwargs, self._group_size))
+        return self._group.start(self._name, *self._deal(self.shares, args, kwargs))
 
 
 class WorkerMethod(Generic[P, R]):
     """The declaration of a `GroupMethod` in the class of a group."""
 
-    def __init__(self, method: Callable[..., Any]) -> None:
-        self.name, self._registration = method.__name__, registration_of(method)
+    def __init__(self, method: Callable[..., Any], deal: Deal, group: str | None = None) -> None:
+        self.name, self._deal, self._kind = method.__name__, deal, group
 
     def __get__(self, group: RayWorkerGroup, owner: type) -> GroupMethod[P, R]:
-        return GroupMethod(group, self.name, self._registration)
+        size = 1 if self._kind is None else group.group_sizes.get(self._kind, 1)
+        return GroupMethod(group, self.name, self._deal, group.world_size // size)
 
 
 def each(method: Callable[Concatenate[Any, P], R]) -> WorkerMethod[P, list[R]]:
-    """Declare a method of the workers whose results come as a list, rank 0's first."""
-    return WorkerMethod(method)
+    """Declare a method that all ranks run with the same arguments; their results come as a list, rank 0's first."""
+    return WorkerMethod(method, lambda ranks, args, kwargs: ([(args, kwargs)] * ranks, list))
 
 
-def joined(method: Callable[Concatenate[Any, P], R]) -> WorkerMethod[P, R]:
-    """Declare a method of the workers that returns a batch, whose rows come as one batch."""
-    return WorkerMethod(method)
+def joined(method: Callable[Concatenate[Any, P], R], group: str | None = None, pads: bool = True) -> WorkerMethod[P, R]:
+    """Declare a method whose batches are cut into one part for each rank, and whose results are stacked to one batch.
+
+    Args:
+        method: of the workers; takes `DataProto`s of one length, and returns k rows for each row, or none.
+        group: the kind of groups in which consecutive ranks share the rows (sequence or tensor parallel ranks);
+            `RayWorkerGroup(group_sizes=...)` says how many ranks that is. A part goes to all ranks of one group, and
+            the result is taken from the first of them.
+        pads: rows that do not divide are filled up with copies of the first ones, whose results are dropped: for
+            methods that treat rows independently. Otherwise rows must divide.
+    """
+    return WorkerMethod(method, partial(deal_rows, pads=pads), group)
+
+
+def deal_rows(
+    parts: int, args: tuple, kwargs: dict[str, Any], pads: bool = True
+) -> tuple[list[Arguments], Callable[[list[DataProto]], DataProto]]:
+    """Cut every batch among the arguments of a call into `parts`; what is no batch goes to all unchanged.
+
+    Returns:
+        The arguments of each part, and how to make one result of theirs.
+
+    Raises:
+        ValueError: batches of several lengths, or one that does not divide.
+    """
+    lengths = {len(value) for value in (*args, *kwargs.values()) if isinstance(value, DataProto)}
+    if len(lengths) != 1:
+        raise ValueError(f"expected batches of one length, got lengths {sorted(lengths)}")
+    rows = lengths.pop()
+    padding = -rows % parts if pads else 0
+
+    def cut(value: Any) -> list[Any]:
+        return value.padded(padding).chunk(parts) if isinstance(value, DataProto) else [value] * parts
+
+    def collect(results: list[DataProto]) -> DataProto:
+        stacked = DataProto.concat(results)
+        return stacked[: len(stacked) * rows // (rows + padding)] if padding else stacked
+
+    columns, named = [cut(value) for value in args], {key: cut(value) for key, value in kwargs.items()}
+    arguments = [
+        (tuple(column[part] for column in columns), {key: value[part] for key, value in named.items()})
+        for part in range(parts)
+    ]
+    return arguments, collect
 
 
 def _stored(value: Any) -> Any:

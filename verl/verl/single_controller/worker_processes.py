@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import ray
@@ -13,18 +14,11 @@ from ray.actor import ActorHandle
 
 from verl.single_controller.nodes import Node, answers
 from verl.single_controller.resource_pool import RayResourcePool
-from verl.single_controller.worker import Worker, WorkerInfo
+from verl.single_controller.worker import WorkerInfo
 
 
 class WorkerLostError(RuntimeError):
     """A worker process died or hangs, or its node went away."""
-
-
-class RayClassWithInitArgs:
-    """A worker class and the arguments to construct it with on every rank."""
-
-    def __init__(self, cls: type[Worker], *args: Any, **kwargs: Any) -> None:
-        self.cls, self.args, self.kwargs = cls, args, kwargs
 
 
 class WorkerProcesses:
@@ -46,7 +40,7 @@ class WorkerProcesses:
     def __init__(
         self,
         pool: RayResourcePool,
-        init: RayClassWithInitArgs,
+        init: partial[Any],
         env: Mapping[str, str],
         name: str,
         nccl_timeout_s: float,
@@ -101,14 +95,14 @@ class WorkerProcesses:
         self.handles = []
 
 
-def _spawn(pool: RayResourcePool, init: RayClassWithInitArgs, env: Mapping[str, str]) -> list[ActorHandle]:
+def _spawn(pool: RayResourcePool, init: partial[Any], env: Mapping[str, str]) -> list[ActorHandle]:
     nodes = pool.nodes()
     if nodes[0].is_here:
         port = _free_port()
     else:
         port = ray.get(ray.remote(num_cpus=0)(_free_port).options(scheduling_strategy=nodes[0].strategies[0]).remote())
     common = {"MASTER_ADDR": nodes[0].address, "MASTER_PORT": str(port), "WORLD_SIZE": str(pool.world_size)}
-    actor_class = ray.remote(init.cls)
+    actor_class = ray.remote(init.func)
     workers: list[ActorHandle] = []
     for node in nodes:
         of_node = node.gloo_interface | _thread_env(node) | dict(env)
@@ -120,8 +114,7 @@ def _spawn(pool: RayResourcePool, init: RayClassWithInitArgs, env: Mapping[str, 
                 scheduling_strategy=strategy,
                 runtime_env={"env_vars": of_node | common | ranks},
             )
-            # To complete methods in editors, Ray says that it might be the class itself.
-            workers.append(options.remote(*init.args, **init.kwargs))  # type: ignore[arg-type]
+            workers.append(options.remote(*init.args, **init.keywords))
     return workers
 
 

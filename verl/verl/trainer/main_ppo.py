@@ -16,11 +16,10 @@ import datasets
 from omegaconf import DictConfig, OmegaConf
 
 from verl.distribution import check_distribution
-from verl.trainer.config.auto import resolve_auto
 from verl.trainer.config.check import check_config
 from verl.trainer.config.compose import compose_config
 from verl.trainer.config.fields import value_at, with_values
-from verl.trainer.config.machine import smallest_gpu
+from verl.trainer.config.machine import resolve_auto, smallest_gpu
 from verl.trainer.config.schema import YAML, PPOConfig
 from verl.trainer.planning.report import dry_run
 from verl.utils.console import log_to_console
@@ -61,17 +60,13 @@ def _with_absolute_paths(config: PPOConfig) -> PPOConfig:
     return with_values(config, {key: str(Path(path).absolute()) for key, path in paths.items() if path is not None})
 
 
-def _set_up_console() -> None:
-    log_to_console()
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-
-
 @exit_on_user_error
 def main() -> None:
     """Entry point."""
     check_distribution()
-    _set_up_console()
+    log_to_console()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
     arguments = sys.argv[1:]
     overrides = [argument for argument in arguments if argument not in ("--cfg", "--dry-run")]
     config = compose_config(YAML, overrides)
@@ -79,11 +74,11 @@ def main() -> None:
         sys.stdout.write(OmegaConf.to_yaml(config))
         return
     if "--dry-run" in arguments:
-        found = dry_run(config)
-        sys.stdout.write(found.report)
+        report, missing = dry_run(config)
+        sys.stdout.write(report)
         sys.stdout.flush()
-        if found.missing:
-            raise UserError(found.missing[0])
+        if missing:
+            raise UserError(missing[0])
         return
     run(config)
 

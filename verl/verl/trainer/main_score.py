@@ -13,15 +13,14 @@ import argparse
 import copy
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.logging import RichHandler
-from torch import nn
 
 from verl.distribution import check_distribution
 from verl.models.fsdp import local_device
@@ -31,7 +30,7 @@ from verl.trainer.config.score import YAML, HeadConfig, check_score_config
 from verl.trainer.plot import plot_training
 from verl.utils.dataset.rl_dataset import file_list
 from verl.utils.dataset.step_dataset import StepDataset
-from verl.utils.head_quality import HeadQuality, candidates, head_quality
+from verl.utils.head_quality import candidates, head_quality
 from verl.utils.tracking import METRICS_FILE, Tracking
 from xbai.errors import UserError, exit_on_user_error
 from xbai.files import atomic_directory, check_directory, check_writable, why_not_written
@@ -61,9 +60,6 @@ PLOT_FILE = "training.png"
 class ScoreTrainer:
     """One process; the head learns on the GPU where there is one.
 
-    Args:
-        config: from `check_score_config`.
-
     Raises:
         UserError: files without responses to learn from, or folders that cannot be written.
     """
@@ -73,7 +69,15 @@ class ScoreTrainer:
         self.objective = config.score.objective
         self.output_dir, self.log_dir = Path(config.trainer.output_dir), Path(config.trainer.log_dir)
         self._try_saving()
-        self.files = FeatureFiles(self._feature_options(), Path(config.trainer.features_dir))
+        options = FeatureOptions(
+            model_path=config.model.path,
+            task=config.data.task,
+            lang=config.score.lang,
+            dtype=config.model.dtype,
+            max_batch_tokens=config.model.max_batch_tokens,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        self.files = FeatureFiles(options, Path(config.trainer.features_dir))
         travelling = self.files.sprm_config
         self.sprm_config = SPRMConfig(travelling.step_rule, config.score.dropout, config.score.normalize_features)
         self.train_data = self._dataset("data.train_files", config.data.train_files)
@@ -84,17 +88,6 @@ class ScoreTrainer:
         steps_per_epoch = -(-len(self.train_data.groups) // config.data.train_batch_size)
         total_steps = config.trainer.total_epochs * steps_per_epoch
         self.optimizer = Optimizers({"score": (self.head, config.score.optim)}, total_steps)
-
-    def _feature_options(self) -> FeatureOptions:
-        model = self.config.model
-        return FeatureOptions(
-            model_path=model.path,
-            task=self.config.data.task,
-            lang=self.config.score.lang,
-            dtype=model.dtype,
-            max_batch_tokens=model.max_batch_tokens,
-            trust_remote_code=model.trust_remote_code,
-        )
 
     def _dataset(self, key: str, patterns: str | Sequence[str]) -> StepDataset:
         paths = response_files(file_list(patterns))
@@ -147,25 +140,25 @@ class ScoreTrainer:
 
     def fit(self) -> None:
         """Train, and write the head of the epoch that validation found best."""
-        trainer, best = self.config.trainer, BestEpoch(self.head)
-        with self._tracking() as tracking:
+        trainer, best, quality, weights = self.config.trainer, 0, float("-inf"), copy.deepcopy(self.head.state_dict())
+        names = trainer.project_name, trainer.experiment_name
+        with Tracking(*names, trainer.logger, self.log_dir, asdict(self.config)) as tracking:
             for epoch in range(1, trainer.total_epochs + 1):
                 metrics = self._epoch(epoch)
-                if self.val_data is not None:
-                    metrics |= (quality := head_quality(self.head, self.val_data, self.device)).metrics()
-                    best.offer(epoch, quality, self.head)
+                if self.val_data is None:
+                    best, weights = epoch, self.head.state_dict()
+                else:
+                    metrics |= head_quality(self.head, self.val_data, self.device)
+                    if metrics["val/within_prompt_auc"] > quality:
+                        best, quality = epoch, metrics["val/within_prompt_auc"]
+                        weights = copy.deepcopy(self.head.state_dict())
                 tracking.log(metrics, epoch)
                 logger.info("epoch %d of %d: %s", epoch, trainer.total_epochs, _shown(metrics))
-                if (
-                    trainer.patience is not None
-                    and self.val_data is not None
-                    and epoch - best.epoch >= trainer.patience
-                ):
-                    logger.info("no better epoch than %d in the last %d: training ends", best.epoch, trainer.patience)
+                if trainer.patience is not None and epoch - best >= trainer.patience:
+                    logger.info("no better epoch than %d in the last %d: training ends", best, trainer.patience)
                     break
-        if self.val_data is not None:
-            best.restore(self.head)
-        self._finish(best.epoch if self.val_data is not None else epoch)
+        self.head.load_state_dict(weights)
+        self._finish(best)
 
     def _epoch(self, epoch: int) -> dict[str, float]:
         """One pass over the training data; means over its updates."""
@@ -193,7 +186,7 @@ class ScoreTrainer:
         )
 
     def _save(self, head: ScoreHead) -> None:
-        try:
+        with self._named_if_not_written():
             if self.output_dir.exists():
                 # Beside the model: what says that there is a head comes last.
                 save_sprm_config(self.output_dir, self.sprm_config)
@@ -201,45 +194,22 @@ class ScoreTrainer:
             else:
                 with atomic_directory(self.output_dir) as folder:
                     save_score_head(folder, head.state_dict(), self.sprm_config)
-        except (OSError, UserError) as error:
-            raise self._not_written(error) from None
 
     def _try_saving(self) -> None:
-        try:
+        with self._named_if_not_written():
             if self.output_dir.exists():
                 check_writable(self.output_dir / SCORE_MODULE_FILE)
             else:
                 check_directory(self.output_dir)
-        except UserError as error:
-            raise self._not_written(error) from None
         check_writable(self.log_dir / METRICS_FILE)
 
-    def _not_written(self, error: OSError | UserError) -> UserError:
-        why = why_not_written(error)
-        return UserError(f"trainer.output_dir={self.output_dir}: the head cannot be written ({why})")
-
-    def _tracking(self) -> Tracking:
-        trainer = self.config.trainer
-        recorded = asdict(self.config)
-        return Tracking(trainer.project_name, trainer.experiment_name, trainer.logger, self.log_dir, recorded)
-
-
-class BestEpoch:
-    """The weights of the epoch that chose best among the responses to a validation prompt."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.epoch = 0
-        self._value = float("-inf")
-        self._weights: dict[str, Any] = copy.deepcopy(model.state_dict())
-
-    def offer(self, epoch: int, quality: HeadQuality, model: nn.Module) -> None:
-        """Take the weights of an epoch where they are better than any before."""
-        if quality.within_prompt_auc > self._value:
-            self.epoch, self._value, self._weights = epoch, quality.within_prompt_auc, copy.deepcopy(model.state_dict())
-
-    def restore(self, model: nn.Module) -> None:
-        """Put them back."""
-        model.load_state_dict(self._weights)
+    @contextmanager
+    def _named_if_not_written(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, UserError) as error:
+            why = why_not_written(error)
+            raise UserError(f"trainer.output_dir={self.output_dir}: the head cannot be written ({why})") from None
 
 
 def _shown(metrics: dict[str, float]) -> str:

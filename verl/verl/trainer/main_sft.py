@@ -24,7 +24,7 @@ import torch.distributed as dist
 from verl.distribution import check_distribution
 from verl.models.fsdp import init_distributed
 from verl.trainer.config.compose import compose_config
-from verl.trainer.sft.config_check import check_config
+from verl.trainer.config.sft import check_sft_config
 from verl.trainer.sft.trainer import SFTTrainer
 from verl.utils.console import log_to_console
 from xbai.errors import UserError, exit_on_user_error
@@ -67,7 +67,7 @@ def main() -> None:
         os.environ.setdefault(variable, value)
     end_with_torchrun()
     log_to_console(logging.INFO if os.environ["RANK"] == "0" else logging.WARNING)
-    config = check_config(compose_config(arguments.config_name, arguments.overrides))
+    config = check_sft_config(compose_config(arguments.config_name, arguments.overrides))
     device = init_distributed(config.trainer.nccl_timeout)
     try:
         trainer = SFTTrainer(config, device)

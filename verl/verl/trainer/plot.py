@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import typer
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from xbai.cli import as_command, run_command
 from xbai.errors import UserError
-from xbai.measure.figure import BLUE, GREEN, ORANGE, PURPLE, RIGHT, STYLE, WRONG, Line, draw_line, save_figure
+from xbai.measure.figure import BLUE, GREEN, ORANGE, PURPLE, RIGHT, WRONG, Line, draw_line, draw_panels
 
 SMOOTHING_POINTS = 30
+PANEL_SIZE = (3.9, 2.9)
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,7 @@ command = as_command(plot, PlotOptions)
 
 
 def plot_training(metrics_file: Path, path: Path, unit: str = "step") -> None:
-    """The curves of a training run, from its `metrics.jsonl`; panels without data are left out.
-
-    Args:
-        metrics_file: one object a step.
-        path: the figure to write.
-        unit: what a step is.
+    """The curves of a training run, from its `metrics.jsonl`, by `unit`; panels without data are left out.
 
     Raises:
         UserError: the file is missing, damaged, or holds none of the curves.
@@ -92,17 +87,8 @@ def plot_training(metrics_file: Path, path: Path, unit: str = "step") -> None:
     panels = [panel for panel in TRAINING_PANELS if any(len(_series(records, name)[0]) for name in panel.lines)]
     if not panels:
         raise UserError(f"{metrics_file}: holds none of the training curves (reward/pass_rate, score/auc, ...)")
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(3.9 * columns, 2.9 * rows))
-        axes = figure.subplots(rows, columns, squeeze=False)
-        # The last row may have room.
-        for axis, panel in zip(axes.flat, panels, strict=False):
-            _draw_training(axis, panel, records, unit)
-        for axis in axes.flat[len(panels) :]:
-            axis.set_visible(False)
-        save_figure(figure, path)
+    drawings = [partial(_draw_training, panel=panel, records=records, unit=unit) for panel in panels]
+    draw_panels(path, drawings, columns=3, size=PANEL_SIZE)
 
 
 def _draw_training(axis: Axes, panel: Panel, records: Sequence[Mapping[str, float]], unit: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple
+
+from xbai.sprm import StepCounts
 
 logger = logging.getLogger(__name__)
 
@@ -13,41 +14,34 @@ REPEAT_EVERY = 50
 """Updates until it is said again."""
 
 
-class Classes(NamedTuple):
-    """The same of steps of right and of wrong answers."""
-
-    right: float
-    wrong: float
-
-
 class UncountedClassWatch:
     """Warns where one class has steps, and for several updates in a row none of them counts in the score loss.
 
     Agreement weighting leaves out the steps that the head gets wrong. When it gets all steps of a class wrong, nothing
     pulls it back, and with class balance the weights make the whole loss 0.
 
-    The count is not part of a checkpoint: each start of a run says it anew, `PATIENCE` updates later.
-
-    Args:
-        section: of the configuration that has the switches, for the message.
+    The count is not part of a checkpoint: each start of a run says it anew, `PATIENCE` updates later, and names the
+    `section` of the configuration that has the switches.
     """
 
     def __init__(self, section: str) -> None:
         self._section = section
-        self._updates = dict.fromkeys(Classes._fields, 0)
+        self._updates = {"right": 0, "wrong": 0}
 
-    def observe(self, counted: Classes, steps: Classes) -> None:
+    def observe(self, counted: StepCounts, steps: StepCounts) -> None:
         """After an update: the graded steps of each class that counted in it, and that there were."""
-        for name in Classes._fields:
-            if getattr(counted, name) > 0:
-                self._updates[name] = 0
-            elif getattr(steps, name) > 0:
-                self._updates[name] += 1
-                if self._updates[name] >= PATIENCE and (self._updates[name] - PATIENCE) % REPEAT_EVERY == 0:
-                    self._warn(name)
+        self._observe("right", "below", counted.positive, steps.positive)
+        self._observe("wrong", "above", counted.negative, steps.negative)
 
-    def _warn(self, name: str) -> None:
-        side = "below" if name == "right" else "above"
+    def _observe(self, name: str, side: str, counted: float, steps: float) -> None:
+        if counted > 0:
+            self._updates[name] = 0
+        elif steps > 0:
+            self._updates[name] += 1
+            if self._updates[name] >= PATIENCE and (self._updates[name] - PATIENCE) % REPEAT_EVERY == 0:
+                self._warn(name, side)
+
+    def _warn(self, name: str, side: str) -> None:
         logger.warning(
             "the score head is one-sided: for %d updates no step of a %s answer counted in the score loss, because the "
             "head puts all of them %s 0.5 and agreement weighting leaves out what it gets wrong, so it cannot recover. "

@@ -12,9 +12,7 @@ from xbai.errors import UserError
 def check_compiler(setting: str, device: str) -> None:
     """Raise a `UserError` where `setting` asks for compiled kernels that this machine cannot build.
 
-    Args:
-        setting: `key=value`, for the message.
-        device: `cpu`, for which torch.compile writes C++, or `cuda`, for which it writes Triton.
+    For the device `cpu` torch.compile writes C++, for `cuda` Triton. The message begins with `setting` (`key=value`).
     """
     variable, programs = ("CXX", ("g++", "clang++")) if device == "cpu" else ("CC", ("gcc", "clang", "cc"))
     candidates = (os.environ[variable],) if os.environ.get(variable) else programs

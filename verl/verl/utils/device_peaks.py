@@ -37,11 +37,9 @@ _ANOTHER = re.compile(r"\b(MIG|Laptop|D|Ti|Max-Q)\b")
 
 
 def peak_tflops(device_name: str | None, dtype: torch.dtype) -> float | None:
-    """10^12 operations per second of matrix products on a GPU; None where that is not known.
+    """10^12 operations per second of matrix products on a GPU of torch's name; None where that is not known.
 
-    Args:
-        device_name: as `torch.cuda.get_device_name` has it; None for a CPU.
-        dtype: of what is multiplied. Of float32 nothing is said: it depends on the precision that products may have.
+    Of float32 nothing is said: it depends on the precision that products may have.
     """
     if device_name is None or dtype not in (torch.bfloat16, torch.float16) or _ANOTHER.search(device_name):
         return None

@@ -1,4 +1,4 @@
-"""What one rank does for all."""
+"""What one rank does for all, and what all do for one another."""
 
 from __future__ import annotations
 
@@ -14,11 +14,8 @@ Result = TypeVar("Result")
 
 
 def on_first_rank(work: Callable[[], Result]) -> Result:
-    """What `work` returns on rank 0, on every rank. A collective.
-
-    Raises:
-        UserError: on every rank the same, where `work` raised one, or could not read or write something.
-    """
+    """What `work` returns on rank 0, on every rank; the same `UserError` on all where it raised one, or could not read
+    or write something. A collective."""
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -30,3 +27,17 @@ def on_first_rank(work: Callable[[], Result]) -> Result:
     if failure is not None:
         raise UserError(failure)
     return result
+
+
+def check_on_all_ranks(check: Callable[[], None]) -> None:
+    """Run a check of what this rank has, on every rank; raises on all the `UserError` of the first one whose check did.
+    A collective."""
+    mistake = None
+    try:
+        check()
+    except UserError as error:
+        mistake = str(error)
+    mistakes: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(mistakes, mistake)
+    if first := next(filter(None, mistakes), None):
+        raise UserError(first)

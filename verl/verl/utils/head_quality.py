@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import nn
 
 from verl.utils.dataset.step_dataset import StepDataset
-from xbai.measure.estimate import Estimate
+from xbai.measure.estimators import Estimate
 from xbai.measure.graded import GradedQuestion
 from xbai.measure.separation import separation
 from xbai.measure.strategies import accuracies
@@ -19,36 +17,22 @@ EFFORTS = (2, 8, 32)
 """Numbers of candidates: low, medium, high."""
 
 
-@dataclass(frozen=True)
-class HeadQuality:
-    """Means over prompts.
+def head_quality(head: nn.Module, data: StepDataset, device: torch.device) -> dict[str, float]:
+    """A head's validation by the geometric means of all responses, by which services rank.
 
-    Attributes:
-        within_prompt_auc: the chance that of two responses to a prompt the right one is scored higher.
-        auc: the same of any two responses.
-        best_of_n: accuracy by number of candidates; 1 is that of a single response.
+    `val/within_prompt_auc` is the chance that of two responses to a prompt the right one is scored higher.
     """
-
-    within_prompt_auc: float
-    auc: float
-    best_of_n: dict[int, float]
-
-    def metrics(self) -> dict[str, float]:
-        """By the names of the trainer's validation."""
-        chosen = {f"val/best_of_{n}": value for n, value in self.best_of_n.items() if n > 1}
-        of_scores = {"val/within_prompt_auc": self.within_prompt_auc, **chosen, "val/auc": self.auc}
-        return of_scores | {"val/pass@1": self.best_of_n[1]}
-
-
-def head_quality(head: nn.Module, data: StepDataset, device: torch.device) -> HeadQuality:
-    """Of a head on all responses of `data`, by their geometric means, which services rank by."""
     questions = candidates(head, data, device)
     separated = separation([q.scores for q in questions], [q.correct for q in questions])
     fewest = min(len(question.correct) for question in questions)
-    counts = [1, *(n for n in EFFORTS if n <= fewest)]
-    chosen = accuracies(questions, ["best_of_n"], counts)["best_of_n"]
-    best_of_n = {n: Estimate.over(values).mean for n, values in chosen.items()}
-    return HeadQuality(separated.within_prompt_auc.mean, separated.auc, best_of_n)
+    counts = [n for n in EFFORTS if n <= fewest]
+    chosen = accuracies(questions, ["best_of_n"], [1, *counts])["best_of_n"]
+    return {
+        "val/within_prompt_auc": separated.within_prompt_auc.mean,
+        **{f"val/best_of_{n}": Estimate.over(chosen[n]).mean for n in counts},
+        "val/auc": separated.auc,
+        "val/pass@1": Estimate.over(chosen[1]).mean,
+    }
 
 
 @torch.no_grad()

@@ -7,13 +7,11 @@ import logging
 import math
 import os
 import uuid
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from xbai.errors import UserError
 from xbai.files import atomic_write, why_not_written, write_all
@@ -23,19 +21,17 @@ logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 
 
-class Backend(ABC):
+class Backend(Protocol):
     """One destination of metrics."""
 
-    @abstractmethod
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record the metrics of one step."""
 
-    @abstractmethod
     def close(self) -> None:
         """Flush and let go."""
 
 
-class ConsoleBackend(Backend):
+class ConsoleBackend:
     """One log record a step: a line for each part of the names before the slash, of `perf/` the speeds and shares."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -52,7 +48,7 @@ class ConsoleBackend(Backend):
         """Nothing is held."""
 
 
-class FileBackend(Backend):
+class FileBackend:
     """Appends `{"step": n, name: value, ...}` lines; a resumed run first drops the steps it is about to repeat."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
@@ -83,7 +79,7 @@ def _lines_up_to(step: int, path: Path) -> list[str]:
     return kept
 
 
-class TensorboardBackend(Backend):
+class TensorboardBackend:
     """Event files below `folder`."""
 
     def __init__(self, folder: Path, resume_step: int) -> None:
@@ -104,7 +100,7 @@ STEP_METRIC = "trainer/step"
 """What wandb draws the others over: its own steps only rise, and a resumed run repeats some."""
 
 
-class WandbBackend(Backend):
+class WandbBackend:
     """A wandb run that a resumed training continues; offline without an API key or a connection, or by WANDB_MODE.
 
     Steps that a resumed run repeats are there twice: wandb keeps what the interrupted one logged of them.
@@ -116,17 +112,10 @@ class WandbBackend(Backend):
         import wandb
 
         id_file = folder / "wandb_run_id.txt"
-        run_id = (
-            id_file.read_text(encoding="utf-8").strip() if resume_step and id_file.exists() else uuid.uuid4().hex[:8]
-        )
-        settings: dict[str, Any] = {
-            "project": project,
-            "name": experiment,
-            "dir": str(folder),
-            "config": dict(config or {}),
-            "id": run_id,
-            "resume": "allow",
-        }
+        goes_on = resume_step and id_file.exists()
+        run_id = id_file.read_text(encoding="utf-8").strip() if goes_on else uuid.uuid4().hex[:8]
+        settings: dict[str, Any] = {"project": project, "name": experiment, "dir": str(folder), "id": run_id}
+        settings |= {"config": dict(config or {}), "resume": "allow"}
         # Which values there are is for wandb to say.
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
         try:
@@ -161,7 +150,7 @@ def check_backends(names: Sequence[str], not_found: Callable[[str], None]) -> No
             not_found(f"trainer.logger: {name} is not installed; pip install {name}, or leave it out")
 
 
-class Tracking:
+class Tracking(AbstractContextManager["Tracking"]):
     """Sends each step's metrics to every chosen backend.
 
     Args:
@@ -184,8 +173,8 @@ class Tracking:
         config: Mapping[str, Any] | None = None,
         resume_step: int = 0,
     ) -> None:
-        folder = Path(output_dir)
-        build = {
+        self._folder = folder = Path(output_dir)
+        build: dict[str, Callable[[], Backend]] = {
             "console": ConsoleBackend,
             "file": lambda: FileBackend(folder / METRICS_FILE, resume_step),
             "tensorboard": lambda: TensorboardBackend(folder / "tensorboard", resume_step),
@@ -193,23 +182,20 @@ class Tracking:
         }
         if unknown := [name for name in backends if name not in build]:
             raise UserError(f"trainer.logger: unknown logger {unknown[0]!r}, use some of {', '.join(BACKENDS)}")
-        self._folder = folder
         self._backends: list[Backend] = []
         with self._written():
             folder.mkdir(parents=True, exist_ok=True)
-        for name in backends:
-            with self._written():
+            for name in backends:
                 self._backends.append(build[name]())
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record one step; a value that is nan (undefined for this batch) is left out."""
         defined = {name: float(value) for name, value in metrics.items() if not math.isnan(value)}
-        for backend in self._backends:
-            with self._written():
+        with self._written():
+            for backend in self._backends:
                 backend.log(defined, step)
 
-    def close(self) -> None:
-        """Flush and close every backend."""
+    def __exit__(self, *_: object) -> None:
         for backend in self._backends:
             backend.close()
 
@@ -219,9 +205,3 @@ class Tracking:
             yield
         except OSError as error:
             raise UserError(f"{self._folder}: no metrics can be written ({why_not_written(error)})") from error
-
-    def __enter__(self) -> Tracking:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()

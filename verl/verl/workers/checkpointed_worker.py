@@ -8,7 +8,7 @@ from torch import nn
 
 from verl.checkpoints.state import BackgroundSaves, load_checkpoint, save_checkpoint, try_saving
 from verl.optim.optimizers import Optimizers
-from verl.single_controller import Dispatch, RayWorkerGroup, Worker, each, register
+from verl.single_controller import RayWorkerGroup, Worker, each
 from verl.workers.placed_model import PlacedModel
 from xbai.model_files import ModelFiles
 from xbai.sprm import SPRMConfig
@@ -31,7 +31,6 @@ class CheckpointedWorker(Worker):
         self._load = partial(load_checkpoint, load_optimizer=load_optimizer, seed=seed)
         self._background_saves = BackgroundSaves()
 
-    @register(Dispatch.ONE_TO_ALL)
     def try_saving(self, folder: str) -> int:
         """Write all of this group's part of a checkpoint but the weights; returns how many bytes those take.
 
@@ -39,9 +38,8 @@ class CheckpointedWorker(Worker):
             UserError: it could not be written.
         """
         try_saving(folder, *self._travels_along)
-        return sum(parameter.numel() * parameter.itemsize for parameter in self._trained.model.parameters())
+        return sum(parameter.nbytes for parameter in self._trained.model.parameters())
 
-    @register(Dispatch.ONE_TO_ALL)
     def save_checkpoint(self, folder: str, background: bool = False) -> None:
         """Write this group's part of a checkpoint; with `background` only copy it, and write the copy meanwhile.
 
@@ -52,7 +50,6 @@ class CheckpointedWorker(Worker):
         with self._trained.on_device(with_optimizer=True):
             save(folder, self._trained.model, self._trained.optimizer, *self._travels_along)
 
-    @register(Dispatch.ONE_TO_ALL)
     def checkpoint_is_written(self) -> bool:
         """Whether the save in the background is done; does not wait.
 
@@ -61,7 +58,6 @@ class CheckpointedWorker(Worker):
         """
         return self._background_saves.is_done()
 
-    @register(Dispatch.ONE_TO_ALL)
     def load_checkpoint(self, folder: str) -> None:
         """Go on from what `save_checkpoint` wrote.
 

@@ -7,13 +7,13 @@ import torch
 from verl import DataProto
 from verl.models.fsdp import init_distributed
 from verl.models.loading import loading_dtype
-from verl.models.ulysses import check_head_counts, sequence_parallel_group
+from verl.models.ulysses import sequence_parallel_group
 from verl.models.value_model import ValueModel, build_value_model
 from verl.optim.optimizers import Optimizers
-from verl.single_controller import Dispatch, each, joined, register
-from verl.trainer.config.critic import CriticConfig
+from verl.single_controller import each, joined
+from verl.trainer.config.schema import CriticConfig
 from verl.workers.checkpointed_worker import CheckpointedWorker, CheckpointedWorkers
-from verl.workers.critic.dp_critic import DataParallelPPOCritic
+from verl.workers.critic import DataParallelPPOCritic
 from verl.workers.phase_metrics import measure_phase, tokens_of_rank
 from verl.workers.placed_model import Dtypes, PlacedModel
 from xbai.model_files import ModelFiles
@@ -33,7 +33,6 @@ class CriticWorker(CheckpointedWorker):
         self.config, self._responses_per_prompt = config, responses_per_prompt
         self._total_steps, self._seed = total_steps, seed
 
-    @register(Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
         """Join the critics' process group and load this rank's part of the model.
 
@@ -42,41 +41,34 @@ class CriticWorker(CheckpointedWorker):
         """
         init_distributed(self.config.nccl_timeout)
         torch.manual_seed(self._seed + self.rank)
-        config, sp_size = self.config, self.config.ulysses_sequence_parallel_size
-        model = self._build_model()
-        shape = model.backbone.config
-        check_head_counts(shape.num_attention_heads, shape.num_key_value_heads, sp_size)
-        self._critic_model = PlacedModel(model, config.model.fsdp_config, self._build_optimizer)
+        path, config = self.config.model.path, self.config
+        placed = PlacedModel(self._build_model(), config.model.fsdp_config, self._build_optimizer)
+        sp_group = sequence_parallel_group(config.ulysses_sequence_parallel_size)
         self._critic = DataParallelPPOCritic(
-            config,
-            self._responses_per_prompt,
-            self._critic_model.model,
-            self._critic_model.optimizer,
-            sequence_parallel_group(sp_size),
+            config, self._responses_per_prompt, placed.model, placed.optimizer, sp_group
         )
-        self._keep_checkpoints_of(self._critic_model, ModelFiles.read(config.model.path), seed=self._seed)
+        self._keep_checkpoints_of(placed, ModelFiles.read(path), seed=self._seed)
 
-    @register(Dispatch.DP_COMPUTE_PROTO, group="train")
     def compute_values(self, data: DataProto) -> DataProto:
         """`values` [B, R] of the states before each response token."""
-        with measure_phase("values") as metrics, self._critic_model.on_device():
-            metrics["tokens"] = tokens_of_rank(data, self.config.ulysses_sequence_parallel_size)
+        with measure_phase("values") as metrics, self._trained.on_device():
+            metrics["tokens"] = self._tokens(data)
             values = self._critic.compute_values(data.batch)
         return DataProto.from_dict({"values": values}, meta_info={"metrics": metrics})
 
-    @register(Dispatch.DP_COMPUTE_METRIC, group="train")
     def update_critic(self, data: DataProto) -> DataProto:
         """Move the values towards `returns`; the metrics are the same on every rank.
 
         Raises:
             UserError: the batch is not whole mini-batches.
         """
-        with measure_phase("update_critic") as metrics, self._critic_model.on_device(with_optimizer=True):
-            metrics["tokens"] = (
-                tokens_of_rank(data, self.config.ulysses_sequence_parallel_size) * self.config.ppo_epochs
-            )
+        with measure_phase("update_critic") as metrics, self._trained.on_device(with_optimizer=True):
+            metrics["tokens"] = self._tokens(data) * self.config.ppo_epochs
             training_metrics = self._critic.update_critic(data.batch)
         return DataProto(meta_info={"metrics": training_metrics | metrics})
+
+    def _tokens(self, data: DataProto) -> float:
+        return tokens_of_rank(data, self.config.ulysses_sequence_parallel_size)
 
     def _build_model(self) -> ValueModel:
         model = self.config.model
@@ -99,5 +91,5 @@ class CriticWorkers(CheckpointedWorkers):
     """The critics of all ranks, as the driver calls them."""
 
     init_model = each(CriticWorker.init_model)
-    compute_values = joined(CriticWorker.compute_values)
-    update_critic = joined(CriticWorker.update_critic)
+    compute_values = joined(CriticWorker.compute_values, group="train")
+    update_critic = joined(CriticWorker.update_critic, group="train", pads=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,11 +17,9 @@ from verl.models.loading import build_joint_model, load_tokenizer, loading_dtype
 from verl.models.reference import ReferencePolicy
 from verl.models.ulysses import sequence_parallel_group
 from verl.optim.optimizers import JointOptimizer
-from verl.single_controller import Dispatch, each, joined, register
-from verl.trainer.config.placement import FrozenPlacement
-from verl.trainer.config.policy import ActorRolloutRefConfig
-from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.actor.log_probs import PolicyLogProbs
+from verl.single_controller import each, joined
+from verl.trainer.config.schema import ActorRolloutRefConfig, FrozenPlacement
+from verl.workers.actor.dp_actor import DataParallelPPOActor, PolicyLogProbs
 from verl.workers.checkpointed_worker import CheckpointedWorker, CheckpointedWorkers
 from verl.workers.critic_worker import CriticWorker
 from verl.workers.phase_metrics import measure_phase, tokens_of_rank
@@ -32,15 +31,11 @@ from xbai.sprm import SPRMConfig, load_sprm_config, shift_head, step_feature_mas
 
 __all__ = ["ActorRolloutRefWorker", "CriticWorker", "PolicyWorkers", "group_sizes"]
 
-ROLES = ("actor_rollout", "actor_rollout_ref")
+Role = Literal["actor_rollout", "actor_rollout_ref"]
 
 
 def group_sizes(config: ActorRolloutRefConfig) -> dict[str, int]:
-    """How many consecutive ranks share rows: in training and reference by sequence, in rollout by tensor parallelism.
-
-    Args:
-        config: the `actor_rollout_ref` section.
-    """
+    """How many consecutive ranks share rows, by sequence in training and reference, by tensors in rollout."""
     return {
         "train": config.actor.ulysses_sequence_parallel_size,
         "reference": config.ref.ulysses_sequence_parallel_size,
@@ -56,17 +51,14 @@ class ActorRolloutRefWorker(CheckpointedWorker):
 
     Args:
         config: the `actor_rollout_ref` section.
-        role: `actor_rollout` or `actor_rollout_ref`.
+        role: whether there is a reference.
         total_steps: of the optimisers' schedules.
         seed: of the dropout in the score head; each rank derives its own.
     """
 
-    def __init__(self, config: ActorRolloutRefConfig, role: str, total_steps: int, seed: int = 1) -> None:
-        if role not in ROLES:
-            raise ValueError(f"role={role!r} is unknown, use one of {ROLES}")
+    def __init__(self, config: ActorRolloutRefConfig, role: Role, total_steps: int, seed: int = 1) -> None:
         self.config, self.role, self._total_steps, self._seed = config, role, total_steps, seed
 
-    @register(Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
         """Join the process group and load everything this rank holds.
 
@@ -104,12 +96,10 @@ class ActorRolloutRefWorker(CheckpointedWorker):
         )
         self._rollout = EngineRollout(config.rollout, config.model, self.tokenizer.pad_token_id, self._sprm_config)
 
-    @register(Dispatch.ONE_TO_ALL)
     def device_name(self) -> str | None:
         """Of this rank's GPU, as torch names it."""
         return torch.cuda.get_device_name() if local_device().type == "cuda" else None
 
-    @register(Dispatch.DP_COMPUTE_PROTO, group="rollout")
     def generate_sequences(self, prompts: DataProto) -> DataProto:
         """Sample responses with the present policy; see `EngineRollout.generate`.
 
@@ -125,7 +115,6 @@ class ActorRolloutRefWorker(CheckpointedWorker):
         output.meta_info["metrics"] |= sync_metrics | metrics
         return output
 
-    @register(Dispatch.DP_COMPUTE_PROTO, group="train")
     def compute_log_prob(self, data: DataProto) -> DataProto:
         """What the update compares with: `old_log_probs`, `entropys` [B, R] and, with a score head,
         `step_feature_mask` and `old_step_logits` [B, P+R].
@@ -140,7 +129,6 @@ class ActorRolloutRefWorker(CheckpointedWorker):
             columns |= self._actor.compute_log_prob({**data.batch.to_dict(), **columns}, reference=reference)
         return DataProto.from_dict(columns, meta_info={"metrics": metrics})
 
-    @register(Dispatch.DP_COMPUTE_METRIC, group="train")
     def standardize_score_head(self, data: DataProto, is_fresh: bool) -> DataProto:
         """See `standardize_features`; `meta_info["metrics"]` has the number of steps of `data` as `steps`."""
         batch = {**data.batch.to_dict(), **self._step_columns(data)}
@@ -151,14 +139,12 @@ class ActorRolloutRefWorker(CheckpointedWorker):
         self._rollout.mark_stale()
         return DataProto(meta_info={"metrics": {"steps": float(steps)} | metrics})
 
-    @register(Dispatch.ONE_TO_ALL)
     def shift_step_logits(self, shift: float) -> None:
         """Add `shift` to every logit of the score head, by its bias."""
         with self._policy.on_device():
             shift_head(head_of(self._policy.model), shift)
         self._rollout.mark_stale()
 
-    @register(Dispatch.DP_COMPUTE_PROTO, group="reference")
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         """`ref_log_prob` [B, R] under the reference policy."""
         with measure_phase("ref") as metrics, self._reference.on_device():
@@ -166,25 +152,22 @@ class ActorRolloutRefWorker(CheckpointedWorker):
             log_probs = self._reference_log_probs.compute_log_prob(data.batch, compute_entropy=False)["old_log_probs"]
         return DataProto.from_dict({"ref_log_prob": log_probs}, meta_info={"metrics": metrics})
 
-    @register(Dispatch.DP_COMPUTE_METRIC, group="train")
     def update_actor(self, data: DataProto) -> DataProto:
         """One joint update of policy and score head on the whole batch; the metrics are the same on every rank.
 
         Raises:
             UserError: the batch is not whole mini-batches.
         """
-        sharers = group_sizes(self.config)["train"]
         with (
             measure_phase("update_actor") as metrics,
-            self._reference_on_device(self._actor.loss_config.uses_full_kl),
+            self._reference_on_device(self._actor.loss.uses_full_kl),
             self._policy.on_device(with_optimizer=True),
         ):
-            metrics["tokens"] = tokens_of_rank(data, sharers) * self.config.actor.ppo_epochs
+            metrics["tokens"] = tokens_of_rank(data, group_sizes(self.config)["train"]) * self.config.actor.ppo_epochs
             training_metrics = self._actor.update_policy(data.batch)
         self._rollout.mark_stale()
         return DataProto(meta_info={"metrics": training_metrics | metrics})
 
-    @register(Dispatch.ONE_TO_ALL)
     def load_checkpoint(self, folder: str) -> None:
         """Go on from what `save_checkpoint` wrote; the next generation uses the loaded weights.
 
@@ -222,11 +205,8 @@ class ActorRolloutRefWorker(CheckpointedWorker):
         )
 
     def _build_optimizer(self, model: JointModel) -> JointOptimizer:
-        config = self.config
-        score_config = config.score.optim if config.use_score else None
-        return JointOptimizer(
-            model, config.actor.optim, score_config, self._total_steps, config.actor.max_nonfinite_updates
-        )
+        actor, of_score = self.config.actor, self.config.score.optim
+        return JointOptimizer(model, actor.optim, of_score, self._total_steps, actor.max_nonfinite_updates)
 
     def _reference_on_device(self, wanted: bool) -> AbstractContextManager[None]:
         return self._reference.on_device() if wanted else nullcontext()
@@ -242,9 +222,9 @@ class PolicyWorkers(CheckpointedWorkers):
 
     init_model = each(ActorRolloutRefWorker.init_model)
     device_name = each(ActorRolloutRefWorker.device_name)
-    generate_sequences = joined(ActorRolloutRefWorker.generate_sequences)
-    compute_log_prob = joined(ActorRolloutRefWorker.compute_log_prob)
-    compute_ref_log_prob = joined(ActorRolloutRefWorker.compute_ref_log_prob)
-    standardize_score_head = joined(ActorRolloutRefWorker.standardize_score_head)
+    generate_sequences = joined(ActorRolloutRefWorker.generate_sequences, group="rollout")
+    compute_log_prob = joined(ActorRolloutRefWorker.compute_log_prob, group="train")
+    compute_ref_log_prob = joined(ActorRolloutRefWorker.compute_ref_log_prob, group="reference")
+    standardize_score_head = joined(ActorRolloutRefWorker.standardize_score_head, group="train", pads=False)
     shift_step_logits = each(ActorRolloutRefWorker.shift_step_logits)
-    update_actor = joined(ActorRolloutRefWorker.update_actor)
+    update_actor = joined(ActorRolloutRefWorker.update_actor, group="train", pads=False)

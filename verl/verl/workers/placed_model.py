@@ -12,7 +12,7 @@ from torch import nn
 from verl.models.fsdp import create_mesh, local_device, move_optimizer, reshard, shard_model
 from verl.models.loading import torch_dtype
 from verl.optim.optimizers import Optimizers
-from verl.trainer.config.placement import FrozenPlacement, TrainedPlacement
+from verl.trainer.config.schema import FrozenPlacement, TrainedPlacement
 
 Model_co = TypeVar("Model_co", bound=nn.Module, covariant=True)
 Optimizer_co = TypeVar("Optimizer_co", bound=Optimizers | None, covariant=True)

@@ -20,9 +20,9 @@ from verl.models.fsdp import Countable, all_reduce_last, local_device
 from verl.models.packing import Batch, TokenLayout
 from verl.models.ulysses import group_size
 from verl.optim.optimizers import Optimizers
-from verl.trainer.config.updates import UpdateConfig
+from verl.trainer.config.schema import UpdateConfig
 from verl.workers.batching.micro_batches import MicroBatches, MicroBatching
-from verl.workers.batching.mini_batches import MiniBatching
+from xbai.errors import UserError
 
 Output = TypeVar("Output")
 Totals = TypeVar("Totals")
@@ -105,30 +105,17 @@ class Update(Generic[Output, Totals]):
         return metrics
 
 
-class MetricGroups(NamedTuple):
-    """Where an update's metrics are logged that are not its loss's."""
-
-    update: str
-    """`skipped_updates`."""
-    balance: str
-    """How even the micro-batches were."""
-    parts: Mapping[str, str]
-    """Gradient norms and learning rates, by the name of the optimiser's part."""
-
-
 class RolloutUpdate(Generic[Output, Totals]):
     """The update on a batch of rollouts, of policy and critic: one optimiser step a mini-batch.
 
     Args:
         update: makes the gradients.
         optimizer: of the update's model.
-        section: `actor` or `critic`; reads `grad_clip` and the keys of `MiniBatching` and `MicroBatching.for_update`.
+        section: `actor` or `critic`; its `ppo_mini_batch_size` is in prompts of the whole job.
         responses_per_prompt: rows of each prompt.
         packed: padding is not computed.
-        groups: of the metrics.
-
-    Raises:
-        UserError: a batch size that ranks cannot share evenly.
+        name: of the section, for messages and metrics.
+        balance: the group of metrics that say how even the micro-batches were.
     """
 
     def __init__(
@@ -138,16 +125,19 @@ class RolloutUpdate(Generic[Output, Totals]):
         section: UpdateConfig,
         responses_per_prompt: int,
         packed: bool,
-        groups: MetricGroups,
+        name: str,
+        balance: str,
     ) -> None:
-        self._update, self._optimizer, self._groups = update, optimizer, groups
-        self._grad_clip, sizes = section.grad_clip, (group_size(update.sp_group), dist.get_world_size())
-        self._micro_batching = MicroBatching.for_update(section, packed, *sizes)
-        self._mini_batching = MiniBatching(section, responses_per_prompt, update.sp_group, groups.update)
+        self._update, self._optimizer, self._section = update, optimizer, section
+        self._responses_per_prompt, self._name, self._balance = responses_per_prompt, name, balance
+        sp_size = group_size(update.sp_group)
+        self._micro_batching = MicroBatching.for_update(section, packed, sp_size, dist.get_world_size())
+        self._shares = dist.get_world_size() // sp_size
+        self._rows = section.ppo_mini_batch_size * responses_per_prompt // self._shares
 
     def optimiser_steps(self, data: Batch) -> int:
         """How many there are for a batch."""
-        return self._mini_batching.optimiser_steps(data)
+        return self._section.ppo_epochs * (len(data["input_ids"]) // self._rows)
 
     def run(self, data: Batch, release: Callable[[], None] | None = None) -> dict[str, float]:
         """Run `ppo_epochs` passes over this rank's rows.
@@ -163,11 +153,33 @@ class RolloutUpdate(Generic[Output, Totals]):
         Raises:
             UserError: the batch is not whole mini-batches.
         """
-        steps = [self._step(mini_batch, release) for mini_batch in self._mini_batching.split(data)]
+        steps = [self._step(mini_batch, release) for mini_batch in self._mini_batches(data)]
         skipped = sum(step.pop("skipped") for step in steps)
         means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
-        rates = self._of_parts(self._optimizer.advance_schedules())
-        return means | {f"{self._groups.update}/skipped_updates": skipped} | rates
+        return means | {f"{self._name}/skipped_updates": skipped} | _of_parts(self._optimizer.advance_schedules())
+
+    def _mini_batches(self, data: Batch) -> Iterator[dict[str, Tensor]]:
+        """This rank's share of each mini-batch, `ppo_epochs` times over."""
+        rows, size = len(data["input_ids"]), self._section.ppo_mini_batch_size
+        if rows % self._rows:
+            raise UserError(
+                f"{self._name}.ppo_mini_batch_size={size} prompts of {self._responses_per_prompt} responses must "
+                f"divide the batch of {rows * self._shares} responses (data.train_batch_size)"
+            )
+        for _ in range(self._section.ppo_epochs):
+            for chosen in self._row_order(rows).split(self._rows):
+                yield {name: column[chosen] for name, column in data.items()}
+
+    def _row_order(self, rows: int) -> Tensor:
+        """The same on all ranks of a sequence-parallel group."""
+        if not self._section.shuffle:
+            return torch.arange(rows)
+        order = torch.randperm(rows)
+        if self._update.sp_group is None:
+            return order
+        order = order.to(local_device())
+        dist.broadcast(order, group=self._update.sp_group, group_src=0)
+        return order.cpu()
 
     def _step(self, mini_batch: Batch, release: Callable[[], None] | None) -> dict[str, float]:
         update = self._update
@@ -176,15 +188,16 @@ class RolloutUpdate(Generic[Output, Totals]):
         metrics = summed_over_ranks(update.backward(micro_batches, totals))
         if release is not None:
             release()
-        stepped = self._optimizer.step(self._grad_clip, metrics[update.loss.metric])
+        stepped = self._optimizer.step(self._section.grad_clip, metrics[update.loss.metric])
         skipped = {"skipped": stepped.pop("skipped")}
-        balance = {f"{self._groups.balance}/{name}": value for name, value in micro_batches.balance().items()}
-        return metrics | update.loss.counts(totals) | balance | self._of_parts(stepped) | skipped
+        balance = {f"{self._balance}/{name}": value for name, value in micro_batches.balance().items()}
+        return metrics | update.loss.counts(totals) | balance | _of_parts(stepped) | skipped
 
-    def _of_parts(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The optimiser's `what/part`, in the group of that part."""
-        names = {name: name.split("/") for name in metrics}
-        return {f"{self._groups.parts[part]}/{what}": metrics[name] for name, (what, part) in names.items()}
+
+def _of_parts(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The optimiser's `what/part` as `part/what`; the policy's are the actor's."""
+    names = {name: name.split("/") for name in metrics}
+    return {f"{'actor' if part == 'policy' else part}/{what}": metrics[name] for name, (what, part) in names.items()}
 
 
 def loss_mask(batch: Batch) -> Tensor:

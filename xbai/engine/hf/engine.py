@@ -6,25 +6,20 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from xbai.engine.base import Completion, Engine, FinishReason, Sample
+from xbai.engine.base import Engine
 from xbai.engine.detokenizer import Detokenizer
-from xbai.engine.end_tokens import end_token_ids
-from xbai.engine.files import (
-    load_tokenizer,
-    read_config,
-    resolve_dtype,
-    resolve_head_dtype,
-    resolve_max_model_len,
-)
-from xbai.engine.float32_head import use_float32_output
+from xbai.engine.files import ModelOptions
 from xbai.engine.hf.sampling import BatchSampler
+from xbai.engine.linear import use_float32_output
+from xbai.engine.sample import Completion, FinishReason, Sample
 from xbai.engine.scorer import Scorer, truncate_backbone
 from xbai.engine.weight_check import HeldWeight
 from xbai.engine.weight_files import load_pretrained
@@ -38,55 +33,30 @@ class HFEngine(Engine):
     """Generates batch by batch: as many queued samples as the budgets allow, each step adding a token to all of them.
 
     Args:
-        model_path: a Hugging Face model folder.
-        dtype: `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
-        head_dtype: of the logits, see `files.resolve_head_dtype`.
-        max_model_len: most tokens of prompt plus response; the model's context by default.
-        lang: step rule of a head without `sprm_config.json`.
-        with_scores: load the score head.
-        trust_remote_code: run the Python code that comes with the folder.
+        options: what to load.
         max_num_seqs: most samples of one batch.
         max_cache_slots: most KV-cache slots (rows x padded length) of one batch; a larger sample runs alone.
-        seed: of the random streams of requests without a seed.
     """
 
-    def __init__(
-        self,
-        model_path: str | Path,
-        *,
-        dtype: str = "auto",
-        head_dtype: str | None = None,
-        max_model_len: int | None = None,
-        lang: str | None = None,
-        with_scores: bool = False,
-        trust_remote_code: bool = False,
-        max_num_seqs: int = 64,
-        max_cache_slots: int = 131072,
-        seed: int | None = None,
-    ) -> None:
-        config = read_config(model_path, trust_remote_code)
-        tokenizer = load_tokenizer(model_path, trust_remote_code)
-        torch_dtype = resolve_dtype(dtype, config)
-        float32_head = resolve_head_dtype(head_dtype, torch_dtype) != torch_dtype
+    def __init__(self, options: ModelOptions, *, max_num_seqs: int = 64, max_cache_slots: int = 131072) -> None:
+        super().__init__(options)
+        path = options.model_path
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         head = None
-        if with_scores:
-            sprm_config = load_sprm_config(model_path, tokenizer, lang)
-            head = load_score_head(model_path, config.hidden_size, sprm_config)
-        model = load_pretrained(
+        if options.with_scores:
+            sprm_config = load_sprm_config(path, self.tokenizer, options.lang)
+            head = load_score_head(path, self._config.hidden_size, sprm_config)
+        self._model = load_pretrained(
             AutoModelForCausalLM,
-            model_path,
+            path,
             device=self.device,
-            dtype=torch_dtype,
-            trust_remote_code=trust_remote_code,
-        )
-        if float32_head:
-            use_float32_output(model.get_output_embeddings())
-        self._model = model.eval()
-        scorer = None if head is None else Scorer(truncate_backbone(model.model), head, sprm_config.step_rule)
-        length = resolve_max_model_len(max_model_len, config)
-        end_ids = end_token_ids(model_path, tokenizer)
-        super().__init__(config, tokenizer, length, scorer, seed, trust_remote_code, end_ids)
+            dtype=self._dtype,
+            trust_remote_code=options.trust_remote_code,
+        ).eval()
+        if self._logits_dtype != self._dtype:
+            use_float32_output(self._model.get_output_embeddings())
+        if head is not None:
+            self.scorer = Scorer(truncate_backbone(self._model.model), head, sprm_config.step_rule)
         self.max_num_seqs = max_num_seqs
         self._max_cache_slots = max_cache_slots
         self._queue: deque[Sample] = deque()
@@ -136,23 +106,16 @@ class HFEngine(Engine):
     @torch.inference_mode()
     def _advance(self) -> list[tuple[Sample, Completion]]:
         if self._batch is None or not self._batch.unfinished:
-            samples = self._next_batch()
-            self._batch = self._new_batch(samples) if samples else None
-        if self._batch is None:
-            return []
+            self._batch = None
+            if not (samples := self._next_batch()):
+                return []
+            rows = [_Row(sample, self.detokenize) for sample in samples]
+            self._batch = _Batch(self._model, rows, BatchSampler(samples, self.vocab_size, self.device), self.device)
         return [(row.sample, self._completion(row, reason)) for row, reason in self._batch.advance()]
 
     def _completion(self, row: _Row, finish_reason: FinishReason) -> Completion:
-        return Completion(
-            token_ids=row.token_ids,
-            text=self._response_text(row.sample, row.token_ids),
-            finish_reason=finish_reason,
-            log_probs=row.log_probs if row.sample.params.log_probs else None,
-        )
-
-    def _new_batch(self, samples: list[Sample]) -> _Batch:
-        rows = [_Row(sample, self.detokenize) for sample in samples]
-        return _Batch(self._model, rows, BatchSampler(samples, self.vocab_size, self.device), self.device)
+        log_probs = row.log_probs if row.sample.params.log_probs else None
+        return Completion(row.token_ids, self._response_text(row.sample, row.token_ids), finish_reason, log_probs)
 
 
 class _Batch:
@@ -163,14 +126,10 @@ class _Batch:
         self._rows = rows
         self._sampler = sampler
         self._cache = DynamicCache(config=model.config)
-        width = max(len(row.sample.prompt_ids) for row in rows)
-        input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
-        for index, row in enumerate(rows):
-            prompt_ids = row.sample.prompt_ids
-            input_ids[index, width - len(prompt_ids) :] = torch.tensor(prompt_ids)
-            attention_mask[index, width - len(prompt_ids) :] = 1
-        self._input_ids, self._attention_mask = input_ids.to(device), attention_mask.to(device)
+        align = partial(pad_sequence, batch_first=True, padding_side="left")
+        prompts = [torch.tensor(row.sample.prompt_ids) for row in rows]
+        self._input_ids = align(prompts).to(device)
+        self._attention_mask = align([torch.ones_like(prompt) for prompt in prompts]).to(device)
 
     @property
     def unfinished(self) -> list[int]:
@@ -179,20 +138,18 @@ class _Batch:
 
     def advance(self) -> list[tuple[_Row, FinishReason]]:
         """Add a token to every unfinished row; the rows which that finished, and why."""
-        before = self.unfinished
+        before = [row for row in self._rows if not row.has_ended]
         tokens, log_probs = self._sampler(self._forward())
         for row, token, log_prob in zip(self._rows, tokens.tolist(), log_probs.tolist(), strict=True):
             row.append(token, log_prob)
-        rows = [self._rows[index] for index in before]
-        finished = [(row, row.finish_reason) for row in rows if row.finish_reason is not None]
+        finished = [(row, row.finish_reason) for row in before if row.finish_reason is not None]
         self._shrink_to(self.unfinished, tokens)
         return finished
 
     def drop(self, samples: set[Sample]) -> None:
         """End the rows of these samples, which nobody waits for."""
-        for index in self.unfinished:
-            if self._rows[index].sample in samples:
-                self._rows[index].is_dropped = True
+        for row in self._rows:
+            row.is_dropped |= row.sample in samples
 
     def _shrink_to(self, unfinished: list[int], tokens: Tensor) -> None:
         if not unfinished:
@@ -204,9 +161,7 @@ class _Batch:
             tokens, self._attention_mask = tokens[keep], self._attention_mask[keep]
             self._rows = [self._rows[index] for index in unfinished]
         self._input_ids = tokens[:, None]
-        self._attention_mask = torch.cat(
-            [self._attention_mask, self._attention_mask.new_ones(len(self._rows), 1)], dim=1
-        )
+        self._attention_mask = pad(self._attention_mask, (0, 1), value=1)
 
     def _forward(self) -> Tensor:
         position_ids = (self._attention_mask.cumsum(1) - 1).clamp(min=0)[:, -self._input_ids.shape[1] :]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xbai.engine.base import Sample
+from xbai.engine.sample import Sample
 from xbai.engine.seeded_draw import draw_tokens, uniforms
 
 # As in vLLM: colder ones would overflow.
@@ -16,13 +16,7 @@ MIN_TEMPERATURE = 0.01
 
 
 class BatchSampler:
-    """Per-row temperature, top-k, top-p and repetition penalty, each row on its own random stream.
-
-    Args:
-        samples: the rows.
-        vocab_size: width of the logits.
-        device: where the logits live.
-    """
+    """Per-row temperature, top-k, top-p and repetition penalty; each row, a sample's, on its own random stream."""
 
     def __init__(self, samples: list[Sample], vocab_size: int, device: torch.device) -> None:
         params = [sample.params for sample in samples]

@@ -8,30 +8,22 @@ import multiprocessing.connection
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from xbai.engine.base import Completion, Engine, EnginePart, Sample
-from xbai.engine.end_tokens import end_token_ids
-from xbai.engine.files import (
-    LM_HEAD,
-    load_tokenizer,
-    read_config,
-    resolve_dtype,
-    resolve_head_dtype,
-    resolve_max_model_len,
-)
-from xbai.engine.fused_scores import LOG_PROB, STEP_LOGIT, FusedHead, obstacle, step_scores
+from xbai.engine.base import Engine, EnginePart
+from xbai.engine.files import LM_HEAD, ModelOptions
+from xbai.engine.fused_scores import LOG_PROB, STEP_LOGIT, FusedHead, obstacle
+from xbai.engine.sample import Completion, Sample
 from xbai.engine.scorer import Scorer, head_shapes
 from xbai.engine.vllm.start import check_devices, dtype_name, engine_arguments, start
 from xbai.engine.weight_check import HeldWeight
 from xbai.engine.weight_files import check_weights
 from xbai.errors import UserError
 from xbai.sprm import SPRMConfig, StepRule, load_sprm_config
+from xbai.sprm.steps import step_scores
 
 if TYPE_CHECKING:
     from vllm.v1.worker.worker_base import WorkerBase
@@ -51,87 +43,54 @@ class VLLMEngine(Engine):
     a second one. Other sequences always need `Scorer`'s copy of the backbone, loaded when the first of them comes.
 
     Args:
-        model_path: a Hugging Face model folder.
-        dtype: `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
-        head_dtype: of the logits, see `files.resolve_head_dtype`; an LM head that is itself quantised needs `model`.
-        max_model_len: most tokens of prompt plus response; the model's context by default.
-        lang: step rule of a head without `sprm_config.json`.
-        with_scores: load the folder's score head.
+        options: what to load; an LM head that is itself quantised needs `head_dtype` `model`.
         sprm_config: instead of `with_scores` the form of a head that is not in the folder; `update_weights` is to bring
             its weights before scores are asked for. Only where `fused_scores.obstacle` names none.
-        trust_remote_code: run the Python code that comes with the folder.
-        max_num_seqs: most samples in flight; by default 128 on CPU, and what vLLM chooses for a GPU of this size.
-        max_num_batched_tokens: most tokens of one scheduler iteration; by default likewise.
-        enforce_eager: no compilation; True by default on CPU, where compiling costs a minute.
-        kv_cache_memory_bytes: on CPU by default what `max_num_seqs` full samples need, at most 4 GiB.
         enable_sleep_mode: have `sleep` free memory, at most one engine of a process at a time; by default among the
             ranks of a trainer. A CPU engine never sleeps.
-        **options: any other field of vLLM's `EngineArgs` (`gpu_memory_utilization`, `load_format`, ...).
+        **arguments: any other field of vLLM's `EngineArgs` (`gpu_memory_utilization`, `load_format`, ...), None for its
+            default: of `max_num_seqs` 128 on CPU, and what vLLM chooses for a GPU of this size, of
+            `max_num_batched_tokens` likewise; of `enforce_eager` True on CPU, where compiling costs a minute; of
+            `kv_cache_memory_bytes` on CPU what `max_num_seqs` full samples need, at most 4 GiB.
     """
 
     def __init__(
         self,
-        model_path: str | Path,
+        options: ModelOptions,
         *,
-        dtype: str = "auto",
-        head_dtype: str | None = None,
-        max_model_len: int | None = None,
-        lang: str | None = None,
-        with_scores: bool = False,
         sprm_config: SPRMConfig | None = None,
-        trust_remote_code: bool = False,
-        max_num_seqs: int | None = None,
-        max_num_batched_tokens: int | None = None,
-        enforce_eager: bool | None = None,
-        kv_cache_memory_bytes: int | None = None,
         enable_sleep_mode: bool | None = None,
-        seed: int | None = None,
-        **options: Any,
+        **arguments: Any,
     ) -> None:
-        check_devices(options)
-        config = read_config(model_path, trust_remote_code)
-        tokenizer = load_tokenizer(model_path, trust_remote_code)
-        if options.get("load_format", "auto") == "auto":
-            check_weights(model_path, config)
-        length = resolve_max_model_len(max_model_len, config)
-        torch_dtype = resolve_dtype(dtype, config)
-        logits_dtype = resolve_head_dtype(head_dtype, torch_dtype)
-        end_ids = end_token_ids(model_path, tokenizer)
-        super().__init__(config, tokenizer, length, None, seed, trust_remote_code, end_ids)
-        self._load_scorer = partial(
-            Scorer.from_folder, model_path, dtype=dtype, lang=lang, trust_remote_code=trust_remote_code
-        )
-        self._fused_head = self._load_head(model_path, lang, with_scores, sprm_config, options)
+        check_devices(arguments)
+        super().__init__(options)
+        if arguments.get("load_format", "auto") == "auto":
+            check_weights(options.model_path, self._config)
+        self._fused_head = self._load_head(sprm_config, arguments)
         if self._fused_head is not None:
             # Also made here: its mistakes are the user's, and vLLM's processes would hide them in tracebacks.
-            self._head_shapes = head_shapes(self._fused_head.build(config.hidden_size))
-            self._head_is_fused = True
-            options |= self._fused_head.engine_arguments(config, options)
+            self._fused_shapes = head_shapes(self._fused_head.build(self._config.hidden_size))
+            arguments |= self._fused_head.engine_arguments(self._config, arguments)
         # All of vLLM's models hand their LM head to the layer that reads this.
-        options["hf_overrides"] = {"head_dtype": dtype_name(logits_dtype), **options.get("hf_overrides", {})}
+        arguments["hf_overrides"] = {"head_dtype": dtype_name(self._logits_dtype), **arguments.get("hf_overrides", {})}
         self._weights_have_changed = False
         self._on_cpu = not torch.cuda.is_available()
         self._owns_process_group = not torch.distributed.is_initialized()
-        chosen = {
-            "model": str(model_path),
-            "max_model_len": length,
-            "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": max_num_batched_tokens,
-            "enforce_eager": enforce_eager,
-            "kv_cache_memory_bytes": kv_cache_memory_bytes,
+        arguments |= {
+            "model": str(options.model_path),
+            "max_model_len": self.max_model_len,
             "enable_sleep_mode": None if self._on_cpu else enable_sleep_mode,
-            "trust_remote_code": trust_remote_code,
+            "trust_remote_code": options.trust_remote_code,
         }
-        self._llm = start(engine_arguments(config, torch_dtype, chosen | options))
+        self._llm = start(engine_arguments(self._config, self._dtype, arguments))
         if not self._owns_process_group:
             # vLLM's own clean-up, also on garbage collection and exit, would destroy the trainer's process group.
             self._llm.engine_core._finalizer.detach()
-        self._speculates = bool(options.get("speculative_config"))
+        self._speculates = bool(arguments.get("speculative_config"))
         if not self._speculates:
             from xbai.engine.vllm.sampler import use_engine_sampler
 
             self._llm.collective_rpc(use_engine_sampler)
-        self._samples: dict[str, Sample] = {}
         self.max_num_seqs = self._llm.vllm_config.scheduler_config.max_num_seqs
 
     @property
@@ -189,23 +148,23 @@ class VLLMEngine(Engine):
         if not self._on_cpu:
             torch.cuda.empty_cache()
 
-    def _load_head(
-        self,
-        model_path: str | Path,
-        lang: str | None,
-        with_scores: bool,
-        sprm_config: SPRMConfig | None,
-        options: Mapping[str, Any],
-    ) -> FusedHead | None:
+    def _load_head(self, sprm_config: SPRMConfig | None, arguments: Mapping[str, Any]) -> FusedHead | None:
         """The head that vLLM's model is to have; where it cannot have the one that is wanted, the scorer gets it."""
-        if not with_scores:
+        options = self._options
+        if not options.with_scores:
             return None if sprm_config is None else FusedHead(sprm_config, folder=None)
-        if (reason := obstacle(self._config, options)) is None:
-            return FusedHead(load_sprm_config(model_path, self.tokenizer, lang), str(model_path))
+        if (reason := obstacle(self._config, arguments)) is None:
+            head = load_sprm_config(options.model_path, self.tokenizer, options.lang)
+            return FusedHead(head, str(options.model_path))
         logger.warning("step scores will take a second forward pass: %s", reason)
         self.scorer = self._load_scorer()
-        self._head_shapes = head_shapes(self.scorer.head)
         return None
+
+    def _load_scorer(self) -> Scorer:
+        options = self._options
+        return Scorer.from_folder(
+            options.model_path, dtype=options.dtype, lang=options.lang, trust_remote_code=options.trust_remote_code
+        )
 
     def _enqueue(self, sample: Sample) -> None:
         from vllm.exceptions import VLLMValidationError
@@ -220,14 +179,11 @@ class VLLMEngine(Engine):
             request_id = self._llm.add_request(sample.key, prompt, self._vllm_params(sample))
         except (ValueError, VLLMValidationError) as error:
             raise UserError(f"vLLM refuses the request: {error}") from error
-        self._samples[sample.key] = sample
         if columns := self._columns(sample):
             state = self._llm.output_processor.request_states[request_id]
             state.logprobs_processor = ColumnReader(columns)
 
     def _drop(self, samples: list[Sample]) -> None:
-        for sample in samples:
-            self._samples.pop(sample.key, None)
         self._llm.abort_request([sample.key for sample in samples])
 
     def _advance(self) -> list[tuple[Sample, Completion]]:
@@ -235,7 +191,7 @@ class VLLMEngine(Engine):
         for output in finished:
             self.prompt_tokens += len(output.prompt_token_ids)
             self.cached_prompt_tokens += output.num_cached_tokens or 0
-        return [self._finish(self._samples.pop(output.request_id), output.outputs[0]) for output in finished]
+        return [self._finish(self._unfinished[output.request_id], output.outputs[0]) for output in finished]
 
     def _finish(self, sample: Sample, output: Any) -> tuple[Sample, Completion]:
         token_ids = list(output.token_ids)
@@ -250,9 +206,7 @@ class VLLMEngine(Engine):
                 completion.log_probs = values[LOG_PROB::columns]
             if self._fused_head is not None and sample.return_scores:
                 rule = self._fused_head.sprm_config.step_rule
-                completion.step_scores = step_scores(
-                    sample.prompt_ids, completion.token_ids, values[STEP_LOGIT::columns], rule
-                )
+                completion.step_scores = step_scores(sample.prompt_ids, token_ids, values[STEP_LOGIT::columns], rule)
         return sample, completion
 
     def _columns(self, sample: Sample) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,11 +25,6 @@ class _Row:
     penalty: float
     seed: int | None
     output_ids: list[int]
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any] | None, output_ids: list[int]) -> _Row:
-        options = options or {}
-        return cls(options.get("repetition_penalty", 1.0), options.get("seed"), output_ids)
 
 
 class BatchRows(LogitsProcessor):
@@ -67,8 +61,9 @@ class BatchRows(LogitsProcessor):
         if batch_update is None:
             return
         for row, params, prompt_ids, output_ids in batch_update.added:
-            self._rows[row] = entered = _Row.of(params.extra_args, output_ids)
-            if entered.penalty != 1:
+            options = params.extra_args or {}
+            self._rows[row] = _Row(options.get("repetition_penalty", 1.0), options.get("seed"), output_ids)
+            if self._rows[row].penalty != 1:
                 self._mark(row, [*(prompt_ids or ()), *output_ids])
         for row in batch_update.removed:
             self._rows.pop(row, None)

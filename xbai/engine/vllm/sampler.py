@@ -28,10 +28,7 @@ class EngineSampler(Sampler):
     vLLM offers log-probs of the raw logits or of the logits after temperature *and* penalties, top-k and top-p; what
     an actor recomputes (and what importance ratios need) lies between the two.
 
-    Args:
-        model: of the logits to come; its step logits are 0 if it is none of `FusedScores`.
-        use_fp64_gumbel: vLLM's.
-        rows: of the batches to come.
+    Of a `model` that is none of `FusedScores` all step logits are 0.
     """
 
     def __init__(self, model: nn.Module, use_fp64_gumbel: bool, rows: BatchRows) -> None:
@@ -75,12 +72,7 @@ class EngineSampler(Sampler):
 
 
 class SeededSampler(nn.Module):
-    """vLLM's choice among the tokens that top-k and top-p leave, but of batches with seeds, which draw by these.
-
-    Args:
-        unseeded: vLLM's own.
-        rows: of the batches to come.
-    """
+    """vLLM's choice among the tokens that top-k and top-p leave, but of batches with seeds, which draw by these."""
 
     def __init__(self, unseeded: TopKTopPSampler, rows: BatchRows) -> None:
         super().__init__()

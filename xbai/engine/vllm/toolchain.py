@@ -42,11 +42,7 @@ class Toolchain:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Toolchain:
-        """Look where Triton and FlashInfer do.
-
-        Args:
-            environment: of the process that is to run vLLM.
-        """
+        """Look where Triton and FlashInfer do, in the environment of the process that is to run vLLM."""
         path = search_path(environment.get("PATH", ""))
         has_compiler = "CC" in environment or any(shutil.which(name, path=path) for name in ("gcc", "clang"))
         has_headers = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").is_file()
@@ -63,12 +59,7 @@ class Toolchain:
         return cls(_missing(for_triton), _missing(for_flashinfer))
 
     def attention(self, capability: tuple[int, int], dtype: torch.dtype, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields of vLLM's `EngineArgs` by which attention can do with what is here.
-
-        Args:
-            capability: the GPU's compute capability.
-            dtype: of the weights.
-            options: fields that were given.
+        """The fields of vLLM's `EngineArgs`, beside the `options`, by which attention can do with what is here.
 
         Raises:
             UserError: it cannot, in one line.

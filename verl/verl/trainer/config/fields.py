@@ -1,18 +1,30 @@
-"""What a field of a configuration may hold, and where it acts; the sections are made of these."""
+"""What a field of a configuration may hold, and where it acts; the sections are made of these, found by dotted keys."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import reduce
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from operator import getitem
+from types import NoneType, UnionType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from xbai.errors import UserError
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 if TYPE_CHECKING or find_spec("pydantic") is not None:
     from pydantic import BeforeValidator, ConfigDict, Field, Strict
@@ -23,16 +35,23 @@ else:
 
     BeforeValidator = ConfigDict = Field = Strict = _unchecked
 
-T = TypeVar("T", bound="DataclassInstance")
-
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 """What stands in the YAML for the value of another key."""
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 class Section:
-    """A frozen dataclass of fields and further sections, none with a default: the YAML has them."""
+    """A subclass is a frozen dataclass of fields and further sections, none with a default: the YAML has them."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, kw_only=True)(cls)
+
+
+T = TypeVar("T", bound=Section)
+Mark = TypeVar("Mark")
 
 
 class Missing(str):
@@ -50,23 +69,17 @@ class NullMeans:
 
 @dataclass(frozen=True)
 class ActsWith:
-    """Marks a field or section that acts where another key has one of some values, and else is left at its default.
-
-    Attributes:
-        key, values: of the other one.
-        otherwise: what is said after `key=value` of a field that cannot act.
-    """
+    """Marks a field or section that acts where another `key` has one of some `values`, else is left at its default."""
 
     key: str
     values: tuple[str, ...]
     otherwise: str
+    """What is said after `key=value` of a field that cannot act."""
 
 
 ON_GPU = ActsWith("trainer.device", ("cuda",), "needs a GPU and cannot act on CPU; leave it at its default")
 WITH_VLLM = ActsWith(
-    "actor_rollout_ref.rollout.name",
-    ("vllm",),
-    "cannot act with rollout.name=hf; leave it at its default, or use vllm",
+    "actor_rollout_ref.rollout.name", ("vllm",), "cannot act with rollout.name=hf; leave it at its default, or use vllm"
 )
 WITH_CRITIC = ActsWith(
     "algorithm.adv_estimator", ("gae",), "acts only with algorithm.adv_estimator=gae, which has a critic"
@@ -116,3 +129,74 @@ def told(check: Callable[..., Any], *arguments: Any) -> Iterator[str]:
         check(*arguments)
     except UserError as error:
         yield str(error)
+
+
+def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key of a plain mapping, such as `OmegaConf.to_container` gives, with its value."""
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+class Leaf(NamedTuple):
+    """What a schema says of one key."""
+
+    types: tuple[Any, ...]
+    """Of its values, other than null."""
+    nullable: bool
+    """Null may be written."""
+    marks: tuple[Any, ...]
+    """What stands beside the types, here and at the sections above."""
+
+    def marked(self, kind: type[Mark]) -> Iterator[Mark]:
+        """Its marks of one kind."""
+        return (mark for mark in self.marks if isinstance(mark, kind))
+
+
+def schema_leaves(schema: type[Any]) -> dict[str, Leaf]:
+    """Every dotted key of a schema."""
+    found: dict[str, Leaf] = {}
+    hints = get_type_hints(schema, include_extras=True)
+    for name in (field.name for field in fields(schema)):
+        arms = list(_arms(hints[name]))
+        types = tuple(kind for kind, _ in arms if kind is not NoneType)
+        marks = tuple(mark for _, marks in arms for mark in marks)
+        if isinstance(types[0], type) and is_dataclass(types[0]):
+            below = schema_leaves(types[0]).items()
+            found |= {f"{name}.{key}": leaf._replace(marks=leaf.marks + marks) for key, leaf in below}
+        else:
+            nullable = len(types) < len(arms) or any(isinstance(mark, NullMeans) for mark in marks)
+            found[name] = Leaf(types, nullable, marks)
+    return found
+
+
+def _arms(hint: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """The types that a hint allows, each with what stands beside it."""
+    origin = get_origin(hint)
+    if origin is Annotated:
+        kind, *marks = get_args(hint)
+        for arm, inner in _arms(kind):
+            yield arm, (*inner, *marks)
+    elif origin in (Union, UnionType):
+        for arm in get_args(hint):
+            yield from _arms(arm)
+    else:
+        yield list if origin is list else hint, ()
+
+
+def fill_nulls(values: dict[str, Any], known: Mapping[str, Leaf]) -> dict[str, str]:
+    """Write in place of each null what it stands for.
+
+    Returns:
+        The keys that have now the value of another one, and which.
+    """
+    given = dict(leaves(values))
+    means = {key: mark.key for key, leaf in known.items() for mark in leaf.marked(NullMeans)}
+    nulls = {key: source for key, source in means.items() if given.get(key, source) is None}
+    for key, source in nulls.items():
+        given[key] = given.get(source)
+        *sections, name = key.split(".")
+        reduce(getitem, sections, values)[name] = given[key]
+    return nulls

@@ -2,21 +2,384 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from verl.trainer.config.algorithm import AlgorithmConfig
-from verl.trainer.config.critic import CriticConfig
-from verl.trainer.config.data import DataConfig
-from verl.trainer.config.fields import WITH_CRITIC, Section
-from verl.trainer.config.policy import ROOT, ActorRolloutRefConfig
-from verl.trainer.config.reward import CustomRewardFunction, RewardModelConfig
-from verl.trainer.config.run import RayInit, TrainerConfig
-from verl.trainer.config.updates import Job
+from verl.trainer.config.fields import (
+    ON_GPU,
+    WITH_CRITIC,
+    WITH_VLLM,
+    ActsWith,
+    Coefficient,
+    Dtype,
+    Field,
+    Files,
+    Flag,
+    Language,
+    NullMeans,
+    Number,
+    Positive,
+    PositiveNumber,
+    ResumeMode,
+    Section,
+    ServedDtype,
+    Share,
+    Switch,
+    Text,
+    Whole,
+)
+from xbai.sprm import ScoreObjective
 
 YAML = "ppo_trainer"
+ROOT = "actor_rollout_ref"
+ACTOR = f"{ROOT}.actor"
+
+LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
+KLPenalty = Literal["kl", "abs", "mse", "low_var_kl", "k1", "k2", "k3", "full"]
+KLLossType = KLPenalty | Literal["kl+", "abs+", "mse+", "low_var_kl+", "k1+", "k2+", "k3+"]
+AdamName = Literal["AdamW", "AdamW8bit", "Adam8bit"]
+Beta = Annotated[Number, Field(ge=0, lt=1)]
+
+
+class OptimConfig(Section):
+    """What all have: an optimiser with its schedule; the learning rate of 0 leaves the weights as they are."""
+
+    name: AdamName | Literal["Muon"]
+    lr: Coefficient
+    betas: Annotated[list[Beta], Field(min_length=2, max_length=2, description="must be two numbers from 0 to below 1")]
+    weight_decay: Coefficient
+    lr_warmup_steps: Whole
+    lr_warmup_steps_ratio: Share
+    min_lr_ratio: Share
+    num_cycles: Coefficient
+    warmup_style: Literal["constant", "cosine"]
+
+
+class AdamConfig(OptimConfig):
+    """Of the critic, and of a score head that is trained with its backbone."""
+
+    name: AdamName
+
+
+class PolicyOptim(AdamConfig):
+    """`actor_rollout_ref.actor.optim`."""
+
+    no_load_optim: Flag
+
+
+class SFTOptim(OptimConfig):
+    """Of supervised fine-tuning."""
+
+    adamw_lr: PositiveNumber | None
+    grad_clip: PositiveNumber
+
+
+class Sharding(Section):
+    """The `fsdp_config` sections: how a model is sharded, and where it waits. What all models have."""
+
+    offload_policy: Annotated[Flag, ON_GPU]
+    reshard_after_forward: Flag
+    fsdp_size: Whole
+
+
+class FrozenPlacement(Sharding):
+    """Of a model that is not trained: the reference policy."""
+
+    param_offload: Annotated[Flag, ON_GPU]
+    compute_dtype: Dtype | None
+
+
+class TrainedPlacement(FrozenPlacement):
+    """Of policy and critic."""
+
+    optimizer_offload: Annotated[Flag, ON_GPU]
+    model_dtype: Dtype | None
+
+
+class ScoreLosses(Section):
+    """By what a score head learns, with its backbone or alone."""
+
+    loss: Literal["step_bce", "outcome_bce", "pairwise", "both"]
+    aggregation: Literal["geometric", "mean_logit", "product", "soft_min"]
+    agreement_weighting: Flag
+    class_balance: Flag
+
+    @property
+    def objective(self) -> ScoreObjective:
+        """The losses that are added up."""
+        return ScoreObjective(self.loss, self.aggregation, self.agreement_weighting, self.class_balance)
+
+
+class DataConfig(Section):
+    """`data`: the prompts, and how long they and their responses may be."""
+
+    train_files: Files
+    val_files: Files | None
+    prompt_key: Text
+    reward_fn_key: Text
+    train_batch_size: Positive
+    val_batch_size: Positive | None
+    max_prompt_length: Positive
+    max_response_length: Positive
+    filter_overlong_prompts: Flag
+    truncation: Literal["error", "left", "right"]
+    return_raw_chat: Flag
+    shuffle: Flag
+    dataloader_num_workers: Annotated[Whole, Field(ge=0, description="must not be below 0")]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with the longest response."""
+        return self.max_prompt_length + self.max_response_length
+
+
+class ModelConfig(Section):
+    """The folder that policy and reference begin with, and the kernels that they run."""
+
+    path: Text
+    trust_remote_code: Flag
+    enable_gradient_checkpointing: Switch
+    use_remove_padding: Flag
+    use_liger: Switch
+    head_dtype: Literal["float32", "model"] | None
+    use_fused_kernels: Switch
+    use_torch_compile: Flag
+
+
+class ScoreConfig(ScoreLosses):
+    """The score head that is trained with the policy."""
+
+    model_path: Text | None
+    channel: Positive | None
+    lang: Language | None
+    loss_coef: Coefficient
+    backbone_grad_scale: Coefficient
+    standardized_start: Flag
+    standardized_updates: Flag
+    optim: AdamConfig
+
+
+class SharedRows(Section):
+    """Processes that share the tokens of the same rows."""
+
+    ulysses_sequence_parallel_size: Positive
+
+
+class UpdateConfig(SharedRows):
+    """The updates of a model that is trained."""
+
+    ppo_mini_batch_size: Positive
+    ppo_micro_batch_size_per_gpu: Positive
+    use_dynamic_bsz: Flag
+    ppo_max_token_len_per_gpu: Whole
+    ppo_epochs: Positive
+    shuffle: Flag
+    grad_clip: PositiveNumber
+    max_nonfinite_updates: Positive
+
+
+class ActorConfig(UpdateConfig):
+    """The policy's loss, its batches and its placement."""
+
+    strategy: Literal["fsdp", "fsdp2"]
+    ppo_micro_batch_size: Positive | None
+    clip_ratio: PositiveNumber
+    clip_ratio_low: PositiveNumber | None
+    clip_ratio_high: PositiveNumber | None
+    clip_ratio_c: Annotated[Number, Field(gt=1)]
+    tis_imp_ratio_cap: PositiveNumber | None
+    loss_agg_mode: LossAggMode
+    entropy_coeff: Number
+    use_kl_loss: Flag
+    kl_loss_coef: Coefficient
+    kl_loss_type: KLLossType
+    optim: PolicyOptim
+    fsdp_config: TrainedPlacement
+
+
+class RefConfig(SharedRows):
+    """The frozen reference policy."""
+
+    log_prob_micro_batch_size_per_gpu: Positive
+    log_prob_use_dynamic_bsz: Flag
+    log_prob_max_token_len_per_gpu: Whole
+    fsdp_config: FrozenPlacement
+
+
+class Sampling(Section):
+    """How responses are drawn."""
+
+    n: Positive
+    temperature: Number
+    top_k: Whole
+    top_p: Number
+
+
+class ValidationSampling(Sampling):
+    """`val_kwargs`."""
+
+    do_sample: Flag
+
+
+class RolloutConfig(Sampling):
+    """The engine, its memory, and the batches of the log-probs that the policy computes of its responses."""
+
+    name: Literal["vllm", "hf"]
+    mode: Literal["sync", "async"]
+    prompt_length: Positive
+    response_length: Positive
+    temperature: PositiveNumber
+    tensor_model_parallel_size: Annotated[Positive, WITH_VLLM]
+    gpu_memory_utilization: Annotated[Number, Field(gt=0, le=1), ON_GPU, WITH_VLLM]
+    max_num_batched_tokens: Annotated[Positive, WITH_VLLM]
+    max_num_seqs: Positive
+    max_model_len: Positive | None
+    dtype: ServedDtype
+    enforce_eager: Annotated[Flag | None, WITH_VLLM]
+    free_cache_engine: Annotated[Flag, ON_GPU, WITH_VLLM]
+    sleep_level: Annotated[Literal[1, 2], ON_GPU, WITH_VLLM]
+    check_weight_sync: Flag
+    ignore_eos: Flag
+    log_prob_micro_batch_size_per_gpu: Positive
+    log_prob_use_dynamic_bsz: Flag
+    log_prob_max_token_len_per_gpu: Whole
+    val_kwargs: ValidationSampling
+
+
+class ActorRolloutRefConfig(Section):
+    """`actor_rollout_ref`: all that the processes of the policy hold."""
+
+    nccl_timeout: Positive
+    model: ModelConfig
+    use_score: Flag
+    score: ScoreConfig
+    actor: ActorConfig
+    ref: RefConfig
+    rollout: RolloutConfig
+
+
+class CriticModel(Section):
+    """The folder whose backbone gets a value head."""
+
+    path: Annotated[Text, NullMeans(f"{ROOT}.model.path")]
+    enable_gradient_checkpointing: Annotated[Switch, NullMeans(f"{ROOT}.model.enable_gradient_checkpointing")]
+    trust_remote_code: Annotated[Flag, NullMeans(f"{ROOT}.model.trust_remote_code")]
+    use_remove_padding: Annotated[Flag, NullMeans(f"{ROOT}.model.use_remove_padding")]
+    fsdp_config: TrainedPlacement
+
+
+class CriticConfig(UpdateConfig):
+    """The critic of `adv_estimator=gae`; a null in it stands for what the actor has there."""
+
+    nccl_timeout: Annotated[Positive, NullMeans(f"{ROOT}.nccl_timeout")]
+    strategy: Literal["fsdp", "fsdp2"]
+    model: CriticModel
+    optim: AdamConfig
+    ppo_mini_batch_size: Annotated[Positive, NullMeans(f"{ACTOR}.ppo_mini_batch_size")]
+    ppo_micro_batch_size_per_gpu: Annotated[Positive, NullMeans(f"{ACTOR}.ppo_micro_batch_size_per_gpu")]
+    forward_micro_batch_size_per_gpu: Annotated[Positive, NullMeans("critic.ppo_micro_batch_size_per_gpu")]
+    use_dynamic_bsz: Annotated[Flag, NullMeans(f"{ACTOR}.use_dynamic_bsz")]
+    ppo_max_token_len_per_gpu: Annotated[Positive, NullMeans(f"{ACTOR}.ppo_max_token_len_per_gpu")]
+    forward_max_token_len_per_gpu: Annotated[Positive, NullMeans("critic.ppo_max_token_len_per_gpu")]
+    ulysses_sequence_parallel_size: Annotated[Positive, NullMeans(f"{ACTOR}.ulysses_sequence_parallel_size")]
+    ppo_epochs: Annotated[Positive, NullMeans(f"{ACTOR}.ppo_epochs")]
+    shuffle: Annotated[Flag, NullMeans(f"{ACTOR}.shuffle")]
+    max_nonfinite_updates: Annotated[Positive, NullMeans(f"{ACTOR}.max_nonfinite_updates")]
+    cliprange_value: PositiveNumber
+
+
+def _of_managers(*names: str) -> ActsWith:
+    only = f"only with {', '.join(names)}; leave it at its default"
+    return ActsWith("reward_model.reward_manager", names, f"cannot act with reward_model.reward_manager={{}}, {only}")
+
+
+class OverlongBuffer(Section):
+    """DAPO's penalty of responses that come close to the limit."""
+
+    len: Annotated[Whole, Field(ge=0)]
+    penalty_factor: Coefficient
+
+
+class RewardModelConfig(Section):
+    """`reward_model`: the processes that grade."""
+
+    reward_manager: Literal["naive", "prime", "dapo", "batch"]
+    launch_reward_fn_async: Flag
+    num_workers: Annotated[Positive | None, _of_managers("prime", "dapo")]
+    timeout_s: Annotated[Positive, _of_managers("naive", "prime", "dapo")]
+    batch_timeout_s: Annotated[Positive, _of_managers("batch")]
+    memory_gib: PositiveNumber
+    max_ungraded_batches: Positive | None
+    overlong_buffer: Annotated[OverlongBuffer, _of_managers("dapo")]
+
+
+class CustomRewardFunction(Section):
+    """A grader of one's own."""
+
+    path: Text | None
+    name: Text
+
+
+class KLControl(Section):
+    """The coefficient of the KL penalty."""
+
+    type: Literal["fixed", "adaptive"]
+    kl_coef: Coefficient
+    horizon: Positive
+    target_kl: PositiveNumber
+
+
+class AlgorithmConfig(Section):
+    """How rewards become advantages, and the KL penalty in the reward."""
+
+    adv_estimator: Literal["grpo", "gae", "rloo", "reinforce_plus_plus", "remax"]
+    gamma: Share
+    lam: Share
+    norm_adv_by_std_in_grpo: Flag
+    use_kl_in_reward: Flag
+    kl_penalty: KLPenalty
+    kl_ctrl: KLControl
+
+
+class TrainerConfig(Section):
+    """Where a run happens, how long, and what it leaves."""
+
+    device: Literal["auto", "cuda", "cpu"]
+    nnodes: Positive
+    n_gpus_per_node: Positive
+    device_tflops: PositiveNumber | None
+    seed: Whole
+    total_epochs: Positive
+    total_training_steps: Positive | None
+    project_name: Text
+    experiment_name: Text
+    logger: list[Text]
+    save_freq: Whole
+    test_freq: Whole
+    val_before_train: Flag
+    resume_mode: ResumeMode
+    resume_from_path: Text | None
+    resume_with_new_data: Flag
+    default_local_dir: Text
+    default_hdfs_dir: Text | None
+    max_actor_ckpt_to_keep: Positive | None
+    async_save: Flag
+    critic_warmup: Annotated[Whole, Field(ge=0), WITH_CRITIC]
+    balance_batch: Flag
+    rollout_data_dir: Text | None
+    length_penalty: Flag
+    length_penalty_coeff: Number
+
+    @property
+    def processes(self) -> int:
+        """Of the whole job."""
+        return self.nnodes * self.n_gpus_per_node
+
+
+class RayInit(Section):
+    """How Ray starts."""
+
+    num_cpus: Positive | None
+    timeout_s: Positive
 
 
 class ReferenceUse(NamedTuple):
@@ -30,7 +393,6 @@ class ReferenceUse(NamedTuple):
     """The same where the policy's log-probs are computed, for `algorithm.kl_penalty=full`."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class PPOConfig(Section):
     """Frozen: what a run decides for itself is another one, made by `with_values`."""
 
@@ -71,73 +433,3 @@ class PPOConfig(Section):
         one_update = self.data.train_batch_size == actor.ppo_mini_batch_size and actor.ppo_epochs == 1
         used_before = root.use_score or actor.tis_imp_ratio_cap is not None or self.algorithm.use_kl_in_reward
         return used_before or not one_update
-
-    def mistakes(self, policy: Mapping[str, Any], critic: Mapping[str, Any]) -> Iterator[str]:
-        """A line for each that keys make together, whatever machine they are for.
-
-        Args:
-            policy, critic: the config.json of their models, as far as they are known.
-        """
-        root, trainer = self.actor_rollout_ref, self.trainer
-        yield from self.data.mistakes()
-        yield from root.model.mistakes()
-        yield from root.actor.mistakes()
-        for name, placement in (
-            (f"{ROOT}.actor", root.actor.fsdp_config),
-            (f"{ROOT}.ref", root.ref.fsdp_config),
-            ("critic.model", self.critic.model.fsdp_config),
-        ):
-            yield from placement.mistakes(f"{name}.fsdp_config", trainer.processes)
-        yield from root.rollout.mistakes(trainer.n_gpus_per_node, policy)
-        yield from self._batch_mistakes(policy, critic)
-        yield from self.algorithm.mistakes(root.rollout.n)
-        if root.use_score:
-            yield from root.score.mistakes(policy)
-        yield from self.reward_model.mistakes(self.data.max_response_length, self.custom_reward_function)
-        yield from trainer.mistakes()
-
-    def _batch_mistakes(self, policy: Mapping[str, Any], critic: Mapping[str, Any]) -> Iterator[str]:
-        root, data = self.actor_rollout_ref, self.data
-        job, packed = Job(data, self.trainer.processes, root.rollout.n), root.model.use_remove_padding
-        found = [
-            (f"{ROOT}.actor", ROOT, root.actor.batch_mistakes(job, packed, policy)),
-            (f"{ROOT}.ref", ROOT, root.ref.sharing_mistakes(job, packed, policy)),
-        ]
-        if self.has_critic:
-            packed = self.critic.model.use_remove_padding
-            found.append(("critic", "critic", self.critic.batch_mistakes(job, packed, critic)))
-            yield from self.critic.model_mistakes(job, critic, policy)
-        said: set[str] = set()
-        for section, root_name, lines in found:
-            for line in lines:
-                # What a section has from the actor is said of the actor.
-                if line not in said:
-                    yield line.format(section=section, root=root_name)
-                said.add(line)
-        key = "log_prob_max_token_len_per_gpu"
-        if root.ref.log_prob_use_dynamic_bsz:
-            yield from root.ref.budget_mistakes(data, f"{ROOT}.ref.{key}", root.ref.log_prob_max_token_len_per_gpu)
-        if root.rollout.log_prob_use_dynamic_bsz:
-            tokens = root.rollout.log_prob_max_token_len_per_gpu
-            yield from root.actor.budget_mistakes(data, f"{ROOT}.rollout.{key}", tokens)
-        yield from data.no_room(f"{ROOT}.rollout.max_model_len", root.rollout.max_model_len)
-        room = f"max_position_embeddings of {root.model.path}"
-        yield from data.no_room(room, policy.get("max_position_embeddings"))
-
-
-def ppo_config(overrides: Sequence[str]) -> PPOConfig:
-    """The defaults with overrides; nothing is looked for on this machine.
-
-    Raises:
-        UserError: values that are not what the schema says.
-    """
-    from verl.trainer.config.compose import compose_config
-    from verl.trainer.config.validation import validated
-
-    return validated(PPOConfig, compose_config(YAML, overrides), YAML)
-
-
-@cache
-def ppo_defaults(*overrides: str) -> PPOConfig:
-    """`ppo_config` without data and a model, for what needs a section of it."""
-    return ppo_config(["data.train_files=none", "actor_rollout_ref.model.path=none", *overrides])

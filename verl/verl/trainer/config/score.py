@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -21,8 +20,7 @@ from verl.trainer.config.fields import (
     Whole,
     told,
 )
-from verl.trainer.config.optim import HeadOptim
-from verl.trainer.config.score_loss import ScoreLosses
+from verl.trainer.config.schema import AdamConfig, ScoreLosses
 from verl.trainer.config.validation import validated
 from verl.utils.tracking import check_backends
 from xbai.engine.files import check_model_folder
@@ -32,7 +30,6 @@ from xbai.sprm.head import SCORE_MODULE_FILE
 YAML = "score_trainer"
 
 
-@dataclass(frozen=True, kw_only=True)
 class HeadData(Section):
     """The responses to learn from."""
 
@@ -42,7 +39,6 @@ class HeadData(Section):
     train_batch_size: Positive
 
 
-@dataclass(frozen=True, kw_only=True)
 class HeadModel(Section):
     """The model that reads them."""
 
@@ -52,7 +48,12 @@ class HeadModel(Section):
     trust_remote_code: Flag
 
 
-@dataclass(frozen=True, kw_only=True)
+class HeadOptim(AdamConfig):
+    """The head is all that is trained, so it must be."""
+
+    lr: PositiveNumber
+
+
 class HeadScore(ScoreLosses):
     """The head and its loss."""
 
@@ -64,7 +65,6 @@ class HeadScore(ScoreLosses):
     optim: HeadOptim
 
 
-@dataclass(frozen=True, kw_only=True)
 class HeadTrainer(Section):
     """The run."""
 
@@ -79,7 +79,6 @@ class HeadTrainer(Section):
     logger: list[Text]
 
 
-@dataclass(frozen=True, kw_only=True)
 class HeadConfig(Section):
     """All of it."""
 

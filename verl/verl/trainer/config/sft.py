@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
+
+from omegaconf import DictConfig
 
 from verl.models.loading import trained_dtype
 from verl.trainer.config.fields import (
@@ -24,14 +25,18 @@ from verl.trainer.config.fields import (
     Whole,
     told,
 )
-from verl.trainer.config.optim import AdamConfig, SFTOptim
-from verl.trainer.config.placement import Sharding
+from verl.trainer.config.schema import AdamConfig, SFTOptim, Sharding
+from verl.trainer.config.validation import validated
+from xbai.engine.files import check_model_folder
+from xbai.engine.weight_files import stored_tensors
+from xbai.errors import UserError
 from xbai.sprm import ScoreObjective
 
 YAML = "sft_trainer"
+IDENTITY_FILE = ".sft_run.json"
+"""In `trainer.output_dir`, which run wrote it; hidden, so that it does not travel on with the model."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class SFTData(Section):
     """The rows."""
 
@@ -44,7 +49,6 @@ class SFTData(Section):
     max_length: Positive
 
 
-@dataclass(frozen=True, kw_only=True)
 class SFTModel(Section):
     """The model that training begins with."""
 
@@ -53,12 +57,7 @@ class SFTModel(Section):
     enable_gradient_checkpointing: Flag
     trust_remote_code: Flag
 
-    def mistakes(self) -> Iterator[str]:
-        """A line for a dtype in which nothing can be trained."""
-        return told(trained_dtype, self.compute_dtype, "model.compute_dtype")
 
-
-@dataclass(frozen=True, kw_only=True)
 class SFTScore(Section):
     """The score head, where rows have an outcome."""
 
@@ -78,7 +77,6 @@ class SFTScore(Section):
         return ScoreObjective(agreement_weighting=self.agreement_weighting, class_balance=self.class_balance)
 
 
-@dataclass(frozen=True, kw_only=True)
 class SFTTrainerConfig(Section):
     """The run."""
 
@@ -99,23 +97,7 @@ class SFTTrainerConfig(Section):
     nccl_timeout: Annotated[Number, Field(gt=0, description="must be a number of seconds above 0")]
     log_freq: Whole
 
-    def mistakes(self) -> Iterator[str]:
-        """A line for each."""
-        by_path, source = self.resume_mode == "resume_path", self.resume_from_path
-        if source is not None and not by_path:
-            yield f"trainer.resume_from_path={source} acts with trainer.resume_mode=resume_path only"
-        elif by_path and (source is None or not Path(source).is_dir()):
-            yield f"trainer.resume_from_path={source}: resume_mode=resume_path needs a folder global_step_N"
-        output = Path(self.output_dir).absolute()
-        for key, folder in (("default_local_dir", self.default_local_dir), ("log_dir", self.log_dir)):
-            if Path(folder).absolute().is_relative_to(output):
-                yield (
-                    f"trainer.{key}={folder} must lie outside of trainer.output_dir={self.output_dir} (written without "
-                    "a slash at its end), which appears at the end"
-                )
 
-
-@dataclass(frozen=True, kw_only=True)
 class SFTConfig(Section):
     """All of it."""
 
@@ -125,3 +107,52 @@ class SFTConfig(Section):
     score: SFTScore
     fsdp_config: Sharding
     trainer: SFTTrainerConfig
+
+
+def check_sft_config(composed: DictConfig) -> SFTConfig:
+    """The typed configuration.
+
+    Raises:
+        UserError: all that is wrong, a line each, before anything is read or started.
+    """
+    config = validated(SFTConfig, composed, YAML)
+    mistakes = list(told(trained_dtype, config.model.compute_dtype, "model.compute_dtype"))
+    mistakes += [*optim_mistakes(config.optim), *_trainer_mistakes(config.trainer)]
+    mistakes += told(_check_model, config.model.path)
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+    return config
+
+
+def _check_model(folder: str) -> None:
+    check_model_folder(folder)
+    stored_tensors(folder)  # Damaged files are refused here.
+
+
+def optim_mistakes(optim: SFTOptim) -> Iterator[str]:
+    """A line where Muon lacks what it does not train."""
+    if optim.name == "Muon" and optim.adamw_lr is None:
+        yield "optim.adamw_lr must be given with optim.name=Muon: of embeddings, LM head and norms"
+
+
+def _trainer_mistakes(trainer: SFTTrainerConfig) -> Iterator[str]:
+    by_path, source = trainer.resume_mode == "resume_path", trainer.resume_from_path
+    if source is not None and not by_path:
+        yield f"trainer.resume_from_path={source} acts with trainer.resume_mode=resume_path only"
+    elif by_path and (source is None or not Path(source).is_dir()):
+        yield f"trainer.resume_from_path={source}: resume_mode=resume_path needs a folder global_step_N"
+    output = Path(trainer.output_dir)
+    for key, folder in (("default_local_dir", trainer.default_local_dir), ("log_dir", trainer.log_dir)):
+        if Path(folder).absolute().is_relative_to(output.absolute()):
+            yield (
+                f"trainer.{key}={folder} must lie outside of trainer.output_dir={trainer.output_dir} (written without "
+                "a slash at its end), which appears at the end"
+            )
+    own = trainer.resume_mode != "disable" and (output / IDENTITY_FILE).is_file()
+    if output.exists() and not own:
+        yield taken(output)
+
+
+def taken(folder: Path) -> str:
+    """How to say that an output folder is in the way."""
+    return f"trainer.output_dir={folder} exists already; remove it or name another"

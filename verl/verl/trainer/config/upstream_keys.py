@@ -6,12 +6,8 @@ from typing import Any, NamedTuple
 
 
 class UpstreamKey(NamedTuple):
-    """What becomes of a key that is none here.
-
-    Attributes:
-        instead: what to write or do, where the key asks for something.
-        holds: values that ask for what is so here anyway; these, nothing and null are accepted.
-    """
+    """What to write or do in place of a key that is none here. Values that ask for what is so here anyway (`holds`),
+    nothing and null are accepted."""
 
     instead: str
     holds: tuple[Any, ...] = ()

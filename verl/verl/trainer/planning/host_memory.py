@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from verl.trainer.config.placement import TrainedPlacement
+from verl.trainer.config.schema import TrainedPlacement
 from verl.trainer.planning.memory_estimate import CHECKPOINT_BYTES, Components
 from verl.trainer.planning.memory_phases import PhaseMemory
 
@@ -14,7 +14,7 @@ def host_memory(memory: PhaseMemory) -> dict[str, Components]:
     processes of a machine; the system drops them from memory when it needs room.
     """
     waiting, copies = _waiting(memory), _copies(memory)
-    training = waiting | (copies if _are_kept(memory) else {})
+    training = waiting | ({} if saves_anew(memory) else copies)
     weights = {name: size for name, size in waiting.items() if name.endswith(" weights")}
     return {"loading": _files(memory) | weights, "training": training, "saving": training | copies}
 
@@ -22,7 +22,8 @@ def host_memory(memory: PhaseMemory) -> dict[str, Components]:
 def saves_anew(memory: PhaseMemory) -> bool:
     """Whether each save in the background allocates its copies again: they are kept for weights and states that stay in
     place from one save to the next."""
-    return bool(_copies(memory)) and not _are_kept(memory)
+    trained = (model.config for model in memory.models.values() if isinstance(model.config, TrainedPlacement))
+    return bool(_copies(memory)) and any(config.param_offload or config.optimizer_offload for config in trained)
 
 
 def _waiting(memory: PhaseMemory) -> Components:
@@ -46,14 +47,9 @@ def _copies(memory: PhaseMemory) -> Components:
     return _of_machine(memory, {"copies for async_save": sum(model.weights + model.optimizer for model in trained)})
 
 
-def _are_kept(memory: PhaseMemory) -> bool:
-    trained = (model.config for model in memory.models.values() if isinstance(model.config, TrainedPlacement))
-    return not any(config.param_offload or config.optimizer_offload for config in trained)
-
-
 def _files(memory: PhaseMemory) -> Components:
     files = CHECKPOINT_BYTES * memory.shape.parameters
-    if memory.critic is not None and memory.critic_shape != memory.shape:
+    if memory.config.has_critic and memory.critic_shape != memory.shape:
         files += CHECKPOINT_BYTES * memory.critic_shape.parameters
     return {"model files": float(files)}
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from verl.trainer.config.optim import OptimConfig
-from verl.trainer.config.placement import FrozenPlacement, TrainedPlacement
+from verl.trainer.config.schema import FrozenPlacement, OptimConfig, TrainedPlacement
 from verl.trainer.planning.model_shapes import ModelShape
 from verl.workers.placed_model import Dtypes
 
@@ -34,25 +33,20 @@ Components = dict[str, float]
 
 @dataclass(frozen=True)
 class Placement:
-    """One sharded model on one GPU, as `PlacedModel` keeps it.
-
-    Attributes:
-        shape: of the model.
-        config: its `fsdp_config`.
-        shards: GPUs that share one copy.
-        compute: bytes of a weight as it is multiplied.
-        stored: bytes of a weight as it is kept: in float32, or as in the checkpoint where it is not trained.
-        states: bytes of optimiser state for one parameter, 0 for a model that is not trained.
-        has_lm_head: a critic has none.
-    """
+    """One sharded model on one GPU, as `PlacedModel` keeps it."""
 
     shape: ModelShape
     config: FrozenPlacement
     shards: int
+    """GPUs that share one copy."""
     compute: int
+    """Bytes of a weight as it is multiplied."""
     stored: int
+    """Bytes of a weight as it is kept: in float32, or as in the checkpoint where it is not trained."""
     states: float
+    """Bytes of optimiser state for one parameter, 0 for a model that is not trained."""
     has_lm_head: bool = True
+    """A critic has none."""
 
     @classmethod
     def from_config(
@@ -76,8 +70,7 @@ class Placement:
     @property
     def parameters(self) -> int:
         """Of the whole model."""
-        without = 0 if self.has_lm_head or self.shape.tied else self.shape.embedding_parameters
-        return self.shape.parameters - without
+        return self.shape.parameters - self.shape.embedding_parameters + self._outer
 
     @property
     def weights(self) -> float:
@@ -101,18 +94,10 @@ class Placement:
     def _outer(self) -> int:
         return self.shape.embedding_parameters * (1 if self.has_lm_head or self.shape.tied else 0)
 
-    @property
-    def _layers_at_once(self) -> int:
-        # The one that computes, the next one's all-gather, and the buffer that it arrives in.
-        return 3 if self.config.reshard_after_forward else self.shape.layers
-
-    def gathered(self) -> float:
-        """Bytes of whole weights during a forward pass: the LM head and some layers."""
-        return self.compute * (self._outer + self._layers_at_once * self.shape.layer_parameters)
-
-    def kept_gathered(self) -> float:
-        """Bytes of whole weights after a forward pass: the LM head, and layers that are not resharded."""
-        layers = 0 if self.config.reshard_after_forward else self.shape.layers
+    def gathered(self, in_flight: int = 3) -> float:
+        """Bytes of whole weights: the LM head, layers that are not resharded, or those `in_flight`; of these there are
+        in a forward pass the one that computes, the next one's all-gather, and the buffer that it arrives in."""
+        layers = in_flight if self.config.reshard_after_forward else self.shape.layers
         return self.compute * (self._outer + layers * self.shape.layer_parameters)
 
     def gathered_in_backward(self) -> float:

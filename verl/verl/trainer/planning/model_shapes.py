@@ -12,6 +12,8 @@ from xbai.errors import UserError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from verl.trainer.config.schema import CriticModel, ModelConfig
+
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """Decoders with grouped-query attention and a gated MLP, whose parameters `ModelShape` can count."""
 
@@ -87,6 +89,12 @@ def config_of(folder: str | Path, trust_remote_code: bool = False) -> Pretrained
     return known_config(name) if name in KNOWN_CONFIGS else None
 
 
+def shape_of(model: ModelConfig | CriticModel) -> ModelShape | None:
+    """Of the model that a section names; None where it is not known, or its kind is not counted."""
+    config = config_of(model.path, model.trust_remote_code)
+    return ModelShape.from_config(config) if config is not None and config.model_type in MODEL_TYPES else None
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of a causal LM of `MODEL_TYPES`."""
@@ -159,14 +167,10 @@ class ModelShape:
         return self.vocabulary * self.hidden
 
     @property
-    def outer_parameters(self) -> int:
-        """Parameters outside the decoder layers: embedding, LM head unless tied, final norm."""
-        return self.embedding_parameters * (1 if self.tied else 2) + self.hidden
-
-    @property
     def parameters(self) -> int:
-        """Parameters of the causal LM, a tied LM head not counted twice."""
-        return self.layers * self.layer_parameters + self.outer_parameters
+        """Parameters of the causal LM: layers, embedding, LM head unless tied, final norm."""
+        outer = self.embedding_parameters * (1 if self.tied else 2) + self.hidden
+        return self.layers * self.layer_parameters + outer
 
     @property
     def score_head_parameters(self) -> int:

@@ -8,57 +8,28 @@ model's `config.json`; of well-known models (`KNOWN_CONFIGS` of model_shapes.py)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl.trainer.config.auto import resolve_auto, resolve_kernels
 from verl.trainer.config.check import check_config
+from verl.trainer.config.machine import KERNELS, resolve, resolve_auto
 from verl.trainer.config.schema import PPOConfig
 from verl.trainer.planning.host_memory import host_memory, saves_anew
 from verl.trainer.planning.memory_estimate import GIB, LOGIT_BACKWARD, LOGIT_FORWARD, Components, saved_activations
 from verl.trainer.planning.memory_phases import COMMON_GPU, GPUS_GIB, PhaseMemory, changes_to_fit
 from verl.trainer.planning.model_shapes import config_of
-from verl.workers.batching.micro_batches import MicroBatching, RowSizes
+from verl.trainer.planning.passes import passes
 
 
-class Batches(NamedTuple):
-    """The micro-batches of one phase on one process.
-
-    Attributes:
-        phase: what they are of.
-        rows: responses that they hold together.
-        fewest: how many there are when all responses are as short as can be.
-        full_length: how many when prompts and responses are as long as they may be, the most that there can be.
-        per_step: how often a training step goes through them.
-    """
-
-    phase: str
-    rows: int
-    fewest: int
-    full_length: int
-    per_step: int
-
-
-class DryRun(NamedTuple):
-    """What a run would be.
-
-    Attributes:
-        report: in words.
-        missing: what the run would end with on this machine: the files and packages that are not here, a line each.
-    """
-
-    report: str
-    missing: list[str]
-
-
-def dry_run(composed: DictConfig) -> DryRun:
+def dry_run(composed: DictConfig) -> tuple[str, list[str]]:
     """Check everything that a run checks before it starts Ray, but what GPUs this machine has; estimate the rest.
 
-    Args:
-        composed: by `compose_config`.
+    Returns:
+        What the run would be, in words, and what it would end with on this machine: the files and packages that are not
+        here, a line each.
 
     Raises:
         UserError: a configuration that could not run on the machines it is for, or data and checkpoint that do not
@@ -66,63 +37,26 @@ def dry_run(composed: DictConfig) -> DryRun:
     """
     missing: list[str] = []
     config = check_config(composed, missing.append)
+    missing = list(dict.fromkeys(missing))
     if not missing:
-        _check_inputs(config)
+        # Ray takes seconds to import.
+        from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+
+        # Reads the model's tokenizer, the data, and the checkpoint that a run goes on from.
+        RayPPOTrainer(config, fetches=False).close()
     on_cpu = config.trainer.device == "cpu"
     # Whether checkpointing is left out depends on the GPU, and the estimate is for several.
-    config, choices = resolve_auto(config, None) if on_cpu else resolve_kernels(config)
+    config, choices = resolve_auto(config, None) if on_cpu else resolve(config, KERNELS)
     what = "processes on CPU" if on_cpu else "GPUs"
     sections = [
         f"Dry run: {config.trainer.nnodes} x {config.trainer.n_gpus_per_node} {what}; nothing is started.",
         "The resolved configuration:\n\n" + OmegaConf.to_yaml(OmegaConf.merge(composed, asdict(config))).rstrip(),
-        "\n".join(f"not found here: {line}" for line in dict.fromkeys(missing)),
+        "\n".join(f"not found here: {line}" for line in missing),
         "\n".join(choices),
         _steps(config),
         _memory(config),
     ]
-    return DryRun("\n\n".join(section for section in sections if section) + "\n", list(dict.fromkeys(missing)))
-
-
-def _check_inputs(config: PPOConfig) -> None:
-    """What a run finds when it reads its model's tokenizer, its data, and the checkpoint that it goes on from."""
-    # Ray takes seconds to import.
-    from verl.trainer.ppo.ray_trainer import RayPPOTrainer
-
-    RayPPOTrainer(config, fetches=False).close()
-
-
-def batches(config: PPOConfig) -> Iterator[Batches]:
-    """The micro-batches of every phase, counted by what the workers count them with."""
-    root, longest = config.actor_rollout_ref, (config.data.max_prompt_length, config.data.max_response_length)
-    world = config.trainer.processes
-    packed, prompts = root.model.use_remove_padding, config.data.train_batch_size
-
-    def counted(phase: str, batching: MicroBatching, prompts: int, sp_size: int, per_step: int = 1) -> Batches:
-        rows = prompts * root.rollout.n // (world // sp_size)
-        shortest, full = (RowSizes([p] * rows, [r] * rows) for p, r in ((1, 1), longest))
-        return Batches(phase, rows, batching.fewest(shortest), batching.fewest(full), per_step)
-
-    sp_size = root.actor.ulysses_sequence_parallel_size
-    if config.needs_old_log_probs:
-        yield counted("log-prob", MicroBatching.for_log_prob(root.rollout, packed, sp_size), prompts, sp_size)
-    if config.reference_use.log_probs:
-        sharers = root.ref.ulysses_sequence_parallel_size
-        yield counted("reference", MicroBatching.for_log_prob(root.ref, packed, sharers), prompts, sharers)
-    update, mini_batch = (
-        MicroBatching.for_update(root.actor, packed, sp_size, world),
-        root.actor.ppo_mini_batch_size,
-    )
-    yield counted("update, a mini-batch", update, mini_batch, sp_size, prompts // mini_batch * root.actor.ppo_epochs)
-    if config.has_critic:
-        critic = config.critic
-        packed, sp_size = critic.model.use_remove_padding, critic.ulysses_sequence_parallel_size
-        yield counted("values", MicroBatching.for_values(critic, packed, sp_size), prompts, sp_size)
-        update, mini_batch = (
-            MicroBatching.for_update(critic, packed, sp_size, world),
-            critic.ppo_mini_batch_size,
-        )
-        times = prompts // mini_batch * critic.ppo_epochs
-        yield counted("critic update, a mini-batch", update, mini_batch, sp_size, times)
+    return "\n\n".join(filter(None, sections)) + "\n", missing
 
 
 def _steps(config: PPOConfig) -> str:
@@ -138,17 +72,15 @@ def _steps(config: PPOConfig) -> str:
         "Micro-batches of a process:",
     ]
     header = ["", "responses", "micro-batches", "of full length", "in a step", "of full length"]
-    rows = [
-        [
-            one.phase,
-            str(one.rows),
-            f"{one.fewest} to {one.full_length}" if one.fewest != one.full_length else str(one.fewest),
-            str(one.full_length),
-            f"{one.fewest * one.per_step} to {one.full_length * one.per_step}",
-            str(one.full_length * one.per_step),
-        ]
-        for one in batches(config)
-    ]
+    rows = []
+    for phase, one in passes(config).items():
+        if one.per_step:
+            # Where all responses are as short as can be, and where all are as long as they may be.
+            few, full = one.micro_batches(1, 1), one.micro_batches(data.max_prompt_length, data.max_response_length)
+            name = f"{phase}, a mini-batch" if "update" in phase else phase
+            each = f"{few} to {full}" if few != full else str(few)
+            together = [f"{few * one.per_step} to {full * one.per_step}", str(full * one.per_step)]
+            rows.append([name, str(one.rows), each, str(full), *together])
     return "\n".join(lines) + "\n\n" + table(header, rows)
 
 
@@ -169,7 +101,7 @@ def _memory(config: PPOConfig) -> str:
         memory = sizes[shown]
         caption, verdict = f"Memory of one GPU with {shown}", f"{_highest(memory)}\n{_verdict(sizes)}"
     caption += ", in GiB; each phase at its highest:"
-    tables = [caption, _table_of(memory.phases, {"with CUDA, NCCL, fragments": memory.peaks}), _micro_batch(memory)]
+    tables = [caption, _table_of(memory.phases, "with CUDA, NCCL, fragments", memory.peaks), _micro_batch(memory)]
     return "\n\n".join([size, *tables, _host_memory(memory), verdict])
 
 
@@ -177,7 +109,7 @@ def _host_memory(memory: PhaseMemory) -> str:
     moments = host_memory(memory)
     sums = {moment: sum(components.values()) for moment, components in moments.items()}
     text = "Host memory of one machine, in GiB, without what its processes take for themselves:\n\n"
-    text += _table_of(moments, {"together": sums})
+    text += _table_of(moments, "together", sums)
     if saves_anew(memory):
         text += (
             "\n\nWhat is offloaded lies elsewhere in each save: its copies are pinned anew, and freed when they are "
@@ -186,27 +118,17 @@ def _host_memory(memory: PhaseMemory) -> str:
     return text
 
 
-def _checkpointing(sizes: Mapping[str, PhaseMemory]) -> Iterator[str]:
-    """What `auto` would mean on each GPU."""
-    model = next(iter(sizes.values())).config.actor_rollout_ref.model
-    if model.enable_gradient_checkpointing == "auto":
-        key = "actor_rollout_ref.model.enable_gradient_checkpointing"
-        without = [name for name, memory in sizes.items() if not memory.checkpointing]
-        yield f"{key}=auto: " + (f"false on {', '.join(without)}, else true" if without else "true on all of them")
-
-
-def _table_of(columns: Mapping[str, Components], last: Mapping[str, Mapping[str, float]]) -> str:
-    """Components by phase, and rows that come last, by phase."""
+def _table_of(columns: Mapping[str, Components], last: str, sums: Mapping[str, float]) -> str:
+    """Components by phase, and a last row."""
     names = dict.fromkeys(name for components in columns.values() for name, size in components.items() if size)
     rows = [[name, *(_gib(components.get(name, 0.0)) for components in columns.values())] for name in names]
-    rows += [[name, *(_gib(sizes[column]) for column in columns)] for name, sizes in last.items()]
-    return table(["", *columns], rows)
+    return table(["", *columns], [*rows, [last, *(_gib(sums[column]) for column in columns)]])
 
 
 def _micro_batch(memory: PhaseMemory) -> str:
-    shape, width, tokens = memory.shape, memory.policy.compute, memory.update_tokens
+    shape, width, tokens = memory.shape, memory.models["policy"].compute, memory.tokens("update")
     kept, whole = (saved_activations(shape, tokens, width, checkpointing) / GIB for checkpointing in (True, False))
-    chunk = memory.chunk(tokens)
+    chunk = memory.chunk("update")
     chosen = "with" if memory.checkpointing else "without"
     return (
         f"A micro-batch of the update has up to {tokens:,} tokens on a GPU. Its activations take {kept:.1f} GiB with "
@@ -220,10 +142,9 @@ def _gib(size: float) -> str:
 
 
 def _highest(memory: PhaseMemory) -> str:
-    peaks = memory.peaks
-    phase = max(peaks, key=lambda phase: peaks[phase])
+    phase, peak = max(memory.peaks.items(), key=lambda item: item[1])
     return (
-        f"Highest: {phase}, {peaks[phase] / GIB:.1f} GiB. An engine's KV cache holds {memory.cached_sequences:.1f} "
+        f"Highest: {phase}, {peak / GIB:.1f} GiB. An engine's KV cache holds {memory.cached_sequences:.1f} "
         "sequences of full length."
     )
 
@@ -239,7 +160,11 @@ def _verdict(sizes: Mapping[str, PhaseMemory]) -> str:
             lines.append(f"It does not fit {name}, whatever is changed but the number of GPUs.")
         else:
             lines.append(f"To fit {name}: " + " ".join(f"{key}={_value(value)}" for key, value in changes.items()))
-    return "\n".join([*lines, *_checkpointing(sizes)])
+    if sizes[COMMON_GPU].config.actor_rollout_ref.model.enable_gradient_checkpointing == "auto":
+        without = [name for name, memory in sizes.items() if not memory.checkpointing]
+        meaning = f"false on {', '.join(without)}, else true" if without else "true on all of them"
+        lines.append(f"actor_rollout_ref.model.enable_gradient_checkpointing=auto: {meaning}")
+    return "\n".join(lines)
 
 
 def _value(value: Any) -> str:
@@ -248,11 +173,6 @@ def _value(value: Any) -> str:
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Columns under their heads: the first one to the left, numbers to the right."""
-    lines = [header, *rows]
-    first, *others = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            [line[0].ljust(first), *(cell.rjust(width) for cell, width in zip(line[1:], others, strict=True))]
-        ).rstrip()
-        for line in lines
-    )
+    first, *others = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = ("  ".join([name.ljust(first), *map(str.rjust, cells, others)]) for name, *cells in (header, *rows))
+    return "\n".join(line.rstrip() for line in lines)

@@ -6,21 +6,20 @@ values of all micro-batches and ranks add up to the loss of the global mini-batc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from verl.models.log_probs import masked_sum
-from xbai.errors import UserError
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float32, Float64, Int64, Shaped
 
-    from verl.trainer.config.algorithm import AlgorithmConfig, KLControl
+    from verl.trainer.config.schema import AlgorithmConfig, KLControl, LossAggMode
 
 Uids: TypeAlias = 'Sequence[str] | Shaped[np.ndarray, "B"]'
 """[B] the prompt of each response."""
@@ -58,18 +57,12 @@ class Groups(NamedTuple):
 
 
 def compute_grpo_outcome_advantage(
-    rewards: Float[Tensor, "B"],
-    uids: Uids,
-    graded: Shaped[Tensor, "B"],
-    norm_by_std: bool = True,
-    eps: float = 1e-6,
+    rewards: Float[Tensor, "B"], uids: Uids, graded: Shaped[Tensor, "B"], norm_by_std: bool = True, eps: float = 1e-6
 ) -> Float32[Tensor, "B"]:
     """GRPO (arXiv 2402.03300): outcome reward less its prompt's mean, over the standard deviation.
 
     Args:
-        rewards: of the outcomes.
-        uids: prompt of each response.
-        graded: the others stay out of the statistics and get 0.
+        rewards, uids, graded: those that are not graded stay out of the statistics and get 0.
         norm_by_std: divide by the (unbiased) standard deviation; false is the form of Dr. GRPO (arXiv 2503.20783).
         eps: added to the standard deviation.
 
@@ -143,15 +136,10 @@ def compute_gae_advantage(
     gamma: float,
     lam: float,
 ) -> tuple[Float32[Tensor, "B R"], Float32[Tensor, "B R"]]:
-    """Generalised advantage estimates (arXiv 1506.02438), whitened over all gradable tokens.
+    """Generalised advantage estimates (arXiv 1506.02438), whitened over all gradable tokens; advantages, and returns
+    (targets of the critic).
 
-    Args:
-        token_level_rewards, values, response_mask: rows right-padded.
-        graded: the others get 0, and stay out of the statistics.
-        gamma, lam: discount and trace decay.
-
-    Returns:
-        Advantages and returns (targets of the critic).
+    Rows are right-padded; those that are not graded get 0, and stay out of the statistics.
     """
     mask = response_mask.bool() & graded.bool()[:, None]
     values = values.float().masked_fill(~mask, 0.0)
@@ -161,66 +149,29 @@ def compute_gae_advantage(
     return whiten(advantages, mask), advantages + values
 
 
-class AdvantageInputs(NamedTuple):
-    """What the estimators choose from."""
+def compute_advantages(
+    columns: Mapping[str, Tensor], uids: Uids, algorithm: AlgorithmConfig
+) -> tuple[Float32[Tensor, "B R"], Float32[Tensor, "B R"]]:
+    """Advantages and returns by `algorithm.adv_estimator`; 0 for responses that could not be graded.
 
-    token_level_rewards: Float[Tensor, "B R"]
-    """An outcome reward sits on the last response token."""
-    response_mask: Shaped[Tensor, "B R"]
-    graded: Shaped[Tensor, "B"]
-    uids: Uids
-    values: Float[Tensor, "B R"] | None = None
-    """For gae."""
-    baselines: Float[Tensor, "B"] | None = None
-    """Rewards of greedy responses, for remax."""
-
-
-def _grpo(inputs: AdvantageInputs, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-    rewards, norm_by_std = inputs.token_level_rewards.sum(-1), config.norm_adv_by_std_in_grpo
-    return _spread(compute_grpo_outcome_advantage(rewards, inputs.uids, inputs.graded, norm_by_std), inputs)
-
-
-def _rloo(inputs: AdvantageInputs, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-    rewards = inputs.token_level_rewards.sum(-1)
-    return _spread(compute_rloo_outcome_advantage(rewards, inputs.uids, inputs.graded), inputs)
-
-
-def _remax(inputs: AdvantageInputs, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-    if inputs.baselines is None:
-        raise ValueError("adv_estimator=remax needs the rewards of greedy responses")
-    rewards = inputs.token_level_rewards.sum(-1)
-    return _spread(compute_remax_outcome_advantage(rewards, inputs.baselines, inputs.graded), inputs)
-
-
-def _reinforce_plus_plus(inputs: AdvantageInputs, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-    rewards, mask, graded = inputs.token_level_rewards, inputs.response_mask, inputs.graded
-    return compute_reinforce_plus_plus_advantage(rewards, mask, graded, config.gamma)
-
-
-def _gae(inputs: AdvantageInputs, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-    if inputs.values is None:
-        raise ValueError("adv_estimator=gae needs the critic's values")
-    rewards, mask, graded = inputs.token_level_rewards, inputs.response_mask, inputs.graded
-    return compute_gae_advantage(rewards, inputs.values, mask, graded, config.gamma, config.lam)
-
-
-def _spread(advantages: Float32[Tensor, "B"], inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
-    per_token = advantages[:, None] * inputs.response_mask
+    `columns` has `token_level_rewards`, where an outcome reward sits on the last response token, `response_mask` [B, R]
+    and `graded` [B]; for gae `values` [B, R], for remax `baselines` [B], the rewards of greedy responses.
+    """
+    rewards, mask, graded = (columns[name] for name in ("token_level_rewards", "response_mask", "graded"))
+    match algorithm.adv_estimator:
+        case "gae":
+            return compute_gae_advantage(rewards, columns["values"], mask, graded, algorithm.gamma, algorithm.lam)
+        case "reinforce_plus_plus":
+            return compute_reinforce_plus_plus_advantage(rewards, mask, graded, algorithm.gamma)
+        case "grpo":
+            by_std = algorithm.norm_adv_by_std_in_grpo
+            of_response = compute_grpo_outcome_advantage(rewards.sum(-1), uids, graded, by_std)
+        case "rloo":
+            of_response = compute_rloo_outcome_advantage(rewards.sum(-1), uids, graded)
+        case "remax":
+            of_response = compute_remax_outcome_advantage(rewards.sum(-1), columns["baselines"], graded)
+    per_token = of_response[:, None] * mask
     return per_token, per_token
-
-
-ADVANTAGE_ESTIMATORS: dict[str, Callable[[AdvantageInputs, AlgorithmConfig], tuple[Tensor, Tensor]]] = {
-    "grpo": _grpo,
-    "rloo": _rloo,
-    "remax": _remax,
-    "reinforce_plus_plus": _reinforce_plus_plus,
-    "gae": _gae,
-}
-
-
-def compute_advantages(inputs: AdvantageInputs, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-    """Advantages and returns [B, R] by `algorithm.adv_estimator`; 0 for responses that could not be graded."""
-    return ADVANTAGE_ESTIMATORS[algorithm.adv_estimator](inputs, algorithm)
 
 
 class PolicyLoss(NamedTuple):
@@ -246,7 +197,6 @@ def compute_policy_loss(
     """PPO's clipped objective with an asymmetric range (DAPO, arXiv 2503.14476) and dual clip (arXiv 1912.09729).
 
     Args:
-        old_log_probs, log_probs, advantages: of each token, in any shape.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         clip_c: upper bound (> 1) of the ratio in the loss of tokens with a negative advantage.
     """
@@ -285,18 +235,11 @@ def compute_value_loss(
     returns: Float[Tensor, "*tokens"],
     clip: float,
 ) -> ValueLoss:
-    """Half the squared error, the worse of that of `values` and of `values` held within `clip` of the old ones (PPO).
-
-    Args:
-        values, old_values, returns: of each token; the old values are those that the advantages were made from.
-        clip: half width of the range around the old values.
-    """
+    """Half the squared error, the worse of that of `values` and of `values` held within `clip` of the old ones (PPO),
+    which the advantages were made from."""
     held = torch.maximum(torch.minimum(values, old_values + clip), old_values - clip)
     plain, clipped = (values - returns).square(), (held - returns).square()
     return ValueLoss(0.5 * torch.maximum(plain, clipped), clipped > plain)
-
-
-LOSS_AGG_MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
 
 
 @dataclass(frozen=True)
@@ -307,7 +250,7 @@ class Denominators:
     sequences: float
 
 
-def token_weights(mask: Bool[Tensor, "B R"], mode: str, denominators: Denominators) -> Float32[Tensor, "B R"]:
+def token_weights(mask: Bool[Tensor, "B R"], mode: LossAggMode, denominators: Denominators) -> Float32[Tensor, "B R"]:
     """What each token weighs in the loss: `(token_weights(...) * losses).sum()` is this micro-batch's share of it.
 
     Args:
@@ -317,12 +260,7 @@ def token_weights(mask: Bool[Tensor, "B R"], mode: str, denominators: Denominato
 
     Returns:
         0 off the mask.
-
-    Raises:
-        UserError: unknown mode.
     """
-    if mode not in LOSS_AGG_MODES:
-        raise UserError(f"actor.loss_agg_mode={mode} is unknown, use one of {', '.join(LOSS_AGG_MODES)}")
     if mode == "token-mean":
         return mask.float() / max(denominators.tokens, 1)
     weights = mask.float() / max(denominators.sequences, 1)
@@ -339,35 +277,16 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
 KL_ESTIMATORS |= {"k1": KL_ESTIMATORS["kl"], "k2": KL_ESTIMATORS["mse"], "k3": KL_ESTIMATORS["low_var_kl"]}
 
 
-KL_LOSS_TYPES = (*KL_ESTIMATORS, *(f"{kind}+" for kind in KL_ESTIMATORS))
-"""Of a loss: with `+` (as in public verl) the estimate is that of the name, its gradient that of `mse`."""
-
-
 def kl_penalty(
     log_probs: Float[Tensor, "*tokens"], ref_log_probs: Float[Tensor, "*tokens"], kind: str
 ) -> Float[Tensor, "*tokens"]:
     """Per-token estimate of KL(policy, reference) from sampled tokens.
 
     Args:
-        log_probs, ref_log_probs: of each token, in any shape.
-        kind: `kl` or `k1`, `abs`, `mse` or `k2`, `low_var_kl` or `k3` (non-negative and unbiased; Schulman 2020).
-
-    Raises:
-        UserError: another kind. `full` is no estimate; the joint model computes it, from both models' hidden states.
+        kind: `kl` or `k1`, `abs`, `mse` or `k2`, `low_var_kl` or `k3` (non-negative and unbiased; Schulman 2020);
+            `full` is no estimate, the joint model computes it, from both models' hidden states.
     """
-    if kind not in KL_ESTIMATORS:
-        raise UserError(f"KL estimate {kind!r} is not available from log-probs, use one of {', '.join(KL_ESTIMATORS)}")
     return KL_ESTIMATORS[kind](log_probs - ref_log_probs)
-
-
-def check_kl_loss_type(kind: str) -> None:
-    """Raise a `UserError` for the estimate whose gradient is the score function, of expectation 0."""
-    if kind in ("kl", "k1"):
-        raise UserError(
-            f"actor_rollout_ref.actor.kl_loss_type={kind} has no gradient as a loss (on-policy its expectation is 0); "
-            f"use low_var_kl, mse or full, or {kind}+ (its value, with the gradient of mse); in the reward, "
-            f"algorithm.kl_penalty={kind} is right"
-        )
 
 
 def kl_loss(
@@ -380,13 +299,10 @@ def kl_loss(
     the L1 distance.
 
     Args:
-        log_probs, ref_log_probs: of each token; the former with gradient.
-        kind: one of `KL_LOSS_TYPES`.
-
-    Raises:
-        UserError: `kl` or `k1`, which cannot act as a loss, or another kind.
+        log_probs, ref_log_probs: the former with gradient.
+        kind: as of `kl_penalty`, or with `+` (as in public verl) for its value with the gradient of `mse`; `kl` and
+            `k1` have no gradient in expectation, the configuration refuses them.
     """
-    check_kl_loss_type(kind)
     value = kl_penalty(log_probs, ref_log_probs, kind.removesuffix("+"))
     if not kind.endswith("+"):
         return value
@@ -394,40 +310,16 @@ def kl_loss(
     return value.detach() + (gradient - gradient.detach())
 
 
-class KLController(Protocol):
-    """Gives the coefficient of the KL penalty in the reward."""
+class KLController:
+    """The coefficient (`value`) of the KL penalty in the reward: constant, or, where it `adapts`, moved towards a
+    target KL (arXiv 1909.08593, section 2.2)."""
 
-    value: float
-
-    def update(self, current_kl: float, n_steps: int) -> None:
-        """Take note of the KL measured over `n_steps` responses."""
-
-
-class FixedKLController:
-    """A constant coefficient."""
-
-    def __init__(self, kl_coef: float) -> None:
-        self.value = kl_coef
+    def __init__(self, config: KLControl) -> None:
+        self.value, self.adapts = config.kl_coef, config.type == "adaptive"
+        self._target, self._horizon = config.target_kl, config.horizon
 
     def update(self, current_kl: float, n_steps: int) -> None:
-        """Nothing to adapt."""
-
-
-class AdaptiveKLController:
-    """Moves the coefficient towards a target KL (arXiv 1909.08593, section 2.2)."""
-
-    def __init__(self, kl_coef: float, target_kl: float, horizon: float) -> None:
-        self.value = kl_coef
-        self._target, self._horizon = target_kl, horizon
-
-    def update(self, current_kl: float, n_steps: int) -> None:
-        """Raise the coefficient where `current_kl` is over the target, lower it where under."""
-        error = float(np.clip(current_kl / self._target - 1, -0.2, 0.2))
-        self.value *= 1 + error * n_steps / self._horizon
-
-
-def get_kl_controller(kl_ctrl: KLControl) -> KLController:
-    """The controller of `algorithm.kl_ctrl`."""
-    if kl_ctrl.type == "fixed":
-        return FixedKLController(kl_ctrl.kl_coef)
-    return AdaptiveKLController(kl_ctrl.kl_coef, kl_ctrl.target_kl, kl_ctrl.horizon)
+        """Raise the coefficient where the KL (of `n_steps` responses) is over the target, lower it where under."""
+        if self.adapts:
+            error = float(np.clip(current_kl / self._target - 1, -0.2, 0.2))
+            self.value *= 1 + error * n_steps / self._horizon

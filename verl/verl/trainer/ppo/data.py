@@ -1,25 +1,23 @@
-"""The prompts of a run: in training and in validation, each with its sampling seed."""
+"""The prompts of a run, in training and in validation: each can be graded, and has its sampling seed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from verl.protocol import DataProto, object_array
-from verl.trainer.config.schema import PPOConfig
-from verl.trainer.ppo.gradable import check_gradable
+from verl.trainer.config.schema import CustomRewardFunction, PPOConfig
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, create_dataloader
+from xbai.errors import UserError
+from xbai.grading import CustomGrader, GradeRequest
+from xbai.grading.dispatch import answer_check
 from xbai.seeds import derived_seed
 
 
 class PromptData:
     """Reads and checks the data files.
-
-    Args:
-        config: the trainer's whole configuration.
-        tokenizer: encodes prompts.
 
     Attributes:
         train, validation: the prompts; None without validation files.
@@ -38,13 +36,8 @@ class PromptData:
         for dataset in filter(None, (self.train, self.validation)):
             columns = dataset.values(data.reward_fn_key), dataset.values("reward_model")
             check_gradable(zip(dataset.places(), *columns, strict=True), config.custom_reward_function)
-        self.loader = create_dataloader(
-            self.train,
-            data.train_batch_size,
-            shuffle=data.shuffle,
-            seed=trainer.seed,
-            num_workers=data.dataloader_num_workers,
-        )
+        size, workers = data.train_batch_size, data.dataloader_num_workers
+        self.loader = create_dataloader(self.train, size, shuffle=data.shuffle, seed=trainer.seed, num_workers=workers)
         self.total_steps: int = trainer.total_training_steps or trainer.total_epochs * len(self.loader)
 
     def validation_batches(self, size: int | None) -> Iterator[DataProto]:
@@ -57,17 +50,36 @@ class PromptData:
             yield self.seeded(collate_fn(items, self._pad_token_id), "validation")
 
     def seeded(self, columns: Mapping[str, Any], occasion: int | str) -> DataProto:
-        """A batch whose prompts have their sampling seeds: a run that is resumed samples what an uninterrupted one
-        does.
-
-        Args:
-            columns: of the prompts.
-            occasion: the step, say.
-        """
-        prompts = DataProto.from_single_dict(columns)
+        """A batch whose prompts have their sampling seeds of this `occasion`, the step, say: a run that is resumed
+        samples what an uninterrupted one does."""
+        prompts = DataProto.from_dict(columns)
         rows = prompts.non_tensor_batch["row_index"]
         prompts.non_tensor_batch["seed"] = object_array(
             derived_seed(self._seed, occasion, row, separator=":", size=4) for row in rows
         )
         prompts.non_tensor_batch["uid"] = object_array(str(row) for row in rows)
         return prompts
+
+
+def check_gradable(rows: Iterable[tuple[str, str, Any]], custom: CustomRewardFunction) -> None:
+    """Make sure that every row (where it is, its data source, its `reward_model`) can be graded, before anything is
+    generated.
+
+    Raises:
+        UserError: a data source without a grader, a row without an answer to grade by (a custom reward function may do
+            without), or a custom reward function that is not there.
+    """
+    if custom.path is not None:
+        CustomGrader(custom.path, custom.name).load()
+    for place, source, reward_model in rows:
+        if not isinstance(reward_model, dict):
+            raise UserError(f"{place}: 'reward_model' must be {{style, ground_truth}}, found {reward_model!r:.60}")
+        if custom.path is None:
+            answer_check(source)
+            try:
+                GradeRequest(source, "", reward_model.get("ground_truth")).target  # noqa: B018
+            except ValueError as error:
+                raise UserError(
+                    f"{place}: 'reward_model' has no ground_truth (text, number or {{target: ...}}), found "
+                    f"{reward_model!r:.60}"
+                ) from error

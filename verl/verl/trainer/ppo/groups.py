@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
 from verl.models.loading import has_score_head
-from verl.single_controller import RayClassWithInitArgs, RayResourcePool
-from verl.trainer.config.policy import ActorRolloutRefConfig
-from verl.trainer.config.schema import PPOConfig
+from verl.single_controller import RayResourcePool
+from verl.trainer.config.schema import ActorRolloutRefConfig, PPOConfig
 from verl.trainer.ppo.cluster import check_shared_folder, worker_env
 from verl.workers.critic_worker import CriticWorker, CriticWorkers
-from verl.workers.fsdp_workers import ActorRolloutRefWorker, PolicyWorkers, group_sizes
+from verl.workers.fsdp_workers import ActorRolloutRefWorker, PolicyWorkers, Role, group_sizes
 from xbai.engine.files import read_config
 from xbai.engine.weight_files import check_weights
 from xbai.sprm import load_score_head, load_sprm_config
@@ -21,12 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_loadable(policy: ActorRolloutRefConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise a `UserError` for what no worker could load: weights or a score head that are damaged or of another model.
-
-    Args:
-        policy: the `actor_rollout_ref` section.
-        tokenizer: of its model.
-    """
+    """Raise a `UserError` for what no worker could load: weights or a head that are damaged or of another model."""
     model, score = policy.model, policy.score
     check_weights(model.path, model_config := read_config(model.path, model.trust_remote_code))
     if policy.use_score:
@@ -57,9 +52,9 @@ def worker_pool(config: PPOConfig, groups: int) -> RayResourcePool:
 def policy_workers(config: PPOConfig, pool: RayResourcePool, total_steps: int) -> PolicyWorkers:
     """Start the processes of policy, rollout engine and, where it is needed, reference."""
     trainer, policy = config.trainer, config.actor_rollout_ref
-    role = "actor_rollout_ref" if any(config.reference_use) else "actor_rollout"
+    role: Role = "actor_rollout_ref" if any(config.reference_use) else "actor_rollout"
     updates = max(1, total_steps - trainer.critic_warmup)
-    init = RayClassWithInitArgs(ActorRolloutRefWorker, policy, role, updates, trainer.seed)
+    init = partial(ActorRolloutRefWorker, policy, role, updates, trainer.seed)
     env, sizes = worker_env(trainer.device == "cuda"), group_sizes(policy)
     return PolicyWorkers(pool, init, role, env, sizes, nccl_timeout_s=policy.nccl_timeout)
 
@@ -67,6 +62,6 @@ def policy_workers(config: PPOConfig, pool: RayResourcePool, total_steps: int) -
 def critic_workers(config: PPOConfig, pool: RayResourcePool, total_steps: int) -> CriticWorkers:
     """Start the processes of the critic."""
     critic, trainer = config.critic, config.trainer
-    init = RayClassWithInitArgs(CriticWorker, critic, config.actor_rollout_ref.rollout.n, total_steps, trainer.seed)
+    init = partial(CriticWorker, critic, config.actor_rollout_ref.rollout.n, total_steps, trainer.seed)
     env, sizes = worker_env(trainer.device == "cuda"), {"train": critic.ulysses_sequence_parallel_size}
     return CriticWorkers(pool, init, "critic", env, sizes, nccl_timeout_s=critic.nccl_timeout)

@@ -6,7 +6,8 @@ import logging
 
 from verl.models.loading import has_score_head
 from verl.protocol import DataProto
-from verl.trainer.config.policy import ActorRolloutRefConfig
+from verl.trainer.config.schema import ActorRolloutRefConfig
+from verl.trainer.ppo.phases import MODEL_INPUT_KEYS
 from verl.workers.fsdp_workers import PolicyWorkers
 from xbai.sprm import MIN_FEATURES, start_shift, start_totals
 
@@ -14,36 +15,33 @@ logger = logging.getLogger(__name__)
 
 
 class HeadStart:
-    """Standardises features by the first rollouts, and sets a fresh head's bias by their grades.
-
-    Args:
-        config: the `actor_rollout_ref` section.
-        is_new_run: a resumed run's head goes on as it was.
-
-    Attributes:
-        is_due: the head waits for its start.
-    """
+    """Standardises features by the first rollouts, and sets a fresh head's bias by their grades; a resumed run's head
+    goes on as it was."""
 
     def __init__(self, config: ActorRolloutRefConfig, is_new_run: bool) -> None:
         score = config.score
         self._objective = score.objective
         self._is_fresh = config.use_score and not has_score_head(config.model.path, score.model_path)
         wanted = score.standardized_start if self._is_fresh else config.use_score and score.standardized_updates
-        self.is_due: bool = wanted and is_new_run
+        self._is_due = wanted and is_new_run
 
-    def standardize(self, workers: PolicyWorkers, inputs: DataProto, metrics: dict[str, float]) -> bool:
-        """Before the log-probs of a step: standardise by `inputs`, where they have the steps for it.
+    def standardize(self, workers: PolicyWorkers, batch: DataProto, metrics: dict[str, float]) -> bool:
+        """Before the log-probs of a step: where the head waits for its start, standardise by `batch`, if that has the
+        steps for it.
 
         Returns:
             Whether `set_bias` is to follow.
         """
+        if not self._is_due:
+            return False
+        inputs = DataProto(batch.batch.select(*MODEL_INPUT_KEYS))
         measured = workers.standardize_score_head(inputs, self._is_fresh).meta_info["metrics"]
         steps = int(measured.pop("steps"))
         metrics |= measured
         if steps < MIN_FEATURES:
             logger.info("the responses have %d steps: later ones will standardise the score head's features", steps)
             return False
-        self.is_due = False
+        self._is_due = False
         which = "fresh score head starts" if self._is_fresh else "loaded score head is trained"
         logger.info("the %s on features standardised by %d steps", which, steps)
         return self._is_fresh

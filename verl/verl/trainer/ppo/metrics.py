@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from verl.protocol import DataProto
-from verl.trainer.score_watch import Classes
-from xbai.sprm import auc, best_of_n_gain, count_by_class, sprm_metrics, trajectory_scores, within_prompt_auc
+from xbai.sprm import auc, best_of_n_gain, sprm_metrics, trajectory_scores, within_prompt_auc
 from xbai.sprm.groups import Prompts
+from xbai.sprm.loss import StepCounts, count_by_class
 
 
 @contextmanager
@@ -38,11 +38,12 @@ def train_metrics(
     columns = batch.batch
     mask, graded, correct = columns["response_mask"].bool(), columns["graded"], columns["correct"]
     rewards, lengths = columns["token_level_scores"].sum(-1), mask.sum(-1)
+    uids = batch.non_tensor_batch["uid"]
     metrics = {
         "reward/mean": masked_mean(rewards, graded),
         "reward/pass_rate": masked_mean(correct, graded),
         "reward/ungraded": float((~graded).sum()),
-        "reward/mixed_prompts": mixed_prompts(batch.non_tensor_batch["uid"], correct, graded),
+        "reward/mixed_prompts": mixed_prompts(uids, correct, graded),
         "response_length/mean": float(lengths.float().mean()),
         "response_length/max": float(lengths.max()),
         "response_length/truncated": float(is_truncated(columns["responses"], mask, end_token_ids).float().mean()),
@@ -52,13 +53,11 @@ def train_metrics(
     if "old_log_probs" in columns:
         metrics["actor/entropy"] = masked_mean(columns["entropys"], mask)
         metrics |= log_prob_difference(columns["rollout_log_probs"], columns["old_log_probs"], mask)
+    kept = mask & graded[:, None]
     for name in ("advantages", "returns"):
-        kept = columns[name][mask & graded[:, None]]
-        metrics |= {f"{name}/{what}": float(value) for what, value in _spread(kept).items()}
+        metrics |= {f"{name}/{what}": value for what, value in _spread(columns[name][kept]).items()}
     if "values" in columns:
-        metrics["critic/explained_variance"] = explained_variance(
-            columns["values"], columns["returns"], mask & graded[:, None]
-        )
+        metrics["critic/explained_variance"] = explained_variance(columns["values"], columns["returns"], kept)
     if tis_imp_ratio_cap is not None:
         log_probs = columns["rollout_log_probs"], columns["old_log_probs"]
         metrics |= importance_metrics(*log_probs, mask, tis_imp_ratio_cap)
@@ -66,7 +65,6 @@ def train_metrics(
         metrics["actor/ref_kl"] = masked_mean(columns["ref_kl"], mask)
     elif "ref_log_prob" in columns and "old_log_probs" in columns:
         metrics["actor/ref_kl"] = masked_mean(columns["old_log_probs"] - columns["ref_log_prob"], mask)
-    uids = batch.non_tensor_batch["uid"]
     if "old_step_logits" in columns:
         logits, steps = columns["old_step_logits"], columns["step_feature_mask"]
         measured = choice_metrics(trajectory_scores(logits, steps), correct, graded, uids)
@@ -95,11 +93,11 @@ def choice_metrics(scores: Tensor, correct: Tensor, graded: Tensor, prompts: Pro
     }
 
 
-def steps_by_class(batch: DataProto) -> Classes:
+def steps_by_class(batch: DataProto) -> StepCounts:
     """The steps of right and of wrong responses that could be graded."""
     columns = batch.batch
     steps = columns["step_feature_mask"] & columns["graded"][:, None]
-    return Classes(*count_by_class(steps, columns["correct"]).tolist())
+    return StepCounts(*count_by_class(steps, columns["correct"]).tolist())
 
 
 def _spread(values: Tensor) -> dict[str, float]:
@@ -134,11 +132,10 @@ def log_prob_difference(rollout: Tensor, actor: Tensor, mask: Tensor) -> dict[st
     `mismatch_kl` is the low-variance (k3) estimate of KL(engine, actor).
     """
     log_ratio = (actor - rollout)[mask.bool()]
-    difference = log_ratio.abs()
-    empty = difference.numel() == 0
+    difference = _spread(log_ratio.abs())
     return {
-        "rollout/log_prob_diff_mean": float("nan") if empty else float(difference.mean()),
-        "rollout/log_prob_diff_max": float("nan") if empty else float(difference.max()),
+        "rollout/log_prob_diff_mean": difference["mean"],
+        "rollout/log_prob_diff_max": difference["max"],
         "rollout/mismatch_kl": float((log_ratio.expm1() - log_ratio).mean()),
     }
 

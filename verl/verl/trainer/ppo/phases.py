@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from verl.models.identical_rows import sum_over_kinds
 from verl.protocol import DataProto
 from verl.single_controller import GroupMethod
+from verl.trainer.config.schema import UpdateConfig
 from verl.workers.batching.seqlen_balancing import rows_by_rank
 from xbai.errors import UserError
 
@@ -20,15 +22,14 @@ MODEL_INPUT_KEYS = (*PROMPT_KEYS, "prompts", "responses", "response_mask")
 Method = GroupMethod[..., DataProto]
 
 
+@dataclass(frozen=True)
 class Phases:
-    """Calls methods of worker groups.
+    """Calls methods of worker groups."""
 
-    Args:
-        balance: `trainer.balance_batch`; false: the rows keep their order.
-    """
-
-    def __init__(self, balance: bool) -> None:
-        self._balance = balance
+    balance: bool
+    """`trainer.balance_batch`; false: the rows keep their order."""
+    responses: int
+    """To one prompt."""
 
     def compute(self, method: Method, batch: DataProto, metrics: dict[str, float], **meta_info: Any) -> None:
         """Run a model over `batch`, and add the tensors and metrics that it gives."""
@@ -43,14 +44,15 @@ class Phases:
         method: Method,
         batch: DataProto,
         keys: Sequence[str],
-        mini_batch_rows: int,
+        section: UpdateConfig,
         step: int,
         metrics: dict[str, float],
     ) -> None:
-        """Train a model on the columns `keys` of `batch`, and add the metrics that it gives; errors name `step`."""
-        order = self._order_for(method, batch, mini_batch_rows, metrics)
+        """Train a model, of this `section`, on the columns `keys` of `batch`, and add the metrics that it gives; errors
+        name `step`."""
+        order = self._order_for(method, batch, section.ppo_mini_batch_size * self.responses, metrics)
         try:
-            metrics |= method(batch.select(keys, [])[order]).meta_info["metrics"]
+            metrics |= method(batch.select(keys)[order]).meta_info["metrics"]
         except UserError as error:
             raise UserError(f"step {step}: {error}") from error
 
@@ -64,7 +66,7 @@ class Phases:
             # As in validation: the parts are filled up with copies.
             return torch.arange(len(batch))
         kinds = batch.batch["kinds"]
-        order = rows_by_rank(lengths, block, shares, self._balance, kinds)
+        order = rows_by_rank(lengths, block, shares, self.balance, kinds)
         of_rank = torch.stack([sum_over_kinds(lengths[rows], kinds[rows]) for rows in order.chunk(shares)]).float()
         name = "perf/rank_tokens_max_over_mean"
         metrics[name] = max(metrics.get(name, 1.0), float(of_rank.max() / of_rank.mean()))

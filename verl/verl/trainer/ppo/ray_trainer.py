@@ -13,30 +13,36 @@ import ray
 from verl.models.identical_rows import DistinctRows
 from verl.models.loading import load_tokenizer
 from verl.protocol import DataProto
-from verl.trainer.config.schema import PPOConfig
+from verl.trainer.config.schema import AlgorithmConfig, PPOConfig
 from verl.trainer.ppo.cluster import lost_head, start_ray
-from verl.trainer.ppo.core_algos import get_kl_controller
-from verl.trainer.ppo.credit import add_advantages, add_baseline, add_reward, add_rivals
+from verl.trainer.ppo.core_algos import KLController, compute_advantages, kl_penalty
 from verl.trainer.ppo.data import PromptData
 from verl.trainer.ppo.groups import check_loadable, critic_workers, policy_workers, worker_pool
 from verl.trainer.ppo.head_start import HeadStart
-from verl.trainer.ppo.metrics import ValidationResult, steps_by_class, timed, train_metrics, validation_metrics
-from verl.trainer.ppo.phases import MODEL_INPUT_KEYS, PROMPT_KEYS, Phases
+from verl.trainer.ppo.metrics import (
+    ValidationResult,
+    masked_mean,
+    steps_by_class,
+    timed,
+    train_metrics,
+    validation_metrics,
+)
+from verl.trainer.ppo.phases import PROMPT_KEYS, Phases
 from verl.trainer.ppo.progress import progress_bar
 from verl.trainer.ppo.run_state import RunState
 from verl.trainer.ppo.samples import SampleDump
 from verl.trainer.ppo.utilisation import Utilisation
-from verl.trainer.score_watch import Classes, UncountedClassWatch
+from verl.trainer.score_watch import UncountedClassWatch
 from verl.utils.tracking import Tracking
-from verl.workers.actor.joint_loss import LossConfig
+from verl.workers.actor.joint_loss import JointLoss
 from verl.workers.checkpointed_worker import CheckpointedWorkers
-from verl.workers.critic.dp_critic import UPDATE_KEYS
+from verl.workers.critic import UPDATE_KEYS
 from verl.workers.critic_worker import CriticWorkers
 from verl.workers.fsdp_workers import PolicyWorkers
-from verl.workers.reward_manager import REWARD_MANAGERS, PendingReward
+from verl.workers.reward_manager import REWARD_MANAGERS, PendingReward, Reward
 from verl.workers.reward_manager.manager import Purpose
 from xbai.engine.end_tokens import end_token_ids
-from xbai.sprm import trajectory_scores
+from xbai.sprm import StepCounts, trajectory_scores
 
 logger = logging.getLogger(__name__)
 
@@ -65,20 +71,16 @@ class RayPPOTrainer:
         check_loadable(config.actor_rollout_ref, tokenizer)
         self._end_token_ids = end_token_ids(model.path, tokenizer)
         self._data = PromptData(config, tokenizer)
-        self._estimator = config.algorithm.adv_estimator
-        self._tis_imp_ratio_cap: float | None = config.actor_rollout_ref.actor.tis_imp_ratio_cap
-        self._reference_use = config.reference_use
-        self._kl_controller = get_kl_controller(config.algorithm.kl_ctrl)
+        self._kl_controller = KLController(config.algorithm.kl_ctrl)
         self._run_state = RunState(config, self._data.train, self._data.loader, self._kl_controller, fetches)
         self.step = self._run_state.step
         self._head_start = HeadStart(config.actor_rollout_ref, is_new_run=self._run_state.checkpoint is None)
         self._score_watch = UncountedClassWatch("actor_rollout_ref.score")
         self._reward_manager = REWARD_MANAGERS[config.reward_model.reward_manager](tokenizer, config)
         self._samples = SampleDump(config.trainer.rollout_data_dir, tokenizer)
-        self._phases = Phases(config.trainer.balance_batch)
-        self._needs_old_log_probs = config.needs_old_log_probs
-        self._loss = LossConfig.from_config(config.actor_rollout_ref)
-        self._update_keys = self._loss.batch_keys(self._needs_old_log_probs)
+        self._phases = Phases(config.trainer.balance_batch, self._rollout.n)
+        loss = JointLoss(config.actor_rollout_ref)
+        self._score_objective, self._update_keys = loss.score, loss.batch_keys(config.needs_old_log_probs)
         self._critic: CriticWorkers | None = None
         # The groups that have started, by the name of their part of a checkpoint.
         self._groups: dict[str, CheckpointedWorkers] = {}
@@ -105,7 +107,7 @@ class RayPPOTrainer:
         pool = worker_pool(self.config, groups=2 if has_critic else 1)
         self._groups["actor"] = self._workers = policy_workers(self.config, pool, total_steps)
         self._workers.init_model()
-        self._utilisation = Utilisation.from_config(self.config, self._workers.device_name()[0])
+        self._utilisation = Utilisation(self.config, self._workers.device_name()[0])
         if has_critic:
             self._groups["critic"] = self._critic = critic_workers(self.config, pool, total_steps)
             self._critic.init_model()
@@ -115,7 +117,8 @@ class RayPPOTrainer:
         trainer = self.config.trainer
         self._run_state.restore(self._groups)
         progress = progress_bar(self._data.total_steps, self.step, self._run_state.folder)
-        with self._tracking() as tracking, progress as report:
+        names = trainer.project_name, trainer.experiment_name, trainer.logger, trainer.default_local_dir
+        with Tracking(*names, asdict(self.config), self.step) as tracking, progress as report:
             if self.step == 0 and trainer.val_before_train and self._data.validation:
                 tracking.log(self.validate(), step=0)
             for prompts in self._prompt_batches():
@@ -135,18 +138,17 @@ class RayPPOTrainer:
         """One step of the algorithm on a batch of prompts; returns its metrics."""
         start = time.perf_counter()
         metrics: dict[str, float] = {}
-        needs_baseline = self._estimator == "remax"
+        actor, reference_use = self.config.actor_rollout_ref.actor, self.config.reference_use
+        needs_baseline = self.config.algorithm.adv_estimator == "remax"
         with timed("rollout", metrics):
             batch = self._generate(prompts, self._rollout.n, metrics, stay_awake=needs_baseline)
         pending = self._launch_grading(batch, "training")
         baseline = self._launch_baseline(prompts, metrics) if needs_baseline else None
-        starts_head = self._head_start.is_due and self._head_start.standardize(
-            self._workers, DataProto(batch.batch.select(*MODEL_INPUT_KEYS)), metrics
-        )
-        if self._needs_old_log_probs:
-            full_kl = self._reference_use.full_kl_in_reward
+        starts_head = self._head_start.standardize(self._workers, batch, metrics)
+        if self.config.needs_old_log_probs:
+            full_kl = reference_use.full_kl_in_reward
             self._phases.compute(self._workers.compute_log_prob, batch, metrics, full_kl=full_kl)
-        if self._reference_use.log_probs:
+        if reference_use.log_probs:
             self._phases.compute(self._workers.compute_ref_log_prob, batch, metrics)
         if self._critic is not None:
             self._phases.compute(self._critic.compute_values, batch, metrics)
@@ -157,19 +159,21 @@ class RayPPOTrainer:
             metrics |= add_baseline(batch, baseline.result())
         if starts_head:
             self._head_start.set_bias(self._workers, batch)
-        add_advantages(batch, self.config.algorithm)
-        if "rival_scores" in self._update_keys:
-            add_rivals(batch, self._loss.score)
-        metrics |= train_metrics(batch, self._end_token_ids, self._tis_imp_ratio_cap)
+        columns, uids = batch.batch, batch.non_tensor_batch["uid"]
+        columns["advantages"], columns["returns"] = compute_advantages(columns, uids, self.config.algorithm)
+        if (objective := self._score_objective) is not None and objective.compares:
+            columns["rival_scores"] = objective.rivals(
+                columns["old_step_logits"], columns["step_feature_mask"], columns["correct"], columns["graded"], uids
+            )
+        metrics |= train_metrics(batch, self._end_token_ids, actor.tis_imp_ratio_cap)
         self._samples.write(self.step, batch, reward)
         if self._critic is not None:
-            rows = self.config.critic.ppo_mini_batch_size * self._rollout.n
-            self._phases.update(self._critic.update_critic, batch, UPDATE_KEYS, rows, self.step, metrics)
+            section = self.config.critic
+            self._phases.update(self._critic.update_critic, batch, UPDATE_KEYS, section, self.step, metrics)
         if self.step > self.config.trainer.critic_warmup:
-            rows = self.config.actor_rollout_ref.actor.ppo_mini_batch_size * self._rollout.n
-            self._phases.update(self._workers.update_actor, batch, self._update_keys, rows, self.step, metrics)
-            if self._loss.use_score and self._loss.score.judges_steps:
-                counted = Classes(metrics["score/counted_right"], metrics["score/counted_wrong"])
+            self._phases.update(self._workers.update_actor, batch, self._update_keys, actor, self.step, metrics)
+            if objective is not None and objective.judges_steps:
+                counted = StepCounts(metrics["score/counted_right"], metrics["score/counted_wrong"])
                 self._score_watch.observe(counted, steps_by_class(batch))
         tokens, seconds = float(batch.batch["attention_mask"].sum()), time.perf_counter() - start
         metrics |= {"timing_s/step": seconds, "perf/tokens_per_s": tokens / seconds}
@@ -197,8 +201,6 @@ class RayPPOTrainer:
         for group in self._groups.values():
             group.shutdown()
         ray.shutdown()
-
-    # The parts of a step
 
     def _prompt_batches(self) -> Iterator[DataProto]:
         """Batches of prompts until the last step, epoch after epoch; `step` counts them."""
@@ -241,16 +243,35 @@ class RayPPOTrainer:
         sources = batch.non_tensor_batch[self.config.data.reward_fn_key]
         return ValidationResult(sources, reward.correct, reward.graded, batch.batch["response_mask"].sum(-1), scores)
 
-    def _tracking(self) -> Tracking:
-        trainer = self.config.trainer
-        return Tracking(
-            trainer.project_name,
-            trainer.experiment_name,
-            trainer.logger,
-            trainer.default_local_dir,
-            asdict(self.config),
-            resume_step=self.step,
-        )
-
     def _is_due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.is_done)
+
+
+def add_reward(
+    batch: DataProto, reward: Reward, algorithm: AlgorithmConfig, kl_controller: KLController
+) -> dict[str, float]:
+    """Add scores, outcome and `token_level_rewards`: the scores, less the KL penalty with `use_kl_in_reward` (by
+    `ref_kl`, or by `old_log_probs` and `ref_log_prob`), whose coefficient `kl_controller` has."""
+    columns, mask, scores = batch.batch, batch.batch["response_mask"], reward.reward_tensor
+    columns["correct"], columns["graded"] = reward.correct, reward.graded
+    columns["token_level_scores"] = columns["token_level_rewards"] = scores
+    if not algorithm.use_kl_in_reward:
+        return {}
+    if algorithm.kl_penalty == "full":
+        kl = columns["ref_kl"]
+    else:
+        kl = kl_penalty(columns["old_log_probs"], columns["ref_log_prob"], algorithm.kl_penalty) * mask
+    metrics = {"reward/kl": masked_mean(kl, mask), "reward/kl_coef": kl_controller.value}
+    columns["token_level_rewards"] = scores - kl_controller.value * kl
+    kl_controller.update(metrics["reward/kl"], n_steps=len(batch))
+    return metrics
+
+
+def add_baseline(batch: DataProto, baseline: Reward) -> dict[str, float]:
+    """Give each response its prompt's greedy reward; one that could not be graded is no baseline, nor is it zero: it
+    masks the prompt's responses, which lie next to each other."""
+    columns, rewards, graded = batch.batch, baseline.reward_tensor.sum(-1), baseline.graded
+    n = len(batch) // len(rewards)
+    columns["baselines"] = rewards.repeat_interleave(n)
+    columns["graded"] = columns["graded"] & graded.repeat_interleave(n)
+    return {"reward/baseline": masked_mean(rewards, graded), "reward/ungraded_baselines": float((~graded).sum())}

@@ -38,14 +38,8 @@ ORDER_KEYS = ("data.train_batch_size", "data.shuffle", "data.dataloader_num_work
 """What decides the order of the data."""
 OTHER_PROMPTS = "other prompts pass data.max_prompt_length (or its filter, or the tokenizer)"
 MODEL_SHAPE = (
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "tie_word_embeddings",
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "vocab_size", "tie_word_embeddings"),
 )
 """Fields of config.json in which a checkpoint and the model of a run that goes on from it must agree."""
 
@@ -57,8 +51,6 @@ class RunState:
     """Finds the checkpoint to go on from, restores it, and writes new ones (with `trainer.async_save`, meanwhile).
 
     Args:
-        config: from `check_config`.
-        dataset, loader: the training data and its batches.
         kl_controller: an adaptive one's coefficient belongs to the state.
         fetches: copy a remote checkpoint to go on from to this machine; otherwise it is only looked for.
 
@@ -80,8 +72,6 @@ class RunState:
     ) -> None:
         trainer = config.trainer
         self._config, self._loader, self._kl_controller = config, loader, kl_controller
-        # A fixed one is the configuration's, which may change between two starts.
-        self._adapts_kl_coef = config.algorithm.kl_ctrl.type == "adaptive"
         self._folder = CheckpointFolder(trainer.default_local_dir, trainer.max_actor_ckpt_to_keep)
         self._remote = self._uploads = None
         copies = trainer.default_hdfs_dir
@@ -117,8 +107,7 @@ class RunState:
     def try_saving(self, groups: WorkerGroups) -> None:
         """Write everything of a checkpoint but the weights, and remove it: what would fail at the first one fails here.
 
-        Args:
-            groups: those that have started; the driver's own part needs none.
+        `groups` are those that have started; the driver's own part needs none.
 
         Raises:
             UserError: a folder that cannot be written, or has no room for the weights.
@@ -147,7 +136,7 @@ class RunState:
         if self._keeps_place:
             self._loader.load_state_dict(state["loader"])
             self._epoch, self._batch = state["place"]
-        if self._adapts_kl_coef and (coefficient := state["kl_coef"]) is not None:
+        if self._kl_controller.adapts and (coefficient := state["kl_coef"]) is not None:
             self._kl_controller.value = coefficient
         set_rng_state(state["rng"])
         logger.info("going on from %s: step %d is done%s", self.checkpoint, self.step, self._place_in_words())
@@ -175,7 +164,8 @@ class RunState:
             "loader": self._loader.state_dict(),
             "place": (self._epoch, self._batch),
             "rng": rng_state(),
-            "kl_coef": self._kl_controller.value if self._adapts_kl_coef else None,
+            # A fixed one is the configuration's, which may change between two starts.
+            "kl_coef": self._kl_controller.value if self._kl_controller.adapts else None,
             "data": self._identity,
         }
         copied: Future[None] = Future()

@@ -17,12 +17,7 @@ from xbai.sprm import trajectory_scores
 
 
 class SampleDump:
-    """Writes a file of JSON lines a step, a line a response.
-
-    Args:
-        folder: `trainer.rollout_data_dir`; None: nothing is written.
-        tokenizer: decodes prompts and responses.
-    """
+    """Writes a file of JSON lines a step, a line a response, into `trainer.rollout_data_dir`, or nothing without it."""
 
     def __init__(self, folder: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
         self._folder, self._tokenizer = folder, tokenizer

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 
 from verl.models.identical_rows import DistinctRows
 from verl.models.loading import torch_dtype
 from verl.protocol import DataProto
-from verl.trainer.config.critic import CriticModel
-from verl.trainer.config.policy import ModelConfig
 from verl.trainer.config.schema import PPOConfig
-from verl.trainer.planning.model_shapes import MODEL_TYPES, ModelShape, config_of
+from verl.trainer.planning.model_shapes import shape_of
 from verl.utils.device_peaks import peak_tflops
 from verl.workers.placed_model import Dtypes
 
@@ -21,7 +18,6 @@ from verl.workers.placed_model import Dtypes
 TRAINING = 3
 
 
-@dataclass(frozen=True)
 class Utilisation:
     """Model FLOPs of each phase: what real tokens ask of the decoder's matrices and of causal attention.
 
@@ -29,34 +25,21 @@ class Utilisation:
     ReMax's greedy responses. The LM head counts for response tokens alone, and a prompt once for all its responses in
     the rollout, where the engine keeps it; of identical responses all are sampled, and one is computed in what follows.
 
-    Attributes:
-        config: the trainer's whole configuration.
-        shape: of policy and reference; None for a model whose FLOPs are not counted.
-        critic_shape: of the critic; None as for `shape`, or without one.
+    Args:
+        config: the trainer's whole configuration; of a kind of model that is not known nothing is counted.
         device_name: of the GPUs, None on CPU.
     """
 
-    config: PPOConfig
-    shape: ModelShape | None
-    critic_shape: ModelShape | None
-    device_name: str | None
-
-    @classmethod
-    def from_config(cls, config: PPOConfig, device_name: str | None) -> Utilisation:
-        """Of the models that a configuration names."""
-        critic = config.critic.model if config.has_critic else None
-        return cls(
-            config, _shape(config.actor_rollout_ref.model), None if critic is None else _shape(critic), device_name
-        )
+    def __init__(self, config: PPOConfig, device_name: str | None) -> None:
+        self._config, self._device_name = config, device_name
+        self._shape = shape_of(config.actor_rollout_ref.model)
+        self._critic_shape = shape_of(config.critic.model) if config.has_critic else None
 
     def metrics(self, batch: DataProto, metrics: Mapping[str, float]) -> dict[str, float]:
         """`perf/generation_share` of the step's time and, for each phase that ran and `step`, `perf/mfu/{phase}`: the
         share of the peak that model FLOPs reach, or `perf/tflops/{phase}`, 10^12 of them per second and GPU, where the
-        peak is not known.
-
-        Args:
-            batch: of the whole step: `attention_mask`, `response_mask`, `kinds`.
-            metrics: of the step, with `timing_s/*`.
+        peak is not known; from `attention_mask`, `response_mask` and `kinds` of the step's `batch`, and `timing_s/*` of
+        its `metrics`.
         """
         seconds = _seconds(metrics)
         share = (seconds["generate"] + metrics.get("timing_s/generate_baseline", 0.0)) / seconds["step"]
@@ -65,56 +48,47 @@ class Utilisation:
             flops["step"] = sum(flops.values())
         found = {"perf/generation_share": share}
         for phase, count in flops.items():
-            tflops = count / 1e12 / seconds[phase] / self._gpus
+            tflops = count / 1e12 / seconds[phase] / self._config.trainer.processes
             peak = self._peak(phase)
             found |= {f"perf/tflops/{phase}": tflops} if peak is None else {f"perf/mfu/{phase}": tflops / peak}
         return found
 
-    @property
-    def _gpus(self) -> int:
-        return self.config.trainer.processes
-
     def _flops(self, batch: DataProto) -> dict[str, float]:
         """Of the whole job, by the name of the phase."""
-        if self.shape is None:
+        if self._shape is None:
             return {}
         lengths, responses = batch.batch["attention_mask"].sum(-1), batch.batch["response_mask"].sum(-1)
-        root, use = self.config.actor_rollout_ref, self.config.reference_use
-        sampled = self.shape.sequence_flops(lengths.tolist(), int(responses.sum()))
-        shared = self.shape.sequence_flops((lengths - responses).tolist(), 0) * (1 - 1 / root.rollout.n)
+        root, use = self._config.actor_rollout_ref, self._config.reference_use
+        sampled = self._shape.sequence_flops(lengths.tolist(), int(responses.sum()))
+        shared = self._shape.sequence_flops((lengths - responses).tolist(), 0) * (1 - 1 / root.rollout.n)
         distinct = DistinctRows.of_kinds(batch.batch["kinds"]).rows
         lengths, responses = lengths[distinct], responses[distinct]
-        forward = self.shape.sequence_flops(lengths.tolist(), int(responses.sum()))
+        forward = self._shape.sequence_flops(lengths.tolist(), int(responses.sum()))
         found = {
             "generate": sampled - shared,
             "old_log_prob": forward * (1 + use.full_kl_in_reward),
             "ref": forward,
             "update_actor": forward * (TRAINING + use.full_kl_in_loss) * root.actor.ppo_epochs,
         }
-        if self.critic_shape is not None:
-            values = self.critic_shape.sequence_flops(lengths.tolist(), 0)
-            found |= {"values": values, "update_critic": values * TRAINING * self.config.critic.ppo_epochs}
+        if self._critic_shape is not None:
+            values = self._critic_shape.sequence_flops(lengths.tolist(), 0)
+            found |= {"values": values, "update_critic": values * TRAINING * self._config.critic.ppo_epochs}
         return found
 
     def _peak(self, phase: str) -> float | None:
-        if self.config.trainer.device_tflops is not None:
-            return self.config.trainer.device_tflops
-        return peak_tflops(self.device_name, self._dtype(phase))
+        if self._config.trainer.device_tflops is not None:
+            return self._config.trainer.device_tflops
+        return peak_tflops(self._device_name, self._dtype(phase))
 
     def _dtype(self, phase: str) -> torch.dtype:
-        root = self.config.actor_rollout_ref
+        root = self._config.actor_rollout_ref
         if phase == "generate":
             # Checkpoints whose own dtype is taken are in 16 bits.
             return torch.bfloat16 if root.rollout.dtype == "auto" else torch_dtype(root.rollout.dtype)
-        critic = self.config.critic.model.fsdp_config
+        critic = self._config.critic.model.fsdp_config
         sections = {"ref": root.ref.fsdp_config, "values": critic, "update_critic": critic}
         section = sections.get(phase, root.actor.fsdp_config)
-        return Dtypes.from_config(section, self.device_name is not None).compute
-
-
-def _shape(model: ModelConfig | CriticModel) -> ModelShape | None:
-    config = config_of(model.path, model.trust_remote_code)
-    return ModelShape.from_config(config) if config is not None and config.model_type in MODEL_TYPES else None
+        return Dtypes.from_config(section, self._device_name is not None).compute
 
 
 def _seconds(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -10,7 +10,6 @@ from torch import Tensor
 from verl.models.joint_model import JointOutput, computed
 from verl.models.packing import Batch, TokenLayout
 from verl.trainer.config.sft import SFTScore
-from verl.trainer.score_watch import Classes
 from verl.trainer.sft.metrics_window import MetricsWindow
 from verl.workers.update import Loss, LossOutput
 from xbai.sprm import StepCounts, count_by_class, counted_steps, sprm_loss
@@ -21,15 +20,13 @@ class SFTTotals(NamedTuple):
 
     tokens: float
     counted: StepCounts
-    graded: Classes
+    graded: StepCounts
 
 
 class SFTLoss(Loss[JointOutput, SFTTotals]):
     """Means over the global batch; which steps count follows from `old_step_logits`, as in the joint loss of RL.
 
-    Args:
-        score: the `score` section; None for a model without a head.
-        window: takes the scores of graded trajectories.
+    `score` is None for a model without a head; `window` takes the scores of graded trajectories.
     """
 
     metric = "sft/loss"
@@ -48,7 +45,7 @@ class SFTLoss(Loss[JointOutput, SFTTotals]):
     def totals(self, sums: Tensor) -> SFTTotals:
         """From the sum of `local_totals` over all ranks."""
         tokens, *steps = sums.tolist()
-        return SFTTotals(tokens, StepCounts(*steps[:2]), Classes(*steps[2:]))
+        return SFTTotals(tokens, StepCounts(*steps[:2]), StepCounts(*steps[2:]))
 
     def __call__(self, output: JointOutput, layout: TokenLayout, batch: Batch, totals: SFTTotals) -> LossOutput:
         """One micro-batch's share."""

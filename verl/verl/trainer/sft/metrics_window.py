@@ -41,21 +41,21 @@ class MetricsWindow:
         self._reset()
 
     def _reset(self) -> None:
-        self._losses = torch.zeros(2, dtype=torch.double, device=self._device)
-        self._sides = torch.zeros(2, dtype=torch.double, device=self._device)
+        # The first four of `WindowTotals`.
+        self._sums = torch.zeros(4, dtype=torch.double, device=self._device)
         self._scores: list[float] = []
         self._labels: list[float] = []
         self._steps = self._tokens = 0
 
     def add_losses(self, lm_loss: Tensor, score_loss: Tensor) -> None:
         """Shares of one micro-batch."""
-        self._losses += torch.stack([lm_loss, score_loss]).detach().double()
+        self._sums[:2] += torch.stack([lm_loss, score_loss]).detach().double()
 
     def add_scores(self, step_logits: Tensor, batch: Batch) -> None:
         """Trajectory scores of one micro-batch's graded rows, and on which side of 0.5 their steps are."""
         graded = batch["graded"]
         logits = step_logits.detach()[batch["step_feature_mask"] & graded[:, None]]
-        self._sides += torch.stack([(logits > 0).sum(), (logits <= 0).sum()])
+        self._sums[2:] += torch.stack([(logits > 0).sum(), (logits <= 0).sum()])
         self._scores += trajectory_scores(step_logits.detach(), batch["step_feature_mask"])[graded].tolist()
         self._labels += batch["correct"][graded].tolist()
 
@@ -66,21 +66,20 @@ class MetricsWindow:
 
     def totals(self) -> WindowTotals:
         """Of all ranks; the same on every rank. A collective."""
-        sums = torch.cat([self._losses, self._sides])
+        sums = self._sums.clone()
         dist.all_reduce(sums)
         gathered: list[tuple[list[float], list[float]]] = [([], [])] * dist.get_world_size()
         dist.all_gather_object(gathered, (self._scores, self._labels))
         scores, labels = (list(chain.from_iterable(parts)) for parts in zip(*gathered, strict=True))
-        lm_loss, score_loss, right_side, wrong_side = sums.tolist()
-        return WindowTotals(lm_loss, score_loss, right_side, wrong_side, scores, labels, self._steps, self._tokens)
+        lm_loss, score_loss, right, wrong = sums.tolist()
+        return WindowTotals(lm_loss, score_loss, right, wrong, scores, labels, self._steps, self._tokens)
 
     def go_on_from(self, totals: WindowTotals) -> None:
         """Begin where a window with these totals was. The first rank takes over what all ranks had."""
         self._reset()
         self._steps, self._tokens = totals.steps, totals.tokens
         if dist.get_rank() == 0:
-            self._losses += self._losses.new_tensor([totals.lm_loss, totals.score_loss])
-            self._sides += self._sides.new_tensor([totals.right_side, totals.wrong_side])
+            self._sums += self._sums.new_tensor(totals[:4])
             self._scores, self._labels = list(totals.scores), list(totals.labels)
 
     def flush(self) -> dict[str, float]:
@@ -88,12 +87,11 @@ class MetricsWindow:
         totals = self.totals()
         metrics = {"sft/loss": totals.lm_loss / totals.steps, "sft/tokens": float(totals.tokens)}
         if totals.scores:
-            score_auc = auc(torch.tensor(totals.scores), torch.tensor(totals.labels))
             sides = totals.right_side, totals.wrong_side
             metrics |= {
                 "score/loss": totals.score_loss / totals.steps,
                 "score/one_sided": max(sides) / sum(sides),
-                "score/auc": score_auc,
+                "score/auc": auc(torch.tensor(totals.scores), torch.tensor(totals.labels)),
             }
         self._reset()
         return metrics

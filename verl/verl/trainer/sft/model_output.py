@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +18,7 @@ from verl.checkpoints.weight_files import write_weights
 from verl.models.fsdp import named_full_tensors
 from verl.models.joint_model import JointModel
 from verl.models.loading import dtype_name
+from verl.trainer.config.sft import IDENTITY_FILE, taken
 from verl.trainer.sft.run_identity import what_changed, what_forbids_going_on
 from verl.utils.first_rank import on_first_rank
 from xbai.engine.scorer import HEAD_PREFIX
@@ -27,31 +29,21 @@ from xbai.sprm import SPRMConfig, save_score_head
 
 logger = logging.getLogger(__name__)
 
-IDENTITY_FILE = ".sft_run.json"
-"""Hidden, so that it does not travel on with the model."""
 
-
+@dataclass(frozen=True)
 class ModelOutput:
-    """`trainer.output_dir`: the model with tokenizer, head and step rule.
+    """`trainer.output_dir`: the model with tokenizer, head and step rule."""
 
-    Args:
-        folder: which must not exist before the end.
-        dtype: of the weights there.
-        files: of the model that training began with.
-        sprm_config: of its head; None without one.
-        identity: of the run, from `run_identity`.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        dtype: torch.dtype,
-        files: ModelFiles,
-        sprm_config: SPRMConfig | None,
-        identity: dict[str, Any],
-    ) -> None:
-        self._folder, self._dtype, self._files = folder, dtype, files
-        self._sprm_config, self._identity = sprm_config, identity
+    folder: Path
+    """It must not exist before the end."""
+    dtype: torch.dtype
+    """Of the weights there."""
+    files: ModelFiles
+    """Of the model that training began with."""
+    sprm_config: SPRMConfig | None
+    """Of its head; None without one."""
+    identity: dict[str, Any]
+    """From `run_identity`."""
 
     def is_finished(self, model_path: str) -> bool:
         """Whether this run has written it, before now. A collective.
@@ -62,12 +54,12 @@ class ModelOutput:
         return on_first_rank(lambda: self._is_own(model_path))
 
     def _is_own(self, model_path: str) -> bool:
-        if not self._folder.exists():
+        if not self.folder.exists():
             return False
-        then = json.loads((self._folder / IDENTITY_FILE).read_text(encoding="utf-8"))
-        changes = what_forbids_going_on(then, self._identity, model_path) + what_changed(then, self._identity)
+        then = json.loads((self.folder / IDENTITY_FILE).read_text(encoding="utf-8"))
+        changes = what_forbids_going_on(then, self.identity, model_path) + what_changed(then, self.identity)
         if changes:
-            raise UserError(f"{taken(self._folder)}: it is of a run from which this one differs ({changes[0]})")
+            raise UserError(f"{taken(self.folder)}: it is of a run from which this one differs ({changes[0]})")
         return True
 
     def write(self, model: JointModel) -> None:
@@ -78,23 +70,23 @@ class ModelOutput:
         policy = {name: weight for name, weight in weights.items() if not name.startswith(HEAD_PREFIX)}
 
         def write() -> None:
-            with atomic_directory(self._folder) as folder:
+            with atomic_directory(self.folder) as folder:
                 self._fill(folder, policy, head)
 
         self._on_first_rank(write)
-        logger.info("wrote %s in %s", self._folder, dtype_name(self._dtype))
+        logger.info("wrote %s in %s", self.folder, dtype_name(self.dtype))
 
     def try_writing(self, model: JointModel) -> None:
         """Write everything but the weights, and remove it: what would fail after training fails here. A collective."""
-        needed = sum(weight.numel() for weight in model.lm.parameters()) * self._dtype.itemsize
+        needed = sum(weight.numel() for weight in model.lm.parameters()) * self.dtype.itemsize
         few = {"few": torch.zeros(1)}
 
         def write() -> None:
-            parent = followed(self._folder).parent
+            parent = followed(self.folder).parent
             parent.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self._folder)
-            with TemporaryDirectory(prefix=f".{self._folder.name}.", suffix=".tmp", dir=parent) as folder:
-                self._fill(Path(folder), few, few if self._sprm_config is not None else {})
+            remove_leftovers(self.folder)
+            with TemporaryDirectory(prefix=f".{self.folder.name}.", suffix=".tmp", dir=parent) as folder:
+                self._fill(Path(folder), few, few if self.sprm_config is not None else {})
                 check_room(Path(folder), needed)
 
         self._on_first_rank(write)
@@ -103,16 +95,11 @@ class ModelOutput:
         try:
             on_first_rank(write)
         except UserError as error:
-            raise UserError(f"trainer.output_dir={self._folder}: the model cannot be written ({error})") from error
+            raise UserError(f"trainer.output_dir={self.folder}: the model cannot be written ({error})") from error
 
     def _fill(self, folder: Path, policy: dict[str, Tensor], head: dict[str, Tensor]) -> None:
-        self._files.write(folder, dtype_name(self._dtype))
-        write_weights(folder, policy, self._dtype, lambda names: {name: policy[name] for name in names})
+        self.files.write(folder, dtype_name(self.dtype))
+        write_weights(folder, policy, self.dtype, lambda names: {name: policy[name] for name in names})
         if head:
-            save_score_head(folder, head, self._sprm_config)
-        (folder / IDENTITY_FILE).write_text(json.dumps(self._identity), encoding="utf-8")
-
-
-def taken(folder: Path) -> str:
-    """How to say that an output folder is in the way."""
-    return f"trainer.output_dir={folder} exists already; remove it or name another"
+            save_score_head(folder, head, self.sprm_config)
+        (folder / IDENTITY_FILE).write_text(json.dumps(self.identity), encoding="utf-8")

@@ -35,11 +35,6 @@ class RunState:
 
     A checkpoint is laid out as one of the RL trainer, `global_step_N/{actor/,data.pt}`: the model merger reads it.
 
-    Args:
-        config: from `check_config`.
-        identity: from `run_identity`.
-        files, sprm_config: travel with the weights.
-
     Attributes:
         checkpoint: the one to go on from; None for a new run.
         step: of that checkpoint, or 0.
@@ -62,8 +57,7 @@ class RunState:
     def try_saving(self, checkpoint_bytes: int) -> None:
         """Write everything of a checkpoint but weights and optimiser, and remove it: what would fail later fails here.
 
-        Args:
-            checkpoint_bytes: that a whole one takes.
+        A whole one takes `checkpoint_bytes`.
 
         Raises:
             UserError: a folder that cannot be written, has no room, or is not the same for all ranks.
@@ -109,8 +103,7 @@ class RunState:
                 raise UserError(f"trainer.default_local_dir={self._folder.folder}: {failed} ({error})") from error
 
     def _write_state(self, folder: Path, step: int, window: WindowTotals | None) -> None:
-        totals = None if window is None else window._asdict()
-        state = {"step": step, "identity": self._identity, "window": totals}
+        state = {"step": step, "identity": self._identity, "window": None if window is None else window._asdict()}
         on_first_rank(lambda: write_state(state, folder))
 
     def _find(self) -> tuple[Path | None, WindowTotals | None]:

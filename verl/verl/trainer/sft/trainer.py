@@ -16,17 +16,11 @@ from torch import Tensor
 
 from verl.models.fsdp import create_mesh, shard_model
 from verl.models.head_start import start_head
-from verl.models.loading import (
-    build_joint_model,
-    has_score_head,
-    load_tokenizer,
-    loading_dtype,
-    torch_dtype,
-)
+from verl.models.loading import build_joint_model, has_score_head, load_tokenizer, loading_dtype, torch_dtype
 from verl.models.packing import Batch, padded_layout
 from verl.optim.optimizers import JointOptimizer
 from verl.trainer.config.sft import SFTConfig
-from verl.trainer.score_watch import Classes, UncountedClassWatch
+from verl.trainer.score_watch import UncountedClassWatch
 from verl.trainer.sft.loss import SFTLoss
 from verl.trainer.sft.metrics_window import MetricsWindow
 from verl.trainer.sft.model_output import ModelOutput
@@ -48,10 +42,6 @@ START_ROWS = 512
 
 class SFTTrainer:
     """One rank of the training run. Every rank holds all the data and takes every `world_size`-th row of each batch.
-
-    Args:
-        config: from `check_config`.
-        device: from `init_distributed`.
 
     Attributes:
         is_finished: an earlier start of the same run has written the output folder.
@@ -109,14 +99,8 @@ class SFTTrainer:
             gradient_checkpointing=self.config.model.enable_gradient_checkpointing,
             compute_dtype=self._compute_dtype,
         )
-        self.model = shard_model(
-            model,
-            create_mesh(fsdp.fsdp_size),
-            self._compute_dtype,
-            torch.float32,
-            reshards=fsdp.reshard_after_forward,
-            offload=fsdp.offload_policy,
-        )
+        mesh, dtypes = create_mesh(fsdp.fsdp_size), (self._compute_dtype, torch.float32)
+        self.model = shard_model(model, mesh, *dtypes, reshards=fsdp.reshard_after_forward, offload=fsdp.offload_policy)
         self.optimizer = JointOptimizer(self.model, self.config.optim, self.config.score.optim, self.total_steps)
 
     def end_without_training(self) -> None:
@@ -130,30 +114,27 @@ class SFTTrainer:
         before."""
         state, window = self._run_state, MetricsWindow(self.device)
         self._output.try_writing(self.model)
-        state.try_saving(self.optimizer.least_state_bytes + sum(map(_bytes, self.model.parameters())))
+        state.try_saving(self.optimizer.least_state_bytes + sum(weight.nbytes for weight in self.model.parameters()))
         state.restore(self.model, self.optimizer)
         if state.window is not None:
             window.go_on_from(state.window)
-        with self._tracking() as tracking, self._progress() as progress:
+        trainer, is_first = self.config.trainer, self.rank == 0
+        names = trainer.project_name, trainer.experiment_name, trainer.logger if is_first else [], trainer.log_dir
+        with Tracking(*names, asdict(self.config), state.step) as tracking, self._progress() as progress:
             task = progress.add_task("SFT", total=self.total_steps, completed=state.step)
-            if state.step == 0 and self._has_fresh_head:
+            if state.step == 0 and self.sprm_config is not None and self.config.score.standardized_start:
                 self._start_head()
             for step, rows in enumerate(self._batches(state.step), start=state.step + 1):
                 metrics = self.update([self.dataset[row] for row in rows], window)
-                if self._is_due(step, self.config.trainer.log_freq):
+                if self._is_due(step, trainer.log_freq):
                     metrics |= window.flush()
-                    if self.rank == 0:
+                    if is_first:
                         tracking.log(metrics, step)
                 # After logging: what a checkpoint stands for is never missing from the logs.
-                if self._is_due(step, self.config.trainer.save_freq):
+                if self._is_due(step, trainer.save_freq):
                     state.save(step, window.totals(), self.model, self.optimizer)
                 progress.advance(task)
         self._output.write(self.model)
-
-    @property
-    def _has_fresh_head(self) -> bool:
-        standardized = self.config.score.standardized_start
-        return self.sprm_config is not None and standardized and not has_score_head(self.config.model.path, None)
 
     def _is_due(self, step: int, every: int) -> bool:
         return every > 0 and (step % every == 0 or step == self.total_steps)
@@ -162,17 +143,6 @@ class SFTTrainer:
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         towards = TextColumn(f"{{task.description}} -> {self.config.trainer.output_dir}")
         return Progress(towards, *columns, disable=self.rank > 0)
-
-    def _tracking(self) -> Tracking:
-        trainer = self.config.trainer
-        return Tracking(
-            trainer.project_name,
-            trainer.experiment_name,
-            trainer.logger if self.rank == 0 else [],
-            trainer.log_dir,
-            asdict(self.config),
-            resume_step=self._run_state.step,
-        )
 
     def _batches(self, done: int) -> Iterator[list[int]]:
         """Rows of each batch after the first `done`: the order follows from seed and epoch alone."""
@@ -185,30 +155,31 @@ class SFTTrainer:
     def update(self, examples: list[SFTExample], window: MetricsWindow) -> dict[str, float]:
         """One optimiser step on a global batch; the same on every rank, and for every number of ranks.
 
-        Args:
-            examples: the global batch.
-            window: collects what is only worth reporting over several steps.
-
-        Returns:
-            Gradient norms, learning rates and whether the update was skipped.
+        Returns gradient norms, learning rates and whether the update was skipped; `window` collects what is only worth
+        reporting over several steps.
         """
-        mine = examples[self.rank :: self.world_size]
-        size = self.config.data.micro_batch_size_per_gpu
-        micro_batches = [self._batch(mine[i : i + size]) for i in range(0, len(mine), size)]
+        micro_batches = self._micro_batches(examples)
         has_head, score = self.sprm_config is not None, self.config.score
         if has_head:
             for batch in micro_batches:
-                batch["old_step_logits"] = self._old_step_logits(batch)
+                # They decide which steps agree with the outcome, where that matters.
+                weighs = score.agreement_weighting
+                logits = self._evaluate(batch) if weighs else torch.zeros(batch["input_ids"].shape, device=self.device)
+                batch["old_step_logits"] = logits
         forward = partial(self.model, backbone_grad_scale=score.backbone_grad_scale)
         update = Update(self.model, forward, SFTLoss(score if has_head else None, window), padded_layout)
         totals = update.totals(micro_batches)
         if has_head and self.rank == 0:
-            counted = Classes(totals.counted.positive, totals.counted.negative)
-            self._score_watch.observe(counted, totals.graded)
+            self._score_watch.observe(totals.counted, totals.graded)
         for shares in update.backward(micro_batches, totals):
             window.add_losses(shares["sft/loss"], shares["score/loss"])
         window.end_step(int(totals.tokens))
         return self.optimizer.step(self.config.optim.grad_clip) | self.optimizer.advance_schedules()
+
+    def _micro_batches(self, examples: list[SFTExample]) -> list[dict[str, Tensor]]:
+        """This rank's share of the examples."""
+        mine, size = examples[self.rank :: self.world_size], self.config.data.micro_batch_size_per_gpu
+        return [self._batch(mine[i : i + size]) for i in range(0, len(mine), size)]
 
     def _batch(self, examples: list[SFTExample]) -> dict[str, Tensor]:
         batch = collate_examples(examples, self.tokenizer.pad_token_id)
@@ -219,20 +190,14 @@ class SFTTrainer:
         batch["response_mask"] = batch["response_mask"][:, 1:]
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
-    def _old_step_logits(self, batch: dict[str, Tensor]) -> Tensor:
-        """What decides which steps agree with the outcome; nothing where that does not matter."""
-        if self.config.score.agreement_weighting:
-            return self._evaluate(batch)
-        return torch.zeros_like(batch["input_ids"], dtype=torch.float)
-
     def _start_head(self) -> None:
-        """See `start_head`; by some of the rows. A collective."""
+        """See `start_head`, for a fresh one; by some of the rows. A collective."""
+        if has_score_head(self.config.model.path, None):
+            return
         order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(self.config.trainer.seed))
         rows = order[: min(START_ROWS, len(order)) // self.world_size * self.world_size].tolist()
-        mine, size = rows[self.rank :: self.world_size], self.config.data.micro_batch_size_per_gpu
-        parts = [[self.dataset[row] for row in mine[i : i + size]] for i in range(0, len(mine), size)]
-        batches, objective = list(map(self._batch, parts)), self.config.score.objective
-        start_head(self.model, batches, self._evaluate, objective)
+        batches = self._micro_batches([self.dataset[row] for row in rows])
+        start_head(self.model, batches, self._evaluate, self.config.score.objective)
 
     @torch.no_grad()
     def _evaluate(self, batch: Batch) -> Tensor:
@@ -240,7 +205,3 @@ class SFTTrainer:
         self.model.eval()
         layout = padded_layout(batch)
         return layout.restore_steps(self.model(layout).step_logits)
-
-
-def _bytes(weight: Tensor) -> int:
-    return weight.numel() * weight.itemsize

@@ -24,7 +24,7 @@ from xbai.parquet import UNREADABLE, not_parquet
 from xbai.prompts import chat_messages, most_characters, prompt_text
 
 if TYPE_CHECKING:
-    from verl.trainer.config.data import DataConfig
+    from verl.trainer.config.schema import DataConfig
 
 logger = logging.getLogger(__name__)
 
@@ -182,20 +182,12 @@ def create_dataloader(
 ) -> StatefulDataLoader:
     """Endlessly restartable batches of whole size, whose `state_dict` resumes at the very next one.
 
-    Args:
-        dataset: what to read.
-        batch_size: rows.
-        shuffle: a new order every epoch.
-        seed: of the order.
-        num_workers: processes that prepare batches ahead; 0: none, this process does it.
-
-    Raises:
-        UserError: fewer rows than one batch.
+    With `shuffle` they have a new order every epoch, by `seed`. `num_workers` processes prepare them ahead; with 0 this
+    one does. Fewer rows than one batch are a `UserError`.
     """
     if len(dataset) < batch_size:
         raise UserError(f"data.train_batch_size={batch_size} is more than the {len(dataset)} prompts of the data")
-    generator = torch.Generator()
-    generator.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     return StatefulDataLoader(
         dataset,
         batch_size=batch_size,

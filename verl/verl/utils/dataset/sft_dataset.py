@@ -101,14 +101,8 @@ def length_grouped_batches(
 ) -> list[list[int]]:
     """One epoch's batches of row numbers: random rows, but within a batch of like length, so that little is padding.
 
-    Args:
-        lengths: tokens of each row.
-        batch_size: rows of a batch; rows that do not fill one are left out.
-        epoch_seed: decides the order.
-        batches_per_group: how many batches' worth of random rows are sorted together.
-
-    Returns:
-        Batches in random order, the rows of each sorted by length.
+    Batches are in random order, by `epoch_seed`, the rows of each sorted by length; so many batches' worth of random
+    rows are sorted together as `batches_per_group` says. Rows that do not fill a batch are left out.
     """
     generator = torch.Generator().manual_seed(epoch_seed)
     order = torch.randperm(len(lengths), generator=generator).tolist()

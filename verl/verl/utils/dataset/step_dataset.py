@@ -44,7 +44,6 @@ class StepDataset:
     """The responses of one or more files, with the features of one layer; those are read as batches need them.
 
     Args:
-        stores: the files.
         layer: decoder layer, counted from 0.
 
     Attributes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,10 +14,7 @@ from torch import Tensor
 from verl.models.fsdp import local_device
 from verl.models.identical_rows import DistinctRows
 from verl.models.packing import Batch
-from verl.trainer.config.critic import CriticConfig
-from verl.trainer.config.policy import ActorConfig, RefConfig
-from verl.trainer.config.rollout import RolloutConfig
-from verl.trainer.config.updates import UpdateConfig
+from verl.trainer.config.schema import ActorConfig, CriticConfig, RefConfig, RolloutConfig, UpdateConfig
 from verl.workers.batching.seqlen_balancing import balanced_partitions
 from xbai.errors import UserError
 
@@ -48,44 +45,34 @@ class MicroBatching:
         rows: rows of a micro-batch; unused where there is a token budget.
         max_tokens: how many tokens a micro-batch may compute, or None.
         packed: padding is not computed, and so does not count.
-        key: the configuration key behind it, for messages.
+        key: the configuration key of the budget, for messages.
     """
 
     rows: int
     max_tokens: int | None = None
     packed: bool = False
-    key: str = "micro_batch_size_per_gpu"
+    key: str = ""
 
     @classmethod
     def for_update(cls, section: UpdateConfig, packed: bool, sp_size: int, world_size: int) -> MicroBatching:
         """From `actor_rollout_ref.actor` or `critic`; of `world_size` ranks, `sp_size` share as many budgets."""
-        whole_job = section.ppo_micro_batch_size if isinstance(section, ActorConfig) else None
-        if whole_job is not None and not section.use_dynamic_bsz:
-            return cls(max(1, whole_job * sp_size // world_size), packed=packed, key="ppo_micro_batch_size")
-        rows, tokens = section.ppo_micro_batch_size_per_gpu, section.ppo_max_token_len_per_gpu
-        return cls._per_gpu("ppo", rows, tokens * sp_size if section.use_dynamic_bsz else None, packed)
+        rows = section.ppo_micro_batch_size_per_gpu
+        if isinstance(section, ActorConfig) and section.ppo_micro_batch_size is not None:
+            rows = max(1, section.ppo_micro_batch_size * sp_size // world_size)
+        budget = section.ppo_max_token_len_per_gpu * sp_size if section.use_dynamic_bsz else None
+        return cls(rows, budget, packed, "ppo_max_token_len_per_gpu")
 
     @classmethod
     def for_values(cls, section: CriticConfig, packed: bool, sp_size: int) -> MicroBatching:
         """From `critic`, whose values before the update need a forward pass only."""
-        rows, tokens = section.forward_micro_batch_size_per_gpu, section.forward_max_token_len_per_gpu
-        return cls._per_gpu("forward", rows, tokens * sp_size if section.use_dynamic_bsz else None, packed)
+        budget = section.forward_max_token_len_per_gpu * sp_size if section.use_dynamic_bsz else None
+        return cls(section.forward_micro_batch_size_per_gpu, budget, packed, "forward_max_token_len_per_gpu")
 
     @classmethod
     def for_log_prob(cls, section: RolloutConfig | RefConfig, packed: bool, sp_size: int) -> MicroBatching:
         """From `actor_rollout_ref.rollout` or `.ref`."""
-        rows, tokens = section.log_prob_micro_batch_size_per_gpu, section.log_prob_max_token_len_per_gpu
-        return cls._per_gpu("log_prob", rows, tokens * sp_size if section.log_prob_use_dynamic_bsz else None, packed)
-
-    @classmethod
-    def _per_gpu(cls, prefix: str, rows: int, max_tokens: int | None, packed: bool) -> MicroBatching:
-        if max_tokens is not None:
-            return cls(1, max_tokens, packed, f"{prefix}_max_token_len_per_gpu")
-        return cls(rows, packed=packed, key=f"{prefix}_micro_batch_size_per_gpu")
-
-    def __post_init__(self) -> None:
-        if self.rows < 1:
-            raise UserError(f"{self.key}={self.rows} must be at least 1")
+        budget = section.log_prob_max_token_len_per_gpu * sp_size if section.log_prob_use_dynamic_bsz else None
+        return cls(section.log_prob_micro_batch_size_per_gpu, budget, packed, "log_prob_max_token_len_per_gpu")
 
     def tokens(self, sizes: RowSizes, rows: list[int]) -> int:
         """What a forward pass over `rows` computes."""
@@ -189,7 +176,9 @@ class MicroBatches:
         distinct = DistinctRows.of(batch)
         members = distinct.members()
         sizes = RowSizes.of({name: batch[name][distinct.rows] for name in ("attention_mask", "response_mask")})
-        parts = batching.fill(sizes, _largest_over_ranks(batching.fewest(sizes)))
+        count = torch.tensor(batching.fewest(sizes), device=local_device())
+        dist.all_reduce(count, dist.ReduceOp.MAX)
+        parts = batching.fill(sizes, int(count))
         self.rows = [[row for kind in part for row in members[kind]] for part in parts]
         self._tokens = [batching.tokens(sizes, part) for part in parts]
 
@@ -207,6 +196,15 @@ class MicroBatches:
             part = {name: column[rows or [0]] for name, column in self._batch.items()}
             yield part if rows else part | {n: torch.zeros_like(part[n]) for n in blank if n in part}
 
+    def map(self, compute: Callable[[Batch], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The columns [B, ...] that `compute` makes of the rows, micro-batch by micro-batch; on the CPU."""
+        found: dict[str, Tensor] = {}
+        for rows, batch in zip(self.rows, self, strict=True):
+            for name, values in compute(batch).items():
+                whole = found.setdefault(name, values.new_zeros(len(self._batch["input_ids"]), *values.shape[1:]))
+                whole[rows] = values[: len(rows)]
+        return {name: values.cpu() for name, values in found.items()}
+
     def balance(self) -> dict[str, float]:
         """`micro_batches` of a rank, and `tokens_per_micro_batch_max_over_mean`: what ranks wait for, those of the rank
         that has the most in each micro-batch, over what they compute. A collective."""
@@ -219,9 +217,3 @@ class MicroBatches:
             "micro_batches": float(len(self._tokens)),
             "tokens_per_micro_batch_max_over_mean": waited_for / float(computed),
         }
-
-
-def _largest_over_ranks(local: int) -> int:
-    largest = torch.tensor(local, device=local_device())
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return int(largest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, Literal
@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.protocol import DataProto
 from verl.trainer.config.schema import PPOConfig
-from verl.workers.reward_manager.length_reward import length_reward
 from verl.workers.reward_manager.reward import PendingReward, Reward, make_reward
 from xbai.engine.detokenizer import Detokenizer
 from xbai.errors import UserError
@@ -27,23 +26,22 @@ Purpose = Literal["training", "validation", "baselines"]
 """What a batch is graded for."""
 
 
-class RewardManager:
-    """Grades every response on its own, in `workers` processes at once.
+class NaiveRewardManager:
+    """Grades one response after another, in one process.
 
     Args:
         tokenizer: decodes responses.
         config: the trainer's whole configuration; reads `custom_reward_function`, `reward_model`,
             `data.{reward_fn_key,max_response_length}`, `trainer.{length_penalty,length_penalty_coeff}`.
-        workers: grading processes; None for as many as the machine has cores.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PPOConfig, workers: int | None) -> None:
-        section = config.reward_model
-        self._detokenize, self._config = Detokenizer(tokenizer), config
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PPOConfig) -> None:
+        self._detokenize, self._config, self._section = Detokenizer(tokenizer), config, config.reward_model
         self._ungraded_batches: Counter[Purpose] = Counter()
-        self._pool = GraderPool(workers, self._timeout_s(), self._grader(), int(section.memory_gib * GIBIBYTE))
+        memory = int(self._section.memory_gib * GIBIBYTE)
+        self._pool = GraderPool(self._workers(), self._timeout_s(), self._grader(), memory)
 
-    def launch(self, data: DataProto, purpose: Purpose = "training") -> PendingReward:
+    def launch(self, data: DataProto, purpose: Purpose) -> PendingReward:
         """Start grading; reads `responses` and `response_mask` [B, R], the prompt's `uid`, the data source,
         `reward_model` and, where there are, `extra_info` and `raw_prompt`, which a function of one's own finds in its
         `extra_info`."""
@@ -54,10 +52,6 @@ class RewardManager:
             return make_reward(grades, mask, partial(self.penalty, prompts=prompts))
 
         return PendingReward(self._submit(self._requests(data)), finish)
-
-    def __call__(self, data: DataProto) -> Reward:
-        """Grade and wait."""
-        return self.launch(data).result()
 
     def penalty(self, lengths: Tensor, correct: Tensor, prompts: np.ndarray) -> Tensor:
         """[B] what to subtract from each reward, by the response's length in tokens [B], whether it is right [B], and
@@ -71,8 +65,12 @@ class RewardManager:
         """End the grading processes, at once: what is under way is of a run that fails."""
         self._pool.kill()
 
+    def _workers(self) -> int | None:
+        """Grading processes; None for as many as the machine has cores."""
+        return 1
+
     def _timeout_s(self) -> float:
-        return self._config.reward_model.timeout_s
+        return self._section.timeout_s
 
     def _grader(self) -> Grader | CustomBatchGrader:
         custom = self._config.custom_reward_function
@@ -87,7 +85,7 @@ class RewardManager:
             self._ungraded_batches[purpose] = 0
             return
         self._ungraded_batches[purpose] += 1
-        limit = self._config.reward_model.max_ungraded_batches
+        limit = self._section.max_ungraded_batches
         if limit is not None and self._ungraded_batches[purpose] >= limit:
             reason, count = Counter(g.failure for g in grades).most_common(1)[0]
             detail = next(g.detail for g in grades if g.failure == reason)
@@ -112,32 +110,22 @@ class RewardManager:
         ]
 
 
-class PrimeRewardManager(RewardManager):
+class PrimeRewardManager(NaiveRewardManager):
     """Grades in parallel."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PPOConfig) -> None:
-        super().__init__(tokenizer, config, config.reward_model.num_workers)
+    def _workers(self) -> int | None:
+        return self._section.num_workers
 
 
-class NaiveRewardManager(RewardManager):
-    """Grades one response after another, in one process."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PPOConfig) -> None:
-        super().__init__(tokenizer, config, workers=1)
-
-
-class BatchRewardManager(RewardManager):
+class BatchRewardManager(NaiveRewardManager):
     """Hands all responses of a batch to one call of `custom_reward_function`, in one process.
 
     The call has `reward_model.batch_timeout_s`; where it hangs, dies or raises, no response of the batch has a grade,
     so the step learns nothing from it. For a single response that it cannot grade the function returns None.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PPOConfig) -> None:
-        super().__init__(tokenizer, config, workers=1)
-
     def _timeout_s(self) -> float:
-        return self._config.reward_model.batch_timeout_s
+        return self._section.batch_timeout_s
 
     def _grader(self) -> Grader | CustomBatchGrader:
         custom = self._config.custom_reward_function
@@ -158,14 +146,36 @@ class DAPORewardManager(PrimeRewardManager):
 
     def penalty(self, lengths: Tensor, correct: Tensor, prompts: np.ndarray) -> Tensor:
         """[B] the length penalty, and the one for coming close to the limit."""
-        buffer = self._config.reward_model.overlong_buffer
+        buffer = self._section.overlong_buffer
         excess = lengths - (self._config.data.max_response_length - buffer.len)
         return super().penalty(lengths, correct, prompts) + buffer.penalty_factor * (excess / buffer.len).clamp(0, 1)
 
 
-REWARD_MANAGERS: dict[str, Callable[[PreTrainedTokenizerBase, PPOConfig], RewardManager]] = {
+REWARD_MANAGERS: dict[str, type[NaiveRewardManager]] = {
     "naive": NaiveRewardManager,
     "prime": PrimeRewardManager,
     "dapo": DAPORewardManager,
     "batch": BatchRewardManager,
 }
+
+
+def length_reward(lengths: Tensor, correct: Tensor, prompts: np.ndarray) -> Tensor:
+    """[B] between -0.5 and 0.5: how short a response is among those to its prompt (Kimi k1.5, arXiv 2501.12599).
+
+    A response as short as the shortest to its prompt gets 0.5, one as long as the longest -0.5, and the others in
+    proportion; wrong ones no more than 0. All get 0 where their lengths are equal.
+
+    Args:
+        lengths: [B] tokens.
+        correct: [B] 1 for a right response, 0 for a wrong one.
+        prompts: [B] names of the prompts.
+    """
+    names, rows = np.unique(prompts, return_inverse=True)
+    group, lengths = torch.from_numpy(rows), lengths.float()
+    shortest, longest = (
+        torch.zeros(len(names)).scatter_reduce(0, group, lengths, how, include_self=False)[group]
+        for how in ("amin", "amax")
+    )
+    spread = longest - shortest
+    value = torch.where(spread > 0, 0.5 - (lengths - shortest) / spread.clamp(min=1), 0.0)
+    return torch.where(correct > 0, value, value.clamp(max=0.0))

@@ -51,7 +51,6 @@ class PendingReward:
         self, futures: Sequence[Future[Grade] | Future[list[Grade]]], finish: Callable[[list[Grade]], Reward]
     ) -> None:
         self._futures, self._finish = futures, finish
-        self._reward: Reward | None = None
         self._start, self._last, self._waited_s = time.perf_counter(), 0.0, 0.0
         for future in futures:
             future.add_done_callback(self._note_time)
@@ -73,12 +72,9 @@ class PendingReward:
         Raises:
             UserError: as `wait`; also when batch after batch has no grade at all.
         """
-        if self._reward is not None:
-            return self._reward
         self.wait()
         results = [future.result() for future in self._futures]
-        grades = [grade for each in results for grade in (each if isinstance(each, list) else [each])]
-        self._reward = reward = self._finish(grades)
+        reward = self._finish([grade for each in results for grade in (each if isinstance(each, list) else [each])])
         seconds = (self._last or time.perf_counter()) - self._start
         reward.metrics.update({"timing_s/reward": seconds, "timing_s/reward_wait": self._waited_s})
         return reward
@@ -104,30 +100,18 @@ def make_reward(
     penalty = penalty_of(lengths, correct).masked_fill(~graded, 0.0)
     reward_tensor = torch.zeros(response_mask.shape)
     reward_tensor[torch.arange(len(grades)), (lengths - 1).clamp(min=0)] = values - penalty
-    extras = _extras(grades)
+    failures = Counter(grade.failure for grade in grades)
+    metrics = {f"reward/ungraded_{reason}": float(failures[reason]) for reason in FAILURES}
+    extras: dict[str, np.ndarray] = {}
+    for name in dict.fromkeys(name for grade in grades for name in grade.extras):
+        extras[name] = np.array([grade.extras.get(name) for grade in grades], dtype=object)
+        if numbers := [value for value in extras[name] if isinstance(value, bool | int | float)]:
+            metrics[f"reward_extra/{name}"] = float(np.mean(numbers))
     known = {"grade": np.array([grade.value for grade in grades], dtype=object), "penalty": penalty.numpy()}
-    return Reward(reward_tensor, correct, graded, {**extras, **known}, _failures(grades) | _means(extras))
+    return Reward(reward_tensor, correct, graded, {**extras, **known}, metrics)
 
 
 def _is_right(grade: Grade) -> bool:
     if grade.value is None:
         return False
     return bool(grade.extras.get(ACCURACY, grade.value > RIGHT_ABOVE))
-
-
-def _failures(grades: Sequence[Grade]) -> dict[str, float]:
-    counts = Counter(grade.failure for grade in grades)
-    return {f"reward/ungraded_{reason}": float(counts[reason]) for reason in FAILURES}
-
-
-def _extras(grades: Sequence[Grade]) -> dict[str, np.ndarray]:
-    names = dict.fromkeys(name for grade in grades for name in grade.extras)
-    return {name: np.array([grade.extras.get(name) for grade in grades], dtype=object) for name in names}
-
-
-def _means(extras: dict[str, np.ndarray]) -> dict[str, float]:
-    """Of what is a number, over the responses that have it."""
-    numbers = {
-        name: [value for value in values if isinstance(value, bool | int | float)] for name, values in extras.items()
-    }
-    return {f"reward_extra/{name}": float(np.mean(values)) for name, values in numbers.items() if values}

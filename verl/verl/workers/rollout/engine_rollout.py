@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from verl import DataProto
-from verl.trainer.config.policy import ModelConfig
-from verl.trainer.config.rollout import RolloutConfig
+from verl.trainer.config.schema import ModelConfig, RolloutConfig
 from verl.workers.phase_metrics import GIB
 from xbai.engine import Completion, SamplingParams, load_engine
 from xbai.engine.files import read_config, resolve_dtype
@@ -47,9 +46,7 @@ class EngineRollout:
     def __init__(
         self, config: RolloutConfig, model: ModelConfig, pad_token_id: int, sprm_config: SPRMConfig | None = None
     ) -> None:
-        self._config = config
-        self._pad_token_id = pad_token_id
-        self._response_length: int = config.response_length
+        self._config, self._pad_token_id = config, pad_token_id
         model_config, options = read_config(model.path, model.trust_remote_code), _engine_options(config)
         self.dtype = resolve_dtype(config.dtype, model_config)
         self._scores = sprm_config is not None and config.name == "vllm" and obstacle(model_config, options) is None
@@ -75,11 +72,10 @@ class EngineRollout:
 
     def sleep(self) -> None:
         """Leave the GPU's memory to training, where `free_cache_engine` asks for it."""
-        if _frees_memory(self._config):
-            level = self._config.sleep_level
-            self.engine.sleep(level)
+        if self._config.free_cache_engine and torch.cuda.is_available():
+            self.engine.sleep(self._config.sleep_level)
             self._is_asleep = True
-            self._is_current = self._is_current and level == 1
+            self._is_current = self._is_current and self._config.sleep_level == 1
 
     def wake_up(self, policy_weights: Callable[[], AbstractContextManager[Weights]]) -> dict[str, float]:
         """Make the engine ready to generate with the present policy.
@@ -131,8 +127,8 @@ class EngineRollout:
             Rows of one prompt next to each other: `prompts` [B*n, P], `responses` [B*n, R] padded on the right,
             `input_ids attention_mask position_ids` [B*n, P+R], `response_mask` [B*n, R], and `rollout_log_probs`
             [B*n, R] in float32, 0 on padding; `rollout_scores` [B*n], the responses' scores where the engine has them.
-            `meta_info["metrics"]` has `rollout/prefix_cache_hit_rate`, the share of
-            prompt tokens that were not computed anew, of an engine that counts it.
+            `meta_info["metrics"]` has `rollout/prefix_cache_hit_rate`, the share of prompt tokens that were not
+            computed anew, of an engine that counts it.
         """
         ids, mask = prompts.batch["input_ids"], prompts.batch["attention_mask"]
         sampling = self._sampling(prompts.meta_info)
@@ -159,16 +155,12 @@ class EngineRollout:
         chosen |= {key: meta_info[key] for key in SAMPLING_KEYS if key in meta_info}
         if not chosen.pop("do_sample", True):
             chosen["temperature"] = 0.0
-        fixed = {
-            "max_tokens": self._response_length,
-            "ignore_eos": self._config.ignore_eos,
-            "log_probs": True,
-        }
-        return chosen | fixed
+        config = self._config
+        return chosen | {"max_tokens": config.response_length, "ignore_eos": config.ignore_eos, "log_probs": True}
 
     def _to_batch(self, ids: Tensor, mask: Tensor, completions: Sequence[Completion], n: int) -> DataProto:
         lengths = torch.tensor([len(one.token_ids) for one in completions])
-        response_mask = torch.arange(self._response_length) < lengths[:, None]
+        response_mask = torch.arange(self._config.response_length) < lengths[:, None]
         responses = torch.full(response_mask.shape, self._pad_token_id)
         responses[response_mask] = torch.tensor([token for one in completions for token in one.token_ids])
         log_probs = torch.zeros(response_mask.shape)
@@ -204,7 +196,3 @@ def _engine_options(config: RolloutConfig) -> dict[str, Any]:
     if (ranks := config.tensor_model_parallel_size) > 1:
         options["tensor_parallel_size"] = ranks
     return options
-
-
-def _frees_memory(config: RolloutConfig) -> bool:
-    return config.free_cache_engine and torch.cuda.is_available()

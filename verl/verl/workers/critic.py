@@ -7,83 +7,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from verl.models.fsdp import local_device, reshard
-from verl.models.packing import Batch, TokenLayout, layout_maker
+from verl.models.packing import BACKBONE_KEYS, Batch, TokenLayout, layout_maker
 from verl.models.ulysses import group_size
 from verl.models.value_model import ValueModel
 from verl.optim.optimizers import Optimizers
-from verl.trainer.config.critic import CriticConfig
+from verl.trainer.config.schema import CriticConfig
 from verl.trainer.ppo.core_algos import Denominators, compute_value_loss, token_weights
 from verl.workers.batching.micro_batches import MicroBatches, MicroBatching
-from verl.workers.update import Loss, LossOutput, MetricGroups, RolloutUpdate, Update, loss_mask
+from verl.workers.update import Loss, LossOutput, RolloutUpdate, Update, loss_mask
 
-INPUT_KEYS = ("input_ids", "attention_mask", "position_ids", "response_mask")
+INPUT_KEYS = (*BACKBONE_KEYS, "response_mask")
 UPDATE_KEYS = (*INPUT_KEYS, "values", "returns", "graded")
-GROUPS = MetricGroups(update="critic", balance="critic", parts={"critic": "critic"})
-
-
-class DataParallelPPOCritic:
-    """A rank of the critic; micro-batches and collectives are those of `DataParallelPPOActor`.
-
-    Args:
-        config: the `critic` section.
-        responses_per_prompt: `rollout.n`.
-        model: sharded by `shard_model`; with `model.use_remove_padding` its attention is the packed one.
-        optimizer: its part is called `critic`.
-        sp_group: the ranks that compute the same rows together (sequence parallelism); needs packing.
-
-    Raises:
-        UserError: a batch size that ranks cannot share evenly.
-    """
-
-    def __init__(
-        self,
-        config: CriticConfig,
-        responses_per_prompt: int,
-        model: ValueModel,
-        optimizer: Optimizers,
-        sp_group: dist.ProcessGroup | None = None,
-    ) -> None:
-        self.model = model
-        self.optimizer = optimizer
-        packed = config.model.use_remove_padding
-        self._layout = layout_maker(packed, local_device(), sp_group)
-        self._batching = MicroBatching.for_values(config, packed, group_size(sp_group))
-        update = Update(model, model, ValueLoss(config.cliprange_value), self._layout, sp_group)
-        self._update = RolloutUpdate(update, optimizer, config, responses_per_prompt, packed, GROUPS)
-
-    @torch.no_grad()
-    def compute_values(self, data: Batch) -> Tensor:
-        """Values before each response token, in evaluation mode.
-
-        Args:
-            data: `INPUT_KEYS`; the same on all ranks of a sequence-parallel group.
-
-        Returns:
-            [B, R] on the CPU, 0 on padding.
-        """
-        self.model.eval()
-        micro_batches = MicroBatches({key: data[key] for key in INPUT_KEYS}, self._batching)
-        values = torch.zeros(data["response_mask"].shape, device=local_device())
-        for rows, batch in zip(micro_batches.rows, micro_batches, strict=True):
-            layout = self._layout(batch)
-            values[rows] = layout.restore_tokens(self.model(layout))[: len(rows)]
-        reshard(self.model)
-        return values.cpu()
-
-    def update_critic(self, data: Batch) -> dict[str, float]:
-        """Run `ppo_epochs` passes over this rank's rows, one optimiser step a mini-batch.
-
-        Args:
-            data: `UPDATE_KEYS`, as many rows on every rank. Trajectories that are not graded do not count.
-
-        Returns:
-            `critic/*`, means over the optimiser steps, the same on every rank; `critic/skipped_updates` counts those
-            whose gradient was not finite.
-
-        Raises:
-            UserError: the batch is not whole mini-batches.
-        """
-        return self._update.run({key: data[key] for key in UPDATE_KEYS})
 
 
 class ValueLoss(Loss[Tensor, Denominators]):
@@ -118,3 +52,64 @@ class ValueLoss(Loss[Tensor, Denominators]):
             "critic/vpred_mean": (weights * output.detach()).sum(),
         }
         return LossOutput(loss, metrics)
+
+
+class DataParallelPPOCritic:
+    """A rank of the critic; micro-batches and collectives are those of `DataParallelPPOActor`.
+
+    Args:
+        config: the `critic` section.
+        responses_per_prompt: `rollout.n`.
+        model: sharded by `shard_model`; with `model.use_remove_padding` its attention is the packed one.
+        optimizer: its part is called `critic`.
+        sp_group: the ranks that compute the same rows together (sequence parallelism); needs packing.
+    """
+
+    def __init__(
+        self,
+        config: CriticConfig,
+        responses_per_prompt: int,
+        model: ValueModel,
+        optimizer: Optimizers,
+        sp_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.model, self.optimizer = model, optimizer
+        packed = config.model.use_remove_padding
+        self._layout = layout_maker(packed, local_device(), sp_group)
+        self._batching = MicroBatching.for_values(config, packed, group_size(sp_group))
+        update = Update(model, model, ValueLoss(config.cliprange_value), self._layout, sp_group)
+        self._update = RolloutUpdate(update, optimizer, config, responses_per_prompt, packed, "critic", "critic")
+
+    @torch.no_grad()
+    def compute_values(self, data: Batch) -> Tensor:
+        """Values before each response token, in evaluation mode.
+
+        Args:
+            data: `INPUT_KEYS`; the same on all ranks of a sequence-parallel group.
+
+        Returns:
+            [B, R] on the CPU, 0 on padding.
+        """
+        self.model.eval()
+        found = MicroBatches({key: data[key] for key in INPUT_KEYS}, self._batching).map(self._values)
+        reshard(self.model)
+        return found["values"].float()
+
+    def _values(self, batch: Batch) -> dict[str, Tensor]:
+        layout = self._layout(batch)
+        return {"values": layout.restore_tokens(self.model(layout))}
+
+    def update_critic(self, data: Batch) -> dict[str, float]:
+        """Run `ppo_epochs` passes over this rank's rows, one optimiser step a mini-batch.
+
+        Args:
+            data: `UPDATE_KEYS`, as many rows on every rank. Trajectories that are not graded do not count.
+
+        Returns:
+            `critic/*`, means over the optimiser steps, the same on every rank; `critic/skipped_updates` counts those
+            whose gradient was not finite.
+
+        Raises:
+            UserError: the batch is not whole mini-batches.
+        """
+        return self._update.run({key: data[key] for key in UPDATE_KEYS})

@@ -1,17 +1,28 @@
-"""Fits how score and log-prob are weighed against each other when one response to a question is to be chosen."""
+"""`xbai calibrate`: how score and log-prob are weighed against each other when one response to a question is chosen."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from xbai.calibration import CombinedScore, combined_features
+from xbai.calibration import SPRM_CALIBRATION_FILE, Calibration, CombinedScore, combined_features
+from xbai.engine.files import check_model_folder
 from xbai.errors import UserError
-from xbai.measure.estimate import Estimate
-from xbai.measure.graded import GradedQuestion
+from xbai.files import check_writable
+from xbai.measure.estimators import Estimate
+from xbai.measure.graded import GradedQuestion, grade_lines
+from xbai.measure.options import CalibrateOptions
+from xbai.measure.result_set import read_lines, result_files
 from xbai.measure.separation import separation
+from xbai.measure.tables import Grid, fraction, show
+from xbai.model_identity import model_identity
+from xbai.results.settings import settings_made_by
+
+logger = logging.getLogger(__name__)
 
 FOLDS = 10
 PRIOR_PRECISION = 1.0
@@ -19,6 +30,11 @@ PRIOR_PRECISION = 1.0
 
 MAX_STEPS = 100
 TOLERANCE = 1e-10
+FEATURE_NAMES = {
+    "log_score": "logarithm of the score",
+    "mean_log_prob": "mean log-prob",
+    "combined": "both, fitted on other questions",
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,38 @@ class CombinedFit:
     combined: CombinedScore
     questions: int
     within_prompt_auc: dict[str, Estimate]
+
+
+def run_calibrate(options: CalibrateOptions) -> None:
+    """Fit on result files and write the calibration into the model's folder.
+
+    Raises:
+        UserError: no such folder or files, results of another model, or without scores or log-probs.
+    """
+    check_model_folder(options.model_path)
+    check_writable(Path(options.model_path) / SPRM_CALIBRATION_FILE)
+    identity, place = model_identity(options.model_path), " ".join(options.results)
+    lines = read_lines(result_files(options.results, "RESULTS"), options.task)
+    found = next((line.settings for line in lines if line.settings is not None), None)
+    settings = settings_made_by(found, identity, place)
+    try:
+        fit = fit_combined(grade_lines(options.task, lines))
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+    path = Calibration(identity, settings["temperature"], settings["questions"], fit.combined).write(options.model_path)
+    show([fit_grid(fit)])
+    logger.info("wrote %s", path)
+
+
+def fit_grid(fit: CombinedFit) -> Grid:
+    """Coefficients and AUCs."""
+    coefficients = {"log_score": fit.combined.log_score, "mean_log_prob": fit.combined.mean_log_prob}
+    rows = [
+        [title, f"{coefficients[name]:.3f}" if name in coefficients else "", fraction(fit.within_prompt_auc[name])]
+        for name, title in FEATURE_NAMES.items()
+    ]
+    header = ["", "coefficient (a standard deviation)", "AUC within a question"]
+    return Grid(f"Right against wrong responses to the same question, {fit.questions:,} questions", header, [rows], 1)
 
 
 @dataclass(frozen=True)
@@ -81,11 +129,6 @@ def fit_combined(questions: Sequence[GradedQuestion]) -> CombinedFit:
             "combined": _within(questions, _held_out_values(questions, taught)),
         },
     )
-
-
-def with_combined(question: GradedQuestion, combined: CombinedScore) -> GradedQuestion:
-    """The question with the combined score of each candidate."""
-    return replace(question, combined=combined(question.scores, question.mean_log_probs))
 
 
 def _known_features(question: GradedQuestion) -> np.ndarray:
@@ -137,16 +180,13 @@ def _minimize(pairs: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 def _held_out_values(questions: Sequence[GradedQuestion], taught: Sequence[_Contrasts | None]) -> list[np.ndarray]:
     """Each question's combined scores by a fit on the other folds; nan where those teach nothing."""
-    values = []
-    fits: dict[int, CombinedScore | None] = {}
-    for number, question in enumerate(questions):
-        fold = number % FOLDS
-        if fold not in fits:
-            others = [each for other, each in enumerate(taught) if other % FOLDS != fold and each is not None]
-            fits[fold] = _fit(others) if others else None
-        fit = fits[fold]
-        unknown = np.full(len(question.scores), np.nan)
-        values.append(unknown if fit is None else fit(question.scores, question.mean_log_probs))
+    values = [np.full(len(question.scores), np.nan) for question in questions]
+    for fold in range(FOLDS):
+        others = [each for number, each in enumerate(taught) if number % FOLDS != fold and each is not None]
+        if others:
+            fit = _fit(others)
+            for number in range(fold, len(questions), FOLDS):
+                values[number] = fit(questions[number].scores, questions[number].mean_log_probs)
     return values
 
 

@@ -1,13 +1,22 @@
-"""Majority vote: candidates that give the same answer vote together, each with weight 1 or with its score."""
+"""Which of N whole responses to give: by their scores, or by the votes of those that say the same."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
 
-from xbai.search.best_of_n import best_candidate
+
+def sortable_scores(scores: list[float | None]) -> np.ndarray:
+    """Scores [n] as float64; a candidate without a score comes last, as -inf."""
+    return np.array([-math.inf if score is None else score for score in scores], dtype=np.float64)
+
+
+def best_candidate(scores: list[float | None]) -> int:
+    """Index of the highest score, the first of equals."""
+    return int(np.argmax(sortable_scores(scores)))
 
 
 def vote_winners(ballots: np.ndarray) -> np.ndarray:

@@ -1,1 +1,0 @@
-"""The value function of PPO with GAE."""

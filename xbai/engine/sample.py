@@ -1,0 +1,88 @@
+"""What an engine is asked for, and what it gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from xbai.errors import UserError
+
+FinishReason = Literal["stop", "stop_token", "length"]
+"""End of sequence or turn, or a stop string; one of `stop_token_ids`; no room for more tokens."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample `n` completions of a prompt.
+
+    Attributes:
+        max_tokens: clamped to what `max_model_len` leaves after the prompt.
+        temperature: 0 (greedy) to 2.
+        top_k: -1 or 0 keeps every token.
+        repetition_penalty: divides (multiplies, when negative) the logits of tokens seen in prompt or response.
+        stop: strings that end a completion and are cut from its text; one may be a special token.
+        stop_token_ids: tokens that end a completion, or interrupt it: they stay in its text.
+        seed: sample i draws from a stream derived from (seed, i); None takes the engine's seed, or a fresh stream.
+        log_probs: return each token's log-prob under softmax(logits / temperature), before penalties, top-k and top-p
+            (at temperature 0: under softmax(logits)).
+    """
+
+    n: int = 1
+    max_tokens: int = 1024
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
+    ignore_eos: bool = False
+    log_probs: bool = False
+
+    def __post_init__(self) -> None:
+        """Reject values that no engine could honour."""
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
+        for valid, message in (
+            (self.n >= 1, f"n={self.n}: at least 1"),
+            (self.max_tokens >= 1, f"max_tokens={self.max_tokens}: at least 1"),
+            (0 <= self.temperature <= 2, f"temperature={self.temperature}: from 0 (greedy) to 2"),
+            (0 < self.top_p <= 1, f"top_p={self.top_p}: above 0 and at most 1"),
+            (self.top_k >= -1, f"top_k={self.top_k}: a positive count, or -1 for all tokens"),
+            (0 < self.repetition_penalty < float("inf"), f"repetition_penalty={self.repetition_penalty}: above 0"),
+            (all(self.stop), "stop: an empty string would end every completion"),
+        ):
+            if not valid:
+                raise UserError(f"sampling: {message}")
+
+
+@dataclass
+class Completion:
+    """One sampled response; `token_ids` include the token that ends it or completes a stop string."""
+
+    token_ids: list[int]
+    text: str
+    finish_reason: FinishReason
+    log_probs: list[float] | None = None
+    step_scores: list[float] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One completion to be, the unit of work of an engine.
+
+    Attributes:
+        key: unique among the samples of its engine.
+        index: which it is of its request's `n`.
+        params: those of the request, `max_tokens` being what there is room for.
+        seed: of its own random stream; None for a fresh one.
+        return_scores: its completion is to have step scores.
+        end_ids: tokens that end it and are not in its text.
+    """
+
+    key: str
+    index: int
+    prompt_ids: list[int]
+    params: SamplingParams
+    seed: int | None
+    return_scores: bool = False
+    end_ids: frozenset[int] = frozenset()
