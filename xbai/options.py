@@ -7,7 +7,9 @@ import inspect
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from types import GenericAlias
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -72,8 +74,14 @@ def _docstrings(options: type) -> dict[str, str]:
     """The strings that stand below the fields of a dataclass and of those that it extends."""
     found: dict[str, str] = {}
     for kind in reversed(options.__mro__[:-1]):
-        for node in pairwise(ast.walk(ast.parse(inspect.getsource(kind)))):
-            match node:
+        for field, text in pairwise(_classes(inspect.getfile(kind))[kind.__name__]):
+            match field, text:
                 case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(docstring))):
                     found[name] = inspect.cleandoc(docstring).replace("\n", " ")
     return found
+
+
+@cache
+def _classes(path: str) -> dict[str, list[ast.stmt]]:
+    module = ast.parse(Path(path).read_text(encoding="utf-8"))
+    return {item.name: item.body for item in module.body if isinstance(item, ast.ClassDef)}

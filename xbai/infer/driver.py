@@ -71,7 +71,7 @@ class Driver:
 
     async def run(self, schedule: Schedule, prompts: Mapping[int, str]) -> None:
         """Score what an earlier run left unscored, and do what the schedule asks for, all at once."""
-        self._prompts = prompts
+        self._prompts, self._sampling = prompts, self.options.sampling()
         async with asyncio.TaskGroup() as self._tasks:
             if self.services.scorer is not None:
                 self._scoring = asyncio.Semaphore(self.services.scorer.capacity)
@@ -156,7 +156,7 @@ class Driver:
             **({} if seed is None else {"seed": seed}),
             **({"return_scores": True} if self.services.fused else {}),
             **({"return_log_probs": True} if self.services.log_probs else {}),
-            **self.options.sampling(),
+            **self._sampling,
         }
 
     async def _score(self, key: SampleKey, scorer: ServicePool) -> None:
