@@ -11,10 +11,8 @@ from xbai.measure.estimators import Estimate
 from xbai.measure.graded import GradedQuestion
 from xbai.measure.separation import separation
 from xbai.measure.strategies import accuracies
+from xbai.measure.summary import SUMMARY_COUNTS
 from xbai.sprm import trajectory_scores
-
-EFFORTS = (2, 8, 32)
-"""Numbers of candidates: low, medium, high."""
 
 
 def head_quality(head: nn.Module, data: StepDataset, device: torch.device) -> dict[str, float]:
@@ -25,7 +23,7 @@ def head_quality(head: nn.Module, data: StepDataset, device: torch.device) -> di
     questions = candidates(head, data, device)
     separated = separation([q.scores for q in questions], [q.correct for q in questions])
     fewest = min(len(question.correct) for question in questions)
-    counts = [n for n in EFFORTS if n <= fewest]
+    counts = [n for n in SUMMARY_COUNTS if n <= fewest]
     chosen = accuracies(questions, ["best_of_n"], [1, *counts])["best_of_n"]
     return {
         "val/within_prompt_auc": separated.within_prompt_auc.mean,
