@@ -90,6 +90,14 @@ def assert_complete(lines: list[dict], candidates: int = CANDIDATES) -> None:
         assert all(0 <= score <= 1 for score in output["score_lst"])
 
 
+def assert_steps_are_recorded(output: dict) -> None:
+    names = ("step_score", "step_end", "step_log_prob", "token_count", "mean_log_prob")
+    for scores, ends, log_probs, count, mean in zip(*(output[f"{name}_lst"] for name in names), strict=True):
+        assert len(scores) == len(ends) == len(log_probs) - 1
+        assert sum(log_probs) / count == pytest.approx(mean, abs=1e-4)
+        assert log_probs == [round(log_prob, 4) for log_prob in log_probs]
+
+
 def test_killed_and_resumed_gives_what_an_undisturbed_run_gives(command: Callable, tmp_path: Path) -> None:
     run(command(output_file=tmp_path / "whole.jsonl"))
     whole = results(tmp_path / "whole.jsonl")
@@ -138,6 +146,8 @@ def test_fused_scores_equal_the_service_and_a_dead_copy_does_no_harm(
     fused, served = results(tmp_path / "fused.jsonl"), results(tmp_path / "service.jsonl")
     assert_complete(fused)
     for ours, theirs in zip(fused, served):
+        assert_steps_are_recorded(ours["output"])
+        assert theirs["output"]["step_end_lst"] == theirs["output"]["step_log_prob_lst"] == [None] * CANDIDATES
         for solution, score, other, expected in zip(
             *(line["output"][name] for line in (ours, theirs) for name in ("solution_lst", "score_lst"))
         ):

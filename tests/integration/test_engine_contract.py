@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.utils
@@ -203,8 +204,8 @@ def test_step_scores_equal_a_plain_computation(loaded: Loaded) -> None:
     # A faint final norm makes all tokens about equally likely, the step token among them; it leaves features alone.
     weights = dict(loaded.model.named_parameters())
     loaded.engine.update_weights((weights | {"model.norm.weight": 0.05 * weights["model.norm.weight"]}).items())
-    params = SamplingParams(n=12, max_tokens=150, seed=3, ignore_eos=True)
-    steps = 0
+    params = SamplingParams(n=12, max_tokens=150, seed=3, ignore_eos=True, log_probs=True)
+    steps, rule = 0, loaded.engine.step_rule
     for prompt, completions in zip(PROMPTS, loaded.engine.generate(PROMPTS, params, return_scores=True), strict=True):
         scored = loaded.engine.score([prompt + c.token_ids for c in completions], [len(prompt)] * len(completions))
         for completion, result in zip(completions, scored, strict=True):
@@ -213,6 +214,10 @@ def test_step_scores_equal_a_plain_computation(loaded: Loaded) -> None:
             assert result.step_scores == pytest.approx(scores, abs=1e-5)
             assert result.value == pytest.approx(value, abs=1e-5)
             assert result.positions == positions
+            assert completion.step_ends == [position + 2 - len(prompt) for position in positions]
+            assert {completion.token_ids[end - 1] for end in completion.step_ends} <= set(rule.step_ids)
+            of_tokens = np.split(completion.log_probs, completion.step_ends)
+            assert completion.step_log_probs == pytest.approx([tokens.sum() for tokens in of_tokens], abs=1e-9)
             steps += len(scores)
     assert steps > 10
     loaded.engine.update_weights(weights.items())

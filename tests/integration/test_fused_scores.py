@@ -126,11 +126,13 @@ def differences(engine: Engine, scorer: Scorer, count: int = 16, most_tokens: in
         sampled = [results[sample] for sample in samples]
         assert all((one.log_probs is not None) == params.log_probs for one in sampled)
         if number % 4 == 3:
-            assert all(one.step_scores is None for one in sampled)
+            assert all(one.step_scores is one.step_ends is one.step_log_probs is None for one in sampled)
             continue
         expected = scorer.score([prompt + one.token_ids for one in sampled], [len(prompt)] * len(sampled))
         for one, other in zip(sampled, expected, strict=True):
-            assert len(one.step_scores) == len(other.step_scores)
+            assert [len(prompt) + end - 2 for end in one.step_ends] == other.positions
+            assert len(one.step_scores) == len(one.step_ends)
+            assert (one.step_log_probs is not None) == params.log_probs
             of_steps += [abs(a - b) for a, b in zip(one.step_scores, other.step_scores)]
             of_responses.append(abs(aggregate(one.step_scores) - other.value))
             values += one.step_scores

@@ -120,9 +120,14 @@ def test_generated_scores_equal_the_score_service(policy, scorer) -> None:
     # So low a penalty makes a model of random weights repeat the prompt's tokens, the step token among them.
     prompt = "one.\n\ntwo.\n\nthree"
     sampling = {"max_tokens": 20, "response_num": 48, "repetition_penalty": 0.12, "temperature": 1.0, "seed": 0}
-    body = {"prefix_prompt": prompt, "return_scores": True, **sampling}
+    body = {"prefix_prompt": prompt, "return_scores": True, "return_log_probs": True, **sampling}
     answer = httpx.post(f"{policy.url}/generate", json=body, timeout=60).json()
     assert len(answer["scores"]) == len(answer["step_scores"]) == 48
+    columns = ("step_scores", "step_ends", "step_log_probs", "token_counts", "mean_log_probs")
+    for scores, ends, log_probs, count, mean in zip(*(answer[name] for name in columns), strict=True):
+        assert len(scores) == len(ends) == len(log_probs) - 1
+        assert ends == sorted(set(ends)) and all(1 < end <= count for end in ends)
+        assert sum(log_probs) / count == pytest.approx(mean)
     # Random bytes that are no text, or may spell a marker, do not come back as the same tokens.
     generated = zip(answer["results"], answer["step_scores"])
     compared = {result: steps for result, steps in generated if steps and not {"\ufffd", "<"} & set(result)}

@@ -46,6 +46,13 @@ GENERATED = NOT_JSON_OBJECTS | {
     "half a pair": b'{"results": ["from the broken copy \\ud800", "b", "c", "d"]}',
     "half a pair in bytes": b'{"results": ["from the broken copy \xed\xa0\x80", "b", "c", "d"]}',
     "a log-prob that is NaN": b'{"results": ["a", "b", "c", "d"], "mean_log_probs": [NaN, 0, 0, 0]}',
+    **{
+        f"ends of steps, {ends}": f'{{"results": ["a", "b", "c", "d"], "token_counts": [9, 9, 9, 9], '
+        f'"step_scores": [[], [0.5, 0.5], [], []], "step_ends": [[], {ends}, [], []]}}'.encode()
+        for ends in ([5], [5, 5], [3, 10])
+    },
+    "log-probs of other steps": b'{"results": ["a", "b", "c", "d"], "step_ends": [[2], [], [], []], '
+    b'"step_log_probs": [[-1.0], [], [], []]}',
     "a short column": b'{"results": ["a", "b", "c", "d"], "token_counts": [1]}',
     "texts for counts": b'{"results": ["a", "b", "c", "d"], "token_counts": ["1", "1", "1", "1"]}',
     "half a pair for a reason": b'{"results": ["a", "b", "c", "d"], "finish_reasons": ["\\udfff", "", "", ""]}',

@@ -130,7 +130,7 @@ def test_responses_hold_no_prompt_in_either_form(template: str, response: str) -
 
 def test_the_layout_of_a_line() -> None:
     samples = [
-        Sample(3, 0, "Ä", finish_reason="stop", token_count=7, seconds=1.5, score=0.5, step_scores=[0.25, 1.0]),
+        Sample(3, 0, "Ä", "stop", 7, 1.5, 0.5, [0.25, 1.0], step_ends=[3, 5], step_log_probs=[-1.5, 0.0, -2.25]),
         Sample(3, 2, "", finish_reason=REFUSED, error="413: too long", mean_log_prob=-0.5),
     ]
     line = ResultLine(3, "P ", "10", {"question": "Q"}, samples, content="Ä", time=1.5, settings={"task": "make10"})
@@ -138,13 +138,16 @@ def test_the_layout_of_a_line() -> None:
         '{"prompt": "P ", "answer": "10", "output": {"content": "Ä", "time": 1.5, "solution_lst": ["P Ä", "P "], '
         '"score_lst": [0.5, null], "sample_lst": [0, 2], "finish_reason_lst": ["stop", "refused"], '
         '"token_count_lst": [7, null], "step_score_lst": [[0.25, 1.0], null], "seconds_lst": [1.5, 0.0], '
-        '"error_lst": [null, "413: too long"], "mean_log_prob_lst": [null, -0.5]}, "index": 3, '
+        '"error_lst": [null, "413: too long"], "mean_log_prob_lst": [null, -0.5], "step_end_lst": [[3, 5], null], '
+        '"step_log_prob_lst": [[-1.5, 0.0, -2.25], null]}, "index": 3, '
         '"meta": {"question": "Q"}, "settings": {"task": "make10"}}'
     )
     assert ResultLine.from_json(line.to_json()) == line
 
 
-@pytest.mark.parametrize("column", ["sample_lst", "finish_reason_lst", "seconds_lst", "mean_log_prob_lst"])
+@pytest.mark.parametrize(
+    "column", ["sample_lst", "finish_reason_lst", "seconds_lst", "mean_log_prob_lst", "step_end_lst"]
+)
 def test_a_list_that_is_not_as_long_as_the_responses_is_named(column: str, tmp_path: Path) -> None:
     line = result_line(0, [RIGHT, WRONG])
     line["output"][column] = [0]

@@ -112,26 +112,38 @@ def test_a_finished_file_is_extended_and_retried(tmp_path: Path) -> None:
     assert [each.score for each in next(read_result_lines(path)).samples] == [0.6, 0.3, 0.1]
 
 
-def test_log_probs_are_kept_and_older_files_have_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("mean_log_prob", (-0.25, -0.75)),
+        ("step_ends", ([2], [1])),
+        ("step_log_probs", ([-0.5, -0.25], [-0.125, -2.0])),
+    ],
+)
+def test_what_log_probs_tell_is_kept_and_older_files_have_none(
+    tmp_path: Path, name: str, values: tuple[object, object]
+) -> None:
     path = tmp_path / "out.jsonl"
+    first, last = (replace(sample(0, 2 * i, 0.3), **{name: value}) for i, value in enumerate(values))
     with store(path) as results:
-        results.add(replace(sample(0, 0, 0.1), mean_log_prob=-0.25))
+        results.add(first)
         results.add(sample(0, 1, 0.2))
     lines = results.journal_path.read_bytes().splitlines(keepends=True)
     of_before = asdict(sample(0, 1, 0.2))
-    del of_before["mean_log_prob"]
+    del of_before[name]
     results.journal_path.write_bytes(lines[0] + lines[1] + encode_line(of_before))
     with store(path) as results:
-        results.add(replace(sample(0, 2, 0.3), mean_log_prob=-0.75))
+        assert results.get((0, 0)) == first
+        results.add(last)
         results.write_results()
     (line, *_) = read_result_lines(path)
-    assert [each.mean_log_prob for each in line.samples] == [-0.25, None, -0.75]
+    assert line.samples == [first, sample(0, 1, 0.2), last]
     with store(path) as results:
-        assert results.get((0, 2)) == replace(sample(0, 2, 0.3), mean_log_prob=-0.75)
+        assert results.get((0, 2)) == last
     old = json.loads(line.to_json())
-    del old["output"]["mean_log_prob_lst"]
+    del old["output"][f"{name.removesuffix('s')}_lst"]
     path.write_text(json.dumps(old) + "\n", encoding="utf-8")
-    assert [each.mean_log_prob for each in next(read_result_lines(path)).samples] == [None] * 3
+    assert [getattr(each, name) for each in next(read_result_lines(path)).samples] == [None] * 3
 
 
 def test_parts_share_a_file_one_after_the_other(tmp_path: Path) -> None:

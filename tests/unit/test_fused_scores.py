@@ -83,7 +83,9 @@ def test_a_head_of_another_size_is_refused(tiny_model_dir: Path) -> None:
 def test_the_score_of_a_step_came_with_its_token(prompt_ids: list[int], token_ids: list[int], steps: list[int]) -> None:
     step_logits = [0.5 * position - 1 for position in range(len(token_ids))]
     expected = torch.tensor([step_logits[position] for position in steps]).sigmoid().tolist()
-    assert step_scores(prompt_ids, token_ids, step_logits, RULE) == pytest.approx(expected)
+    scores, ends = step_scores(prompt_ids, token_ids, step_logits, RULE)
+    assert scores == pytest.approx(expected)
+    assert ends == [position + 1 for position in steps]
 
 
 def test_vllm_finds_the_models_in_each_of_its_processes() -> None:

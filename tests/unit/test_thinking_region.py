@@ -140,8 +140,9 @@ def test_fused_scores_are_of_these_steps(kind: Kind) -> None:
     for text, steps in zip(kind.texts, kind.steps, strict=True):
         logits = torch.linspace(-2, 2, len(text.response_ids)).tolist()
         wanted = [logits[position + 1 - len(text.prompt_ids)] for position in steps]
-        found = step_scores(text.prompt_ids, text.response_ids, logits, kind.rule)
+        found, ends = step_scores(text.prompt_ids, text.response_ids, logits, kind.rule)
         assert found == pytest.approx(torch.tensor(wanted).sigmoid().tolist())
+        assert all(text.response_ids[end - 1] in kind.rule.step_ids for end in ends)
 
 
 @pytest.mark.parametrize("says", ["prompt", "text", "response"])

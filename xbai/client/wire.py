@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from itertools import pairwise, zip_longest
+from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from xbai.errors import UserError
 from xbai.model_identity import is_same_model
@@ -117,6 +118,25 @@ class GenerateAnswer(Answer):
     scores: list[float | None] | None = None
     step_scores: list[list[float] | None] | None = None
     mean_log_probs: list[float | None] | None = None
+    step_ends: list[list[int] | None] | None = None
+    step_log_probs: list[list[float] | None] | None = None
+
+    @model_validator(mode="after")
+    def _ends_are_of_the_steps(self) -> Self:
+        # How long the columns should be, `read_responses` knows.
+        rows = zip_longest(
+            self.step_ends or (), self.step_scores or (), self.token_counts or (), self.step_log_probs or ()
+        )
+        for number, (ends, scores, tokens, log_probs) in enumerate(rows):
+            borders = [0, *(ends or ())]
+            if ends is not None and not (
+                all(begin < end for begin, end in pairwise(borders))
+                and (scores is None or len(scores) == len(ends))
+                and (tokens is None or borders[-1] <= tokens)
+                and (log_probs is None or len(log_probs) == len(borders))
+            ):
+                raise ValueError(f"step_ends: they are not those of response {number}")
+        return self
 
 
 def read_answer(kind: type[AnswerT], body: bytes) -> AnswerT:

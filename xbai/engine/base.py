@@ -31,6 +31,7 @@ from xbai.engine.scorer import HEAD_PREFIX, PromptTooLong, Scored, Scorer, head_
 from xbai.engine.weight_check import HeldWeight, WeightCheck
 from xbai.errors import UserError
 from xbai.seeds import sample_seed
+from xbai.sprm.steps import step_ends
 
 if TYPE_CHECKING:
     from xbai.sprm import StepRule
@@ -264,8 +265,9 @@ class Engine(ABC):
         if pairs:
             sequences = [sample.prompt_ids + completion.token_ids for sample, completion in pairs]
             scored = self._require_scorer().score(sequences, [len(sample.prompt_ids) for sample, _ in pairs])
-            for (_, completion), result in zip(pairs, scored, strict=True):
+            for (sample, completion), result in zip(pairs, scored, strict=True):
                 completion.step_scores = result.step_scores
+                completion.step_ends = step_ends(result.positions, len(sample.prompt_ids))
 
     def _check_ids(self, ids: list[int], most: int) -> None:
         if not ids:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from xbai.errors import UserError
@@ -57,13 +58,30 @@ class SamplingParams:
 
 @dataclass
 class Completion:
-    """One sampled response; `token_ids` include the token that ends it or completes a stop string."""
+    """One sampled response.
+
+    Attributes:
+        token_ids: with the token that ends it or completes a stop string.
+        log_probs: one a token; None where not asked for.
+        step_scores: one a step; None where not asked for.
+        step_ends: for each step score, how many tokens there are up to and including the step token: ascending.
+    """
 
     token_ids: list[int]
     text: str
     finish_reason: FinishReason
     log_probs: list[float] | None = None
     step_scores: list[float] | None = None
+    step_ends: list[int] | None = None
+
+    @property
+    def step_log_probs(self) -> list[float] | None:
+        """K + 1 sums of log-probs: of the tokens of each of the K steps, and of those after the last one (0.0 where
+        there are none); None without log-probs or steps."""
+        if self.log_probs is None or self.step_ends is None:
+            return None
+        borders = [0, *self.step_ends, len(self.log_probs)]
+        return [sum(self.log_probs[begin:end]) for begin, end in pairwise(borders)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,8 +29,13 @@ COLUMNS = {
     "scores": "score",
     "step_scores": "step_scores",
     "mean_log_probs": "mean_log_prob",
+    "step_ends": "step_ends",
+    "step_log_probs": "step_log_probs",
 }
 """What `POST /generate` returns beside the texts, each with the attribute of a `Sample` that it is."""
+
+STEP_LOG_PROB_DIGITS = 4
+"""Decimals of a step's log-prob that are kept: a response may have hundreds of steps."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,8 @@ class Driver:
             for key in request.keys:
                 text, *columns = responses[key[1] - request.first_sample]
                 known = dict(zip(COLUMNS.values(), columns, strict=True))
+                if (log_probs := known["step_log_probs"]) is not None:
+                    known["step_log_probs"] = [round(log_prob, STEP_LOG_PROB_DIGITS) for log_prob in log_probs]
                 samples.append(Sample(*key, text, seconds=round(seconds, 3), **known))
             self._keep(samples)
 

@@ -33,6 +33,8 @@ class GradedQuestion:
         step_scores, token_counts, finish_reasons: per candidate; None where not known.
         mean_log_probs: [K] mean log-prob of the tokens, -inf where not known.
         combined: [K] score and log-prob together, -inf where one of them is missing; None without a calibration.
+        step_ends: per candidate the number of tokens at the end of each step; None where not known, or for none.
+        step_log_probs: per candidate the log-probs of each step and of what follows the last one, summed; as above.
     """
 
     key: QuestionKey
@@ -44,6 +46,8 @@ class GradedQuestion:
     finish_reasons: list[str | None]
     mean_log_probs: np.ndarray
     combined: np.ndarray | None = None
+    step_ends: list[list[int] | None] | None = None
+    step_log_probs: list[list[float] | None] | None = None
 
     @property
     def tokens(self) -> np.ndarray:
@@ -131,6 +135,8 @@ def _graded_question(
         token_counts=[sample.token_count for sample in samples],
         finish_reasons=[sample.finish_reason for sample in samples],
         mean_log_probs=sortable_scores([sample.mean_log_prob for sample in samples]),
+        step_ends=[sample.step_ends for sample in samples],
+        step_log_probs=[sample.step_log_probs for sample in samples],
     )
 
 

@@ -26,6 +26,8 @@ _COLUMNS = {
     "seconds_lst": "seconds",
     "error_lst": "error",
     "mean_log_prob_lst": "mean_log_prob",
+    "step_end_lst": "step_ends",
+    "step_log_prob_lst": "step_log_probs",
 }
 """The lists of a line beside `solution_lst`, in their order, each with the attribute of a `Sample` that it holds."""
 
@@ -58,6 +60,9 @@ class Sample:
         step_scores: scores of its steps; None when not known.
         error: why the service refused.
         mean_log_prob: mean log-prob of its tokens at the sampling temperature; None when not known, and of a search.
+        step_ends: for each of `step_scores`, the number of tokens up to and including the step's last; None unless the
+            service that generated found the steps.
+        step_log_probs: the log-probs summed over each step, and over what follows the last one; None when not known.
     """
 
     question: int | None
@@ -70,6 +75,8 @@ class Sample:
     step_scores: list[float] | None = None
     error: str | None = None
     mean_log_prob: float | None = None
+    step_ends: list[int] | None = None
+    step_log_probs: list[float] | None = None
 
     @property
     def key(self) -> SampleKey:

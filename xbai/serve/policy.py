@@ -109,6 +109,12 @@ def _response(completions: list[Completion], return_scores: bool, return_log_pro
         scores=None if step_scores is None else [aggregate(scores) for scores in step_scores],
         step_scores=step_scores,
         mean_log_probs=[_mean(completion.log_probs) for completion in completions] if return_log_probs else None,
+        step_ends=[completion.step_ends or [] for completion in completions] if return_scores else None,
+        step_log_probs=(
+            [completion.step_log_probs or [] for completion in completions]
+            if return_scores and return_log_probs
+            else None
+        ),
     )
 
 

@@ -48,8 +48,8 @@ class GenerateRequest(WireModel):
     top_p: float = Field(0.95, gt=0, le=1)
     top_k: int = Field(-1, ge=-1, le=2**31 - 1, description="-1 or 0: no limit.")
     repetition_penalty: float = Field(1.05, ge=0.01, le=10)
-    return_scores: bool = Field(False, description="Also return trajectory and step scores.")
-    return_log_probs: bool = Field(False, description="Also return each response's mean log-prob.")
+    return_scores: bool = Field(False, description="Also return trajectory and step scores, and where steps end.")
+    return_log_probs: bool = Field(False, description="Also return mean log-probs; with scores also those of steps.")
 
     def stop_texts(self) -> tuple[str, ...]:
         """`stop` in its long form."""
@@ -62,7 +62,8 @@ class GenerateResponse(WireModel):
     """Answer of `POST /generate`; item i of every list belongs to response i. Scores and log-probs come when asked for.
 
     A mean log-prob is over the generated tokens, each under softmax(logits / temperature), before penalties, top-k and
-    top-p; null for a response without a token.
+    top-p; null for a response without a token. `step_ends` counts the tokens up to and including the one that ends a
+    step, for each of `step_scores`. `step_log_probs` are sums of log-probs: of each step, and of what follows the last.
     """
 
     results: list[str]
@@ -71,6 +72,8 @@ class GenerateResponse(WireModel):
     scores: list[float] | None = None
     step_scores: list[list[float]] | None = None
     mean_log_probs: list[float | None] | None = None
+    step_ends: list[list[int]] | None = None
+    step_log_probs: list[list[float]] | None = None
 
 
 class ScoreRequest(WireModel):

@@ -56,10 +56,15 @@ def step_positions(ids: Sequence[int], response_start: int, rule: StepRule) -> l
     return positions
 
 
+def step_ends(positions: Sequence[int], response_start: int) -> list[int]:
+    """How many tokens of the response there are up to and including each step's token, which follows its feature."""
+    return [position + 2 - response_start for position in positions]
+
+
 def step_scores(
     prompt_ids: Sequence[int], token_ids: Sequence[int], step_logits: Sequence[float], rule: StepRule
-) -> list[float]:
-    """The scores of a generated response's steps, in float32.
+) -> tuple[list[float], list[int]]:
+    """The scores of a generated response's steps, in float32, and where the steps end (see `step_ends`).
 
     Args:
         prompt_ids: the prompt, which may end inside of the thinking region.
@@ -68,10 +73,9 @@ def step_scores(
             feature of the step, where the token ends one.
         rule: which tokens do.
     """
-    positions = step_positions([*prompt_ids, *token_ids], len(prompt_ids), rule)
-    # A feature is at the position before its token, and the response's first token never ends a step.
-    scores: list[float] = torch.tensor([step_logits[i + 1 - len(prompt_ids)] for i in positions]).sigmoid().tolist()
-    return scores
+    ends = step_ends(step_positions([*prompt_ids, *token_ids], len(prompt_ids), rule), len(prompt_ids))
+    scores: list[float] = torch.tensor([step_logits[end - 1] for end in ends]).sigmoid().tolist()
+    return scores, ends
 
 
 def trajectory_scores(step_logits: StepLogits, feature_mask: StepMask) -> Float32[Tensor, "batch"]:

@@ -206,7 +206,9 @@ class VLLMEngine(Engine):
                 completion.log_probs = values[LOG_PROB::columns]
             if self._fused_head is not None and sample.return_scores:
                 rule = self._fused_head.sprm_config.step_rule
-                completion.step_scores = step_scores(sample.prompt_ids, token_ids, values[STEP_LOGIT::columns], rule)
+                completion.step_scores, completion.step_ends = step_scores(
+                    sample.prompt_ids, token_ids, values[STEP_LOGIT::columns], rule
+                )
         return sample, completion
 
     def _columns(self, sample: Sample) -> int:
