@@ -46,7 +46,8 @@ def random_questions(count: int, samples: int, seed: int = 0) -> list[GradedQues
         correct = (rng.random(samples) < 0.4).astype(float)
         scored = question(list(0.3 * rng.random(samples) + 0.2 * correct + 0.3), list(correct), f"p{i}")
         log_probs = 0.1 * correct - rng.random(samples)
-        made.append(replace(scored, mean_log_probs=log_probs, combined=log_probs + scored.scores))
+        steps = {"step_ends": [[50]] * samples, "step_log_probs": [[50 * value, 0.0] for value in log_probs]}
+        made.append(replace(scored, mean_log_probs=log_probs, combined=log_probs + scored.scores, **steps))
     return made
 
 

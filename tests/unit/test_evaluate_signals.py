@@ -18,7 +18,7 @@ from xbai.measure.length_bands import length_bands
 from xbai.measure.metrics import json_ready, measure, report_files
 from xbai.measure.separation import separation
 from xbai.measure.strategies import possible_strategies
-from xbai.measure.tables import differences_grid, length_grid, report_grids, show, signals_grid
+from xbai.measure.tables import differences_grid, length_grid, question_length_grid, report_grids, show, signals_grid
 from xbai.results.lines import REFUSED
 
 LEVELS = st.sampled_from([-np.inf, 0.1, 0.2, 0.3])
@@ -144,7 +144,7 @@ def test_what_was_not_measured_has_no_differences(questions: list[GradedQuestion
     unscored = [replace(question, scores=np.full(12, -np.inf)) for question in bare]
     report = measure(unscored)
     assert report.differences == {} and report.by_length == []
-    assert [grid.title.split()[0] for grid in report_grids({"a": report})] == ["Accuracy", "AUC:", "Scores"]
+    assert [grid.title.split()[0] for grid in report_grids({"a": report})] == ["Accuracy", "AUC:", "By", "Scores"]
 
 
 def test_length_bands_are_thirds_and_share_out_the_choices(questions: list[GradedQuestion]) -> None:
@@ -171,6 +171,35 @@ def test_length_bands_are_thirds_and_share_out_the_choices(questions: list[Grade
     partly = [replace(question, token_counts=[None] + [7] * 11) for question in questions]
     (band,) = length_bands(partly)
     assert band.chosen < 1.0 and band.share == pytest.approx(11 / 12)
+
+
+def test_length_quarters_are_of_questions_and_have_their_accuracies(questions: list[GradedQuestion]) -> None:
+    unknown = replace(questions[0], token_counts=[None] * 12)
+    report = measure([*questions, unknown])
+    quarters = report.by_question_length
+    assert [quarter.questions for quarter in quarters] == [5] * 4
+    by_length = sorted(questions, key=lambda question: np.mean(question.token_counts))
+    for quarter, here in zip(quarters, np.reshape(np.arange(20), (4, 5)), strict=True):
+        inside = [by_length[i] for i in here]
+        assert (quarter.low, quarter.high) == tuple(np.mean(inside[end].token_counts) for end in (0, -1))
+        assert quarter.n == 8
+        assert list(quarter.accuracies) == list(report.curves)
+        for name, expected in (
+            ("best_of_n", [pick(question.scores, question.correct, 8) for question in inside]),
+            ("random", [question.correct.mean() for question in inside]),
+        ):
+            found, estimate = quarter.accuracies[name], Estimate.over(expected)
+            assert (found.mean, found.standard_error) == pytest.approx((estimate.mean, estimate.standard_error))
+    (section,) = question_length_grid({"a": report}).sections
+    assert section[1] == ["", "questions", "5", "5", "5", "5"]
+    assert measure([unknown]).by_question_length == []
+    same = [replace(question, token_counts=[7] * 12) for question in questions]
+    (only,) = measure([*same, question_without_candidates(same[0])]).by_question_length
+    assert (only.low, only.high, only.questions) == (7.0, 7.0, 20)
+
+
+def question_without_candidates(question: GradedQuestion) -> GradedQuestion:
+    return question.only(np.zeros(12, dtype=bool))
 
 
 def test_the_auc_within_a_prompt_comes_first_everywhere(questions: list[GradedQuestion]) -> None:

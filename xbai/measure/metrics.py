@@ -14,6 +14,7 @@ from xbai.errors import UserError
 from xbai.measure.estimators import Estimate, best_of_n_groups, vote_groups
 from xbai.measure.graded import GradedQuestion, QuestionKey, grade_lines
 from xbai.measure.length_bands import LengthBand, length_bands
+from xbai.measure.length_quarters import LengthQuarter, length_quarters
 from xbai.measure.result_set import read_lines, result_files
 from xbai.measure.separation import Bin, Separation, expected_calibration_error, reliability, separation
 from xbai.measure.strategies import (
@@ -66,6 +67,8 @@ class Report:
         signals: how well each strategy's signal tells right from wrong, for the strategies that have one.
         calibration_error: expected distance of score and accuracy; nan without scores.
         by_length: how well the score does on short, middling and long responses; empty where it or they are unknown.
+        by_question_length: accuracy of each strategy on questions with short and long candidates; empty where it is
+            unknown.
         settings: how the candidates were made; None when the files do not say.
     """
 
@@ -88,6 +91,7 @@ class Report:
     calibration_error: float
     reliability: list[Bin]
     by_length: list[LengthBand]
+    by_question_length: list[LengthQuarter]
     lengths: Lengths
     settings: dict[str, Any] | None
 
@@ -159,6 +163,7 @@ def measure(questions: Sequence[GradedQuestion], settings: dict[str, Any] | None
         calibration_error=expected_calibration_error(curve),
         reliability=curve,
         by_length=length_bands(questions),
+        by_question_length=length_quarters(usable, found),
         lengths=_lengths(questions, correct),
         settings=settings,
     )

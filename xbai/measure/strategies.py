@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from xbai.aggregation import AGGREGATIONS
+from xbai.measure.confidence import lowest_window, tail
 from xbai.measure.estimators import Estimate, expected_best_of_n, expected_oracle, expected_vote, subset_masks
 from xbai.measure.graded import GradedQuestion
 
@@ -38,14 +39,30 @@ def _combined(question: GradedQuestion) -> np.ndarray:
     return question.combined
 
 
+def _confidence(
+    measure: Callable[[Sequence[float], Sequence[int], int], float], question: GradedQuestion
+) -> np.ndarray:
+    values = np.full(len(question.correct), -np.inf)
+    columns = (question.step_log_probs or (), question.step_ends or (), question.token_counts)
+    for number, (log_probs, ends, tokens) in enumerate(zip(*columns, strict=False)):
+        if log_probs is not None and ends is not None and tokens is not None:
+            values[number] = measure(log_probs, ends, tokens)
+    return values
+
+
 SIGNALS: dict[str, Signal] = {
     "best_of_n": lambda question: question.scores,
     **AGGREGATED,
     "best_of_n_combined": _combined,
     "best_of_n_log_prob": lambda question: question.mean_log_probs,
+    "best_of_n_lowest_window": partial(_confidence, lowest_window),
+    "best_of_n_tail": partial(_confidence, tail),
     "shortest": lambda question: -question.tokens,
 }
-"""What the candidate with the highest of is chosen; the last two are free: they need no score head."""
+"""What the candidate with the highest of is chosen."""
+
+FREE = ("best_of_n_log_prob", "best_of_n_lowest_window", "best_of_n_tail", "shortest")
+"""Those that need no score."""
 
 
 def _best_by(signal: Signal, question: GradedQuestion) -> AtN:
@@ -80,15 +97,14 @@ def possible_strategies(questions: Sequence[GradedQuestion]) -> list[str]:
         for question in questions
         for steps, score in zip(question.step_scores, question.scores, strict=True)
     )
-    with_log_probs = _are_known(questions, SIGNALS["best_of_n_log_prob"])
-    calibrated = scored and with_log_probs and all(question.combined is not None for question in questions)
+    free = {name: _are_known(questions, SIGNALS[name]) for name in FREE}
+    calibrated = scored and free["best_of_n_log_prob"] and all(question.combined is not None for question in questions)
     answered = any(key is not None for question in questions for key in question.keys)
     possible = {
         "best_of_n": scored,
         **dict.fromkeys(AGGREGATED, with_steps),
         "best_of_n_combined": calibrated,
-        "best_of_n_log_prob": with_log_probs,
-        "shortest": _are_known(questions, SIGNALS["shortest"]),
+        **free,
         "majority": answered,
         "weighted_vote": answered and scored,
     }

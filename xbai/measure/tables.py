@@ -12,6 +12,7 @@ from rich.table import Table
 
 from xbai.measure.estimators import Estimate
 from xbai.measure.length_bands import LengthBand
+from xbai.measure.length_quarters import QUARTERS, LengthQuarter
 from xbai.measure.metrics import Comparison, Report
 from xbai.measure.strategies import Curves
 from xbai.results.settings import search_of
@@ -26,6 +27,8 @@ STRATEGY_NAMES = {
     "best_of_n_last": "… by last step",
     "best_of_n_combined": "Best-of-N by score and log-prob",
     "best_of_n_log_prob": "Best-of-N by mean log-prob",
+    "best_of_n_lowest_window": "… of the least sure steps",
+    "best_of_n_tail": "… of the last steps",
     "shortest": "shortest response",
     "majority": "majority vote",
     "weighted_vote": "score-weighted vote",
@@ -91,8 +94,8 @@ def show(grids: Sequence[Grid]) -> None:
 
 def report_grids(reports: Mapping[str, Report]) -> list[Grid]:
     """Everything measured on each named set of results."""
-    made = (grid_of(reports) for grid_of in (accuracy_grid, differences_grid, signals_grid, length_grid, quality_grid))
-    return [grid for grid in made if grid.sections]
+    kinds = (accuracy_grid, differences_grid, signals_grid, length_grid, question_length_grid, quality_grid)
+    return [grid for grid in (grid_of(reports) for grid_of in kinds) if grid.sections]
 
 
 def accuracy_grid(reports: Mapping[str, Report]) -> Grid:
@@ -138,6 +141,28 @@ def length_grid(reports: Mapping[str, Report]) -> Grid:
 def _length_row(band: LengthBand) -> list[str]:
     shares = [f"{100 * share:.1f}" for share in (band.share, band.accuracy, band.chosen)]
     return [f"{band.low:,} to {band.high:,}", *shares, fraction(band.within_prompt_auc)]
+
+
+def question_length_grid(reports: Mapping[str, Report]) -> Grid:
+    """Accuracy of each way of choosing on questions with short and long responses."""
+    title = "By mean length of the question's responses: accuracy in % ± standard error over questions, of at most 8"
+    header = ["", "", "shortest quarter", "second", "third", "longest"]
+    rows = {name: _quarter_rows(report.by_question_length) for name, report in reports.items()}
+    return Grid(title, header, _sections(rows), labels=2)
+
+
+def _quarter_rows(quarters: Sequence[LengthQuarter]) -> list[list[str]]:
+    if not quarters:
+        return []
+    rows = [
+        ["tokens", *(f"{quarter.low:,.0f} to {quarter.high:,.0f}" for quarter in quarters)],
+        ["questions", *(f"{quarter.questions:,}" for quarter in quarters)],
+        *(
+            [STRATEGY_NAMES[name], *(_percent(quarter.accuracies[name]) for quarter in quarters)]
+            for name in quarters[0].accuracies
+        ),
+    ]
+    return [row + [""] * (QUARTERS - len(quarters)) for row in rows]
 
 
 def _sections(rows: Mapping[str, list[list[str]]]) -> list[list[list[str]]]:
