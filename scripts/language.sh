@@ -180,7 +180,7 @@ stage_calibrate() {
     local validation=$arm/results/rl_val.jsonl
     [[ -f $validation ]] || return 0
     xbai calibrate "$validation" --task "$task" --model_path "$arm/model" ||
-        say "No question has right and wrong responses to learn from: score and log-prob are not put together"
+        say "There is nothing to learn from, see above: score and log-prob are not put together"
 }
 
 stage_metrics() {

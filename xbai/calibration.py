@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 SPRM_CALIBRATION_FILE = "sprm_calibration.json"
+SCORE_MARGIN = 1e-6
+"""Scores count as at least so far from 0 and 1, where log-odds are infinite; 0 stands for a response without steps."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,28 @@ def combined_features(
 
 
 @dataclass(frozen=True)
+class ScoreChance:
+    """The probability that a response of a trajectory score is right, whatever the question (Platt scaling).
+
+    Attributes:
+        slope, intercept: of its log-odds, as a line over those of the score.
+    """
+
+    slope: float
+    intercept: float
+
+    def __call__(self, score: float) -> float:
+        """The probability, between 0 and 1."""
+        return 0.5 + 0.5 * math.tanh((self.slope * log_odds(score) + self.intercept) / 2)
+
+
+def log_odds(score: float) -> float:
+    """log(score / (1 - score)), finite (see `SCORE_MARGIN`)."""
+    kept = min(max(score, SCORE_MARGIN), 1 - SCORE_MARGIN)
+    return math.log(kept) - math.log1p(-kept)
+
+
+@dataclass(frozen=True)
 class Calibration:
     """The contents of `sprm_calibration.json`."""
 
@@ -61,6 +86,8 @@ class Calibration:
     """Digest of those that were answered, which are not to be measured with it."""
     combined: CombinedScore
     """Score and log-prob together."""
+    chance: ScoreChance
+    """What a score says of one response by itself."""
 
     def write(self, folder: str | Path) -> Path:
         """Write it into a model folder; returns the file."""
@@ -81,6 +108,7 @@ class Calibration:
             raise UserError(f"{path}: no such file; xbai calibrate RESULTS --model_path MODEL writes it")
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**{**value, "combined": CombinedScore(**value["combined"])})
+            parts = {"combined": CombinedScore(**value["combined"]), "chance": ScoreChance(**value["chance"])}
+            return cls(**{**value, **parts})
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not a calibration ({error!r}); write it anew by xbai calibrate") from error

@@ -101,7 +101,7 @@ def metric(options: MetricOptions) -> None:
 
 @_command("calibrate", CalibrateOptions)
 def calibrate(options: CalibrateOptions) -> None:
-    """Learn how to choose by score and log-prob together; writes sprm_calibration.json beside the model's head."""
+    """Learn what a score says: with the log-prob, and as a probability; writes sprm_calibration.json."""
     from xbai.measure.calibrate import run_calibrate
 
     run_calibrate(options)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from xbai.calibration import SPRM_CALIBRATION_FILE, Calibration, CombinedScore
+from xbai.calibration import SPRM_CALIBRATION_FILE, Calibration, CombinedScore, ScoreChance
 from xbai.cli import app
 from xbai.errors import UserError
 from xbai.measure.calibrate import PRIOR_PRECISION, fit_combined, run_calibrate
@@ -173,11 +173,12 @@ def test_the_commands_fit_write_and_use(
     validation = write_results(tmp_path / "validation.jsonl", identity, settings={"questions": "validation"})
     run_calibrate(CalibrateOptions((str(validation),), "make10", str(model)))
     shown = capsys.readouterr().out
-    assert "mean log-prob" in shown and "AUC within a question" in shown
+    assert "mean log-prob" in shown and "AUC within a question" in shown and "expected calibration error" in shown
     assert model_identity(model) == identity, "a calibration does not make another model of it"
     calibration = Calibration.read(model)
     assert (calibration.identity, calibration.temperature, calibration.questions) == (identity, 0.7, "validation")
     assert calibration == Calibration.read(model / SPRM_CALIBRATION_FILE)
+    assert calibration.chance(0.3) < calibration.chance(0.6)
     assert SPRM_CALIBRATION_FILE not in ModelFiles.read(model).contents, "another model would inherit it"
 
     results = write_results(tmp_path / "test.jsonl", identity)
@@ -203,7 +204,7 @@ def test_the_commands_fit_write_and_use(
 )
 def test_a_calibration_of_another_model_is_refused(tmp_path: Path, changes: dict, message: str) -> None:
     model = model_folder(tmp_path / "model")
-    Calibration(model_identity(model), 0.7, "v", CombinedScore(1.0, 1.0, 1.0, 1.0)).write(model)
+    Calibration(model_identity(model), 0.7, "v", CombinedScore(1.0, 1.0, 1.0, 1.0), ScoreChance(1.0, 0.0)).write(model)
     results = write_results(tmp_path / "out.jsonl", model_identity(model), **changes)
     with pytest.raises(UserError, match=message) as caught:
         run_metric(MetricOptions("make10", [str(results)], calibration=model))
@@ -216,6 +217,7 @@ def test_a_calibration_of_another_model_is_refused(tmp_path: Path, changes: dict
         ({"output": {"mean_log_prob_lst": None}}, "no response has log-probs"),
         ({"output": {"score_lst": None}}, "no response has scores"),
         ({"output": {"solution_lst": ["P" + WRONG] * 4}}, "no question has right and wrong responses"),
+        ({"output": {"score_lst": [0.5, 0.6, 0.1, 0.4]}}, "the higher a response's score, the less likely it is right"),
         ({"settings": {"scorer": None}}, "does not say which model made the scores"),
         ({"settings": {"policy": "other:1"}}, "the responses are by the model other:1"),
     ],
@@ -234,7 +236,15 @@ def test_calibrations_that_are_none_are_one_line(tmp_path: Path) -> None:
     model = model_folder(tmp_path / "model")
     with pytest.raises(UserError, match=r"sprm_calibration\.json: no such file; xbai calibrate"):
         Calibration.read(model)
-    for content in ("{", "[]", '{"identity": "m:1"}', '{"identity": "m", "temperature": 1, "questions": "", "x": 1}'):
+    combined = {"log_score": 1, "mean_log_prob": 1, "log_score_scale": 1, "mean_log_prob_scale": 1}
+    without_chance = {"identity": "m:1", "temperature": 1, "questions": "", "combined": combined}
+    for content in (
+        "{",
+        "[]",
+        '{"identity": "m:1"}',
+        json.dumps(without_chance),
+        json.dumps(without_chance | {"x": 1}),
+    ):
         (model / SPRM_CALIBRATION_FILE).write_text(content, encoding="utf-8")
         with pytest.raises(UserError, match="not a calibration"):
             Calibration.read(model)
@@ -243,7 +253,7 @@ def test_calibrations_that_are_none_are_one_line(tmp_path: Path) -> None:
 def test_the_summary_chooses_by_both_where_there_is_a_calibration(tmp_path: Path) -> None:
     model = model_folder(tmp_path / "model")
     identity = model_identity(model)
-    Calibration(identity, 0.7, "v", CombinedScore(1.0, 1.0, 1.0, 1.0)).write(model)
+    Calibration(identity, 0.7, "v", CombinedScore(1.0, 1.0, 1.0, 1.0), ScoreChance(1.0, 0.0)).write(model)
     many = {
         "solution_lst": ["P" + RIGHT + " " * (i % 4) if i % 3 else "P" + WRONG for i in range(32)],
         "score_lst": [0.3 + 0.01 * i for i in range(32)],

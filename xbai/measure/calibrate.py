@@ -1,4 +1,4 @@
-"""`xbai calibrate`: how score and log-prob are weighed against each other when one response to a question is chosen."""
+"""`xbai calibrate`: how score and log-prob are weighed against each other, and which chance a score stands for."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
-from xbai.calibration import SPRM_CALIBRATION_FILE, Calibration, CombinedScore, combined_features
+from xbai.calibration import SPRM_CALIBRATION_FILE, Calibration, CombinedScore, ScoreChance, combined_features
 from xbai.engine.files import check_model_folder
 from xbai.errors import UserError
 from xbai.files import check_writable
+from xbai.measure.chance_fit import fit_chance, held_out_chances
 from xbai.measure.estimators import Estimate
 from xbai.measure.graded import GradedQuestion, grade_lines
+from xbai.measure.logistic import fit_logistic
 from xbai.measure.options import CalibrateOptions
 from xbai.measure.result_set import read_lines, result_files
-from xbai.measure.separation import separation
+from xbai.measure.separation import expected_calibration_error, reliability, separation
 from xbai.measure.tables import Grid, fraction, show
 from xbai.model_identity import model_identity
 from xbai.results.settings import settings_made_by
@@ -26,10 +28,8 @@ logger = logging.getLogger(__name__)
 
 FOLDS = 10
 PRIOR_PRECISION = 1.0
-"""Of each coefficient's normal prior around 0, in the unit of one question: it keeps separable data finite."""
+"""Of each coefficient of the combined score, in the unit of one question."""
 
-MAX_STEPS = 100
-TOLERANCE = 1e-10
 FEATURE_NAMES = {
     "log_score": "logarithm of the score",
     "mean_log_prob": "mean log-prob",
@@ -65,12 +65,15 @@ def run_calibrate(options: CalibrateOptions) -> None:
     lines = read_lines(result_files(options.results, "RESULTS"), options.task)
     found = next((line.settings for line in lines if line.settings is not None), None)
     settings = settings_made_by(found, identity, place)
+    questions = grade_lines(options.task, lines)
     try:
-        fit = fit_combined(grade_lines(options.task, lines))
+        fit = fit_combined(questions)
+        chance = fit_chance(*_scores_and_grades(questions))
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
-    path = Calibration(identity, settings["temperature"], settings["questions"], fit.combined).write(options.model_path)
-    show([fit_grid(fit)])
+    calibration = Calibration(identity, settings["temperature"], settings["questions"], fit.combined, chance)
+    path = calibration.write(options.model_path)
+    show([fit_grid(fit), chance_grid(chance, questions)])
     logger.info("wrote %s", path)
 
 
@@ -83,6 +86,36 @@ def fit_grid(fit: CombinedFit) -> Grid:
     ]
     header = ["", "coefficient (a standard deviation)", "AUC within a question"]
     return Grid(f"Right against wrong responses to the same question, {fit.questions:,} questions", header, [rows], 1)
+
+
+def chance_grid(chance: ScoreChance, questions: Sequence[GradedQuestion]) -> Grid:
+    """Coefficients, and the calibration error before and after; each response judged by a fit on other questions."""
+    scores, correct = _scores_and_grades(questions)
+    rows = [
+        ["score", "", "", fraction(_calibration_error(scores, correct))],
+        [
+            "chance, fitted on other questions",
+            f"{chance.slope:.3f}",
+            f"{chance.intercept:.3f}",
+            fraction(_calibration_error(held_out_chances(scores, correct, FOLDS), correct)),
+        ],
+    ]
+    header = ["", "slope (of log-odds)", "intercept", "expected calibration error"]
+    return Grid("How far a score is the chance that a response is right", header, [rows], 1)
+
+
+def _calibration_error(values: Sequence[np.ndarray], correct: Sequence[np.ndarray]) -> Estimate:
+    known = [np.isfinite(value) & ~np.isnan(grade) for value, grade in zip(values, correct, strict=True)]
+    columns = [
+        (value[of], grade[of], np.full(of.sum(), number))
+        for number, (value, grade, of) in enumerate(zip(values, correct, known, strict=True))
+    ]
+    curve = reliability(*map(np.concatenate, zip(*columns, strict=True)))
+    return Estimate(expected_calibration_error(curve), float("nan"))
+
+
+def _scores_and_grades(questions: Sequence[GradedQuestion]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    return [question.scores for question in questions], [question.correct for question in questions]
 
 
 @dataclass(frozen=True)
@@ -103,8 +136,7 @@ def fit_combined(questions: Sequence[GradedQuestion]) -> CombinedFit:
 
     A question's share of the loss is the mean over its pairs of -log sigmoid(w (right - wrong)): its difficulty drops
     out, as in a matched case-control study, and no question counts more than another. Features are divided by their
-    standard deviation within questions; coefficients have a normal prior. The loss is strictly convex, and Newton's
-    method finds its minimum: the same file always gives the same fit.
+    standard deviation within questions; coefficients have a normal prior.
 
     Raises:
         UserError: no scores or no log-probs, or no question that has right and wrong responses with both.
@@ -153,29 +185,8 @@ def _fit(teaching: Sequence[_Contrasts]) -> CombinedScore:
     scales[scales == 0] = 1.0  # A feature that never differs: its coefficient stays 0.
     pairs = np.concatenate([contrasts.differences for contrasts in teaching]) / scales
     weights = np.concatenate([np.full(len(each.differences), 1 / len(each.differences)) for each in teaching])
-    coefficients = _minimize(pairs, weights)
+    coefficients = fit_logistic(pairs, weights, PRIOR_PRECISION)
     return CombinedScore(*map(float, (*coefficients, *scales)))
-
-
-def _minimize(pairs: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """argmin_w sum(weights * log(1 + exp(-pairs w))) + precision / 2 |w|^2."""
-
-    def loss(coefficients: np.ndarray) -> float:
-        penalty = PRIOR_PRECISION / 2 * coefficients @ coefficients
-        return float(weights @ np.logaddexp(0.0, -pairs @ coefficients) + penalty)
-
-    coefficients = np.zeros(pairs.shape[1])
-    for _ in range(MAX_STEPS):
-        miss = 0.5 - 0.5 * np.tanh(pairs @ coefficients / 2)  # sigmoid(-pairs w), without overflow
-        gradient = PRIOR_PRECISION * coefficients - pairs.T @ (weights * miss)
-        curvature = PRIOR_PRECISION * np.eye(len(gradient)) + (pairs.T * (weights * miss * (1 - miss))) @ pairs
-        step = np.linalg.solve(curvature, gradient)
-        if gradient @ step < TOLERANCE:
-            break
-        while loss(coefficients - step) > loss(coefficients) - 0.25 * gradient @ step:
-            step = step / 2
-        coefficients = coefficients - step
-    return coefficients
 
 
 def _held_out_values(questions: Sequence[GradedQuestion], taught: Sequence[_Contrasts | None]) -> list[np.ndarray]:
