@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 
 def _geometric(scores: Sequence[float]) -> float:
@@ -37,3 +38,9 @@ AGGREGATIONS: dict[str, Callable[[Sequence[float]], float]] = {
 def aggregate(step_scores: Sequence[float], how: str = "geometric") -> float:
     """Reduce one trajectory's step scores; 0.0 without steps. Ways other than `geometric` are for evaluation only."""
     return float(AGGREGATIONS[how](step_scores)) if step_scores else 0.0
+
+
+def running_scores(step_scores: Sequence[float]) -> list[float]:
+    """The trajectory score after each step: [k] is the geometric mean of the first k + 1 scores."""
+    logs = accumulate(math.log(score) if score > 0 else -math.inf for score in step_scores)
+    return [math.exp(total / count) for count, total in enumerate(logs, 1)]

@@ -15,6 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from xbai.calibration import Calibration, CombinedScore, ScoreChance
+from xbai.model_identity import model_identity
+
 pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).parents[2]
@@ -135,6 +138,41 @@ def test_a_finished_run_asks_for_nothing_and_grows(command: Callable, tmp_path: 
     assert_complete(results(path), CANDIDATES // 2 * 3)
     assert results(path)[0]["output"]["solution_lst"][:CANDIDATES] == before[0]["output"]["solution_lst"]
     assert "temperature=0.6, now 0.5" in run(command(temperature=0.5), status=2)
+
+
+def test_a_run_with_a_budget_goes_on_and_is_measured(command: Callable, tiny_model_dir: Path, tmp_path: Path) -> None:
+    def budgeted(**changes: object) -> list[str]:
+        options = {
+            "n_samples": 2,
+            "branch": 4,
+            "score_api_url": None,
+            "max_tokens": 24,
+            "model_dir": tmp_path / "model",
+        }
+        return command(**options, budget="posterior:0.6/3", **changes)
+
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    settings = {"identity": model_identity(tiny_model_dir), "temperature": 0.6, "questions": "others"}
+    combined = CombinedScore(1.0, 1.0, 1.0, 1.0)
+    Calibration(**settings, combined=combined, chance=ScoreChance(1.0, 0.0)).write(tmp_path / "model")
+    run(budgeted(output_file=tmp_path / "whole.jsonl"))
+    run(budgeted(max_questions=2))
+    assert "differ" not in run(budgeted())
+    whole, resumed = results(tmp_path / "whole.jsonl"), results(tmp_path / "out.jsonl")
+    for ours, theirs in zip(whole, resumed, strict=True):
+        for name in ("solution_lst", "finish_reason_lst", "sample_lst", "content"):
+            assert ours["output"][name] == theirs["output"][name]
+        assert ours["output"]["score_lst"] == pytest.approx(theirs["output"]["score_lst"], abs=1e-5)
+        assert ours["settings"] == theirs["settings"]
+    reasons = [line["output"]["finish_reason_lst"] for line in whole]
+    # A random model writes no answer, so that a group never has enough before its last wave.
+    assert all(len(each) == 2 * 4 and set(each) <= {"stop", "length"} for each in reasons)
+    report = tmp_path / "report.json"
+    measure = {"task": "make10", "result_paths": tmp_path / "out.jsonl", "N": 4}
+    run(script("compute_metric.py", **measure, json=report))
+    tokens = sum(sum(line["output"]["token_count_lst"]) for line in whole) / QUESTIONS / 2
+    measured = json.loads(report.read_text(encoding="utf-8"))
+    assert (measured["tokens"]["mean"], measured["begun"]["mean"], measured["accuracy"]["mean"]) == (tokens, 4, 0)
 
 
 def test_fused_scores_equal_the_service_and_a_dead_copy_does_no_harm(

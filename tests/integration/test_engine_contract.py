@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import importlib.util
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +18,13 @@ import torch
 import torch._dynamo.utils
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from xbai.aggregation import aggregate, running_scores
 from xbai.engine import Completion, Engine, SamplingParams, load_engine
 from xbai.errors import UserError
+from xbai.search.budget import parse_budget
+from xbai.search.budgeted import generate_budgeted
+from xbai.search.group import CandidateGroup
+from xbai.search.rule import Candidate
 from xbai.sprm import load_score_head, load_sprm_config, step_feature_mask, trajectory_scores
 
 needs_vllm = [
@@ -221,6 +228,64 @@ def test_step_scores_equal_a_plain_computation(loaded: Loaded) -> None:
             steps += len(scores)
     assert steps > 10
     loaded.engine.update_weights(weights.items())
+
+
+# So low a penalty makes a model of random weights repeat the prompt's tokens, the step token among them.
+STEPPING = SamplingParams(n=12, max_tokens=100, seed=3, ignore_eos=True, log_probs=True, repetition_penalty=0.2)
+
+
+def stepping_prompts(engine: Engine) -> list[list[int]]:
+    return [engine.tokenizer.encode(text) for text in ("a.\n\nb", "four.\n\n", "7.\n\n8")]
+
+
+@pytest.mark.parametrize("rule", ["stop:0.999999/5", "prune:0.999@1", "majority:0.999999/12"])
+def test_a_budget_that_is_never_used_gives_what_there_is_without_one(loaded: Loaded, rule: str) -> None:
+    prompts = stepping_prompts(loaded.engine)
+    plain = loaded.engine.generate(prompts, STEPPING, return_scores=True)
+    budgeted = generate_budgeted(
+        loaded.engine,
+        prompts,
+        STEPPING,
+        parse_budget(rule),
+        chance=lambda score: score,
+        answers=lambda responses: [None] * len(responses),
+    )
+    for ours, theirs in zip(chain(*budgeted), chain(*plain), strict=True):
+        assert (ours.token_ids, ours.text, ours.finish_reason) == (theirs.token_ids, theirs.text, theirs.finish_reason)
+        assert ours.step_scores == pytest.approx(theirs.step_scores, abs=1e-5)
+        assert ours.step_ends == theirs.step_ends
+        assert ours.log_probs == pytest.approx(theirs.log_probs, abs=1e-4)
+
+
+def test_pruned_and_stopped_samples_are_those_that_the_rule_names_on_whole_ones(loaded: Loaded) -> None:
+    engine, rule = loaded.engine, parse_budget("prune:0.5@1,2+stop:0.55/6")
+    prompts = stepping_prompts(engine)
+    plain = engine.generate(prompts, STEPPING, return_scores=True)
+    budgeted = generate_budgeted(engine, prompts, STEPPING, rule, chance=lambda score: score)
+    assert not engine.has_unfinished()
+    reasons = Counter(one.finish_reason for one in chain(*budgeted))
+    assert min(reasons[reason] for reason in ("pruned", "length", "not_begun")) > 2
+    for ours, theirs in zip(budgeted, plain, strict=True):
+        group = CandidateGroup(rule, len(theirs), chance=lambda score: score)
+        while wave := group.begin():
+            candidates = [
+                Candidate(running_scores(theirs[number].step_scores), aggregate(theirs[number].step_scores))
+                for number in wave
+            ]
+            group.prune(candidates)
+            group.end(candidates)
+        for number, (sample, whole) in enumerate(zip(ours, theirs, strict=True)):
+            if number not in group.pruned and number not in group.ended:
+                assert (sample.finish_reason, sample.generated, sample.text) == ("not_begun", 0, "")
+                continue
+            steps = group.pruned.get(number, len(whole.step_ends))
+            end = whole.step_ends[steps - 1] if number in group.pruned else len(whole.token_ids)
+            assert sample.finish_reason == ("pruned" if number in group.pruned else whole.finish_reason)
+            assert sample.token_ids == whole.token_ids[:end]
+            assert sample.text == engine.detokenize(whole.token_ids[:end])
+            assert len(sample.log_probs) == end <= sample.generated <= len(whole.token_ids)
+            assert sample.step_ends == whole.step_ends[:steps]
+            assert sample.step_scores == pytest.approx(whole.step_scores[:steps], abs=1e-5)
 
 
 def test_update_weights_reaches_the_scores(loaded: Loaded, make_tiny_model: Callable[..., Path]) -> None:

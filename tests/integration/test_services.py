@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import signal
 import socket
@@ -21,6 +22,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from xbai.client.wire import read_responses
 from xbai.sprm import StepRule, load_score_head, load_sprm_config, step_feature_mask, trajectory_scores
 
 pytestmark = pytest.mark.slow
@@ -135,6 +137,66 @@ def test_generated_scores_equal_the_score_service(policy, scorer) -> None:
     for result, steps in compared.items():
         text = {"text": prompt + result, "prompt": prompt, "return_all_scores": True}
         assert httpx.post(f"{scorer.url}/score", json=text).json()["all_scores"] == pytest.approx(steps, abs=1e-4)
+
+
+BUDGETED = {
+    "prefix_prompt": "a.\n\nb", "max_tokens": 100, "response_num": 12, "temperature": 1.0, "top_p": 1.0, "seed": 3,
+    "repetition_penalty": 0.2, "return_scores": True, "return_log_probs": True,
+}  # fmt: skip
+PLAIN_CHANCE = {"slope": 1.0, "intercept": 0.0}
+
+
+def budgeted(policy, rule: str, **budget: object) -> httpx.Response:
+    budget = {"rule": rule, "chance": PLAIN_CHANCE, **budget}
+    return httpx.post(f"{policy.url}/generate", json={**BUDGETED, "budget": budget}, timeout=60)
+
+
+def test_a_budget_changes_nothing_where_it_is_not_used(policy) -> None:
+    plain = httpx.post(f"{policy.url}/generate", json=BUDGETED, timeout=60).json()
+    for rule in ("stop:0.999999/12", "prune:0.999@1+posterior:0.999999/12"):
+        assert budgeted(policy, rule, data_source="make10").json() == plain
+    waves = budgeted(policy, "majority:0.99/5", chance=None, data_source="math").json()
+    for name in ("results", "token_counts", "finish_reasons"):
+        assert waves[name] == plain[name]
+
+
+def test_a_budget_stops_and_prunes(policy) -> None:
+    plain = httpx.post(f"{policy.url}/generate", json=BUDGETED, timeout=60).json()
+    answer = budgeted(policy, "prune:0.5@1+stop:0.3/6").json()
+    read_responses(json.dumps(answer).encode(), 12)
+    reasons = answer["finish_reasons"]
+    assert reasons[6:] == ["not_begun"] * 6
+    assert 0 < reasons.count("pruned") < 6
+    for number, (reason, text, whole) in enumerate(zip(reasons, answer["results"], plain["results"], strict=True)):
+        score, steps, count = (answer[name][number] for name in ("scores", "step_scores", "token_counts"))
+        if reason == "not_begun":
+            assert (text, score, steps, count, answer["mean_log_probs"][number]) == ("", None, [], 0, None)
+            assert (answer["step_ends"][number], answer["step_log_probs"][number]) == ([], [0.0])
+        elif reason == "pruned":
+            assert whole.startswith(text) and text.endswith(".\n\n")
+            assert (score, len(steps)) == (None, 1)
+            assert 0 < answer["step_ends"][number][0] <= count <= plain["token_counts"][number]
+        else:
+            assert (text, reason, count) == (whole, *(plain[n][number] for n in ("finish_reasons", "token_counts")))
+            assert score == pytest.approx(plain["scores"][number], abs=1e-5)
+    without_scores = {**BUDGETED, "return_scores": False, "budget": {"rule": "prune:0.5@1"}}
+    assert "pruned" in httpx.post(f"{policy.url}/generate", json=without_scores, timeout=60).json()["finish_reasons"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "budget", "detail"),
+    [
+        ("half:0.5", {}, r"budget.rule: .*write stop:CHANCE"),
+        ("stop:0.9", {"chance": None}, r"budget.chance: stop:0.9/1 needs one, or a calibrated model"),
+        ("stop:0.9", {"chance": {"slope": -1.0, "intercept": 0.0}}, r"budget.chance.slope"),
+        ("posterior:0.9", {}, r"budget.data_source: posterior:0.9/1 needs it"),
+        ("majority:0.9", {"data_source": "riddles"}, r"budget.data_source 'riddles': no grader"),
+    ],
+)
+def test_a_budget_that_cannot_be_kept_is_refused(policy, rule: str, budget: dict, detail: str) -> None:
+    answer = budgeted(policy, rule, **budget)
+    assert answer.status_code == 422
+    assert re.search(detail, answer.json()["detail"])
 
 
 def test_generate_refusals(policy) -> None:

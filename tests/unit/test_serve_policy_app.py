@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -58,6 +58,12 @@ class GatedEngine(Engine):
         done, self.queued = self.queued[: self.limit], self.queued[self.limit :]
         self.done += done
         return [(sample, Completion(sample.prompt_ids, self._text(sample), "stop")) for sample in done]
+
+    def token_ids(self, sample: Sample) -> Sequence[int]:
+        return ()
+
+    def _so_far(self, sample: Sample) -> Completion:
+        return Completion([], "", "pruned")
 
     def _text(self, sample: Sample) -> str:
         return f"{self.tokenizer.decode(sample.prompt_ids)}/{sample.index}"

@@ -23,6 +23,7 @@ def test_generate_defaults_are_the_published_ones() -> None:
         "repetition_penalty": 1.05,
         "return_scores": False,
         "return_log_probs": False,
+        "budget": None,
     }
 
 

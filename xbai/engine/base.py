@@ -76,6 +76,8 @@ class Engine(ABC):
         self._fused_shapes: dict[str, torch.Size] = {}
         self._request_numbers = count()
         self._unfinished: dict[str, Sample] = {}
+        # How many tokens `with_new_step` has looked at.
+        self._seen: dict[str, int] = {}
         self._seeds = None if model.seed is None else random.Random(model.seed)
 
     @property
@@ -132,7 +134,27 @@ class Engine(ABC):
     def abort(self, samples: Iterable[Sample]) -> None:
         """Forget those of the samples that are unfinished."""
         if dropped := [sample for sample in samples if self._unfinished.pop(sample.key, None)]:
+            for sample in dropped:
+                self._seen.pop(sample.key, None)
             self._drop(dropped)
+
+    def with_new_step(self, samples: Iterable[Sample]) -> list[Sample]:
+        """Those of the samples, unfinished or still to be added, that ended a step since they were last asked for."""
+        step_ids = frozenset(self.step_rule.step_ids) if self.step_rule else frozenset()
+        found = []
+        for sample in samples:
+            token_ids, seen = self.token_ids(sample), self._seen.get(sample.key, 0)
+            if len(token_ids) > seen:
+                self._seen[sample.key] = len(token_ids)
+                if not step_ids.isdisjoint(token_ids[seen:]):
+                    found.append(sample)
+        return found
+
+    def so_far(self, samples: Sequence[Sample]) -> list[Completion]:
+        """What unfinished samples have until now, scores included where they are to have any; the text is empty."""
+        found = [(sample, self._so_far(sample)) for sample in samples]
+        self._add_scores(found)
+        return [completion for _, completion in found]
 
     def has_unfinished(self) -> bool:
         """Whether `step` has work."""
@@ -205,6 +227,14 @@ class Engine(ABC):
         """Free what the engine holds; it cannot be used afterwards."""
 
     @abstractmethod
+    def token_ids(self, sample: Sample) -> Sequence[int]:
+        """The response tokens of an unfinished sample until now, not to be changed; none of one that was not added."""
+
+    @abstractmethod
+    def _so_far(self, sample: Sample) -> Completion:
+        """As `so_far`, of one sample; without scores where these take a second forward pass."""
+
+    @abstractmethod
     def _enqueue(self, sample: Sample) -> None:
         """Schedule a new sample; one with `return_scores` may come back with scores, or gets them by `score`."""
 
@@ -258,6 +288,7 @@ class Engine(ABC):
         finished = self._advance()
         for sample, _ in finished:
             del self._unfinished[sample.key]
+            self._seen.pop(sample.key, None)
         return finished
 
     def _add_scores(self, finished: Iterable[tuple[Sample, Completion]]) -> None:

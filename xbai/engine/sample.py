@@ -8,8 +8,9 @@ from typing import Literal
 
 from xbai.errors import UserError
 
-FinishReason = Literal["stop", "stop_token", "length"]
-"""End of sequence or turn, or a stop string; one of `stop_token_ids`; no room for more tokens."""
+FinishReason = Literal["stop", "stop_token", "length", "pruned", "not_begun"]
+"""End of sequence or turn, or a stop string; one of `stop_token_ids`; no room for more tokens. Of a budget (see
+`xbai.search.rule`): given up on the way; never begun."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Completion:
         log_probs: one a token; None where not asked for.
         step_scores: one a step; None where not asked for.
         step_ends: for each step score, how many tokens there are up to and including the step token: ascending.
+        discarded: tokens that were generated beyond these (of a pruned response).
     """
 
     token_ids: list[int]
@@ -73,6 +75,12 @@ class Completion:
     log_probs: list[float] | None = None
     step_scores: list[float] | None = None
     step_ends: list[int] | None = None
+    discarded: int = 0
+
+    @property
+    def generated(self) -> int:
+        """How many tokens it has cost."""
+        return len(self.token_ids) + self.discarded
 
     @property
     def step_log_probs(self) -> list[float] | None:

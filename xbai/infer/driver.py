@@ -16,7 +16,7 @@ from xbai.infer.options import RunOptions
 from xbai.infer.progress import Progress
 from xbai.infer.schedule import GenerationRequest, Schedule
 from xbai.infer.store import ResultStore
-from xbai.results.lines import REFUSED, Sample, SampleKey
+from xbai.results.lines import REFUSED, WITHOUT_SCORE, Sample, SampleKey
 from xbai.results.settings import request_seed
 from xbai.search.service_source import ServiceSource, StepServices
 from xbai.search.strategy import search_response
@@ -48,6 +48,7 @@ class Services:
         fused: the policy service returns the scores.
         log_probs: the policy service returns mean log-probs.
         names_prompt: the score service is told where the prompt ends.
+        budget: the field of that name of a `/generate` request; None where all responses are wanted.
     """
 
     policy: ServicePool
@@ -55,6 +56,7 @@ class Services:
     fused: bool
     log_probs: bool = False
     names_prompt: bool = True
+    budget: dict[str, Any] | None = None
 
 
 @dataclass
@@ -149,7 +151,7 @@ class Driver:
         self.store.add(*samples)
         for sample in samples:
             self.progress.generated(sample.token_count)
-            is_done = sample.score is not None or sample.finish_reason == REFUSED
+            is_done = sample.score is not None or sample.finish_reason in WITHOUT_SCORE
             if is_done or self.services.scorer is None:
                 self._complete(sample.key)
             else:
@@ -163,6 +165,7 @@ class Driver:
             **({} if seed is None else {"seed": seed}),
             **({"return_scores": True} if self.services.fused else {}),
             **({"return_log_probs": True} if self.services.log_probs else {}),
+            **({} if self.services.budget is None else {"budget": self.services.budget}),
             **self._sampling,
         }
 

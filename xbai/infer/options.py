@@ -10,7 +10,9 @@ import typer
 from xbai.api_key import ApiKeyOptions
 from xbai.client.replicas import RetryPolicy
 from xbai.errors import UserError
+from xbai.search.budget import parse_budget
 from xbai.search.options import SearchOptions
+from xbai.search.rule import Rule
 
 EFFORTS = {"low": 2, "medium": 8, "high": 32}
 """Candidates among which Best-of-N chooses."""
@@ -62,6 +64,8 @@ class RunOptions:
     score_source: str = "auto"
     """fused (with the responses), service, none, or auto: fused where they are the same, else the service."""
     search: SearchOptions = field(default_factory=SearchOptions)
+    budget: str | None = None
+    """Candidates only where they pay: stop:0.9/2, posterior:0.9/2, majority:0.9/4, prune:0.5@1,2, or prune+stop."""
     total_parts: Annotated[int, typer.Option(min=1)] = 1
     """Split the questions over processes."""
     part: Annotated[int, typer.Option(min=0)] = 0
@@ -90,7 +94,20 @@ class RunOptions:
             raise UserError(
                 f"--score_source none: --search {self.search.name} is guided by scores; use fused or service"
             )
+        self._check_budget()
         self._check_request()
+
+    @property
+    def rule(self) -> Rule | None:
+        """What `budget` names."""
+        return None if self.budget is None else parse_budget(self.budget)
+
+    @property
+    def request_size(self) -> int:
+        """Responses of a request."""
+        if self.search.is_step_search:
+            return 1
+        return self.response_num if self.budget is None else self.group_size
 
     @property
     def group_size(self) -> int:
@@ -121,10 +138,21 @@ class RunOptions:
         from xbai.serve.schemas import GenerateRequest
 
         try:
-            GenerateRequest(prefix_prompt="any", response_num=self.response_num, seed=self.seed, **self.sampling())
+            GenerateRequest(prefix_prompt="any", response_num=self.request_size, seed=self.seed, **self.sampling())
         except ValidationError as error:
             problem = error.errors()[-1]
             raise UserError(f"--{problem['loc'][0]} {problem['input']!r}: {problem['msg']}") from None
+
+    def _check_budget(self) -> None:
+        if self.rule is None:
+            return
+        if self.search.name != "best_of_n":
+            raise UserError(f"--budget {self.budget}: chooses itself, so leave out --search {self.search.name}")
+        if self.score_source in ("service", "none"):
+            raise UserError(
+                f"--budget {self.budget}: goes by scores that come with the responses, not --score_source "
+                f"{self.score_source}"
+            )
 
     def _check_branch(self) -> None:
         if self.search.is_step_search and (self.branch, self.effort) != (None, None):

@@ -14,11 +14,13 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xbai.benchmarks.base import Benchmark, Question
 from xbai.benchmarks.registry import get_benchmark
+from xbai.calibration import Calibration
 from xbai.client.pool import ServicePool, open_client
 from xbai.client.wire import ServedModel
 from xbai.engine.files import load_tokenizer
@@ -29,10 +31,11 @@ from xbai.infer.progress import Progress, Tally
 from xbai.infer.running_grades import RunningGrades
 from xbai.infer.schedule import GenerationRequest, Schedule, missing_requests
 from xbai.infer.store import ResultStore, check_result_file
-from xbai.model_identity import model_identity
+from xbai.model_identity import is_same_model, model_identity
 from xbai.prompts import prompt_text
 from xbai.results.lines import StoredQuestion
-from xbai.results.settings import RunSettings, digest_texts
+from xbai.results.run_budget import RunBudget
+from xbai.results.settings import RunSettings, check_calibration, digest_texts
 from xbai.search.service_source import StepServices
 from xbai.sprm import load_sprm_config
 
@@ -75,11 +78,14 @@ def run(options: RunOptions) -> Path:
         seed=options.seed,
         search=options.search.to_dict(),
     )
+    if (budget := run_budget(options, settings)) is not None:
+        settings = replace(settings, budget=budget.to_settings())
     ours = stored[: options.max_questions][options.part :: options.total_parts]
     with ResultStore(options.output_file, settings, ours) as store:
         logger.info("results will be in %s; until the run ends, in %s", store.path, store.journal_path)
         try:
-            failed = _run_until_interrupted(_run(options, api_key, ours, store, tokenizer, benchmark, questions))
+            asked = None if budget is None else budget.to_request(benchmark.data_source)
+            failed = _run_until_interrupted(_run(options, api_key, ours, store, tokenizer, benchmark, questions, asked))
         except ExceptionGroup as group:
             raise first_error(group) from group
         except KeyboardInterrupt:
@@ -132,10 +138,10 @@ async def _run(
     tokenizer: PreTrainedTokenizerBase,
     benchmark: Benchmark,
     questions: Mapping[int, Question],
+    budget: dict[str, Any] | None,
 ) -> int:
     """Do what is missing of the `stored` questions; returns on how many samples the services failed each time."""
-    response_num = 1 if options.search.is_step_search else options.response_num
-    requests = list(missing_requests(stored, store, options.candidates, response_num))
+    requests = list(missing_requests(stored, store, options.candidates, options.request_size))
     total = len(store) + sum(len(request.missing) for request in requests)
     if len(store):
         logger.info("%d of %d samples are there already", len(store), total)
@@ -145,7 +151,7 @@ async def _run(
         _synced(store),
         RunningGrades(benchmark, questions, store, tally) as grades,
     ):
-        services = await _services(options, store, client, requests)
+        services = await _services(options, store, client, requests, budget)
         done = store.complete() + (store.unscored() if services.scorer is None else [])
         for key in done if requests else ():
             grades.add(key)
@@ -160,7 +166,11 @@ async def _run(
 
 
 async def _services(
-    options: RunOptions, store: ResultStore, client: httpx.AsyncClient, requests: Sequence[GenerationRequest]
+    options: RunOptions,
+    store: ResultStore,
+    client: httpx.AsyncClient,
+    requests: Sequence[GenerationRequest],
+    budget: dict[str, Any] | None,
 ) -> Services:
     """What is asked, once it is sure that it serves the models that made what is there."""
     policy = ServicePool(options.response_api_url, "/generate", client, options.retry, options.max_in_flight)
@@ -175,6 +185,8 @@ async def _services(
         scorer_model = await scorer.served_model(f"--score_api_url {options.score_api_url}")
         _say_what_is_not_known("--score_api_url", scorer_model, {})
     fused = policy_model is not None and use_fused_scores(options, policy_model, scorer_model)
+    if budget is not None and policy_model is not None:
+        _check_budget(options, budget, fused, policy_model)
     for model in (policy_model if fused else None, scorer_model):
         if model is not None:
             store.record(scorer=model.identity, lang=model.lang)
@@ -184,7 +196,17 @@ async def _services(
         fused,
         log_probs=policy_model is not None and policy_model.log_probs,
         names_prompt=scorer_model is not None and scorer_model.is_ours,
+        budget=budget,
     )
+
+
+def _check_budget(options: RunOptions, budget: dict[str, Any], fused: bool, policy: ServedModel) -> None:
+    place = f"--budget {options.budget}: --response_api_url {options.response_api_url}"
+    if not fused:
+        raise UserError(f"{place} does not return the scores of --score_api_url, and a budget goes by its own")
+    ours = model_identity(options.model_dir)
+    if budget["chance"] and not (policy.identity and is_same_model(policy.identity, ours)):
+        raise UserError(f"{place} serves {policy.identity}, but the calibration is that of {ours}")
 
 
 def _step_services(options: RunOptions, services: Services, tokenizer: PreTrainedTokenizerBase) -> StepServices:
@@ -201,6 +223,22 @@ def _say_what_is_not_known(option: str, model: ServedModel, sampling: Mapping[st
             option,
             f"; it may know nothing of {ignored}" if ignored else "",
         )
+
+
+def run_budget(options: RunOptions, settings: RunSettings) -> RunBudget | None:
+    """The budget that is asked for, with the calibration that lies beside the model.
+
+    Raises:
+        UserError: there is none, or it is of another model or temperature.
+    """
+    if (rule := options.rule) is None:
+        return None
+    if not rule.needs_chance:
+        return RunBudget(rule, options.group_size)
+    calibration = Calibration.read(options.model_dir)
+    made = {**settings.to_dict(), "policy": settings.model, "scorer": settings.model}
+    check_calibration(calibration, made, f"--budget {rule}")
+    return RunBudget(rule, options.group_size, calibration.chance)
 
 
 @asynccontextmanager

@@ -13,7 +13,7 @@ from xbai.errors import UserError, first_error
 from xbai.grading import GraderPool
 from xbai.infer.progress import Tally
 from xbai.infer.store import ResultStore
-from xbai.results.lines import SampleKey
+from xbai.results.lines import NOT_BEGUN, PRUNED, SampleKey
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,10 @@ class RunningGrades:
         while True:
             key = await self._waiting.get()
             sample = self.store.get(key)
+            if sample.finish_reason in (PRUNED, NOT_BEGUN):
+                self.tally.add(key, None, None)
+                self._waiting.task_done()
+                continue
             request = self.benchmark.grade_request(self.questions[key[0]], sample.response)
             grade = await asyncio.wrap_future(self._pool.submit(request))
             self.tally.add(key, sample.score, grade.value)

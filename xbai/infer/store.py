@@ -19,7 +19,15 @@ from typing import Any
 from xbai.errors import UserError
 from xbai.files import atomic_write, check_writable, is_replaced
 from xbai.infer.journal import Journal, JournalLine, Place
-from xbai.results.lines import JOURNAL_SUFFIX, REFUSED, ResultLine, Sample, SampleKey, StoredQuestion, read_result_lines
+from xbai.results.lines import (
+    JOURNAL_SUFFIX,
+    WITHOUT_SCORE,
+    ResultLine,
+    Sample,
+    SampleKey,
+    StoredQuestion,
+    read_result_lines,
+)
 from xbai.results.response_choice import Choose, response_choice
 from xbai.results.settings import RunSettings
 
@@ -89,11 +97,11 @@ class ResultStore:
             self._append_settings()
 
     def unscored(self) -> list[SampleKey]:
-        """Samples without a score, whether it never came or failed in an earlier run; refused ones have none."""
+        """Samples whose score never came, or failed in an earlier run."""
         return sorted(key for key, (score, _) in self._scores.items() if score is None)
 
     def complete(self) -> list[SampleKey]:
-        """Samples that have all they will get: a score, or a refusal."""
+        """Samples that have all they will get: a score, or a reason to have none."""
         return sorted(key for key in self._places if self._scores.get(key, (0.0,))[0] is not None)
 
     def add(self, *samples: Sample) -> None:
@@ -150,7 +158,7 @@ class ResultStore:
 
     def _remember(self, sample: Sample, place: Place) -> None:
         self._places[sample.key] = place
-        if sample.finish_reason != REFUSED:
+        if sample.finish_reason not in WITHOUT_SCORE:
             self._scores[sample.key] = sample.score, sample.step_scores
 
     def _append_settings(self) -> None:

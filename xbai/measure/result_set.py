@@ -38,20 +38,25 @@ def _unfinished_hint(pattern: str) -> str:
     return f"; {journal} is an unfinished run, run the same inference again to finish it" if journal.exists() else ""
 
 
-def read_lines(paths: Sequence[Path], task: str | None = None) -> list[ResultLine]:
+def read_lines(paths: Sequence[Path], task: str | None = None, with_budget: bool = False) -> list[ResultLine]:
     """All result lines of files that belong together, those without any candidate too.
 
     Files of one run in parts, or of several runs that differ in nothing but the seed, belong together; and files that
     all do not say how they were made.
 
+    Args:
+        with_budget: take those of which a rule chose how many candidates there are: then their number says something
+            of the question, and statistics over candidates mean something else.
+
     Raises:
-        UserError: a file is not a result file, holds a sample of another one again, was made with other settings or
-            for another task, or does not say how it was made while another does; or there is no candidate at all.
+        UserError: a file is not a result file, was sampled with a budget, holds a sample of another one again, was made
+            with other settings or for another task, or does not say how it was made while another does; or there is no
+            candidate at all.
     """
     found = [(path, line) for path in paths for line in read_result_lines(path)]
     if not any(line.samples for _, line in found):
         raise UserError(f"{', '.join(map(str, paths))}: no candidates to measure")
-    _check_settings(found, task)
+    _check_settings(found, task, with_budget)
     _check_repeated(found)
     for path in paths:
         journal = path.with_name(path.name + JOURNAL_SUFFIX)
@@ -60,7 +65,7 @@ def read_lines(paths: Sequence[Path], task: str | None = None) -> list[ResultLin
     return [line for _, line in found]
 
 
-def _check_settings(found: Sequence[tuple[Path, ResultLine]], task: str | None) -> None:
+def _check_settings(found: Sequence[tuple[Path, ResultLine]], task: str | None, with_budget: bool) -> None:
     told = [(path, line.settings) for path, line in found if line.settings is not None]
     untold = [path for path, line in found if line.settings is None]
     if told and untold:
@@ -70,6 +75,10 @@ def _check_settings(found: Sequence[tuple[Path, ResultLine]], task: str | None) 
             "measure each alone"
         )
     for path, settings in told:
+        if settings.get("budget") and not with_budget:
+            raise UserError(
+                f"{path}: sampled with --budget {settings['budget']['rule']}; only xbai metric measures that"
+            )
         first_path, first = told[0]
         if task is not None and settings.get("task", task) != task:
             raise UserError(f"{path}: made for --task {settings['task']}, not {task}")

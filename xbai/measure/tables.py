@@ -101,7 +101,7 @@ def report_grids(reports: Mapping[str, Report]) -> list[Grid]:
 def accuracy_grid(reports: Mapping[str, Report]) -> Grid:
     """Accuracy (with its standard error over questions) of each way of choosing at each N."""
     curves = {name: report.curves for name, report in reports.items()}
-    return _curves_grid("Accuracy in % ± standard error over questions", curves, STRATEGY_NAMES, _percent)
+    return _curves_grid("Accuracy in % ± standard error over questions", curves, STRATEGY_NAMES, percent)
 
 
 def differences_grid(reports: Mapping[str, Report]) -> Grid:
@@ -109,7 +109,7 @@ def differences_grid(reports: Mapping[str, Report]) -> Grid:
     title = "Differences of ways to choose in points ± standard error, paired by question"
     differences = {name: report.differences for name, report in reports.items()}
     names = {name: _difference_name(name) for curves in differences.values() for name in curves}
-    return _curves_grid(title, differences, names, _points)
+    return _curves_grid(title, differences, names, points)
 
 
 def _difference_name(name: str) -> str:
@@ -158,7 +158,7 @@ def _quarter_rows(quarters: Sequence[LengthQuarter]) -> list[list[str]]:
         ["tokens", *(f"{quarter.low:,.0f} to {quarter.high:,.0f}" for quarter in quarters)],
         ["questions", *(f"{quarter.questions:,}" for quarter in quarters)],
         *(
-            [STRATEGY_NAMES[name], *(_percent(quarter.accuracies[name]) for quarter in quarters)]
+            [STRATEGY_NAMES[name], *(percent(quarter.accuracies[name]) for quarter in quarters)]
             for name in quarters[0].accuracies
         ),
     ]
@@ -180,7 +180,7 @@ def comparison_grid(comparison: Comparison, name: str, base: str) -> Grid:
     unpaired = f", {comparison.unpaired:,} unpaired" if comparison.unpaired else ""
     other = f"; other {', '.join(comparison.differing_settings)}" if comparison.differing_settings else ""
     title = f"{name} less {base}, in points ± standard error of the difference ({paired}{unpaired}){other}"
-    return _curves_grid(title, {name: comparison.curves}, STRATEGY_NAMES, _points)
+    return _curves_grid(title, {name: comparison.curves}, STRATEGY_NAMES, points)
 
 
 def _curves_grid(
@@ -232,13 +232,15 @@ def _search(report: Report) -> str:
     return f"{name} ({details})" if details else name
 
 
-def _percent(estimate: Estimate) -> str:
+def percent(estimate: Estimate) -> str:
+    """A share with its standard error, in percent."""
     error = "" if np.isnan(estimate.standard_error) else f" ±{100 * estimate.standard_error:.1f}"
     return f"{100 * estimate.mean:.1f}{error}"
 
 
-def _points(estimate: Estimate) -> str:
-    return f"{'+' if estimate.mean >= 0 else ''}{_percent(estimate)}"
+def points(estimate: Estimate) -> str:
+    """A difference of shares with its sign and standard error, in points."""
+    return f"{'+' if estimate.mean >= 0 else ''}{percent(estimate)}"
 
 
 def fraction(estimate: Estimate) -> str:

@@ -14,6 +14,10 @@ from xbai.search.choice import best_candidate
 T = TypeVar("T")
 
 REFUSED = "refused"
+PRUNED, NOT_BEGUN = "pruned", "not_begun"
+"""Of a run with a budget (see `xbai.search.rule`): given up on the way; never begun."""
+WITHOUT_SCORE = (REFUSED, PRUNED, NOT_BEGUN)
+"""Finish reasons of samples that are complete without one."""
 JOURNAL_SUFFIX = ".journal"
 """Of the file beside it that holds the samples of an unfinished run."""
 
@@ -52,9 +56,10 @@ class Sample:
     Attributes:
         question: index of the question; None in files that do not number theirs.
         sample: index among the samples of the question.
-        response: the text; empty where the service refused.
-        finish_reason: `stop`, `length`, or `refused`.
-        token_count: generated tokens, of a search all that it generated; None when the service does not say.
+        response: the text; empty where the service refused, up to the step after which it was pruned.
+        finish_reason: `stop`, `length`, or one of `WITHOUT_SCORE`.
+        token_count: generated tokens, of a search all that it generated, of a pruned one those that came too late to be
+            in the text too; None when the service does not say.
         seconds: how long its request took.
         score: trajectory score; None when it is not known (yet).
         step_scores: scores of its steps; None when not known.

@@ -33,6 +33,8 @@ class RunSettings:
         search: the search's name and settings.
         policy, scorer: identities of the models that generated and that scored; None where not known, or none did.
         lang: the rule by which the scorer finds steps.
+        budget: the `rule` that says how many candidates are sampled and how far, of how many `candidates` at most, and
+            the `chance` of a score that it goes by; None where all are.
     """
 
     task: str
@@ -49,6 +51,7 @@ class RunSettings:
     policy: str | None = None
     scorer: str | None = None
     lang: str | None = None
+    budget: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, as it stands in result files."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -56,12 +56,17 @@ class FairQueue(Generic[Item]):
             self._clients.pop(client, None)
 
 
+Prune = Callable[[Engine, Mapping[Sample, Completion]], Mapping[Sample, Completion]]
+"""Engine and finished samples of a request -> those that are given up, with what is left of each."""
+
+
 @dataclass(eq=False)
 class _Request:
-    """Somebody waits for the completions of all `samples`."""
+    """Somebody waits for the completions of all `samples`, of which `prune` may give up some after each step."""
 
     client: str
     samples: list[Sample]
+    prune: Prune | None = None
     completions: dict[Sample, Completion] = field(default_factory=dict)
     future: Future[list[Completion]] = field(default_factory=Future)
 
@@ -85,19 +90,28 @@ class EngineThread(ModelThread[Engine]):
         self.queue: FairQueue[tuple[_Request, Sample]] = FairQueue()
         self.begun: dict[Sample, _Request] = {}
 
-    async def generate(
-        self, prompt_ids: list[int], params: SamplingParams, return_scores: bool = False, client: str = ""
-    ) -> list[Completion]:
-        """Sample `params.n` responses. Cancelling the awaiting task aborts the work. `client` is whose turn it takes.
+    def samples(self, prompt_ids: list[int], params: SamplingParams, return_scores: bool = False) -> list[Sample]:
+        """The `params.n` samples of a request.
 
         Raises:
             ServiceError: 503 when the engine is not, or no longer, at work; 413 or 422 when it refuses the request.
         """
         try:
-            samples = self.model.samples(prompt_ids, params, return_scores)
+            return self.model.samples(prompt_ids, params, return_scores)
         except UserError as error:
             raise ServiceError(413 if isinstance(error, PromptTooLong) else 422, str(error)) from None
-        request = _Request(client, samples)
+
+    async def complete(self, samples: list[Sample], client: str = "", prune: Prune | None = None) -> list[Completion]:
+        """The completions of the samples. Cancelling the awaiting task aborts the work.
+
+        Args:
+            client: whose turn it takes.
+            prune: asked on this thread, after every step of the engine.
+
+        Raises:
+            ServiceError: 503 when the engine is not, or no longer, at work; 422 when it refuses a sample.
+        """
+        request = _Request(client, samples, prune)
         with self._changed:
             self._expect(request.future)
             self.queue.put(client, request, ((request, sample) for sample in samples))
@@ -121,9 +135,17 @@ class EngineThread(ModelThread[Engine]):
         self._fill(model)
         if not self.begun:
             return
+        pruning = {request: request.prune for request in self.begun.values() if request.prune is not None}
+        advanced = dict.fromkeys(pruning)
         for sample, completion in model.step():
             request = self.begun.pop(sample)
             request.completions[sample] = completion
+            advanced[request] = None
+        for request, prune in pruning.items():
+            pruned = prune(model, request.completions)
+            model.abort(sample for sample in pruned if self.begun.pop(sample, None) is not None)
+            request.completions |= pruned
+        for request in advanced:
             if len(request.completions) == len(request.samples):
                 self._answer(request.future, [request.completions[sample] for sample in request.samples])
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from fastapi import FastAPI, Request
 
 from xbai.aggregation import aggregate
+from xbai.calibration import ScoreChance
 from xbai.engine import Completion, SamplingParams, load_engine
 from xbai.engine.files import check_model_folder
 from xbai.engine.tensor_parallel import check_tensor_parallel_size, visible_gpus_that_share
 from xbai.errors import UserError
 from xbai.serve.app import Service
+from xbai.serve.budgeted import chance_beside, complete_budgeted
 from xbai.serve.engine_thread import EngineThread
 from xbai.serve.errors import ServiceError
 from xbai.serve.limits import Limits
@@ -52,34 +54,42 @@ def create_policy_app(thread: EngineThread, model_name: str, limits: Limits) -> 
     service.metrics.watch("xbai_engine_samples_waiting", "Samples before the engine", lambda: len(thread.queue))
     service.metrics.watch("xbai_engine_samples_begun", "Samples in the engine", lambda: len(thread.begun))
 
+    own_chance = chance_beside(model_name)
+
     # The README of XBai o4 gives its client this path of the policy service.
     @service.app.post("/score", **service.route(), response_model_exclude_none=True, include_in_schema=False)
     @service.app.post("/generate", **service.route(), response_model_exclude_none=True)
     async def generate(body: GenerateRequest, request: Request) -> GenerateResponse:
         """Sample `response_num` responses to a prompt."""
         with service.admission.admit(body.response_num):
-            return await service.answer(request, _generate(service, thread, body, request))
+            return await service.answer(request, _generate(service, thread, body, request, own_chance))
 
     return service.app
 
 
 async def _generate(
-    service: Service, thread: EngineThread, body: GenerateRequest, request: Request
+    service: Service, thread: EngineThread, body: GenerateRequest, request: Request, own_chance: ScoreChance | None
 ) -> GenerateResponse:
-    if body.return_scores and thread.model.step_rule is None:
-        raise ServiceError(422, "return_scores: this model has no score head")
+    for field in ("return_scores", "budget"):
+        if getattr(body, field) and thread.model.step_rule is None:
+            raise ServiceError(422, f"{field}: this model has no score head")
     (prompt_ids,) = await service.encode(body.prefix_prompt)
     if len(prompt_ids) >= (most := thread.model.max_model_len):
         raise ServiceError(413, f"prefix_prompt: {len(prompt_ids)} tokens leave no room in the model's {most}")
     client = request.client.host if request.client else ""
-    completions = await thread.generate(prompt_ids, _sampling_params(body), body.return_scores, client)
+    samples = thread.samples(prompt_ids, _sampling_params(body), body.return_scores or body.budget is not None)
+    if body.budget is None:
+        completions = await thread.complete(samples, client)
+    else:
+        completions = await complete_budgeted(thread, samples, body.budget, own_chance, client)
     response = _response(completions, body.return_scores, body.return_log_probs)
     generated = sum(response.token_counts)
     request.state.log |= {"responses": body.response_num, "prompt_tokens": len(prompt_ids), "tokens": generated}
     service.metrics.prompt_tokens.inc(len(prompt_ids))
     service.metrics.generated_tokens.inc(generated)
     for score in response.scores or ():
-        service.metrics.scores.observe(score)
+        if score is not None:
+            service.metrics.scores.observe(score)
     for reason in response.finish_reasons:
         service.metrics.responses.labels(reason).inc()
     return response
@@ -105,8 +115,8 @@ def _response(completions: list[Completion], return_scores: bool, return_log_pro
     return GenerateResponse(
         results=[completion.text for completion in completions],
         finish_reasons=[completion.finish_reason for completion in completions],
-        token_counts=[len(completion.token_ids) for completion in completions],
-        scores=None if step_scores is None else [aggregate(scores) for scores in step_scores],
+        token_counts=[completion.generated for completion in completions],
+        scores=[_score(completion) for completion in completions] if return_scores else None,
         step_scores=step_scores,
         mean_log_probs=[_mean(completion.log_probs) for completion in completions] if return_log_probs else None,
         step_ends=[completion.step_ends or [] for completion in completions] if return_scores else None,
@@ -116,6 +126,11 @@ def _response(completions: list[Completion], return_scores: bool, return_log_pro
             else None
         ),
     )
+
+
+def _score(completion: Completion) -> float | None:
+    is_whole = completion.finish_reason not in ("pruned", "not_begun")
+    return aggregate(completion.step_scores or []) if is_whole else None
 
 
 def _mean(log_probs: list[float] | None) -> float | None:

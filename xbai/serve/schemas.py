@@ -6,6 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from xbai.errors import UserError
+from xbai.search.budget import parse_budget
+
 MAX_RESPONSES = 1024
 MAX_BATCH_TEXTS = 1024
 MAX_STOP_TOKENS = 4096
@@ -29,6 +32,30 @@ class WireModel(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
 
+def _budget_rule(text: str) -> str:
+    try:
+        return str(parse_budget(text))
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
+class Chance(WireModel):
+    """The calibrated probability that a response is right: sigmoid(slope * log-odds of its score + intercept)."""
+
+    slope: float = Field(gt=0)
+    intercept: float
+
+
+class Budget(WireModel):
+    """Which of `response_num` responses are sampled, and how far; see docs/evaluation.md."""
+
+    rule: Annotated[str, Field(max_length=256), AfterValidator(_budget_rule)] = Field(
+        description="stop:0.9/2, posterior:0.9/2, majority:0.9/2, prune:0.5@1,2,3 or prune:0.5@1,2,3+stop:0.9/8"
+    )
+    chance: Chance | None = Field(None, description="By default that of the calibration beside the model.")
+    data_source: str | None = Field(None, max_length=256, description="How answers are compared, where a rule does.")
+
+
 class GenerateRequest(WireModel):
     """Body of `POST /generate`."""
 
@@ -48,6 +75,7 @@ class GenerateRequest(WireModel):
     top_p: float = Field(0.95, gt=0, le=1)
     top_k: int = Field(-1, ge=-1, le=2**31 - 1, description="-1 or 0: no limit.")
     repetition_penalty: float = Field(1.05, ge=0.01, le=10)
+    budget: Budget | None = Field(None, description="Not all of the responses, but those that a rule wants.")
     return_scores: bool = Field(False, description="Also return trajectory and step scores, and where steps end.")
     return_log_probs: bool = Field(False, description="Also return mean log-probs; with scores also those of steps.")
 
@@ -64,12 +92,15 @@ class GenerateResponse(WireModel):
     A mean log-prob is over the generated tokens, each under softmax(logits / temperature), before penalties, top-k and
     top-p; null for a response without a token. `step_ends` counts the tokens up to and including the one that ends a
     step, for each of `step_scores`. `step_log_probs` are sums of log-probs: of each step, and of what follows the last.
+
+    With a budget, `finish_reasons` has `pruned`, a response that was given up and is told up to the step that decided
+    it, and `not_begun`; neither has a score. `token_counts` are of all that was generated.
     """
 
     results: list[str]
     finish_reasons: list[str]
     token_counts: list[int]
-    scores: list[float] | None = None
+    scores: list[float | None] | None = None
     step_scores: list[list[float]] | None = None
     mean_log_probs: list[float | None] | None = None
     step_ends: list[list[int]] | None = None

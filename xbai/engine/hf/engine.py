@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -70,6 +70,17 @@ class HFEngine(Engine):
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def token_ids(self, sample: Sample) -> Sequence[int]:
+        """See `Engine`."""
+        row = self._batch.row_of.get(sample) if self._batch is not None else None
+        return row.token_ids if row is not None else ()
+
+    def _so_far(self, sample: Sample) -> Completion:
+        row = self._batch.row_of.get(sample) if self._batch is not None else None
+        row = _Row(sample, self.detokenize) if row is None else row
+        log_probs = list(row.log_probs) if sample.params.log_probs else None
+        return Completion(list(row.token_ids), "", "pruned", log_probs)
+
     def _enqueue(self, sample: Sample) -> None:
         self._queue.append(sample)
 
@@ -124,6 +135,7 @@ class _Batch:
     def __init__(self, model: PreTrainedModel, rows: list[_Row], sampler: BatchSampler, device: torch.device) -> None:
         self._model = model
         self._rows = rows
+        self.row_of = {row.sample: row for row in rows}
         self._sampler = sampler
         self._cache = DynamicCache(config=model.config)
         align = partial(pad_sequence, batch_first=True, padding_side="left")

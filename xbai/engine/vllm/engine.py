@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -74,6 +75,8 @@ class VLLMEngine(Engine):
         # All of vLLM's models hand their LM head to the layer that reads this.
         arguments["hf_overrides"] = {"head_dtype": dtype_name(self._logits_dtype), **arguments.get("hf_overrides", {})}
         self._weights_have_changed = False
+        # vLLM's, of samples that have columns; it forgets one when it has ended.
+        self._states: WeakValueDictionary[Sample, Any] = WeakValueDictionary()
         self._on_cpu = not torch.cuda.is_available()
         self._owns_process_group = not torch.distributed.is_initialized()
         arguments |= {
@@ -180,7 +183,7 @@ class VLLMEngine(Engine):
         except (ValueError, VLLMValidationError) as error:
             raise UserError(f"vLLM refuses the request: {error}") from error
         if columns := self._columns(sample):
-            state = self._llm.output_processor.request_states[request_id]
+            state = self._states[sample] = self._llm.output_processor.request_states[request_id]
             state.logprobs_processor = ColumnReader(columns)
 
     def _drop(self, samples: list[Sample]) -> None:
@@ -193,6 +196,17 @@ class VLLMEngine(Engine):
             self.cached_prompt_tokens += output.num_cached_tokens or 0
         return [self._finish(self._unfinished[output.request_id], output.outputs[0]) for output in finished]
 
+    def token_ids(self, sample: Sample) -> Sequence[int]:
+        """See `Engine`; only of samples that return scores or log-probs."""
+        state = self._states.get(sample)
+        return () if state is None else state.detokenizer.output_token_ids
+
+    def _so_far(self, sample: Sample) -> Completion:
+        completion = Completion(list(self.token_ids(sample)), "", "pruned")
+        if (state := self._states.get(sample)) is not None:
+            self._read_columns(sample, completion, state.logprobs_processor.logprobs)
+        return completion
+
     def _finish(self, sample: Sample, output: Any) -> tuple[Sample, Completion]:
         token_ids = list(output.token_ids)
         completion = Completion(token_ids, self._response_text(sample, token_ids), output.finish_reason)
@@ -200,16 +214,19 @@ class VLLMEngine(Engine):
             # vLLM does not look for stop strings in the text of the token.
             is_cut = completion.text != self.detokenize(token_ids)
             completion.finish_reason = "stop" if is_cut else "stop_token"
-        if columns := self._columns(sample):
-            values = output.logprobs
-            if sample.params.log_probs:
-                completion.log_probs = values[LOG_PROB::columns]
-            if self._fused_head is not None and sample.return_scores:
-                rule = self._fused_head.sprm_config.step_rule
-                completion.step_scores, completion.step_ends = step_scores(
-                    sample.prompt_ids, token_ids, values[STEP_LOGIT::columns], rule
-                )
+        self._read_columns(sample, completion, output.logprobs)
         return sample, completion
+
+    def _read_columns(self, sample: Sample, completion: Completion, values: Any) -> None:
+        if not (columns := self._columns(sample)):
+            return
+        if sample.params.log_probs:
+            completion.log_probs = values[LOG_PROB::columns]
+        if self._fused_head is not None and sample.return_scores:
+            rule = self._fused_head.sprm_config.step_rule
+            completion.step_scores, completion.step_ends = step_scores(
+                sample.prompt_ids, completion.token_ids, values[STEP_LOGIT::columns], rule
+            )
 
     def _columns(self, sample: Sample) -> int:
         """How many of the sampler's columns a sample needs, one after the other for each token."""
