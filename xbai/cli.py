@@ -1,4 +1,4 @@
-"""The command line: `xbai serve-policy | serve-score | infer | metric | calibrate | plot | summary | features`.
+"""The command line: `xbai serve-policy | serve-score | infer | metric | calibrate | replay | plot | summary ...`.
 
 The scripts under `test/` are these commands under the names that users of XBai o4 know.
 """
@@ -17,7 +17,7 @@ import typer
 from xbai.errors import UserError, exit_on_user_error
 from xbai.infer.options import RunOptions
 from xbai.logs import configure_logging
-from xbai.measure.options import CalibrateOptions, FeatureFilesOptions, MetricOptions, SummaryOptions
+from xbai.measure.options import CalibrateOptions, FeatureFilesOptions, MetricOptions, ReplayOptions, SummaryOptions
 from xbai.options import OptionsT, command_of
 from xbai.serve.options import PolicyOptions, ScoreOptions
 
@@ -105,6 +105,14 @@ def calibrate(options: CalibrateOptions) -> None:
     from xbai.measure.calibrate import run_calibrate
 
     run_calibrate(options)
+
+
+@_command("replay", ReplayOptions)
+def replay(options: ReplayOptions) -> None:
+    """Find out on stored samples which budget is as good as Best-of-N for fewer tokens."""
+    from xbai.measure.replay_command import run_replay
+
+    run_replay(options)
 
 
 @app.command("plot", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

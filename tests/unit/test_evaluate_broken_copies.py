@@ -46,6 +46,11 @@ GENERATED = NOT_JSON_OBJECTS | {
     "half a pair": b'{"results": ["from the broken copy \\ud800", "b", "c", "d"]}',
     "half a pair in bytes": b'{"results": ["from the broken copy \xed\xa0\x80", "b", "c", "d"]}',
     "a log-prob that is NaN": b'{"results": ["a", "b", "c", "d"], "mean_log_probs": [NaN, 0, 0, 0]}',
+    "a short column": b'{"results": ["a", "b", "c", "d"], "token_counts": [1]}',
+    "texts for counts": b'{"results": ["a", "b", "c", "d"], "token_counts": ["1", "1", "1", "1"]}',
+    "half a pair for a reason": b'{"results": ["a", "b", "c", "d"], "finish_reasons": ["\\udfff", "", "", ""]}',
+}
+OF_OTHER_STEPS = {
     **{
         f"ends of steps, {ends}": f'{{"results": ["a", "b", "c", "d"], "token_counts": [9, 9, 9, 9], '
         f'"step_scores": [[], [0.5, 0.5], [], []], "step_ends": [[], {ends}, [], []]}}'.encode()
@@ -53,9 +58,6 @@ GENERATED = NOT_JSON_OBJECTS | {
     },
     "log-probs of other steps": b'{"results": ["a", "b", "c", "d"], "step_ends": [[2], [], [], []], '
     b'"step_log_probs": [[-1.0], [], [], []]}',
-    "a short column": b'{"results": ["a", "b", "c", "d"], "token_counts": [1]}',
-    "texts for counts": b'{"results": ["a", "b", "c", "d"], "token_counts": ["1", "1", "1", "1"]}',
-    "half a pair for a reason": b'{"results": ["a", "b", "c", "d"], "finish_reasons": ["\\udfff", "", "", ""]}',
 }
 SCORES = NOT_JSON_OBJECTS | {
     "other fields": b'{"score": 0.666}',
@@ -129,12 +131,12 @@ def infer(serve_app: Callable[[FastAPI], str], tiny_model_dir: Path, tmp_path: P
     [
         *(
             (lambda body: read_responses(body, SAMPLES, "finish_reasons", "token_counts"), body)
-            for body in GENERATED.values()
+            for body in (GENERATED | OF_OTHER_STEPS).values()
         ),
         *((read_score, body) for body in SCORES.values()),
         *((lambda body: read_answer(ReadyAnswer, body), body) for body in READY.values()),
     ],
-    ids=[*GENERATED, *SCORES, *READY],
+    ids=[*GENERATED, *OF_OTHER_STEPS, *SCORES, *READY],
 )
 def test_what_is_no_answer_is_said_shortly_in_one_line(read: Callable[[bytes], object], body: bytes) -> None:
     with pytest.raises(BrokenAnswerError) as caught:

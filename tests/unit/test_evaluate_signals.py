@@ -194,12 +194,8 @@ def test_length_quarters_are_of_questions_and_have_their_accuracies(questions: l
     assert section[1] == ["", "questions", "5", "5", "5", "5"]
     assert measure([unknown]).by_question_length == []
     same = [replace(question, token_counts=[7] * 12) for question in questions]
-    (only,) = measure([*same, question_without_candidates(same[0])]).by_question_length
+    (only,) = measure([*same, same[0].only(np.zeros(12, dtype=bool))]).by_question_length
     assert (only.low, only.high, only.questions) == (7.0, 7.0, 20)
-
-
-def question_without_candidates(question: GradedQuestion) -> GradedQuestion:
-    return question.only(np.zeros(12, dtype=bool))
 
 
 def test_the_auc_within_a_prompt_comes_first_everywhere(questions: list[GradedQuestion]) -> None:

@@ -1,6 +1,6 @@
 """How sure a model was of stretches of a response, by the log-probs of its steps.
 
-After DeepConf (arXiv 2508.15260, section 3.1), whose token confidence takes the most likely tokens' log-probs; here a
+After DeepConf (arXiv 2508.15260), whose token confidence takes the most likely tokens' log-probs; here a
 token's is that of the token which was sampled, and stretches begin and end where steps do. Throughout, `step_log_probs`
 [K + 1] are sums of log-probs: of each of K steps, and of what follows the last one; `step_ends` [K] are the numbers of
 tokens up to and including each step's last, ascending; `tokens` is the length of the response.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 WINDOW_TOKENS = 64
-"""Fewest tokens of a stretch: some steps. DeepConf takes 1,024 or 2,048 of responses of tens of thousands."""
+"""Fewest tokens of a stretch: some steps."""
 
 
 def lowest_window(

@@ -36,8 +36,8 @@ class LengthQuarter:
 def length_quarters(questions: Sequence[GradedQuestion], found: Accuracies) -> list[LengthQuarter]:
     """Quarters, shortest first: fewer where many questions are of one length, none where no length is known.
 
-    Lengths differ more between questions than within them, and an accuracy needs whole questions: so questions are put
-    into quarters, not responses. Those without a candidate whose tokens are known are in none.
+    Questions are put into quarters, not responses, since a choice is among all responses to a question. Those without a
+    candidate whose tokens are known are in none.
 
     Args:
         questions: those that count.

@@ -11,13 +11,16 @@ from typing import Any
 import typer
 
 from xbai.calibration import Calibration
+from xbai.errors import UserError
 from xbai.files import atomic_write, check_writable
+from xbai.measure.budget_report import budget_of_files, report_budget
 from xbai.measure.figure import check_figure
 from xbai.measure.graded import GradedQuestion
 from xbai.measure.metrics import compare, json_ready, repeated_accuracy, report_files
 from xbai.measure.options import MetricOptions
 from xbai.measure.plots import plot_results
 from xbai.measure.tables import STRATEGY_NAMES, Grid, comparison_grid, report_grids, show
+from xbai.results.run_budget import RunBudget
 from xbai.results.settings import choice_of
 
 TERMINAL = Path("-")
@@ -55,9 +58,10 @@ def run_metric(options: MetricOptions) -> None:
     """
     if options.plot_path is not None:
         check_figure(options.plot_path)
-    for path in (options.json_path, options.markdown_path):
-        if path not in (None, TERMINAL):
-            check_writable(path)
+    check_outputs(options.json_path, options.markdown_path)
+    if (budget := budget_of_files(options.patterns)) is not None:
+        _run_with_budget(options, budget)
+        return
     calibration = None if options.calibration is None else Calibration.read(options.calibration)
     report, questions = report_files(options.task, options.patterns, calibration)
     repeated = RepeatedTest.of(questions, choice_of(report.settings), options.n)
@@ -75,10 +79,30 @@ def run_metric(options: MetricOptions) -> None:
     if TERMINAL not in (options.json_path, options.markdown_path):
         typer.echo("\n".join(repeated.lines))
         show(grids)
-    _write(options.json_path, json.dumps(json_ready(values), indent=2))
-    _write(options.markdown_path, "\n".join(["  \n".join(repeated.lines) + "\n", *map(Grid.to_markdown, grids)]))
+    write_output(options.json_path, json.dumps(json_ready(values), indent=2))
+    write_output(options.markdown_path, "\n".join(["  \n".join(repeated.lines) + "\n", *map(Grid.to_markdown, grids)]))
     if options.plot_path is not None:
         plot_results(reports, questions, options.plot_path)
+
+
+def _run_with_budget(options: MetricOptions, budget: RunBudget) -> None:
+    for option, value in (
+        ("compare", options.compare),
+        ("plot", options.plot_path),
+        ("calibration", options.calibration),
+    ):
+        if value:
+            raise UserError(
+                f"--{option}: {options.patterns[0]} was sampled with --budget {budget.rule}; xbai replay "
+                "compares budgets on results without one"
+            )
+    if options.n not in (1, budget.candidates):
+        raise UserError(f"--N {options.n}: {options.patterns[0]} has groups of {budget.candidates} candidates at most")
+    report = report_budget(options.task, options.patterns, budget)
+    if TERMINAL not in (options.json_path, options.markdown_path):
+        show([report.grid])
+    write_output(options.json_path, json.dumps(json_ready(report), indent=2))
+    write_output(options.markdown_path, report.grid.to_markdown())
 
 
 def _names(options: MetricOptions) -> tuple[str, str]:
@@ -90,7 +114,15 @@ def _names(options: MetricOptions) -> tuple[str, str]:
     return stems if stems[0] != stems[1] else (str(paths[0]), str(paths[1]))
 
 
-def _write(path: Path | None, text: str) -> None:
+def check_outputs(*paths: Path | None) -> None:
+    """Refuse what `write_output` could not write (call it before the work); raises `UserError`."""
+    for path in paths:
+        if path is not None and path != TERMINAL:
+            check_writable(path)
+
+
+def write_output(path: Path | None, text: str) -> None:
+    """Where there is a path; `-` is the terminal."""
     if path == TERMINAL:
         typer.echo(text)
     elif path is not None:

@@ -51,6 +51,30 @@ class CalibrateOptions:
 
 
 @dataclass(frozen=True)
+class ReplayOptions:
+    """Which rules to replay on which samples, and where to write what they would have brought."""
+
+    results: Annotated[tuple[str, ...], typer.Argument(metavar="RESULTS")]
+    """Results of Best-of-N with step ends; globs."""
+    task: str
+    """The benchmark, which knows how its answers are graded."""
+    budget: tuple[str, ...] = ()
+    """A rule to replay as it is, such as stop:0.9/4; may be repeated."""
+    n: Annotated[int, typer.Option("--n", min=1)] = 32
+    """Most candidates of a question."""
+    tolerance: Annotated[float, typer.Option(min=0)] = 0.5
+    """Points of accuracy by which a rule may fall short of Best-of-N, a standard error allowed for."""
+    calibration: Path | None = None
+    """Model folder (or file) of xbai calibrate: chances for --budget; by default fitted on the other half."""
+    json_path: Annotated[Path | None, typer.Option("--json")] = None
+    """Write all numbers here; - for the terminal, instead of the tables."""
+    markdown_path: Annotated[Path | None, typer.Option("--markdown")] = None
+    """Write the tables here; - for the terminal, likewise."""
+    plot_path: Annotated[Path | None, typer.Option("--plot")] = None
+    """Draw accuracy against tokens here: .png, .pdf or .svg."""
+
+
+@dataclass(frozen=True)
 class SummaryOptions:
     """What to compare."""
 

@@ -92,7 +92,7 @@ def plot_accuracy(reports: Mapping[str, Report], path: Path) -> None:
         for axis, (title, report) in zip(axes, reports.items(), strict=True):
             _draw_accuracy_lines(axis, title, report)
         # Only once all are drawn: they share the axis.
-        _accuracy_axis(axes[0])
+        accuracy_axis(axes[0])
         drawn = {
             label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
         }
@@ -103,7 +103,7 @@ def plot_accuracy(reports: Mapping[str, Report], path: Path) -> None:
 
 def _draw_accuracy(axis: Axes, report: Report) -> None:
     _draw_accuracy_lines(axis, "Accuracy against candidates", report)
-    _accuracy_axis(axis)
+    accuracy_axis(axis)
     _legend_below(axis, columns=2)
 
 
@@ -132,12 +132,8 @@ def _draw_scaling(axis: Axes, reports: Mapping[str, Report]) -> None:
         draw_line(axis, tokens, mean, Line(label, line.color, line.dashes, line.marker), error)
         for count, x, y in zip(counts, tokens, mean, strict=True):
             axis.annotate(f"{count:,.0f}", (x, y), textcoords="offset points", fontsize=8, color=line.color, **place)
-    axis.set_xscale("log")
-    axis.margins(x=0.08)
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda count, _: _short(count)))
-    axis.xaxis.set_minor_locator(NullLocator())
-    _accuracy_axis(axis, headroom=0.05)
+    token_axis(axis)
+    accuracy_axis(axis, headroom=0.05)
     title = "Accuracy against thinking tokens, with N"
     axis.set(title=title, xlabel="thinking tokens a question, N candidates together")
     _legend_below(axis, columns=1)
@@ -203,7 +199,17 @@ def _has_tokens(report: Report) -> bool:
     return not np.isnan(report.lengths.mean)
 
 
-def _accuracy_axis(axis: Axes, headroom: float = 0.02) -> None:
+def token_axis(axis: Axes) -> None:
+    """A logarithmic axis of tokens, once all is drawn."""
+    axis.set_xscale("log")
+    axis.margins(x=0.08)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda count, _: _short(count)))
+    axis.xaxis.set_minor_locator(NullLocator())
+
+
+def accuracy_axis(axis: Axes, headroom: float = 0.02) -> None:
+    """An axis of accuracies, once all is drawn; `headroom` above is a share of the height."""
     bottom, top = axis.get_ylim()
     top = min(1.0, top)
     axis.set_ylim(bottom, top + headroom * (top - bottom))
