@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from verl.models.loading import fast_dtype
 from verl.optim.muon import Muon, orthogonalized
 from verl.trainer import main_sft
 from verl.trainer.config.compose import compose_config
@@ -202,8 +203,9 @@ def test_the_seed_is_each_ranks_own_and_float16_is_refused(tmp_path):
     ]
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        SFTTrainer(_config(overrides), torch.device("cpu"))
+        trainer = SFTTrainer(_config(overrides), torch.device("cpu"))
         assert torch.initial_seed() == 7
+        assert trainer._compute_dtype == fast_dtype(torch.device("cpu"))
         with pytest.raises(UserError, match=r"^model\.compute_dtype=fp16 cannot train"):
             _config([*overrides, "model.compute_dtype=fp16"])
     finally:
@@ -256,6 +258,13 @@ def run_sft(ranks, *overrides):
     ]
     command = [sys.executable, *launcher, "-m", "verl.trainer.main_sft", "--config-name", "make10_sft", *overrides]
     return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+
+
+@pytest.mark.parametrize(("has_bfloat16", "chosen"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_bfloat16_is_only_chosen_where_the_device_has_it(has_bfloat16: bool, chosen: torch.dtype, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bfloat16)
+    assert fast_dtype(torch.device("cpu")) == chosen
+    assert fast_dtype(torch.device("cuda")) == torch.bfloat16
 
 
 def test_a_dtype_that_is_none_is_one_line(tmp_path, monkeypatch, capsys):

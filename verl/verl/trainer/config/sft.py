@@ -53,7 +53,7 @@ class SFTModel(Section):
     """The model that training begins with."""
 
     path: Text
-    compute_dtype: Dtype
+    compute_dtype: Dtype | None
     enable_gradient_checkpointing: Flag
     trust_remote_code: Flag
 
@@ -116,7 +116,7 @@ def check_sft_config(composed: DictConfig) -> SFTConfig:
         UserError: all that is wrong, a line each, before anything is read or started.
     """
     config = validated(SFTConfig, composed, YAML)
-    mistakes = list(told(trained_dtype, config.model.compute_dtype, "model.compute_dtype"))
+    mistakes = list(told(trained_dtype, config.model.compute_dtype or "float32", "model.compute_dtype"))
     mistakes += [*optim_mistakes(config.optim), *_trainer_mistakes(config.trainer)]
     mistakes += told(_check_model, config.model.path)
     if mistakes:

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from verl.models.fsdp import create_mesh, shard_model
 from verl.models.head_start import start_head
-from verl.models.loading import build_joint_model, has_score_head, load_tokenizer, loading_dtype, torch_dtype
+from verl.models.loading import (
+    build_joint_model,
+    fast_dtype,
+    has_score_head,
+    load_tokenizer,
+    loading_dtype,
+    torch_dtype,
+)
 from verl.models.packing import Batch, padded_layout
 from verl.optim.optimizers import JointOptimizer
 from verl.trainer.config.sft import SFTConfig
@@ -57,7 +64,8 @@ class SFTTrainer:
         size = config.data.train_batch_size
         if size % self.world_size:
             raise UserError(f"data.train_batch_size={size} must be a multiple of the {self.world_size} ranks")
-        self._compute_dtype = torch_dtype(config.model.compute_dtype)
+        chosen = config.model.compute_dtype
+        self._compute_dtype = fast_dtype(device) if chosen is None else torch_dtype(chosen)
         self.tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
         self.dataset = SFTDataset(config.data.train_files, self.tokenizer, config.data)
         self.batches_per_epoch = len(self.dataset) // size
