@@ -203,7 +203,9 @@ stage_report() {
     xbai summary --task "$task" --base_results "$out/results/base.jsonl" --rl_results "$arm/results/rl.jsonl" \
         "${held_out[@]}" "${calibration[@]}" --score_setting "$arm/score_setting.json" \
         --output "$arm/summary.json" --plot "$arm/accuracy.png" --seconds_total "$seconds"
-    say "Done in $seconds s. Table: $arm/summary.json; figures: $arm/training.png, $arm/accuracy.png"
+    xbai replay "$arm/results/rl.jsonl" --task "$task" --json "$arm/budget.json" --plot "$arm/budget.png" ||
+        say "No budget can be tried on these samples, see above"
+    say "Done in $seconds s. Tables: $arm/{summary,budget}.json; figures: $arm/{training,accuracy,budget}.png"
 }
 
 run setup "Set-up" "$venv"

@@ -113,6 +113,9 @@ OUTCOMES = {
     "python test/inference.py": Outcome(wrote="outputs/make10.jsonl", needs_services=True),
     "python test/inference.py --task make10 --input_file outputs/quickstart/data/make10_test.jsonl "
     "--output_file outputs/beam.jsonl": Outcome(wrote="outputs/beam.jsonl", needs_services=True),
+    "python test/inference.py --task make10 --input_file outputs/quickstart/data/make10_test.jsonl "
+    "--output_file outputs/pruned.jsonl": Outcome(wrote="outputs/pruned.jsonl", needs_services=True),
+    "xbai replay": Outcome(wrote="outputs/budget.png", says="To reach Best-of-8"),
     "xbai metric": Outcome(wrote="outputs/metrics.png", says="Best-of-N"),
     "python test/compute_metric.py": Outcome(says="Best-of-N", needs_services=True),
     # Without the Hub there is no published model.
