@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -33,6 +34,10 @@ if find_spec("beartype") is not None:
         ["xbai.calibration", "xbai.sprm", "verl.trainer.ppo.core_algos"], "shape_checks.checked"
     )
 from xbai.sprm import ScoreHead, SPRMConfig, StepRule, save_score_head
+
+# How long an example takes says nothing where other work is done beside it.
+hypothesis.settings.register_profile("xbai", deadline=None)
+hypothesis.settings.load_profile("xbai")
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
