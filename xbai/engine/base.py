@@ -140,13 +140,12 @@ class Engine(ABC):
 
     def with_new_step(self, samples: Iterable[Sample]) -> list[Sample]:
         """Those of the samples, unfinished or still to be added, that ended a step since they were last asked for."""
-        step_ids = frozenset(self.step_rule.step_ids) if self.step_rule else frozenset()
         found = []
         for sample in samples:
             token_ids, seen = self.token_ids(sample), self._seen.get(sample.key, 0)
             if len(token_ids) > seen:
                 self._seen[sample.key] = len(token_ids)
-                if not step_ids.isdisjoint(token_ids[seen:]):
+                if not self._step_ids.isdisjoint(token_ids[seen:]):
                     found.append(sample)
         return found
 
@@ -272,6 +271,10 @@ class Engine(ABC):
                 yield name, tensor
         if missing:
             raise UserError(f"update_weights: {len(missing)} weights were not given, first {min(missing)}")
+
+    @cached_property
+    def _step_ids(self) -> frozenset[int]:
+        return frozenset(self.step_rule.step_ids if self.step_rule else ())
 
     @cached_property
     def _weight_shapes(self) -> dict[str, torch.Size]:

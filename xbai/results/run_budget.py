@@ -52,10 +52,9 @@ class RunBudget:
             scores: one each.
             answers: the same for equal ones; None for all where the rule does not need any.
         """
-        whole = [number for number, score in enumerate(scores) if score is not None]
+        whole = {number: score for number, score in enumerate(scores) if score is not None}
         ended = [
             Candidate((), score, self.chance(score) if self.chance else None, answers[number])
-            for number in whole
-            if (score := scores[number]) is not None
+            for number, score in whole.items()
         ]
-        return whole[self.rule.choose(ended)] if ended else None
+        return list(whole)[self.rule.choose(ended)] if ended else None

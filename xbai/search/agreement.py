@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import comb
 
 from xbai.search.choice import voted_candidate
-from xbai.search.rule import Candidate, Stopping, decimals
+from xbai.search.rule import Candidate, Stopping
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Agreement(Stopping):
     half.
     """
 
+    name = "majority"
     needs_answers = True
 
     def certainty(self, ended: Sequence[Candidate]) -> float:
@@ -31,10 +32,6 @@ class Agreement(Stopping):
     def choose(self, ended: Sequence[Candidate]) -> int:
         """The best-scored candidate that gives the answer of the most."""
         return voted_candidate([each.answer for each in ended], [each.score for each in ended], weighted=False)
-
-    def __str__(self) -> str:
-        """As `parse_budget` reads it."""
-        return f"majority:{decimals(self.threshold)}/{self.wave}"
 
 
 def lead_is_right(first: int, second: int) -> float:

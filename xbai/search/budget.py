@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from xbai.errors import UserError
 from xbai.search.agreement import Agreement
 from xbai.search.posterior import Posterior
 from xbai.search.prune import Prune
-from xbai.search.rule import Candidate, Rule
+from xbai.search.rule import Candidate, Rule, Stopping
 from xbai.search.stop import Stop
 
-STOPPING: dict[str, Callable[[float, int], Rule]] = {"stop": Stop, "posterior": Posterior, "majority": Agreement}
+STOPPING: dict[str, type[Stopping]] = {kind.name: kind for kind in (Stop, Posterior, Agreement)}
 FORMS = (
     "stop:CHANCE[/WAVE], posterior:CHANCE[/WAVE], majority:CHANCE[/WAVE], prune:SHARE@STEPS,STEPS,... or "
     "prune:...+stop:..., with chances and shares between 0 and 1, as stop:0.9/2 or prune:0.5@1,2,3+stop:0.9/8"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xbai.search.choice import best_candidate
-from xbai.search.rule import Candidate, Stopping, decimals
+from xbai.search.rule import Candidate, Stopping
 
 LEAST_CHANCE = 1e-6
 """Chances are kept so far from 0 and 1: no single candidate rules an answer out."""
@@ -23,6 +23,7 @@ class Posterior(Stopping):
     the answers (compare CGES, arXiv 2511.02603).
     """
 
+    name = "posterior"
     needs_chance = True
     needs_answers = True
 
@@ -36,10 +37,6 @@ class Posterior(Stopping):
         leading = max(beliefs, key=beliefs.__getitem__, default=None)
         members = [number for number, candidate in enumerate(ended) if candidate.answer == leading]
         return members[best_candidate([ended[number].score for number in members])]
-
-    def __str__(self) -> str:
-        """As `parse_budget` reads it."""
-        return f"posterior:{decimals(self.threshold)}/{self.wave}"
 
 
 def posterior(ended: Sequence[Candidate]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from xbai.search.choice import best_candidate
 
@@ -85,14 +86,23 @@ class Rule:
 
 @dataclass(frozen=True)
 class Stopping(Rule):
-    """Begins `wave` candidates at once until it is sure enough."""
+    """Begins `wave` candidates at once until it is sure enough.
 
+    Attributes:
+        name: of the kind of rule, in a budget.
+    """
+
+    name: ClassVar[str]
     threshold: float
     wave: int = 1
 
     def begin(self, ended: Sequence[Candidate], left: int) -> int:
         """See `Rule`."""
         return 0 if ended and self.certainty(ended) > self.threshold else min(self.wave, left)
+
+    def __str__(self) -> str:
+        """As `parse_budget` reads it."""
+        return f"{self.name}:{decimals(self.threshold)}/{self.wave}"
 
 
 def decimals(share: float) -> str:

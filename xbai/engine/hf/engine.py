@@ -72,14 +72,16 @@ class HFEngine(Engine):
 
     def token_ids(self, sample: Sample) -> Sequence[int]:
         """See `Engine`."""
-        row = self._batch.row_of.get(sample) if self._batch is not None else None
-        return row.token_ids if row is not None else ()
+        return self._row_of(sample).token_ids
 
     def _so_far(self, sample: Sample) -> Completion:
-        row = self._batch.row_of.get(sample) if self._batch is not None else None
-        row = _Row(sample, self.detokenize) if row is None else row
+        row = self._row_of(sample)
         log_probs = list(row.log_probs) if sample.params.log_probs else None
         return Completion(list(row.token_ids), "", "pruned", log_probs)
+
+    def _row_of(self, sample: Sample) -> _Row:
+        row = self._batch.row_of.get(sample) if self._batch is not None else None
+        return row or _Row(sample, self.detokenize)
 
     def _enqueue(self, sample: Sample) -> None:
         self._queue.append(sample)
