@@ -142,7 +142,9 @@ def test_losses_and_gradients_are_those_of_float32(results: dict, name: str) -> 
     found, expected = (results[name, dtype]["metrics"] for dtype in DTYPES[::-1])
     losses = {metric: value for metric, value in expected.items() if metric in LOSSES}
     assert set(losses) == set(LOSSES)
-    assert {metric: found[metric] for metric in losses} == pytest.approx(losses, rel=0.01, abs=1e-4)
+    # A mean over terms of either sign, each about 1, may be near 0; it is as exact as they are. Whether old and new
+    # log-probs round alike, so that their ratio is exact, depends on how a processor multiplies batches of two sizes.
+    assert {metric: found[metric] for metric in losses} == pytest.approx(losses, rel=0.01, abs=2**-9)
     norms = {metric: value for metric, value in expected.items() if "grad_norm" in metric}
     assert {metric: found[metric] for metric in norms} == pytest.approx(norms, rel=0.02)
     assert found["actor/grad_norm"] != expected["actor/grad_norm"]
