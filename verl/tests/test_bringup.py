@@ -333,7 +333,7 @@ def _rehearse(tmp_path: Path, *options: str, **environment: str) -> dict:
     return report
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_quick_part_rehearses_with_torch_and_transformers_alone(tmp_path: Path):
     (tmp_path / "sitecustomize.py").write_text(WITHOUT.format(missing=set(NOT_NEEDED)), encoding="utf-8")
     report = _rehearse(tmp_path, "--quick", PYTHONPATH=str(tmp_path))

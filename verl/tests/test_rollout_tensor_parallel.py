@@ -19,7 +19,6 @@ from verl.trainer.config.schema import ActorRolloutRefConfig
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, PolicyWorkers, group_sizes
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.slow
 PROMPTS, SAMPLES, PROMPT_LENGTH, RESPONSE_LENGTH, TOTAL_STEPS = 3, 2, 6, 24, 10
 
 
@@ -112,6 +111,7 @@ def generate_like_the_actor(group: PolicyWorkers, prompts: DataProto, synced: bo
     return batch
 
 
+@pytest.mark.long
 def test_one_engine_over_two_ranks_is_one_engine(make_model: Callable[..., Path], tiny_tokenizer):
     prompts, model = make_prompts(len(tiny_tokenizer)), make_model(key_value_heads=2, tied=False)
     alone, together = (train_and_generate(model, ranks, prompts) for ranks in (1, 2))
@@ -121,6 +121,7 @@ def test_one_engine_over_two_ranks_is_one_engine(make_model: Callable[..., Path]
     assert not torch.equal(alone[0].batch["responses"], alone[1].batch["responses"])
 
 
+@pytest.mark.slow
 def test_both_ranks_hold_the_one_key_value_head_and_a_tied_embedding(make_model: Callable[..., Path], tiny_tokenizer):
     folder = Path("/dev/shm")
     segments = set(folder.glob("*")) if folder.is_dir() else set()
