@@ -96,6 +96,7 @@ stage_report() {
     xbai summary --task make10 --base_results "$out/results/base.jsonl" --rl_results "$out/results/rl.jsonl" \
         --output "$out/summary.json" --plot "$out/accuracy.png" --seconds_total "$seconds"
     say "Done in $seconds s. Table: $out/summary.json; figures: $out/training.png, $out/accuracy.png"
+    say "Ask the model with any OpenAI client: $venv/bin/xbai serve --model_path $out/model"
 }
 
 run setup "Set-up" "$venv"

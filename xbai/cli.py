@@ -1,4 +1,4 @@
-"""The command line: `xbai serve-policy | serve-score | infer | metric | calibrate | replay | plot | summary ...`.
+"""The command line: `xbai serve | infer | metric | calibrate | replay | plot | summary ...`.
 
 The scripts under `test/` are these commands under the names that users of XBai o4 know.
 """
@@ -65,9 +65,18 @@ def run_command(command: Callable[..., Any], arguments: Sequence[str] | None = N
     script(args=arguments)
 
 
+@_command("serve", PolicyOptions)
+def serve(options: PolicyOptions) -> None:
+    """Serve a model to any OpenAI client, and with POST /generate and POST /score, from one process."""
+    from xbai.serve.policy import run_policy_service
+
+    configure_logging(options.log_format)
+    run_policy_service(options, with_score_routes=True)
+
+
 @_command("serve-policy", PolicyOptions)
 def serve_policy(options: PolicyOptions) -> None:
-    """Serve a model's responses: POST /generate."""
+    """Serve a model's responses: POST /generate, and OpenAI's routes."""
     from xbai.serve.policy import run_policy_service
 
     configure_logging(options.log_format)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import importlib.util
 import weakref
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.utils
+from clocks import PATIENCE_S, wait_until
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from xbai.aggregation import aggregate, running_scores
@@ -25,6 +27,9 @@ from xbai.search.budget import parse_budget
 from xbai.search.budgeted import generate_budgeted
 from xbai.search.group import CandidateGroup
 from xbai.search.rule import Candidate
+from xbai.serve.engine_thread import EngineThread
+from xbai.serve.reflection import Answer, Question, reflect
+from xbai.serve.thinking import Said
 from xbai.sprm import load_score_head, load_sprm_config, step_feature_mask, trajectory_scores
 
 needs_vllm = [
@@ -286,6 +291,45 @@ def test_pruned_and_stopped_samples_are_those_that_the_rule_names_on_whole_ones(
             assert len(sample.log_probs) == end <= sample.generated <= len(whole.token_ids)
             assert sample.step_ends == whole.step_ends[:steps]
             assert sample.step_scores == pytest.approx(whole.step_scores[:steps], abs=1e-5)
+
+
+class SharedThread(EngineThread):
+    """One of an engine that others use after it."""
+
+    def _close(self, model: Engine) -> None: ...
+
+
+def test_a_candidate_that_answers_after_it_was_chosen_says_what_it_would_have_said_at_once(loaded: Loaded) -> None:
+    engine = loaded.engine
+    # So low a penalty makes a model of random weights repeat the prompt's tokens, the tag among them.
+    params = SamplingParams(n=3, max_tokens=40, temperature=0, repetition_penalty=0.1, ignore_eos=True)
+    close_id = engine.tokenizer.convert_tokens_to_ids("</think>")
+    prompts = [[close_id, first, first + 1, first + 2] for first in range(60)]
+    greedy = [whole for whole, *_ in engine.generate(prompts, replace(params, n=1))]
+    prompt_ids, whole = next(
+        (ids, one) for ids, one in zip(prompts, greedy, strict=True) if close_id in one.token_ids[2:20]
+    )
+    thinking = whole.token_ids[: whole.token_ids.index(close_id) + 1]
+
+    async def answers(thread: EngineThread) -> list[Answer]:
+        told: list[Said] = []
+        question = Question("", prompt_ids, params)
+        once, at_once = await asyncio.gather(
+            reflect(thread, question, tell=told.append), reflect(thread, replace(question, answer_once=False))
+        )
+        assert Said("".join(one.reasoning for one in told), "".join(one.content for one in told)) == once.said
+        return [once, at_once]
+
+    thread = SharedThread(lambda: engine)
+    thread.start()
+    wait_until(lambda: thread.ready, "it has the engine")
+    once, at_once = asyncio.run(answers(thread))
+    assert thread.stop(PATIENCE_S)
+    assert [candidate.token_ids for candidate in once.candidates] == [thinking] * 3
+    assert [candidate.token_ids for candidate in at_once.candidates] == [whole.token_ids] * 3
+    assert once.response.token_ids == at_once.response.token_ids == whole.token_ids
+    assert (once.response.text, once.said) == (at_once.response.text, at_once.said)
+    assert once.generated == 3 * len(thinking) + len(whole.token_ids) - len(thinking)
 
 
 def test_update_weights_reaches_the_scores(loaded: Loaded, make_tiny_model: Callable[..., Path]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -64,16 +65,15 @@ class Outcome:
 
 
 SERVICE = Outcome(needs_services=True)
+THESE_TESTS = Outcome()
+"""What continuous integration runs (see `test_continuous_integration_runs_the_tests`)."""
 NO_MODEL = r"config\.json: no such file; give a local"
 PUBLISHED = r"models/MetaStone-S1-1\.5B"
 NO_HUB = Outcome(1, "Cannot reach .*offline mode is enabled")
 OUTCOMES = {
     # The fixture `quickstart` has run it in small; it then finds everything done.
     QUICKSTART: Outcome(says=rf"(?s)(/{len(STAGES)} [^\n]*: finished earlier.*){{{len(STAGES)}}}", variables=MINIATURE),
-    # What it runs is this test: so pytest only lists its markers. Set-up and lint are real.
-    "bash scripts/run_tests.sh": Outcome(
-        says=r"(?s)All checks passed.*pytest\.mark\.slow: needs", variables={"PYTEST_ADDOPTS": "--markers"}
-    ),
+    "bash scripts/run_tests.sh": THESE_TESTS,
     "bash scripts/setup.sh": Outcome(says="is up to date"),
     # test_language.py runs it, for minutes; without an index it lacks the model.
     "bash scripts/language.sh": Outcome(2, "error: the wheels of scripts/language_requirements.txt cannot be had here"),
@@ -110,6 +110,9 @@ OUTCOMES = {
     "(cd ./verl/scripts && bash model_merger.sh": Outcome(wrote="outputs/merged/score_module.pt"),
     "python test/score_model_queue.py": SERVICE,
     "python test/policy_model_queue.py": SERVICE,
+    "xbai serve": SERVICE,
+    "curl": Outcome(says=r'"finish_reason": ?"(stop|length)"', needs_services=True),
+    "python examples/ask.py": Outcome(says=r"\d+ tokens for it", needs_services=True),
     "python test/inference.py": Outcome(wrote="outputs/make10.jsonl", needs_services=True),
     "python test/inference.py --task make10 --input_file outputs/quickstart/data/make10_test.jsonl "
     "--output_file outputs/beam.jsonl": Outcome(wrote="outputs/beam.jsonl", needs_services=True),
@@ -141,6 +144,11 @@ def test_both_languages_hold_the_same_commands():
     assert blocks(README) == blocks(README_ZH)
     used = {id(expected(command)) for page in (README, *DOCS) for command in commands(page)}
     assert used == {id(outcome) for outcome in OUTCOMES.values()}, "OUTCOMES has commands that stand nowhere"
+
+
+def test_continuous_integration_runs_the_tests():
+    (command,) = [command for command in commands(README) if expected(command) is THESE_TESTS]
+    assert (REPOSITORY / ".ci/run").read_text(encoding="utf-8").splitlines()[-1] == command
 
 
 def test_both_languages_hold_the_same_sections_and_figures():
@@ -315,8 +323,10 @@ class TestCommands:
         outcome = expected(command)
         if outcome.needs_services:
             request.getfixturevalue("services")
-        if outcome is SERVICE:
+        if outcome is SERVICE or outcome is THESE_TESTS:
             return
+        if command.startswith("curl ") and shutil.which("curl") is None:
+            pytest.skip("curl is not installed")
         before = set(checkout.processes())
         status, output = checkout.run(command, **outcome.variables)
         assert status == outcome.status, output[-5000:]

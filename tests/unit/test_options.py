@@ -18,8 +18,13 @@ SERVICE = (
     "model_path ip port dtype max_model_len max_pending request_timeout max_body_mb shutdown_timeout log_format "
     "api_key api_key_file"
 )
+POLICY = (
+    f"{SERVICE} engine with_scores no_scores tensor_parallel_size gpu_memory_utilization effort effort_budget "
+    "reasoning_field served_model_name openwebui_status"
+)
 FLAGS = {
-    "serve-policy": f"{SERVICE} engine with_scores no_scores tensor_parallel_size gpu_memory_utilization",
+    "serve": POLICY,
+    "serve-policy": POLICY,
     "serve-score": f"{SERVICE} score_model_dim lang max_batch_tokens",
     "infer": "task input_file output_file model_dir response_api_url score_api_url n_samples branch effort temperature "
     "top_p top_k repetition_penalty max_tokens stop seed response_num max_in_flight score_source search beam_width "

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
-from clocks import wait_until
+from clocks import PATIENCE_S, wait_until
 from fastapi import FastAPI
 
 from xbai.benchmarks.tiny_model import write_tiny_model
-from xbai.engine import Scorer
+from xbai.engine import Scorer, load_engine
 from xbai.engine.files import load_tokenizer
+from xbai.serve.engine_thread import EngineThread
 from xbai.serve.limits import Limits
+from xbai.serve.policy import create_policy_app
 from xbai.serve.score import create_score_app
 from xbai.serve.scorer_thread import ScoreModel, ScorerThread
 from xbai.sprm import ScoreHead, SPRMConfig, StepRule, save_score_head
@@ -65,3 +68,26 @@ def test_a_batch_that_cannot_be_scored_names_the_texts(serve_app: Callable[[Fast
     assert refused.json()["detail"] == "texts[1]: 12 tokens, texts[3]: 9 tokens, the model takes 8"
     refused = httpx.post(f"{url}/score_batch", json={"texts": ["1+2", "2+1"], "prompt": "1"})
     assert (refused.status_code, refused.json()["detail"]) == (422, "prompt: texts[1] does not start with it")
+
+
+def test_one_server_scores_as_the_score_service_does_while_it_generates(
+    serve_app: Callable[[FastAPI], str], folder: Path
+) -> None:
+    engine = EngineThread(lambda: load_engine("hf", folder, with_scores=True))
+    scorer = ScorerThread(lambda: ScoreModel(Scorer.from_folder(folder), load_tokenizer(folder), 1024))
+    one = serve_app(create_policy_app(engine, "tiny", Limits(), with_score_routes=True))
+    apart = serve_app(create_score_app(scorer, "tiny", Limits()))
+    wait_until(lambda: engine.ready and scorer.ready, "both models are loaded")
+    endless = {"prefix_prompt": PROMPT, "max_tokens": 900, "response_num": 1, "stop_token_ids": []}
+    with ThreadPoolExecutor(1) as client:
+        generating = client.submit(httpx.post, f"{one}/generate", json=endless, timeout=PATIENCE_S)
+        wait_until(lambda: engine.begun or generating.done(), "it generates")
+        for path, body in (
+            ("/score", {"text": f"{PROMPT}a.\n\nb.\n\nc", "return_all_scores": True}),
+            ("/score_batch", {"texts": [f"{PROMPT}a.\n\nb", f"{PROMPT}c"], "prompt": PROMPT}),
+        ):
+            together, expected = (httpx.post(url + path, json=body, timeout=PATIENCE_S).json() for url in (one, apart))
+            assert together == expected
+        assert generating.result().is_success
+    too_long = httpx.post(f"{one}/score", json={"text": "1+2" * 2000})
+    assert too_long.status_code == 413

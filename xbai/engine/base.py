@@ -183,7 +183,7 @@ class Engine(ABC):
 
     def score(self, sequences: list[list[int]], response_starts: list[int]) -> list[Scored]:
         """Step scores of whole sequences (prompt and response); see `Scorer.score`."""
-        scorer = self._require_scorer()
+        scorer = self.require_scorer()
         for ids in sequences:
             self._check_ids(ids, most=self.max_model_len)
         return scorer.score(sequences, response_starts)
@@ -298,7 +298,7 @@ class Engine(ABC):
         pairs = [(sample, one) for sample, one in finished if sample.return_scores and one.step_scores is None]
         if pairs:
             sequences = [sample.prompt_ids + completion.token_ids for sample, completion in pairs]
-            scored = self._require_scorer().score(sequences, [len(sample.prompt_ids) for sample, _ in pairs])
+            scored = self.require_scorer().score(sequences, [len(sample.prompt_ids) for sample, _ in pairs])
             for (sample, completion), result in zip(pairs, scored, strict=True):
                 completion.step_scores = result.step_scores
                 completion.step_ends = step_ends(result.positions, len(sample.prompt_ids))
@@ -318,7 +318,12 @@ class Engine(ABC):
             return None
         return next(i for i in ids if not 0 <= i < self.vocab_size)
 
-    def _require_scorer(self) -> Scorer:
+    def require_scorer(self) -> Scorer:
+        """What `score` scores with, loaded where it was not yet.
+
+        Raises:
+            UserError: there is no score head.
+        """
         if self.scorer is None:
             raise UserError(_NO_HEAD)
         return self.scorer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
@@ -67,6 +67,7 @@ class Completion:
         step_scores: one a step; None where not asked for.
         step_ends: for each step score, how many tokens there are up to and including the step token: ascending.
         discarded: tokens that were generated beyond these (of a pruned response).
+        cached_prompt_tokens: how many of the prompt were not computed, because another sample's prompt began with them.
     """
 
     token_ids: list[int]
@@ -76,6 +77,7 @@ class Completion:
     step_scores: list[float] | None = None
     step_ends: list[int] | None = None
     discarded: int = 0
+    cached_prompt_tokens: int = field(default=0, compare=False)
 
     @property
     def generated(self) -> int:

@@ -66,6 +66,12 @@ class BudgetedSamples:
             for number, answer in zip(list(ended), answers(texts), strict=True):
                 ended[number] = replace(ended[number], answer=answer)
 
+    def choose(self) -> int:
+        """Which sample is the response; one without room for its end only where all that ended are such."""
+        ended = self._group.ended
+        whole = [n for n in ended if self._completions[self._samples[n]].finish_reason != "length"] or list(ended)
+        return whole[self._group.rule.choose([ended[number] for number in whole])]
+
     def results(self) -> list[Completion]:
         """A completion of each sample, in their order."""
         return [self._completions.get(sample) or _not_begun(sample) for sample in self._samples]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from fastapi import FastAPI, Request, Response, Security
 from fastapi.security import HTTPBearer
+from pydantic import BaseModel
 
+from xbai.aggregation import aggregate
+from xbai.engine import Completion
 from xbai.model_identity import model_identity
-from xbai.prompts import is_far_longer
+from xbai.prompts import is_far_longer, prompt_text
 from xbai.serve.bodies import BodyRoute
-from xbai.serve.errors import ServiceError, install_error_handlers
+from xbai.serve.errors import TOO_LONG, ServiceError, install_error_handlers
 from xbai.serve.limits import RETRY_AFTER_S, Admission, Limits
 from xbai.serve.model_thread import ModelThread
 from xbai.serve.monitoring import Metrics, RequestMiddleware
@@ -30,25 +33,23 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-Answers = dict[int | str, dict[str, Any]]
-
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
-ERRORS: Answers = {
-    status: {"model": ErrorResponse, "description": description}
-    for status, description in {
-        400: "unreadable",
-        408: "the body did not arrive in time",
-        413: "too long",
-        422: "bad input",
-        429: "the queue is full",
-        500: "a bug",
-        503: "not ready, or stopping",
-        504: "out of time",
-    }.items()
+ERRORS = {
+    400: "unreadable",
+    408: "the body did not arrive in time",
+    413: "too long",
+    422: "bad input",
+    429: "the queue is full",
+    500: "a bug",
+    503: "not ready, or stopping",
+    504: "out of time",
 }
-KEY_NEEDED: Answers = {401: {"model": ErrorResponse, "description": "no, or not the right, API key"}}
+"""Statuses of a route besides success, and what each means."""
+KEY_NEEDED = {401: "no, or not the right, API key"}
+NOT_READY = {503: "not so"}
 CLIENT_CLOSED_REQUEST = 499
-NOT_READY: Answers = {503: {"model": ErrorResponse, "description": "not so"}}
+SILENCE_S = 15.0
+"""After so much of it a stream shows that it is alive; proxies close connections that are silent for a minute."""
 
 
 class Service:
@@ -64,7 +65,7 @@ class Service:
     """
 
     def __init__(
-        self, title: str, model_name: str, thread: ModelThread, limits: Limits, routes: list[str], log_probs: bool
+        self, title: str, model_name: str, thread: ModelThread, limits: Limits, routes: Sequence[str], log_probs: bool
     ) -> None:
         self.thread = thread
         self.limits = limits
@@ -87,14 +88,15 @@ class Service:
         self.app.add_middleware(RequestMiddleware, metrics=self.metrics, routes=known, limits=limits)
         self._add_state_routes()
 
-    def route(self, errors: Answers = ERRORS) -> dict[str, Any]:
+    def route(self, errors: Mapping[int, str] = ERRORS, body: type[BaseModel] = ErrorResponse) -> dict[str, Any]:
         """What the schema says of a route beside its answer: its errors, and the key where one is needed.
 
         The key itself is checked before a body is read, by the middleware.
         """
-        if self.limits.api_key is None:
-            return {"responses": errors}
-        return {"responses": errors | KEY_NEEDED, "dependencies": [Security(HTTPBearer(auto_error=False))]}
+        needs_key = self.limits.api_key is not None
+        answers = {**errors, **(KEY_NEEDED if needs_key else {})}
+        keys = {"dependencies": [Security(HTTPBearer(auto_error=False))]} if needs_key else {}
+        return {"responses": {status: {"model": body, "description": why} for status, why in answers.items()}, **keys}
 
     async def answer(self, request: Request, work: Awaitable[T]) -> T:
         """Await `work`; cancel it when the client goes away, its time is up, or the service ends.
@@ -102,22 +104,67 @@ class Service:
         Raises:
             ServiceError: 504 after the request's time; 503 at the end; 499 (which nobody reads) after a disconnect.
         """
-        timeout_s = self.limits.request_timeout_s
         task = asyncio.ensure_future(work)
         watcher = asyncio.create_task(_until_disconnected(request))
         first: set[asyncio.Future[Any]] = {task, watcher, self._end}
         try:
-            await asyncio.wait(first, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(first, timeout=self.limits.request_timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
             if watcher.done():
                 raise ServiceError(CLIENT_CLOSED_REQUEST, "the client closed the connection")
             if self._end.done():
-                raise ServiceError(503, "the service stopped before the answer", RETRY_AFTER_S)
-            raise ServiceError(504, f"no answer within {timeout_s:g} s")
+                raise self._stopped()
+            raise self._late()
         finally:
             task.cancel()
             watcher.cancel()
+
+    async def follow(self, work: Callable[[Callable[[Any], None]], Awaitable[Any]]) -> AsyncIterator[Any]:
+        """What `work` tells the function that it gets, and at last what it returns; None after each while of silence.
+
+        To be iterated to its end, or closed, which cancels the work.
+
+        Raises:
+            ServiceError: 504 after the request's time; 503 at the end of the service; what the work raises.
+        """
+        told: asyncio.Queue[Any] = asyncio.Queue()
+        task = asyncio.ensure_future(work(told.put_nowait))
+        deadline = time.monotonic() + self.limits.request_timeout_s
+        try:
+            while not (task.done() and told.empty()):
+                if self._end.done():
+                    raise self._stopped()
+                if (left := deadline - time.monotonic()) <= 0:
+                    raise self._late()
+                news = asyncio.ensure_future(told.get())
+                first: set[asyncio.Future[Any]] = {news, task, self._end}
+                await asyncio.wait(first, timeout=min(left, SILENCE_S), return_when=asyncio.FIRST_COMPLETED)
+                if news.done():
+                    yield news.result()
+                    continue
+                news.cancel()
+                if not (task.done() or self._end.done()):
+                    yield None
+            yield task.result()
+        finally:
+            task.cancel()
+
+    def count(self, request: Request, prompt_tokens: int, completions: Sequence[Completion], generated: int) -> None:
+        """Put what a request has cost, and brought, into metrics and log."""
+        request.state.log |= {"responses": len(completions), "prompt_tokens": prompt_tokens, "tokens": generated}
+        self.metrics.prompt_tokens.inc(prompt_tokens)
+        self.metrics.generated_tokens.inc(generated)
+        for completion in completions:
+            self.metrics.responses.labels(completion.finish_reason).inc()
+            if completion.step_scores is not None and completion.finish_reason not in ("pruned", "not_begun"):
+                self.metrics.scores.observe(aggregate(completion.step_scores))
+
+    def _late(self) -> ServiceError:
+        return ServiceError(504, f"no answer within {self.limits.request_timeout_s:g} s")
+
+    def _stopped(self) -> ServiceError:
+        return ServiceError(503, "the service stopped before the answer", RETRY_AFTER_S)
 
     def stop(self) -> None:
         """Take no more work. What there is may go on for the shutdown time-out."""
@@ -160,6 +207,28 @@ class Service:
 
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, encode_all)
 
+    async def render(self, messages: Sequence[Any], field: str) -> str:
+        """A conversation as a prompt, made off the event loop.
+
+        Raises:
+            UserError: malformed messages, or the chat template does not take them.
+        """
+        tokenizer = self.thread.model.tokenizer
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._tokenizing, prompt_text, tokenizer, messages, field)
+
+    async def encode_prompt(self, field: str, prompt: str) -> list[int]:
+        """Token ids of a prompt to write on.
+
+        Raises:
+            ServiceError: 413, naming the field that it comes from, where that leaves no room for a token.
+        """
+        (prompt_ids,) = await self.encode(prompt)
+        if len(prompt_ids) >= (most := self.thread.model.max_model_len):
+            refusal = f"{field}: {len(prompt_ids)} tokens leave no room in the model's {most}"
+            raise ServiceError(413, refusal, code=TOO_LONG, param=field)
+        return prompt_ids
+
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         self._end = asyncio.get_running_loop().create_future()
@@ -182,7 +251,7 @@ class Service:
         )
 
     def _add_state_routes(self) -> None:
-        @self.app.get("/health", responses=NOT_READY)
+        @self.app.get("/health", responses={503: {"model": ErrorResponse, "description": NOT_READY[503]}})
         async def health(request: Request) -> StateResponse:
             """The process and its engine are alive (perhaps still loading). Without the key no path is told."""
             has_key = request.state.has_key
@@ -216,7 +285,9 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _refuse_far_too_long(text: str, max_tokens: int, tokenizer: PreTrainedTokenizerBase) -> None:
     # Megabytes of text take seconds to encode, and a hundred times their size in memory. A window's tokens are as many
     # as these of the whole text, up to its edges; texts near the limit pass, and are counted exactly later.
-    refusal = ServiceError(413, f"the text has more than {max_tokens} tokens, which is all that the model takes")
+    refusal = ServiceError(
+        413, f"the text has more than {max_tokens} tokens, which is all that the model takes", code=TOO_LONG
+    )
     if is_far_longer(text, max_tokens, tokenizer):
         raise refusal
     window = 16 * max_tokens

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from xbai.calibration import SPRM_CALIBRATION_FILE, Calibration, ScoreChance
-from xbai.engine import Completion, Sample
+from xbai.engine import Completion, Engine, Sample
 from xbai.errors import UserError
 from xbai.grading import AnswerGroups
 from xbai.model_identity import is_same_model, model_identity
 from xbai.search.budget import parse_budget
 from xbai.search.budgeted import BudgetedSamples
+from xbai.search.rule import Rule
 from xbai.serve.engine_thread import EngineThread
 from xbai.serve.errors import ServiceError
 from xbai.serve.schemas import Budget
@@ -23,10 +26,25 @@ COMPARISON_TIMEOUT_S = 2.0
 """For whether two answers are equal, which others wait for; two that take longer vote apart."""
 
 
+class Watch(Protocol):
+    """Somebody who looks at the samples of a request while they are written."""
+
+    def begin(self, wave: Sequence[Sample]) -> None:
+        """These are about to begin; those before have ended."""
+
+    def after_step(self, engine: Engine, finished: Mapping[Sample, Completion]) -> None:
+        """The engine has made a step; called on the thread that owns it, with the finished ones of the wave."""
+
+
 async def complete_budgeted(
-    thread: EngineThread, samples: list[Sample], budget: Budget, own_chance: ScoreChance | None, client: str
-) -> list[Completion]:
-    """As `EngineThread.complete`, of those of the samples that the budget's rule wants.
+    thread: EngineThread,
+    samples: list[Sample],
+    budget: Budget | None,
+    own_chance: ScoreChance | None,
+    client: str,
+    watch: Watch | None = None,
+) -> BudgetedSamples:
+    """As `EngineThread.complete`, of those of the samples that the budget's rule wants; of all without one.
 
     Args:
         own_chance: of the calibration that lies beside the model, for a budget that brings none.
@@ -34,17 +52,29 @@ async def complete_budgeted(
     Raises:
         ServiceError: 422 for a rule that goes by what the request does not say; else as `EngineThread.complete`.
     """
-    rule = parse_budget(budget.rule)
-    chance = own_chance if budget.chance is None else ScoreChance(budget.chance.slope, budget.chance.intercept)
-    if rule.needs_chance and chance is None:
-        raise ServiceError(422, f"budget.chance: {rule} needs one, or a calibrated model (xbai calibrate)")
-    if rule.needs_answers and budget.data_source is None:
-        raise ServiceError(422, f"budget.data_source: {rule} needs it, to tell which answers are equal")
+    rule = Rule() if budget is None else parse_budget(budget.rule)
+    chance = own_chance
+    if budget is not None:
+        if budget.chance is not None:
+            chance = ScoreChance(budget.chance.slope, budget.chance.intercept)
+        if rule.needs_chance and chance is None:
+            raise ServiceError(422, f"budget.chance: {rule} needs one, or a calibrated model (xbai calibrate)")
+        if rule.needs_answers and budget.data_source is None:
+            raise ServiceError(422, f"budget.data_source: {rule} needs it, to tell which answers are equal")
     request = BudgetedSamples(samples, rule, chance)
-    groups = _answer_groups(budget.data_source) if rule.needs_answers else None
+    groups = _answer_groups(budget.data_source) if budget is not None and rule.needs_answers else None
+
+    def after_step(engine: Engine, finished: Mapping[Sample, Completion]) -> Mapping[Sample, Completion]:
+        pruned = request.prune(engine, finished) if rule.prunes else {}
+        if watch is not None:
+            watch.after_step(engine, {**finished, **pruned})
+        return pruned
+
     try:
         while wave := request.begin():
-            completions = await thread.complete(wave, client, request.prune if rule.prunes else None)
+            if watch is not None:
+                watch.begin(wave)
+            completions = await thread.complete(wave, client, after_step if watch or rule.prunes else None)
             finished = dict(zip(wave, completions, strict=True))
             if groups is None:
                 request.end(finished)
@@ -54,7 +84,7 @@ async def complete_budgeted(
         if groups is not None:
             # Elsewhere, as it may wait for a comparison.
             asyncio.get_running_loop().run_in_executor(None, groups.close)
-    return request.results()
+    return request
 
 
 def chance_beside(model_path: str) -> ScoreChance | None:

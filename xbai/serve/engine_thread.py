@@ -9,10 +9,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from xbai.engine import Completion, Engine, PromptTooLong, Sample, SamplingParams
+from xbai.engine import Completion, Engine, PromptTooLong, Sample, SamplingParams, Scorer
 from xbai.errors import UserError
-from xbai.serve.errors import ServiceError
-from xbai.serve.model_thread import ModelThread
+from xbai.serve.errors import TOO_LONG, ServiceError
+from xbai.serve.scorer_thread import ScoringThread
 
 Item = TypeVar("Item")
 
@@ -56,28 +56,30 @@ class FairQueue(Generic[Item]):
             self._clients.pop(client, None)
 
 
-Prune = Callable[[Engine, Mapping[Sample, Completion]], Mapping[Sample, Completion]]
+AfterStep = Callable[[Engine, Mapping[Sample, Completion]], Mapping[Sample, Completion]]
 """Engine and finished samples of a request -> those that are given up, with what is left of each."""
 
 
 @dataclass(eq=False)
 class _Request:
-    """Somebody waits for the completions of all `samples`, of which `prune` may give up some after each step."""
+    """Somebody waits for the completions of all `samples`, of which `after_step` may give up some."""
 
     client: str
     samples: list[Sample]
-    prune: Prune | None = None
+    after_step: AfterStep | None = None
     completions: dict[Sample, Completion] = field(default_factory=dict)
     future: Future[list[Completion]] = field(default_factory=Future)
 
 
-class EngineThread(ModelThread[Engine]):
+class EngineThread(ScoringThread[Engine]):
     """Continuous batching: samples join the running batch as places get free, the clients by turns.
 
     The engine runs in this process, beside the event loop that answers HTTP, and not behind vLLM's `AsyncLLM`. The same
     scheduler and workers are behind both; what the other one's process would spare is the event loop's share of the
     interpreter lock, which is taken once a request (not once a token: nothing is passed on before a request is
-    finished), and the GPU works on meanwhile, because vLLM schedules a step ahead of it.
+    finished, save to those who read along), and the GPU works on meanwhile, because vLLM schedules a step ahead of it.
+
+    Between steps it scores what it is asked to, a batch at a time.
 
     Attributes:
         queue: samples that the engine has not been given yet.
@@ -99,19 +101,23 @@ class EngineThread(ModelThread[Engine]):
         try:
             return self.model.samples(prompt_ids, params, return_scores)
         except UserError as error:
-            raise ServiceError(413 if isinstance(error, PromptTooLong) else 422, str(error)) from None
+            if isinstance(error, PromptTooLong):
+                raise ServiceError(413, str(error), code=TOO_LONG) from None
+            raise ServiceError(422, str(error)) from None
 
-    async def complete(self, samples: list[Sample], client: str = "", prune: Prune | None = None) -> list[Completion]:
+    async def complete(
+        self, samples: list[Sample], client: str = "", after_step: AfterStep | None = None
+    ) -> list[Completion]:
         """The completions of the samples. Cancelling the awaiting task aborts the work.
 
         Args:
             client: whose turn it takes.
-            prune: asked on this thread, after every step of the engine.
+            after_step: called on this thread, after every step of the engine.
 
         Raises:
             ServiceError: 503 when the engine is not, or no longer, at work; 422 when it refuses a sample.
         """
-        request = _Request(client, samples, prune)
+        request = _Request(client, samples, after_step)
         with self._changed:
             self._expect(request.future)
             self.queue.put(client, request, ((request, sample) for sample in samples))
@@ -125,24 +131,25 @@ class EngineThread(ModelThread[Engine]):
             raise
 
     def _has_work(self) -> bool:
-        return bool(self.queue or self.begun or self._abandoned)
+        return bool(self.queue or self.begun or self._abandoned or self.to_score)
 
     def _work(self, model: Engine) -> None:
         with self._changed:
             abandoned, self._abandoned = self._abandoned, []
         for request in abandoned:
             self._abort(model, request)
+        self._score(model)
         self._fill(model)
         if not self.begun:
             return
-        pruning = {request: request.prune for request in self.begun.values() if request.prune is not None}
-        advanced = dict.fromkeys(pruning)
+        watched = {request: after for request in self.begun.values() if (after := request.after_step) is not None}
+        advanced = dict.fromkeys(watched)
         for sample, completion in model.step():
             request = self.begun.pop(sample)
             request.completions[sample] = completion
             advanced[request] = None
-        for request, prune in pruning.items():
-            pruned = prune(model, request.completions)
+        for request, after_step in watched.items():
+            pruned = after_step(model, request.completions)
             model.abort(sample for sample in pruned if self.begun.pop(sample, None) is not None)
             request.completions |= pruned
         for request in advanced:
@@ -168,6 +175,9 @@ class EngineThread(ModelThread[Engine]):
         with self._changed:
             self.queue.remove(request.client, request)
         engine.abort(sample for sample in request.samples if self.begun.pop(sample, None) is not None)
+
+    def _scorer(self, model: Engine) -> Scorer:
+        return model.require_scorer()
 
     def _watch(self, model: Engine) -> None:
         def on_failure() -> None:

@@ -95,12 +95,12 @@ class RequestMiddleware:
             with self._bounded(receive) as bounded:
                 await self._app(scope, bounded, send_named)
         except ServiceError as error:
-            await error.to_response()(scope, receive, send_named)
+            await error.to_response(scope["path"])(scope, receive, send_named)
         except Exception as error:
             logger.exception("a bug", extra={"fields": {"request_id": request_id, "path": scope["path"]}})
             if status is None:
                 detail = f"internal error ({type(error).__name__}); the service's log has more"
-                await ServiceError(500, detail).to_response()(scope, receive, send_named)
+                await ServiceError(500, detail).to_response(scope["path"])(scope, receive, send_named)
         finally:
             self._record(scope, status or 500, time.perf_counter() - started, {"request_id": request_id}, log)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,6 +11,8 @@ from xbai.api_key import ApiKeyOptions
 
 Port = Annotated[int, typer.Option(min=0, max=65535)]
 Count = Annotated[int, typer.Option(min=1)]
+Effort = Literal["none", "minimal", "low", "medium", "high"]
+ReasoningField = Literal["reasoning", "reasoning_content"]
 OptionalCount = Annotated[int | None, typer.Option(min=1)]
 
 
@@ -42,6 +44,23 @@ class ServiceOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OpenAIOptions:
+    """Of the routes for OpenAI's clients."""
+
+    effort: Annotated[Effort | None, typer.Option(metavar="EFFORT")] = None
+    """Reasoning effort of requests that name none: none, minimal, low, medium or high; by default low, and none for a
+    model without a score head."""
+    effort_budget: str | None = None
+    """Budget of low, medium and high, as stop:0.95: of their candidates those are written that it wants."""
+    reasoning_field: Annotated[ReasoningField, typer.Option(metavar="NAME")] = "reasoning"
+    """What messages call their thinking: reasoning, or reasoning_content for clients that know that name."""
+    served_model_name: str | None = None
+    """What clients call the model; by default its folder's name."""
+    openwebui_status: bool = False
+    """Streams also tell Open WebUI how far the candidates are."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PolicyOptions(ServiceOptions):
     """Of the service that generates responses."""
 
@@ -55,6 +74,7 @@ class PolicyOptions(ServiceOptions):
     """GPUs that share the model (vllm)."""
     gpu_memory_utilization: Annotated[float | None, typer.Option(min=0.01, max=1)] = None
     """Share of a GPU's memory to take (vllm)."""
+    openai: OpenAIOptions = field(default_factory=OpenAIOptions)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The policy service: `POST /generate`."""
+"""The policy service: `POST /generate`, and OpenAI's routes; as one server with the score service: `xbai serve`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from xbai.serve.budgeted import chance_beside, complete_budgeted
 from xbai.serve.engine_thread import EngineThread
 from xbai.serve.errors import ServiceError
 from xbai.serve.limits import Limits
-from xbai.serve.options import PolicyOptions
+from xbai.serve.openai.routes import OPENAI_ROUTES, add_openai_routes
+from xbai.serve.options import OpenAIOptions, PolicyOptions
+from xbai.serve.reflection import Question, reflect
 from xbai.serve.schemas import GenerateRequest, GenerateResponse
+from xbai.serve.score import SCORE_ROUTES, add_score_routes
 from xbai.serve.server import listen, serve
 from xbai.sprm.head import SCORE_MODULE_FILE
 
@@ -27,8 +30,11 @@ ENGINE_OPTIONS = ("dtype", "max_model_len", "tensor_parallel_size", "gpu_memory_
 """Those that `load_engine` takes; None leaves its default."""
 
 
-def run_policy_service(options: PolicyOptions) -> None:
+def run_policy_service(options: PolicyOptions, with_score_routes: bool = False) -> None:
     """Run the policy service until SIGTERM or SIGINT.
+
+    Args:
+        with_score_routes: it answers `POST /score` and `POST /score_batch` as the score service does.
 
     Raises:
         UserError: the port is taken, or the model cannot be loaded.
@@ -45,53 +51,65 @@ def run_policy_service(options: PolicyOptions) -> None:
     limits = Limits.of(options)
     with listen(options.ip, options.port) as listener:
         thread = EngineThread(lambda: load_engine(options.engine, model_path, with_scores=options.with_scores, **given))
-        serve(create_policy_app(thread, model_path, limits), listener)
+        serve(create_policy_app(thread, model_path, limits, options.openai, with_score_routes), listener)
 
 
-def create_policy_app(thread: EngineThread, model_name: str, limits: Limits) -> FastAPI:
-    """The ASGI application; it starts and stops `thread`."""
-    service = Service("XBai policy service", model_name, thread, limits, ["/generate", "/score"], log_probs=True)
+def create_policy_app(
+    thread: EngineThread,
+    model_name: str,
+    limits: Limits,
+    openai: OpenAIOptions | None = None,
+    with_score_routes: bool = False,
+) -> FastAPI:
+    """The ASGI application; it starts and stops `thread`.
+
+    Raises:
+        UserError: options that the model cannot follow.
+    """
+    routes = ["/generate", *OPENAI_ROUTES, *SCORE_ROUTES]
+    service = Service("XBai policy service", model_name, thread, limits, routes, log_probs=True)
     service.metrics.watch("xbai_engine_samples_waiting", "Samples before the engine", lambda: len(thread.queue))
     service.metrics.watch("xbai_engine_samples_begun", "Samples in the engine", lambda: len(thread.begun))
 
     own_chance = chance_beside(model_name)
 
-    # The README of XBai o4 gives its client this path of the policy service.
-    @service.app.post("/score", **service.route(), response_model_exclude_none=True, include_in_schema=False)
     @service.app.post("/generate", **service.route(), response_model_exclude_none=True)
     async def generate(body: GenerateRequest, request: Request) -> GenerateResponse:
         """Sample `response_num` responses to a prompt."""
         with service.admission.admit(body.response_num):
             return await service.answer(request, _generate(service, thread, body, request, own_chance))
 
+    if with_score_routes:
+        add_score_routes(service, thread)
+    else:
+        # The README of XBai o4 gives its client this path of the policy service.
+        alias = service.app.post("/score", **service.route(), response_model_exclude_none=True, include_in_schema=False)
+        alias(generate)
+    name = Path(model_name).resolve().name
+    add_openai_routes(service, thread, openai or OpenAIOptions(), name, own_chance)
     return service.app
 
 
 async def _generate(
     service: Service, thread: EngineThread, body: GenerateRequest, request: Request, own_chance: ScoreChance | None
 ) -> GenerateResponse:
-    for field in ("return_scores", "budget"):
+    for field in ("return_scores", "budget", "answer_once"):
         if getattr(body, field) and thread.model.step_rule is None:
             raise ServiceError(422, f"{field}: this model has no score head")
-    (prompt_ids,) = await service.encode(body.prefix_prompt)
-    if len(prompt_ids) >= (most := thread.model.max_model_len):
-        raise ServiceError(413, f"prefix_prompt: {len(prompt_ids)} tokens leave no room in the model's {most}")
+    prompt_ids = await service.encode_prompt("prefix_prompt", body.prefix_prompt)
     client = request.client.host if request.client else ""
-    samples = thread.samples(prompt_ids, _sampling_params(body), body.return_scores or body.budget is not None)
-    if body.budget is None:
-        completions = await thread.complete(samples, client)
+    params, chosen = _sampling_params(body), None
+    if body.answer_once:
+        question = Question(body.prefix_prompt, prompt_ids, params, True, body.budget, body.return_scores, client)
+        answer = await reflect(thread, question, own_chance)
+        completions, chosen = list(answer.candidates), answer.chosen
+        completions[chosen] = answer.response
     else:
-        completions = await complete_budgeted(thread, samples, body.budget, own_chance, client)
+        samples = thread.samples(prompt_ids, params, body.return_scores or body.budget is not None)
+        completions = (await complete_budgeted(thread, samples, body.budget, own_chance, client)).results()
     response = _response(completions, body.return_scores, body.return_log_probs)
-    generated = sum(response.token_counts)
-    request.state.log |= {"responses": body.response_num, "prompt_tokens": len(prompt_ids), "tokens": generated}
-    service.metrics.prompt_tokens.inc(len(prompt_ids))
-    service.metrics.generated_tokens.inc(generated)
-    for score in response.scores or ():
-        if score is not None:
-            service.metrics.scores.observe(score)
-    for reason in response.finish_reasons:
-        service.metrics.responses.labels(reason).inc()
+    response.chosen = chosen
+    service.count(request, len(prompt_ids), completions, sum(response.token_counts))
     return response
 
 

@@ -76,6 +76,9 @@ class GenerateRequest(WireModel):
     top_k: int = Field(-1, ge=-1, le=2**31 - 1, description="-1 or 0: no limit.")
     repetition_penalty: float = Field(1.05, ge=0.01, le=10)
     budget: Budget | None = Field(None, description="Not all of the responses, but those that a rule wants.")
+    answer_once: bool = Field(
+        False, description="Responses end with their thinking, and the one that scores highest goes on to its answer."
+    )
     return_scores: bool = Field(False, description="Also return trajectory and step scores, and where steps end.")
     return_log_probs: bool = Field(False, description="Also return mean log-probs; with scores also those of steps.")
 
@@ -95,6 +98,8 @@ class GenerateResponse(WireModel):
 
     With a budget, `finish_reasons` has `pruned`, a response that was given up and is told up to the step that decided
     it, and `not_begun`; neither has a score. `token_counts` are of all that was generated.
+
+    With `answer_once`, `chosen` is the response that was written to its end.
     """
 
     results: list[str]
@@ -105,6 +110,7 @@ class GenerateResponse(WireModel):
     mean_log_probs: list[float | None] | None = None
     step_ends: list[list[int]] | None = None
     step_log_probs: list[list[float]] | None = None
+    chosen: int | None = None
 
 
 class ScoreRequest(WireModel):
@@ -149,6 +155,21 @@ class ErrorResponse(BaseModel):
     """Body of every refusal and failure."""
 
     detail: str
+
+
+class OpenAIError(BaseModel):
+    """What went wrong, in OpenAI's form."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIErrorResponse(BaseModel):
+    """Body of every refusal and failure of a route under `/v1/`."""
+
+    error: OpenAIError
 
 
 class StateResponse(BaseModel):

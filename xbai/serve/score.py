@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from fastapi import FastAPI, Request
 
-from xbai.engine import Scored, Scorer
+from xbai.engine import Engine, Scored, Scorer
 from xbai.engine.files import check_model_folder, load_tokenizer, read_config, resolve_max_model_len
 from xbai.errors import UserError
 from xbai.serve.app import Service
+from xbai.serve.engine_thread import EngineThread
 from xbai.serve.errors import ServiceError, list_problems
 from xbai.serve.limits import Limits
 from xbai.serve.options import ScoreOptions
 from xbai.serve.schemas import ScoreBatchRequest, ScoreBatchResponse, ScoreRequest, ScoreResponse
 from xbai.serve.scorer_thread import ScoreModel, ScorerThread
 from xbai.serve.server import listen, serve
-from xbai.sprm import split_response
+from xbai.sprm import StepRule, split_response
+
+SCORE_ROUTES = ("/score", "/score_batch")
 
 
 def run_score_service(options: ScoreOptions) -> None:
@@ -40,7 +43,13 @@ def _load_scorer(options: ScoreOptions) -> ScoreModel:
 
 def create_score_app(thread: ScorerThread, model_name: str, limits: Limits) -> FastAPI:
     """The ASGI application; it starts and stops `thread`."""
-    service = Service("XBai score service", model_name, thread, limits, ["/score", "/score_batch"], log_probs=False)
+    service = Service("XBai score service", model_name, thread, limits, SCORE_ROUTES, log_probs=False)
+    add_score_routes(service, thread)
+    return service.app
+
+
+def add_score_routes(service: Service, thread: ScorerThread | EngineThread) -> None:
+    """Those of `SCORE_ROUTES`, answered by `thread`."""
 
     @service.app.post("/score", **service.route(), response_model_exclude_none=True)
     async def score(body: ScoreRequest, request: Request) -> ScoreResponse:
@@ -59,14 +68,14 @@ def create_score_app(thread: ScorerThread, model_name: str, limits: Limits) -> F
         details = _details(scored) if body.return_all_scores else {}
         return ScoreBatchResponse(values=[item.value for item in scored], **details)
 
-    return service.app
-
 
 async def _score(
-    service: Service, thread: ScorerThread, texts: dict[str, str], prompt: str | None, request: Request
+    service: Service, thread: ScorerThread | EngineThread, texts: dict[str, str], prompt: str | None, request: Request
 ) -> list[Scored]:
     """Score texts, given by the names that refusals call them."""
-    tokenized = {name: await _tokenize(service, prompt, name, text) for name, text in texts.items()}
+    if (rule := thread.model.step_rule) is None:
+        raise ServiceError(422, "text: this model has no score head")
+    tokenized = {name: await _tokenize(service, prompt, name, text, rule) for name, text in texts.items()}
     _check({name: ids for name, (ids, _) in tokenized.items()}, thread.model)
     sequences, starts = zip(*tokenized.values(), strict=True)
     client = request.client.host if request.client else ""
@@ -87,8 +96,8 @@ def _details(scored: list[Scored]) -> dict[str, list[list]]:
     }
 
 
-def _check(sequences: dict[str, list[int]], model: ScoreModel) -> None:
-    vocabulary = model.scorer.backbone.config.vocab_size
+def _check(sequences: dict[str, list[int]], model: ScoreModel | Engine) -> None:
+    vocabulary = model.vocab_size
     too_long = [f"{name}: {len(ids)} tokens" for name, ids in sequences.items() if len(ids) > model.max_model_len]
     if too_long:
         raise ServiceError(413, f"{list_problems(too_long, ', ')}, the model takes {model.max_model_len}")
@@ -99,10 +108,12 @@ def _check(sequences: dict[str, list[int]], model: ScoreModel) -> None:
             )
 
 
-async def _tokenize(service: Service, prompt: str | None, name: str, text: str) -> tuple[list[int], int]:
+async def _tokenize(
+    service: Service, prompt: str | None, name: str, text: str, rule: StepRule
+) -> tuple[list[int], int]:
     """Token ids and where the response begins."""
     if prompt is None:
-        prompt, response = split_response(text, service.thread.model.step_rule)
+        prompt, response = split_response(text, rule)
     elif text.startswith(prompt):
         response = text[len(prompt) :]
     else:

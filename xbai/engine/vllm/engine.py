@@ -75,7 +75,7 @@ class VLLMEngine(Engine):
         # All of vLLM's models hand their LM head to the layer that reads this.
         arguments["hf_overrides"] = {"head_dtype": dtype_name(self._logits_dtype), **arguments.get("hf_overrides", {})}
         self._weights_have_changed = False
-        # vLLM's, of samples that have columns; it forgets one when it has ended.
+        # vLLM's own; it forgets one when it has ended.
         self._states: WeakValueDictionary[Sample, Any] = WeakValueDictionary()
         self._on_cpu = not torch.cuda.is_available()
         self._owns_process_group = not torch.distributed.is_initialized()
@@ -182,8 +182,8 @@ class VLLMEngine(Engine):
             request_id = self._llm.add_request(sample.key, prompt, self._vllm_params(sample))
         except (ValueError, VLLMValidationError) as error:
             raise UserError(f"vLLM refuses the request: {error}") from error
+        state = self._states[sample] = self._llm.output_processor.request_states[request_id]
         if columns := self._columns(sample):
-            state = self._states[sample] = self._llm.output_processor.request_states[request_id]
             state.logprobs_processor = ColumnReader(columns)
 
     def _drop(self, samples: list[Sample]) -> None:
@@ -194,10 +194,10 @@ class VLLMEngine(Engine):
         for output in finished:
             self.prompt_tokens += len(output.prompt_token_ids)
             self.cached_prompt_tokens += output.num_cached_tokens or 0
-        return [self._finish(self._unfinished[output.request_id], output.outputs[0]) for output in finished]
+        return [self._finish(self._unfinished[output.request_id], output) for output in finished]
 
     def token_ids(self, sample: Sample) -> Sequence[int]:
-        """See `Engine`; only of samples that return scores or log-probs."""
+        """See `Engine`."""
         state = self._states.get(sample)
         return () if state is None else state.detokenizer.output_token_ids
 
@@ -207,9 +207,11 @@ class VLLMEngine(Engine):
             self._read_columns(sample, completion, state.logprobs_processor.logprobs)
         return completion
 
-    def _finish(self, sample: Sample, output: Any) -> tuple[Sample, Completion]:
+    def _finish(self, sample: Sample, request: Any) -> tuple[Sample, Completion]:
+        (output,) = request.outputs
         token_ids = list(output.token_ids)
         completion = Completion(token_ids, self._response_text(sample, token_ids), output.finish_reason)
+        completion.cached_prompt_tokens = request.num_cached_tokens or 0
         if output.stop_reason in sample.params.stop_token_ids and output.stop_reason not in sample.end_ids:
             # vLLM does not look for stop strings in the text of the token.
             is_cut = completion.text != self.detokenize(token_ids)
@@ -234,7 +236,8 @@ class VLLMEngine(Engine):
             return LOG_PROB + 1
         return STEP_LOGIT + 1 if self._fused_head is not None and sample.return_scores else 0
 
-    def _require_scorer(self) -> Scorer:
+    def require_scorer(self) -> Scorer:
+        """See `Engine`; it holds another copy of the backbone."""
         if self.scorer is None and self._fused_head is not None:
             ranks = self._llm.vllm_config.parallel_config.tensor_parallel_size
             if self._weights_have_changed and ranks > 1:
@@ -247,7 +250,7 @@ class VLLMEngine(Engine):
                 for name, held in self._held_weights().items():
                     scorer.load_weight(name, next(iter(held.copies())))
             self.scorer = scorer
-        return super()._require_scorer()
+        return super().require_scorer()
 
     def _load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         self._check_one_process()
