@@ -68,19 +68,25 @@ def run_command(command: Callable[..., Any], arguments: Sequence[str] | None = N
 @_command("serve", PolicyOptions)
 def serve(options: PolicyOptions) -> None:
     """Serve a model to any OpenAI client, and with POST /generate and POST /score, from one process."""
-    from xbai.serve.policy import run_policy_service
-
-    configure_logging(options.log_format)
-    run_policy_service(options, with_score_routes=True)
+    _serve_policy(options, with_score_routes=True)
 
 
 @_command("serve-policy", PolicyOptions)
 def serve_policy(options: PolicyOptions) -> None:
     """Serve a model's responses: POST /generate, and OpenAI's routes."""
-    from xbai.serve.policy import run_policy_service
+    _serve_policy(options, with_score_routes=False)
 
+
+def _serve_policy(options: PolicyOptions, with_score_routes: bool) -> None:
     configure_logging(options.log_format)
-    run_policy_service(options)
+    if options.replicas is not None:
+        from xbai.serve.front.service import run_replicated_service
+
+        run_replicated_service(options, options.replicas, with_score_routes)
+    else:
+        from xbai.serve.policy import run_policy_service
+
+        run_policy_service(options, with_score_routes)
 
 
 @_command("serve-score", ScoreOptions)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack
 
-from xbai.client.replicas import RETRY_MAX_S, Replica, Replicas
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xbai.client.replicas import AFFINITY_SLACK, RETRY_MAX_S, Replica, Replicas
 
 
 def busy(count: int, max_in_flight: int = 8) -> Replica:
@@ -128,3 +132,51 @@ def test_a_request_leaves_the_copy_that_failed_it_to_others_while_another_works(
         return served
 
     assert asyncio.run(run()) == [(2, "http://a"), (1, "http://b"), (3, "http://a"), (4, "http://a")]
+
+
+def borrowed(replicas: Replicas, weight: int, beginning: bytes, tried: frozenset[str] = frozenset()) -> Replica | None:
+    """Who gets a request that ends at once."""
+
+    async def ask() -> Replica | None:
+        with replicas.borrow(weight, beginning, tried) as replica:
+            return replica
+
+    return asyncio.run(ask())
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 3 * AFFINITY_SLACK), min_size=1, max_size=5), st.binary(min_size=1, max_size=4))
+def test_a_beginning_has_a_copy_of_its_own_which_others_relieve(work: list[int], beginning: bytes) -> None:
+    replicas = Replicas([f"http://{i}" for i in range(len(work))], 8)
+    own = borrowed(replicas, 1, beginning)
+    for replica, outstanding in zip(replicas.all, work, strict=True):
+        replica.outstanding = outstanding
+    found = borrowed(replicas, 1, beginning)
+    assert own is not None and found is not None
+    assert found is own if own.outstanding <= min(work) + AFFINITY_SLACK else found.outstanding == min(work)
+    assert [replica.outstanding for replica in replicas.all] == work, "what was borrowed is given back"
+    assert borrowed(replicas, 1, b"").outstanding == min(work)
+
+
+def test_only_the_beginnings_of_a_copy_that_is_gone_move() -> None:
+    replicas = Replicas([f"http://{i}" for i in range(4)], 8)
+    beginnings = [bytes([i]) for i in range(200)]
+    before = {beginning: borrowed(replicas, 1, beginning) for beginning in beginnings}
+    gone = replicas.all.pop(1)
+    moved = [beginning for beginning in beginnings if borrowed(replicas, 1, beginning) is not before[beginning]]
+    assert moved == [beginning for beginning in beginnings if before[beginning] is gone]
+    assert 20 < len(moved) < 80
+
+
+def test_what_is_no_work_needs_no_room() -> None:
+    async def ask() -> None:
+        replicas = Replicas(["http://a", "http://b"], 1)
+        with ExitStack() as held:
+            assert {held.enter_context(replicas.borrow(1, b"x")).base_url for _ in range(2)} == {"http://a", "http://b"}
+            assert held.enter_context(replicas.borrow(1, b"x")) is None
+            light = held.enter_context(replicas.borrow(0))
+            assert light is not None and light.in_flight == 1
+            assert held.enter_context(replicas.borrow(0, tried={"http://a", "http://b"})) is None
+        assert [replica.in_flight for replica in replicas.all] == [0, 0]
+
+    asyncio.run(ask())

@@ -19,7 +19,7 @@ SERVICE = (
     "api_key api_key_file"
 )
 POLICY = (
-    f"{SERVICE} engine with_scores no_scores tensor_parallel_size gpu_memory_utilization effort effort_budget "
+    f"{SERVICE} engine with_scores no_scores tensor_parallel_size gpu_memory_utilization replicas effort effort_budget "
     "reasoning_field served_model_name openwebui_status"
 )
 FLAGS = {
@@ -127,7 +127,11 @@ def test_every_command_has_its_flags_and_help_for_each(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("module", "absent"),
-    [("xbai.cli", "torch transformers httpx fastapi matplotlib"), ("xbai.measure.metric_command", "torch httpx")],
+    [
+        ("xbai.cli", "torch transformers httpx fastapi matplotlib"),
+        ("xbai.measure.metric_command", "torch httpx"),
+        ("xbai.serve.front.service", "torch transformers matplotlib"),
+    ],
 )
 def test_a_command_begins_without_what_it_does_not_need(module: str, absent: str) -> None:
     script = f"import sys, {module}; sys.exit(' '.join(set({absent.split()}) & set(sys.modules)))"

@@ -223,7 +223,7 @@ class ServicePool:
         if response.status_code == 408 or not response.is_client_error:
             raise self._failure(replica, problem, answered=response.status_code != 503)
         if response.status_code == 429:
-            raise self._refusal(replica, problem, _retry_after_s(response))
+            raise self._refusal(replica, problem, retry_after_s(response))
         replica.succeeded()
         if response.status_code == TOO_LONG:
             raise RequestTooLongError(problem)
@@ -288,7 +288,8 @@ def _check_key(response: httpx.Response) -> None:
         raise UserError(f"{response.url}: {_detail(response)}; give --api_key_file, or set {API_KEY_VARIABLE}")
 
 
-def _retry_after_s(response: httpx.Response) -> float:
+def retry_after_s(response: httpx.Response) -> float:
+    """For how long a refusal asks not to be asked again, within bounds."""
     try:
         return min(RETRY_MAX_S, max(0.0, float(response.headers.get("Retry-After", RETRY_BASE_S))))
     except ValueError:

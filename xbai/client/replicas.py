@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import heapq
 import random
-from collections.abc import AsyncIterator, Sequence, Set
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence, Set
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -15,6 +16,8 @@ import typer
 RETRY_BASE_S = 0.5
 RETRY_MAX_S = 30.0
 REFUSALS_LOG_S = 60.0
+AFFINITY_SLACK = 32
+"""Work by which the copy that has seen a beginning may be busier than the others: a request of the highest effort."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Replica:
 
     Attributes:
         max_in_flight: most requests that it is ever given at once.
+        name: what people know it by.
         limit: most that it is given now; lower where it has said that it is full.
         in_flight, outstanding: its requests, and how much work they are.
         failures: in a row.
@@ -58,6 +62,7 @@ class Replica:
 
     base_url: str
     max_in_flight: int
+    name: str = ""
     limit: int = field(init=False)
     in_flight: int = 0
     outstanding: int = 0
@@ -192,7 +197,11 @@ class _Waiting:
 
 
 class Replicas:
-    """Gives each request to the copy with the least outstanding work, the oldest request first."""
+    """Gives each request to the copy with the least outstanding work, the oldest request first.
+
+    Attributes:
+        all: the copies. Who lends them by `borrow` alone may add and remove some.
+    """
 
     def __init__(self, base_urls: Sequence[str], max_in_flight: int) -> None:
         self.all = [Replica(url, max_in_flight) for url in base_urls]
@@ -216,6 +225,34 @@ class Replicas:
             if waiting.replica.done() and not waiting.replica.cancelled():
                 waiting.replica.result().give_back(weight)
             self._hand_out()
+
+    @contextmanager
+    def borrow(self, weight: int, beginning: bytes = b"", tried: Set[str] = frozenset()) -> Iterator[Replica | None]:
+        """A copy that has room at once; None where none has.
+
+        Args:
+            weight: how much work the request is. Without any it needs no room.
+            beginning: requests with the same one go to the same copy (rendezvous hashing), which has it in its prefix
+                cache, as long as it works and has at most `AFFINITY_SLACK` more to do than the least busy one.
+            tried: URLs of the copies that are out of the question.
+        """
+        now = asyncio.get_running_loop().time()
+        open_to_it = [replica for replica in self.all if replica.base_url not in tried]
+        free = [replica for replica in open_to_it if not weight or replica.has_room(now)]
+        replica = min(free, key=Replica.preference, default=None)
+        if replica is None or not weight:
+            yield replica
+            return
+        if beginning:
+            known = max(free, key=lambda one: hashlib.sha256(one.base_url.encode() + beginning).digest())
+            is_as_well = known.preference()[:2] <= replica.preference()[:2]
+            if is_as_well and known.outstanding <= replica.outstanding + AFFINITY_SLACK:
+                replica = known
+        replica.take(weight, now)
+        try:
+            yield replica
+        finally:
+            replica.give_back(weight)
 
     def _hand_out(self) -> None:
         loop = asyncio.get_running_loop()

@@ -20,10 +20,10 @@ from xbai.engine import Completion
 from xbai.model_identity import model_identity
 from xbai.prompts import is_far_longer, prompt_text
 from xbai.serve.bodies import BodyRoute
-from xbai.serve.errors import TOO_LONG, ServiceError, install_error_handlers
+from xbai.serve.errors import CLIENT_CLOSED_REQUEST, TOO_LONG, ServiceError, install_error_handlers
 from xbai.serve.limits import RETRY_AFTER_S, Admission, Limits
 from xbai.serve.model_thread import ModelThread
-from xbai.serve.monitoring import Metrics, RequestMiddleware
+from xbai.serve.monitoring import PROMETHEUS_TEXT, Metrics, RequestMiddleware
 from xbai.serve.schemas import ErrorResponse, StateResponse
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 ERRORS = {
     400: "unreadable",
     408: "the body did not arrive in time",
@@ -47,7 +46,6 @@ ERRORS = {
 """Statuses of a route besides success, and what each means."""
 KEY_NEEDED = {401: "no, or not the right, API key"}
 NOT_READY = {503: "not so"}
-CLIENT_CLOSED_REQUEST = 499
 SILENCE_S = 15.0
 """After so much of it a stream shows that it is alive; proxies close connections that are silent for a minute."""
 

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 LATENCY_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
 SCORE_BUCKETS = tuple(i / 10 for i in range(1, 11))
 UNKNOWN_ROUTE = "other"
+PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 OPEN_ROUTE = "/health"
 REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 
@@ -56,7 +57,7 @@ class RequestMiddleware:
 
     Plain ASGI, because Starlette's function middleware hides a client's disconnect from the handler. What a handler
     puts into `request.state.log` is logged with the request; `request.state.has_key` tells the one of the open route
-    whether it may say everything.
+    whether it may say everything, and `request.state.request_id` is the id.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, routes: frozenset[str], limits: Limits) -> None:
@@ -76,6 +77,7 @@ class RequestMiddleware:
         if not REQUEST_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
         state = scope.setdefault("state", {})
+        state["request_id"] = request_id
         log: dict[str, int] = state.setdefault("log", {})
         has_key = state["has_key"] = self._has_key(scope)
         status: int | None = None

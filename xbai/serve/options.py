@@ -74,6 +74,9 @@ class PolicyOptions(ServiceOptions):
     """GPUs that share the model (vllm)."""
     gpu_memory_utilization: Annotated[float | None, typer.Option(min=0.01, max=1)] = None
     """Share of a GPU's memory to take (vllm)."""
+    replicas: OptionalCount = None
+    """Copies of the model behind the port, each a process with tensor_parallel_size GPUs of its own; what dies is
+    started again."""
     openai: OpenAIOptions = field(default_factory=OpenAIOptions)
 
 

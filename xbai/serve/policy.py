@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,11 +31,14 @@ ENGINE_OPTIONS = ("dtype", "max_model_len", "tensor_parallel_size", "gpu_memory_
 """Those that `load_engine` takes; None leaves its default."""
 
 
-def run_policy_service(options: PolicyOptions, with_score_routes: bool = False) -> None:
+def run_policy_service(
+    options: PolicyOptions, with_score_routes: bool = False, listener: socket.socket | None = None
+) -> None:
     """Run the policy service until SIGTERM or SIGINT.
 
     Args:
         with_score_routes: it answers `POST /score` and `POST /score_batch` as the score service does.
+        listener: where, instead of the options' address.
 
     Raises:
         UserError: the port is taken, or the model cannot be loaded.
@@ -49,7 +53,7 @@ def run_policy_service(options: PolicyOptions, with_score_routes: bool = False) 
             check_tensor_parallel_size(size, config, f"--tensor_parallel_size {size}")
         given["tensor_parallel_size"] = size or visible_gpus_that_share(config)
     limits = Limits.of(options)
-    with listen(options.ip, options.port) as listener:
+    with listener or listen(options.ip, options.port) as listener:
         thread = EngineThread(lambda: load_engine(options.engine, model_path, with_scores=options.with_scores, **given))
         serve(create_policy_app(thread, model_path, limits, options.openai, with_score_routes), listener)
 

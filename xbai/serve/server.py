@@ -10,14 +10,19 @@ import os
 import socket
 import sys
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from xbai.errors import UserError
-from xbai.serve.app import Service
+from xbai.serve.limits import Limits
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from xbai.serve.app import Service
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +124,7 @@ class TimedProtocol(H11Protocol):
             self._clock = None
 
 
-def server_config(app: FastAPI) -> uvicorn.Config:
+def server_config(app: ASGIApp) -> uvicorn.Config:
     """How HTTP is spoken."""
     return uvicorn.Config(
         app,
@@ -132,29 +137,66 @@ def server_config(app: FastAPI) -> uvicorn.Config:
     )
 
 
-class _Server(uvicorn.Server):
-    """Answers until the model dies or a signal comes, and then, for a while, what it had accepted before.
+class Stoppable(Protocol):
+    """What is served until it has finished."""
+
+    @property
+    def limits(self) -> Limits:
+        """What bounds its requests."""
+
+    @property
+    def stopping(self) -> bool:
+        """`stop` was called."""
+
+    def stop(self) -> None:
+        """Take no more work. Called from a signal handler."""
+
+    def finished(self) -> bool:
+        """There is nothing more to serve. Asked ten times a second, from the event loop."""
+
+
+class DrainingServer(uvicorn.Server):
+    """Answers until the service has finished or a signal comes, and then, for a while, what it had accepted before.
 
     It keeps listening meanwhile, so that clients and load balancers read that it is stopping.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
-        super().__init__(config)
-        self._service = service
+    def __init__(self, app: ASGIApp, service: Stoppable) -> None:
+        super().__init__(server_config(app))
+        self._stoppable = service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop at the first signal, end the process at the second."""
-        if self._service.stopping:
-            _leave(128 + sig)
-        if self._service.thread.alive and not self._service.thread.ready:
-            logger.info("stopping: nothing is accepted yet, and loading cannot be interrupted")
-            _leave(0)
-        logger.info("stopping: at most %g s for what is unanswered", self._service.limits.shutdown_timeout_s)
-        self._service.stop()
+        if self._stoppable.stopping:
+            leave(128 + sig)
+        logger.info("stopping: at most %g s for what is unanswered", self._stoppable.limits.shutdown_timeout_s)
+        self._stoppable.stop()
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether to shut down; asked ten times a second."""
-        return await super().on_tick(counter) or self._service.finished()
+        """Whether to shut down."""
+        return await super().on_tick(counter) or self._stoppable.finished()
+
+    def run_on(self, listener: socket.socket) -> None:
+        """Serve on `listener`, and say where that is."""
+        host, port = listener.getsockname()[:2]
+        logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        self.run(sockets=[listener])
+
+
+class _Server(DrainingServer):
+    """Also ends where its model dies."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        super().__init__(app, service)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """As above, but while the model loads the first signal ends it all."""
+        thread = self._service.thread
+        if not self._service.stopping and thread.alive and not thread.ready:
+            logger.info("stopping: nothing is accepted yet, and loading cannot be interrupted")
+            leave(0)
+        super().handle_exit(sig, frame)
 
 
 def serve(app: FastAPI, listener: socket.socket) -> None:
@@ -163,10 +205,8 @@ def serve(app: FastAPI, listener: socket.socket) -> None:
     Raises:
         UserError: the model could not be loaded, for a reason the user can mend.
     """
-    host, port = listener.getsockname()[:2]
-    logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     service: Service = app.state.service
-    _Server(server_config(app), service).run(sockets=[listener])
+    _Server(app, service).run_on(listener)
     thread = service.thread
     if thread.loading_error is not None:
         raise thread.loading_error
@@ -175,10 +215,10 @@ def serve(app: FastAPI, listener: socket.socket) -> None:
         logger.warning("leaving without cleaning up the model")
         sys.stdout.flush()
         sys.stderr.flush()
-        _leave(0 if thread.error is None else 1)
+        leave(0 if thread.error is None else 1)
 
 
-def _leave(status: int) -> NoReturn:
+def leave(status: int) -> NoReturn:
     """End this process and its workers, which would keep their GPUs if they hang or are still loading."""
     for worker in multiprocessing.active_children():
         worker.kill()

@@ -1,0 +1,1 @@
+"""Several copies of a policy service behind one port (`--replicas`)."""
