@@ -36,6 +36,7 @@ def test_a_wheel_holds_the_package_with_its_files_types_and_licence(project: tup
         assert any(member.endswith("/licenses/LICENSE") for member in wheel.namelist())
     kinds = (".py", ".yaml", "py.typed")
     files = {str(path.relative_to(folder)) for path in (folder / package).rglob("*") if path.name.endswith(kinds)}
+    files |= {str(path.relative_to(folder)) for path in (folder / package / "serve/web").rglob("*") if path.is_file()}
     assert f"{package}/py.typed" in held
     assert held == files
     assert metadata["Name"] == name

@@ -20,7 +20,7 @@ SERVICE = (
 )
 POLICY = (
     f"{SERVICE} engine with_scores no_scores tensor_parallel_size gpu_memory_utilization replicas effort effort_budget "
-    "reasoning_field served_model_name openwebui_status"
+    "reasoning_field served_model_name openwebui_status page no_page"
 )
 FLAGS = {
     "serve": POLICY,

@@ -15,16 +15,23 @@ import httpx
 import openai
 import pytest
 from clocks import PATIENCE_S, wait_until
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from scripted_engine import Script, ScriptedEngine
 
 from xbai.calibration import ScoreChance
+from xbai.engine import Completion, SamplingParams
 from xbai.errors import UserError
 from xbai.serve import app as service_app
 from xbai.serve import policy
 from xbai.serve.engine_thread import EngineThread
 from xbai.serve.limits import Limits
+from xbai.serve.openai.desk import candidates_of
 from xbai.serve.options import OpenAIOptions
 from xbai.serve.policy import create_policy_app
+from xbai.serve.reflection import Answer, Question
+from xbai.serve.thinking import split_thinking
+from xbai.sprm.steps import step_ends, step_positions
 
 ASK: list[Any] = [{"role": "user", "content": "Which?"}]
 BEST = 5
@@ -116,6 +123,7 @@ def test_every_candidate_is_counted_and_shown_on_request(start: Start) -> None:
     assert [one["chosen"] for one in shown] == [i == BEST for i in range(8)]
     assert shown[BEST]["content"] == "It is 5." and shown[0]["content"] == ""
     assert shown[0]["step_scores"] == pytest.approx([scores_of(0)] * 2) and shown[0]["finish_reason"] == "stop_token"
+    assert [one["steps"] for one in shown] == [[f"I am {i}.", "\n\nYes."] for i in range(8)]
     assert not hasattr(ask(url), "candidates")
 
 
@@ -131,6 +139,28 @@ def test_generate_answers_once_on_request(start: Start) -> None:
     counts = answer["token_counts"]
     assert counts[BEST] == counts[0] + len(engine.tokenizer.encode("\n\nIt is 5.", add_special_tokens=False)) + 1
     assert "chosen" not in httpx.post(f"{url}/generate", json={**body, "answer_once": False}, timeout=PATIENCE_S).json()
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    steps=st.lists(st.text(st.sampled_from("ab <é🙂\n."), max_size=9), max_size=5), rest=st.text(min_size=1, max_size=9)
+)
+def test_steps_begin_what_is_thought(
+    tiny_tokenizer: Any, tiny_model_dir: Path, thinks: bool, steps: list[str], rest: str
+) -> None:
+    engine = ScriptedEngine(tiny_model_dir, thinker)
+    text = "".join(f"{step}.\n\n" for step in steps) + rest
+    ids = tiny_tokenizer.encode(f"<think>{text}</think>\n\nYes" if thinks else text, add_special_tokens=False)
+    ends = step_ends(step_positions(ids, 0, engine.step_rule), 0)
+    completion = Completion(ids, engine.detokenize(ids), "stop", step_scores=[0.5] * len(ends), step_ends=ends)
+    question = Question("", [1], SamplingParams())
+    answer = Answer([completion], 0, completion, split_thinking("", completion.text))
+    (shown,) = candidates_of(question, [answer], engine.detokenize)
+    assert len(shown["steps"]) == len(ends)
+    assert (shown["reasoning"] or shown["content"]).startswith("".join(shown["steps"]))
+    for step, end in zip(shown["steps"], ends):
+        assert engine.detokenize(ids[:end]).rstrip().endswith(step.strip())
 
 
 def test_whole_responses_on_request(start: Start) -> None:

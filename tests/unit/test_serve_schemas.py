@@ -24,6 +24,7 @@ def test_generate_defaults_are_the_published_ones() -> None:
         "return_scores": False,
         "return_log_probs": False,
         "budget": None,
+        "answer_once": False,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -57,13 +57,21 @@ class Service:
         title, model_name, thread, limits: what it is called, serves, runs and bears.
         routes: those that metrics name, beside the ones of every service.
         log_probs: it returns mean log-probs.
+        open_routes: paths that ask for no key, beside `/health`.
 
     Attributes:
         app: the ASGI application; routes are added to it by `policy.py` and `score.py`.
     """
 
     def __init__(
-        self, title: str, model_name: str, thread: ModelThread, limits: Limits, routes: Sequence[str], log_probs: bool
+        self,
+        title: str,
+        model_name: str,
+        thread: ModelThread,
+        limits: Limits,
+        routes: Sequence[str],
+        log_probs: bool,
+        open_routes: Iterable[str] = (),
     ) -> None:
         self.thread = thread
         self.limits = limits
@@ -83,7 +91,13 @@ class Service:
         self.app.state.service = self
         install_error_handlers(self.app)
         known = frozenset([*routes, "/health", "/ready", "/metrics"])
-        self.app.add_middleware(RequestMiddleware, metrics=self.metrics, routes=known, limits=limits)
+        self.app.add_middleware(
+            RequestMiddleware,
+            metrics=self.metrics,
+            routes=known,
+            limits=limits,
+            open_routes=frozenset(["/health", *open_routes]),
+        )
         self._add_state_routes()
 
     def route(self, errors: Mapping[int, str] = ERRORS, body: type[BaseModel] = ErrorResponse) -> dict[str, Any]:

@@ -24,7 +24,6 @@ LATENCY_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
 SCORE_BUCKETS = tuple(i / 10 for i in range(1, 11))
 UNKNOWN_ROUTE = "other"
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
-OPEN_ROUTE = "/health"
 REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 
 
@@ -56,14 +55,26 @@ class RequestMiddleware:
     """Asks for the key, bounds the bodies, gives every request an id (its own, or the client's), counts and logs it.
 
     Plain ASGI, because Starlette's function middleware hides a client's disconnect from the handler. What a handler
-    puts into `request.state.log` is logged with the request; `request.state.has_key` tells the one of the open route
+    puts into `request.state.log` is logged with the request; `request.state.has_key` tells the one of an open route
     whether it may say everything, and `request.state.request_id` is the id.
+
+    Args:
+        routes: those that metrics name.
+        open_routes: paths that are answered without the key.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, routes: frozenset[str], limits: Limits) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        routes: frozenset[str],
+        limits: Limits,
+        open_routes: frozenset[str],
+    ) -> None:
         self._app = app
         self._metrics = metrics
         self._routes = routes
+        self._open_routes = open_routes
         self._limits = limits
         self._bodies_bytes = 0
         self._authorization = authorization(limits.api_key).get("Authorization", "").encode()
@@ -90,7 +101,7 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            if not has_key and scope["path"] != OPEN_ROUTE:
+            if not has_key and scope["path"] not in self._open_routes:
                 raise ServiceError(401, "this service asks for its API key: Authorization: Bearer KEY")
             if int(_header(scope, b"content-length") or 0) > self._limits.max_body_bytes:
                 raise self._too_large()
@@ -146,8 +157,8 @@ class RequestMiddleware:
         route = scope["path"] if scope["path"] in self._routes else UNKNOWN_ROUTE
         self._metrics.requests.labels(route, str(status)).inc()
         self._metrics.latency.labels(route).observe(seconds)
-        # Probes of /health and /ready would drown the requests; their 503 is an answer too.
-        probed = scope["method"] == "GET" and status in (200, 503)
+        # Probes of /health and /ready, and files of the page, would drown the requests; their 503 is an answer too.
+        probed = scope["method"] == "GET" and status in (200, 304, 503)
         level = logging.DEBUG if probed else logging.INFO
         fields = {**name, "route": route, "status": status, "seconds": round(seconds, 4), **log}
         logger.log(level, "request", extra={"fields": fields})

@@ -58,6 +58,8 @@ class OpenAIOptions:
     """What clients call the model; by default its folder's name."""
     openwebui_status: bool = False
     """Streams also tell Open WebUI how far the candidates are."""
+    page: Annotated[bool, typer.Option("--page/--no_page")] = True
+    """Show the page at /."""
 
 
 @dataclass(frozen=True, kw_only=True)

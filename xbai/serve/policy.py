@@ -21,6 +21,7 @@ from xbai.serve.errors import ServiceError
 from xbai.serve.limits import Limits
 from xbai.serve.openai.routes import OPENAI_ROUTES, add_openai_routes
 from xbai.serve.options import OpenAIOptions, PolicyOptions
+from xbai.serve.page import PAGE_ROUTES, add_page
 from xbai.serve.reflection import Question, reflect
 from xbai.serve.schemas import GenerateRequest, GenerateResponse
 from xbai.serve.score import SCORE_ROUTES, add_score_routes
@@ -70,8 +71,12 @@ def create_policy_app(
     Raises:
         UserError: options that the model cannot follow.
     """
+    openai = openai or OpenAIOptions()
     routes = ["/generate", *OPENAI_ROUTES, *SCORE_ROUTES]
-    service = Service("XBai policy service", model_name, thread, limits, routes, log_probs=True)
+    open_routes = PAGE_ROUTES if openai.page else ()
+    service = Service(
+        "XBai policy service", model_name, thread, limits, routes, log_probs=True, open_routes=open_routes
+    )
     service.metrics.watch("xbai_engine_samples_waiting", "Samples before the engine", lambda: len(thread.queue))
     service.metrics.watch("xbai_engine_samples_begun", "Samples in the engine", lambda: len(thread.begun))
 
@@ -90,7 +95,9 @@ def create_policy_app(
         alias = service.app.post("/score", **service.route(), response_model_exclude_none=True, include_in_schema=False)
         alias(generate)
     name = Path(model_name).resolve().name
-    add_openai_routes(service, thread, openai or OpenAIOptions(), name, own_chance)
+    add_openai_routes(service, thread, openai, name, own_chance)
+    if openai.page:
+        add_page(service.app)
     return service.app
 
 

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from xbai.client.replicas import Replica, Replicas
 from xbai.serve.errors import ServiceError, install_error_handlers
@@ -19,6 +19,7 @@ from xbai.serve.front.metrics import gather_metrics
 from xbai.serve.front.proxy import Proxy
 from xbai.serve.limits import Admission, Limits
 from xbai.serve.monitoring import PROMETHEUS_TEXT, Metrics, RequestMiddleware
+from xbai.serve.page import PAGE_ROUTES, add_page
 
 ROUTES = ("/generate", "/score", "/score_batch", "/v1/chat/completions", "/v1/responses", "/v1/models")
 """Those of the copies that metrics name. Their own modules import torch."""
@@ -36,12 +37,14 @@ def create_front_app(
     metrics: Metrics,
     default_effort: str | None = None,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
+    page: bool = True,
 ) -> FastAPI:
     """Answers itself for how it is; everything else is the copies' to answer.
 
     Args:
         replicas: those that are ready; they may change.
         client: has the API key.
+        page: at `/` is the page.
     """
 
     async def health(request: Request) -> Response:
@@ -66,11 +69,17 @@ def create_front_app(
         return Response(content, media_type=PROMETHEUS_TEXT)
 
     known = frozenset((*ROUTES, *STATE_ROUTES))
-    own = [Route(path, answer) for path, answer in zip(STATE_ROUTES, (health, ready, gathered), strict=True)]
+    own: list[BaseRoute] = [
+        Route(path, answer) for path, answer in zip(STATE_ROUTES, (health, ready, gathered), strict=True)
+    ]
     proxied = Route("/{path:path}", Proxy(replicas, client, admission, limits, default_effort))
-    middleware = Middleware(RequestMiddleware, metrics=metrics, routes=known, limits=limits)
+    open_routes = frozenset(["/health", *(PAGE_ROUTES if page else ())])
+    middleware = Middleware(RequestMiddleware, metrics=metrics, routes=known, limits=limits, open_routes=open_routes)
     # Schema and documentation are those of the copies.
-    app = FastAPI(routes=[*own, proxied], middleware=[middleware], lifespan=lifespan, openapi_url=None)
+    app = FastAPI(routes=own, middleware=[middleware], lifespan=lifespan, openapi_url=None)
+    if page:
+        add_page(app)
+    app.router.routes.append(proxied)
     install_error_handlers(app)
     return app
 

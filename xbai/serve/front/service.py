@@ -48,6 +48,7 @@ def run_replicated_service(options: PolicyOptions, replicas: int, with_score_rou
             service.metrics,
             options.openai.effort,
             service.lifespan,
+            options.openai.page,
         )
         DrainingServer(app, service).run_on(listener)
     if service.error is not None:

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from xbai.serve.openai.chat_stream import ChatStream, finish_reason, usage_of
-from xbai.serve.openai.desk import Asked, Desk, candidates_of
+from xbai.serve.openai.desk import Asked, Desk
 from xbai.serve.openai.fields import Count, LenientModel, SamplingFields, described, refusal, refuse_what_cannot_act
 from xbai.serve.openai.sse import EventStream
 from xbai.serve.reflection import Answer
@@ -106,13 +106,14 @@ def add_chat_route(desk: Desk) -> None:
                 return EventStream(stream.events(), places.pop_all().close)
             answers = await service.answer(request, desk.answers(question, count))
         usage = await desk.usage(request, question, answers)
+        shown = await desk.shown(question, answers, bool(body.return_candidates))
         return JSONResponse(
             {
                 **head,
                 "object": "chat.completion",
                 "choices": _choices(answers, desk.options.reasoning_field),
                 "usage": usage_of(usage),
-                **({"candidates": candidates_of(question, answers)} if body.return_candidates else {}),
+                **shown,
             }
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import Request
 
 from xbai.serve.errors import ServiceError
-from xbai.serve.openai.desk import Desk, Usage, candidates_of
+from xbai.serve.openai.desk import Desk, Usage
 from xbai.serve.openai.sse import COMMENT, DONE, event
 from xbai.serve.progress import Progress
 from xbai.serve.reflection import Answer, Question, Tell
@@ -69,9 +69,7 @@ class ChatStream:
 
     async def _end(self, answer: Answer) -> AsyncIterator[str]:
         usage = await self._desk.usage(self._request, self._question, [answer])
-        further: dict[str, Any] = (
-            {"candidates": candidates_of(self._question, [answer])} if self._return_candidates else {}
-        )
+        further = await self._desk.shown(self._question, [answer], self._return_candidates)
         if self._tells_openwebui:
             further["event"] = _status(f"chose the best of {self._question.params.n} candidates", done=True)
         yield self._chunk({}, finish_reason(answer), **further)

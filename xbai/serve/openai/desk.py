@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from fastapi import Request
@@ -12,6 +13,7 @@ from fastapi import Request
 from xbai.aggregation import aggregate
 from xbai.calibration import ScoreChance
 from xbai.engine import Completion
+from xbai.engine.detokenizer import Detokenizer
 from xbai.errors import UserError
 from xbai.prompts import Message
 from xbai.search.budget import parse_budget
@@ -24,7 +26,7 @@ from xbai.serve.openai.fields import SamplingFields
 from xbai.serve.options import OpenAIOptions
 from xbai.serve.reflection import Answer, Question, Tell, reflect
 from xbai.serve.schemas import Budget
-from xbai.serve.thinking import split_thinking
+from xbai.serve.thinking import TextStream, ThinkingParser, split_thinking
 
 THINKING_FIELDS = ("reasoning", "reasoning_content")
 """Of messages of earlier turns; templates leave earlier thinking out, and not all of them know its name."""
@@ -129,6 +131,14 @@ class Desk:
             for task in tasks:
                 task.cancel()
 
+    async def shown(self, question: Question, answers: Sequence[Answer], return_candidates: bool) -> dict[str, Any]:
+        """What an answer has beside itself: its `candidates`, where they are asked for."""
+        if not return_candidates:
+            return {}
+        # Their texts may be megabytes.
+        made = await asyncio.to_thread(candidates_of, question, answers, self._thread.model.detokenize)
+        return {"candidates": made}
+
     async def usage(self, request: Request, question: Question, answers: Sequence[Answer]) -> Usage:
         """What the answers have cost, which the service counts."""
         candidates = [candidate for answer in answers for candidate in answer.candidates]
@@ -175,13 +185,13 @@ def _known(message: Message) -> Message:
     return {name: value for name, value in message.items() if name not in THINKING_FIELDS} | {"role": role}
 
 
-def candidates_of(question: Question, answers: Sequence[Answer]) -> list[dict[str, Any]]:
+def candidates_of(question: Question, answers: Sequence[Answer], detokenize: Detokenizer) -> list[dict[str, Any]]:
     """What clients get of all candidates: of each answer's, one after the other."""
     return [
         {
             "choice": choice,
             "index": index,
-            **_candidate(question, candidate),
+            **_candidate(question, candidate, detokenize),
             **({"content": answer.said.content, "chosen": True} if index == answer.chosen else {"chosen": False}),
         }
         for choice, answer in enumerate(answers)
@@ -189,7 +199,7 @@ def candidates_of(question: Question, answers: Sequence[Answer]) -> list[dict[st
     ]
 
 
-def _candidate(question: Question, candidate: Completion) -> dict[str, Any]:
+def _candidate(question: Question, candidate: Completion, detokenize: Detokenizer) -> dict[str, Any]:
     said = split_thinking(question.prompt, candidate.text)
     is_whole = candidate.finish_reason not in ("pruned", "not_begun")
     return {
@@ -197,5 +207,16 @@ def _candidate(question: Question, candidate: Completion) -> dict[str, Any]:
         "content": said.content,
         "score": aggregate(candidate.step_scores) if is_whole and candidate.step_scores is not None else None,
         "step_scores": candidate.step_scores,
+        "steps": None if candidate.step_ends is None else _steps(question, candidate, detokenize),
         "finish_reason": candidate.finish_reason,
     }
+
+
+def _steps(question: Question, candidate: Completion, detokenize: Detokenizer) -> list[str]:
+    """The text of each step; together they begin the thinking, or the content of what does not think."""
+    stream, parser = TextStream(detokenize), ThinkingParser.after(question.prompt)
+    pieces = []
+    for begin, end in pairwise([0, *(candidate.step_ends or [])]):
+        said = parser.push(stream.push(candidate.token_ids[begin:end]))
+        pieces.append(said.reasoning + said.content)
+    return pieces

@@ -72,7 +72,7 @@ def described(service: Service, streams: bool = False) -> dict[str, Any]:
     errors = {status: why for status, why in ERRORS.items() if status != 422} | {404: "no such model"}
     route = service.route(errors, OpenAIErrorResponse)
     if streams:
-        content = {"application/json": {"schema": {}}, "text/event-stream": {"schema": {}}}
+        content: dict[str, Any] = {"application/json": {"schema": {}}, "text/event-stream": {"schema": {}}}
         route["responses"][200] = {"description": "the answer", "content": content}
     return route
 

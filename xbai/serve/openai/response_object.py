@@ -6,8 +6,8 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from xbai.serve.openai.desk import Usage, candidates_of
-from xbai.serve.reflection import Answer, Question
+from xbai.serve.openai.desk import Usage
+from xbai.serve.reflection import Answer
 
 
 def _fresh_id(kind: str) -> str:
@@ -20,12 +20,9 @@ class ResponseObject:
 
     Attributes:
         head: what it says of the request.
-        return_candidates: its end has them all.
     """
 
     head: dict[str, Any]
-    question: Question
-    return_candidates: bool = False
     reasoning_id: str = field(default_factory=lambda: _fresh_id("rs"))
     message_id: str = field(default_factory=lambda: _fresh_id("msg"))
 
@@ -49,8 +46,12 @@ class ResponseObject:
             **self.head,
         }
 
-    def ended(self, answer: Answer, usage: Usage) -> dict[str, Any]:
-        """With all that was written."""
+    def ended(self, answer: Answer, usage: Usage, shown: dict[str, Any]) -> dict[str, Any]:
+        """With all that was written.
+
+        Args:
+            shown: of `Desk`.
+        """
         reasoning = [self.reasoning_item(answer.said.reasoning)] if answer.said.reasoning else []
         status = "completed" if answer.is_whole else "incomplete"
         return {
@@ -65,7 +66,7 @@ class ResponseObject:
                 "output_tokens_details": {"reasoning_tokens": usage.reasoning},
                 "total_tokens": usage.prompt + usage.completion,
             },
-            **({"candidates": candidates_of(self.question, [answer])} if self.return_candidates else {}),
+            **shown,
         }
 
     def failed(self, message: str) -> dict[str, Any]:

@@ -113,14 +113,15 @@ def add_responses_route(desk: Desk) -> None:
                 "temperature": question.params.temperature,
                 "top_p": question.params.top_p,
                 "user": body.user,
-            },
-            question,
-            bool(body.return_candidates),
+            }
         )
+        return_candidates = bool(body.return_candidates)
         with ExitStack() as places:
             places.enter_context(service.admission.admit(question.params.n))
             if body.stream:
-                return EventStream(ResponsesStream(desk, request, question, made).events(), places.pop_all().close)
+                stream = ResponsesStream(desk, request, question, made, return_candidates)
+                return EventStream(stream.events(), places.pop_all().close)
             answer = await service.answer(request, desk.answer(question))
         usage = await desk.usage(request, question, [answer])
-        return JSONResponse(made.ended(answer, usage))
+        shown = await desk.shown(question, [answer], return_candidates)
+        return JSONResponse(made.ended(answer, usage, shown))

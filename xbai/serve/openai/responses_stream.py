@@ -19,11 +19,14 @@ from xbai.serve.thinking import Said
 class ResponsesStream:
     """The events of one response: an item of thinking is open until the content begins, and the message to the end."""
 
-    def __init__(self, desk: Desk, request: Request, question: Question, made: ResponseObject) -> None:
+    def __init__(
+        self, desk: Desk, request: Request, question: Question, made: ResponseObject, return_candidates: bool
+    ) -> None:
         self._desk = desk
         self._request = request
         self._question = question
         self._made = made
+        self._return_candidates = return_candidates
         self._numbers = count()
         self._said = Said()
         self._open: str | None = None
@@ -51,7 +54,9 @@ class ResponsesStream:
         return await self._desk.answer(self._question, tell)
 
     async def _end(self, answer: Answer) -> str:
-        ended = self._made.ended(answer, await self._desk.usage(self._request, self._question, [answer]))
+        usage = await self._desk.usage(self._request, self._question, [answer])
+        shown = await self._desk.shown(self._question, [answer], self._return_candidates)
+        ended = self._made.ended(answer, usage, shown)
         return self._event(f"response.{ended['status']}", response=ended)
 
     def _more(self, said: Said) -> Iterator[str]:
