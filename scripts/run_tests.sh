@@ -27,7 +27,8 @@ fi
 
 # The page of `xbai serve` is tested in a browser; where there is none, and none can be installed, that test is skipped.
 if ! command -v chromedriver >/dev/null && command -v apt-get >/dev/null && ((EUID == 0)); then
-    timeout 300 bash -c "apt-get update && apt-get install -y chromium chromium-driver" >/dev/null 2>&1 ||
+    DEBIAN_FRONTEND=noninteractive timeout 300 bash -c "apt-get update && apt-get install -y chromium chromium-driver" \
+        </dev/null &>/dev/null ||
         echo "chromium could not be installed: the page is not tested" >&2
 fi
 
