@@ -23,6 +23,7 @@ from typing import Annotated, Any
 
 import httpx
 import typer
+from budget import SAMPLING
 from http_load import running_service
 from machine import ROOT, describe_machine, report, rounded
 from tqdm import tqdm
@@ -39,8 +40,6 @@ EFFORTS = ("none", "low", "medium", "high")
 ARMS = {effort: {"reasoning_effort": effort} for effort in EFFORTS} | {
     f"{effort}_whole": {"reasoning_effort": effort, "answer_once": False} for effort in ("medium", "high")
 }
-SAMPLING = {"temperature": 0.7, "top_p": 1.0, "repetition_penalty": 1.0, "max_tokens": 256}
-"""As in scripts/quickstart.sh."""
 BRANCH = 32
 TIMEOUT_S = 3600.0
 

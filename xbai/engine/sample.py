@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
+from xbai.aggregation import aggregate
 from xbai.errors import UserError
 
 FinishReason = Literal["stop", "stop_token", "length", "pruned", "not_begun"]
@@ -83,6 +84,12 @@ class Completion:
     def generated(self) -> int:
         """How many tokens it has cost."""
         return len(self.token_ids) + self.discarded
+
+    @property
+    def score(self) -> float | None:
+        """Of the trajectory; None without step scores, and of one that a budget did not have written to its end."""
+        is_whole = self.finish_reason not in ("pruned", "not_begun")
+        return aggregate(self.step_scores) if is_whole and self.step_scores is not None else None
 
     @property
     def step_log_probs(self) -> list[float] | None:

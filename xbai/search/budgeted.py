@@ -57,9 +57,9 @@ class BudgetedSamples:
 
     def end(self, completions: Mapping[Sample, Completion], answers: Answers | None = None) -> None:
         """Those of the wave. `answers` is asked where the rule asks for answers."""
-        self._so_far |= completions
         self._completions |= completions
-        self._group.end([self._candidate(sample, has_ended=True) for sample in self._wave])
+        # Nobody asks for the running scores of what has ended.
+        self._group.end([Candidate((), aggregate(completions[sample].step_scores or [])) for sample in self._wave])
         ended = self._group.ended
         if answers is not None and self._group.rule.needs_answers:
             texts = [self._completions[self._samples[number]].text for number in ended]
@@ -69,8 +69,8 @@ class BudgetedSamples:
     def choose(self) -> int:
         """Which sample is the response; one without room for its end only where all that ended are such."""
         ended = self._group.ended
-        whole = [n for n in ended if self._completions[self._samples[n]].finish_reason != "length"] or list(ended)
-        return whole[self._group.rule.choose([ended[number] for number in whole])]
+        whole = [n for n in ended if self._completions[self._samples[n]].finish_reason != "length"]
+        return self._group.choose(whole or None)
 
     def results(self) -> list[Completion]:
         """A completion of each sample, in their order."""

@@ -49,6 +49,7 @@ class CandidateGroup:
                 chance = self.chance(candidate.score) if self.chance and candidate.score is not None else None
                 self.ended[number] = replace(candidate, chance=chance)
 
-    def choose(self) -> int:
-        """The candidate that is the response."""
-        return list(self.ended)[self.rule.choose(list(self.ended.values()))]
+    def choose(self, among: Sequence[int] | None = None) -> int:
+        """The candidate that is the response: of those that ended, or of some of them (at least one)."""
+        numbers = list(self.ended) if among is None else among
+        return numbers[self.rule.choose([self.ended[number] for number in numbers])]

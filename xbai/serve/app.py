@@ -15,12 +15,12 @@ from fastapi import FastAPI, Request, Response, Security
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 
-from xbai.aggregation import aggregate
 from xbai.engine import Completion
 from xbai.model_identity import model_identity
 from xbai.prompts import is_far_longer, prompt_text
 from xbai.serve.bodies import BodyRoute
-from xbai.serve.errors import CLIENT_CLOSED_REQUEST, TOO_LONG, ServiceError, install_error_handlers
+from xbai.serve.disconnect import client_gone, until_disconnected
+from xbai.serve.errors import TOO_LONG, ServiceError, install_error_handlers
 from xbai.serve.limits import RETRY_AFTER_S, Admission, Limits
 from xbai.serve.model_thread import ModelThread
 from xbai.serve.monitoring import PROMETHEUS_TEXT, Metrics, RequestMiddleware
@@ -117,14 +117,14 @@ class Service:
             ServiceError: 504 after the request's time; 503 at the end; 499 (which nobody reads) after a disconnect.
         """
         task = asyncio.ensure_future(work)
-        watcher = asyncio.create_task(_until_disconnected(request))
+        watcher = asyncio.create_task(until_disconnected(request.receive))
         first: set[asyncio.Future[Any]] = {task, watcher, self._end}
         try:
             await asyncio.wait(first, timeout=self.limits.request_timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
             if watcher.done():
-                raise ServiceError(CLIENT_CLOSED_REQUEST, "the client closed the connection")
+                raise client_gone()
             if self._end.done():
                 raise self._stopped()
             raise self._late()
@@ -169,8 +169,8 @@ class Service:
         self.metrics.generated_tokens.inc(generated)
         for completion in completions:
             self.metrics.responses.labels(completion.finish_reason).inc()
-            if completion.step_scores is not None and completion.finish_reason not in ("pruned", "not_begun"):
-                self.metrics.scores.observe(aggregate(completion.step_scores))
+            if (score := completion.score) is not None:
+                self.metrics.scores.observe(score)
 
     def _late(self) -> ServiceError:
         return ServiceError(504, f"no answer within {self.limits.request_timeout_s:g} s")
@@ -283,11 +283,6 @@ class Service:
         async def metrics() -> Response:
             """Prometheus metrics."""
             return Response(self.metrics.render(), media_type=PROMETHEUS_TEXT)
-
-
-async def _until_disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        continue
 
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -138,7 +138,8 @@ class EngineThread(ScoringThread[Engine]):
             abandoned, self._abandoned = self._abandoned, []
         for request in abandoned:
             self._abort(model, request)
-        self._score(model)
+        if self.to_score:
+            self._score(model)
         self._fill(model)
         if not self.begun:
             return

@@ -16,7 +16,6 @@ from starlette.exceptions import HTTPException
 MAX_PROBLEMS = 20
 MAX_PROBLEM_CHARS = 200
 OPENAI_PREFIX = "/v1/"
-CLIENT_CLOSED_REQUEST = 499
 TOO_LONG = "context_length_exceeded"
 """The code of a prompt that is too long for the model."""
 

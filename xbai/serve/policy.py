@@ -8,7 +8,6 @@ from pathlib import Path
 
 from fastapi import FastAPI, Request
 
-from xbai.aggregation import aggregate
 from xbai.calibration import ScoreChance
 from xbai.engine import Completion, SamplingParams, load_engine
 from xbai.engine.files import check_model_folder
@@ -111,7 +110,14 @@ async def _generate(
     client = request.client.host if request.client else ""
     params, chosen = _sampling_params(body), None
     if body.answer_once:
-        question = Question(body.prefix_prompt, prompt_ids, params, True, body.budget, body.return_scores, client)
+        question = Question(
+            body.prefix_prompt,
+            prompt_ids,
+            params,
+            budget=body.budget,
+            return_scores=body.return_scores,
+            client=client,
+        )
         answer = await reflect(thread, question, own_chance)
         completions, chosen = list(answer.candidates), answer.chosen
         completions[chosen] = answer.response
@@ -145,7 +151,7 @@ def _response(completions: list[Completion], return_scores: bool, return_log_pro
         results=[completion.text for completion in completions],
         finish_reasons=[completion.finish_reason for completion in completions],
         token_counts=[completion.generated for completion in completions],
-        scores=[_score(completion) for completion in completions] if return_scores else None,
+        scores=[completion.score for completion in completions] if return_scores else None,
         step_scores=step_scores,
         mean_log_probs=[_mean(completion.log_probs) for completion in completions] if return_log_probs else None,
         step_ends=[completion.step_ends or [] for completion in completions] if return_scores else None,
@@ -155,11 +161,6 @@ def _response(completions: list[Completion], return_scores: bool, return_log_pro
             else None
         ),
     )
-
-
-def _score(completion: Completion) -> float | None:
-    is_whole = completion.finish_reason not in ("pruned", "not_begun")
-    return aggregate(completion.step_scores or []) if is_whole else None
 
 
 def _mean(log_probs: list[float] | None) -> float | None:

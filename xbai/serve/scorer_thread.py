@@ -69,8 +69,6 @@ class ScoringThread(ModelThread[Model]):
         """Run one batch."""
         with self._changed:
             waiting = self.to_score.waiting()
-        if not waiting:
-            return
         scorer = self._scorer(model)
         running, batch = next_batch(waiting, scorer)
         with self._changed:

@@ -14,7 +14,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from xbai.client.pool import CONNECT_TIMEOUT_S, retry_after_s
 from xbai.client.replicas import Replica, Replicas
-from xbai.serve.errors import CLIENT_CLOSED_REQUEST, ServiceError
+from xbai.serve.disconnect import client_gone, until_disconnected
+from xbai.serve.errors import ServiceError
 from xbai.serve.front.work import Work, work_of
 from xbai.serve.limits import RETRY_AFTER_S, Admission, Limits
 from xbai.serve.openai.sse import event
@@ -64,7 +65,7 @@ class Proxy:
             try:
                 body = await Request(scope, receive).body()
             except ClientDisconnect:
-                raise _gone() from None
+                raise client_gone() from None
             work = work_of(scope["method"], body, self._default_effort)
             begun = False
 
@@ -74,7 +75,7 @@ class Proxy:
                 await send(message)
 
             if not await _while_connected(self._pass_on(scope, body, work, send_noted), receive) and not begun:
-                raise _gone()
+                raise client_gone()
 
     async def _pass_on(self, scope: Scope, body: bytes, work: Work, send: Send) -> None:
         """To one copy after another, until one takes it: what a copy has begun to work on is asked of no other."""
@@ -192,7 +193,7 @@ def _now() -> float:
 
 async def _while_connected(work: Coroutine[Any, Any, None], receive: Receive) -> bool:
     """Do it; cancel it when the client leaves. Whether it was done."""
-    task, watcher = asyncio.ensure_future(work), asyncio.ensure_future(_until_disconnected(receive))
+    task, watcher = asyncio.ensure_future(work), asyncio.ensure_future(until_disconnected(receive))
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -205,15 +206,6 @@ async def _while_connected(work: Coroutine[Any, Any, None], receive: Receive) ->
         await asyncio.wait({task})
 
 
-async def _until_disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        continue
-
-
 async def _never() -> Any:
     """A `receive` for answers that read nothing."""
     raise RuntimeError("nothing is to be received")
-
-
-def _gone() -> ServiceError:
-    return ServiceError(CLIENT_CLOSED_REQUEST, "the client closed the connection")

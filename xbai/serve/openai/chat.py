@@ -14,7 +14,15 @@ from pydantic import Field
 
 from xbai.serve.openai.chat_stream import ChatStream, finish_reason, usage_of
 from xbai.serve.openai.desk import Asked, Desk
-from xbai.serve.openai.fields import Count, LenientModel, SamplingFields, described, refusal, refuse_what_cannot_act
+from xbai.serve.openai.fields import (
+    Count,
+    LenientModel,
+    SamplingFields,
+    described,
+    refusal,
+    refuse_format,
+    refuse_what_cannot_act,
+)
 from xbai.serve.openai.sse import EventStream
 from xbai.serve.reflection import Answer
 from xbai.serve.schemas import StopText
@@ -61,9 +69,7 @@ class ChatRequest(SamplingFields):
         """
         refuse_what_cannot_act(self, CANNOT_ACT)
         given = self.model_extra or {}
-        format_ = given.get("response_format")
-        if format_ and not (isinstance(format_, dict) and format_.get("type") == "text"):
-            raise refusal("response_format", "answers are text; no other format can be kept to")
+        refuse_format("response_format", given.get("response_format"))
         if given.get("modalities") not in (None, [], ["text"]):
             raise refusal("modalities", "text alone is generated")
         if self.stream and (self.n or 1) > 1:

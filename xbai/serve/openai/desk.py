@@ -10,7 +10,6 @@ from typing import Any
 
 from fastapi import Request
 
-from xbai.aggregation import aggregate
 from xbai.calibration import ScoreChance
 from xbai.engine import Completion
 from xbai.engine.detokenizer import Detokenizer
@@ -201,11 +200,10 @@ def candidates_of(question: Question, answers: Sequence[Answer], detokenize: Det
 
 def _candidate(question: Question, candidate: Completion, detokenize: Detokenizer) -> dict[str, Any]:
     said = split_thinking(question.prompt, candidate.text)
-    is_whole = candidate.finish_reason not in ("pruned", "not_begun")
     return {
         "reasoning": said.reasoning,
         "content": said.content,
-        "score": aggregate(candidate.step_scores) if is_whole and candidate.step_scores is not None else None,
+        "score": candidate.score,
         "step_scores": candidate.step_scores,
         "steps": None if candidate.step_ends is None else _steps(question, candidate, detokenize),
         "finish_reason": candidate.finish_reason,

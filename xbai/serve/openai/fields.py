@@ -82,6 +82,16 @@ def refusal(field: str, why: str) -> ServiceError:
     return ServiceError(400, f"{field}: {why}", code="unsupported_parameter", param=field)
 
 
+def refuse_format(field: str, value: Any) -> None:
+    """Refuse any but text.
+
+    Raises:
+        ServiceError: 400 that names the field.
+    """
+    if value and not (isinstance(value, dict) and value.get("type") == "text"):
+        raise refusal(field, "answers are text; no other format can be kept to")
+
+
 def refuse_what_cannot_act(request: LenientModel, reasons: dict[str, str]) -> None:
     """Refuse the fields that a schema does not name, where they ask for something.
 

@@ -13,7 +13,14 @@ from pydantic import Field
 
 from xbai.serve.errors import ServiceError
 from xbai.serve.openai.desk import Asked, Desk
-from xbai.serve.openai.fields import Count, LenientModel, SamplingFields, described, refusal, refuse_what_cannot_act
+from xbai.serve.openai.fields import (
+    Count,
+    LenientModel,
+    SamplingFields,
+    described,
+    refuse_format,
+    refuse_what_cannot_act,
+)
 from xbai.serve.openai.response_object import ResponseObject
 from xbai.serve.openai.responses_stream import ResponsesStream
 from xbai.serve.openai.sse import EventStream
@@ -51,9 +58,7 @@ class ResponsesRequest(SamplingFields):
         """
         refuse_what_cannot_act(self, CANNOT_ACT)
         text = (self.model_extra or {}).get("text")
-        format_ = text.get("format") if isinstance(text, dict) else text
-        if format_ and not (isinstance(format_, dict) and format_.get("type") == "text"):
-            raise refusal("text.format", "answers are text; no other format can be kept to")
+        refuse_format("text.format", text.get("format") if isinstance(text, dict) else text)
 
     def asked(self) -> Asked:
         """What it asks.
