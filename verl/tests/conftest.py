@@ -128,10 +128,10 @@ class TrainerRun:
         return (self.folder / "log.txt").read_text(encoding="utf-8")
 
     def metrics(self) -> dict[int, dict[str, float]]:
-        """Logged metrics by step."""
+        """Logged metrics by step; of a run that goes on, without a line that is being written."""
         path = self.folder / METRICS_FILE
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return {row.pop("step"): row for row in map(json.loads, lines)}
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        return {row.pop("step"): row for row in (json.loads(line) for line in lines if line.endswith("\n"))}
 
 
 @pytest.fixture(scope="session")
