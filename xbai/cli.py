@@ -19,7 +19,7 @@ from xbai.infer.options import RunOptions
 from xbai.logs import configure_logging
 from xbai.measure.options import CalibrateOptions, FeatureFilesOptions, MetricOptions, ReplayOptions, SummaryOptions
 from xbai.options import OptionsT, command_of
-from xbai.serve.options import PolicyOptions, ScoreOptions
+from xbai.serve.options import OnRayOptions, PolicyOptions, ScoreOptions
 
 PLOTS = "xbai.plots"
 """Entry points of other packages, of commands (see `as_command`) that draw what they know."""
@@ -75,6 +75,18 @@ def serve(options: PolicyOptions) -> None:
 def serve_policy(options: PolicyOptions) -> None:
     """Serve a model's responses: POST /generate, and OpenAI's routes."""
     _serve_policy(options, with_score_routes=False)
+
+
+@_command("serve-on-ray", OnRayOptions)
+def serve_on_ray(options: OnRayOptions) -> None:
+    """Serve a model as `serve` does, from the machines of a Ray cluster (RAY_ADDRESS), or from this one alone."""
+    configure_logging(options.log_format)
+    try:
+        from xbai.serve.on_ray import run_on_ray
+    except ModuleNotFoundError as error:
+        raise UserError(f'serve-on-ray: {error.name} is not installed; pip install -e ".[ray]"') from None
+
+    run_on_ray(options)
 
 
 def _serve_policy(options: PolicyOptions, with_score_routes: bool) -> None:

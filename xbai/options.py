@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
@@ -15,6 +15,8 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 from typer.models import OptionInfo, ParameterInfo
+
+from xbai.errors import UserError
 
 OptionsT = TypeVar("OptionsT")
 
@@ -35,6 +37,25 @@ def command_of(run: Callable[[OptionsT], None], options: type[OptionsT]) -> Call
     command.__name__, command.__doc__ = run.__name__, run.__doc__
     command.__signature__ = inspect.Signature(list(_parameters(options)))  # type: ignore[attr-defined]
     return command
+
+
+def parse_options(options: type[OptionsT], arguments: Sequence[str]) -> OptionsT:
+    """The options that a command line says.
+
+    Raises:
+        UserError: one is unknown, missing, or has no such value.
+    """
+    made: list[OptionsT] = []
+    script = typer.Typer(add_completion=False)
+    script.command()(command_of(made.append, options))
+    try:
+        typer.main.get_command(script).main(list(arguments), standalone_mode=False)
+    except Exception as error:
+        # A `ClickException`, of click's or of the one within typer, by its version.
+        if not hasattr(error, "format_message"):
+            raise
+        raise UserError(error.format_message()) from None
+    return made[0]
 
 
 def _made(options: type[OptionsT], values: dict[str, Any]) -> OptionsT:

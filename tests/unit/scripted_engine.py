@@ -72,6 +72,8 @@ class ScriptedEngine(Engine):
     def _completion(self, sample: Sample, reason: FinishReason) -> Completion:
         token_ids = list(self._written[sample])
         completion = Completion(token_ids, self._response_text(sample, token_ids), reason)
+        if sample.params.log_probs:
+            completion.log_probs = [-0.5] * len(token_ids)
         if sample.return_scores and self._rule is not None:
             _, score = self._script(self.tokenizer.decode(sample.prompt_ids), sample.index)
             start = len(sample.prompt_ids)

@@ -25,11 +25,12 @@ POLICY = (
 FLAGS = {
     "serve": POLICY,
     "serve-policy": POLICY,
+    "serve-on-ray": f"{POLICY} max_replicas target_candidates cpus_per_replica",
     "serve-score": f"{SERVICE} score_model_dim lang max_batch_tokens",
     "infer": "task input_file output_file model_dir response_api_url score_api_url n_samples branch effort temperature "
     "top_p top_k repetition_penalty max_tokens stop seed response_num max_in_flight score_source search beam_width "
-    "expand token_budget max_steps step_value exploration budget total_parts part max_questions release start_date "
-    "end_date request_timeout patience api_key api_key_file",
+    "expand token_budget max_steps step_value exploration budget answer_once total_parts part max_questions "
+    "release start_date end_date request_timeout patience api_key api_key_file",
     "metric": "task result_paths N compare json markdown plot calibration",
     "calibrate": "task model_path",
     "replay": "task budget n tolerance calibration json markdown plot",

@@ -120,6 +120,7 @@ class GenerateAnswer(Answer):
     mean_log_probs: list[float | None] | None = None
     step_ends: list[list[int] | None] | None = None
     step_log_probs: list[list[float] | None] | None = None
+    chosen: int | None = None
 
     @model_validator(mode="after")
     def _ends_are_of_the_steps(self) -> Self:
@@ -178,7 +179,22 @@ def read_responses(body: bytes, count: int, *columns: str) -> list[tuple[Any, ..
     Raises:
         ReportedFailureError, BrokenAnswerError: there are none, not as many, or a column is not as long.
     """
+    return _rows(read_answer(GenerateAnswer, body), body, count, columns)
+
+
+def read_chosen(body: bytes, count: int, *columns: str) -> tuple[int, list[tuple[Any, ...]]]:
+    """As `read_responses`, of a request with `answer_once`, and which of the responses answers.
+
+    Raises:
+        ReportedFailureError, BrokenAnswerError: as above, or none was chosen.
+    """
     answer = read_answer(GenerateAnswer, body)
+    if answer.chosen is None or not 0 <= answer.chosen < count:
+        raise BrokenAnswerError(f"chosen: {answer.chosen}, of {count} responses of which one was to answer", body)
+    return answer.chosen, _rows(answer, body, count, columns)
+
+
+def _rows(answer: GenerateAnswer, body: bytes, count: int, columns: Sequence[str]) -> list[tuple[Any, ...]]:
     items = [answer.results, *(getattr(answer, name) or [None] * count for name in columns)]
     for name, column in zip(("results", *columns), items, strict=True):
         if len(column) != count:

@@ -7,16 +7,16 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from xbai.client.pool import RequestFailedError, RequestTooLongError, ServicePool, ServiceUnavailableError
-from xbai.client.wire import read_responses, read_score, score_request
+from xbai.client.wire import read_chosen, read_responses, read_score, score_request
 from xbai.infer.options import RunOptions
 from xbai.infer.progress import Progress
 from xbai.infer.schedule import GenerationRequest, Schedule
 from xbai.infer.store import ResultStore
-from xbai.results.lines import REFUSED, WITHOUT_SCORE, Sample, SampleKey
+from xbai.results.lines import NOT_CHOSEN, REFUSED, WITHOUT_SCORE, Sample, SampleKey
 from xbai.results.settings import request_seed
 from xbai.search.service_source import ServiceSource, StepServices
 from xbai.search.strategy import search_response
@@ -48,7 +48,7 @@ class Services:
         fused: the policy service returns the scores.
         log_probs: the policy service returns mean log-probs.
         names_prompt: the score service is told where the prompt ends.
-        budget: the field of that name of a `/generate` request; None where all responses are wanted.
+        budget: fields of a `/generate` request by which the service chooses itself.
     """
 
     policy: ServicePool
@@ -56,7 +56,7 @@ class Services:
     fused: bool
     log_probs: bool = False
     names_prompt: bool = True
-    budget: dict[str, Any] | None = None
+    budget: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -105,18 +105,27 @@ class Driver:
         with self._keeping_failures(request, f"{len(request.missing)} samples"):
             started = time.monotonic()
             responses = await self.services.policy.post(
-                self._payload(request), lambda body: read_responses(body, request.count, *COLUMNS), weight=request.count
+                self._payload(request), lambda body: self._read(body, request.count), weight=request.count
             )
             seconds = time.monotonic() - started
             schedule.finished(request, seconds)
-            samples = []
-            for key in request.keys:
-                text, *columns = responses[key[1] - request.first_sample]
-                known = dict(zip(COLUMNS.values(), columns, strict=True))
-                if (log_probs := known["step_log_probs"]) is not None:
-                    known["step_log_probs"] = [round(log_prob, STEP_LOG_PROB_DIGITS) for log_prob in log_probs]
-                samples.append(Sample(*key, text, seconds=round(seconds, 3), **known))
-            self._keep(samples)
+            known = {key: responses[key[1] - request.first_sample] for key in request.keys}
+            self._keep([Sample(*key, seconds=round(seconds, 3), **response) for key, response in known.items()])
+
+    def _read(self, body: bytes, count: int) -> list[dict[str, Any]]:
+        """What is known of each response, by the attributes of a `Sample`."""
+        chosen = None
+        if "answer_once" in self.services.budget:
+            chosen, rows = read_chosen(body, count, *COLUMNS)
+        else:
+            rows = read_responses(body, count, *COLUMNS)
+        responses = [dict(zip(("response", *COLUMNS.values()), row, strict=True)) for row in rows]
+        for number, response in enumerate(responses):
+            if (log_probs := response["step_log_probs"]) is not None:
+                response["step_log_probs"] = [round(log_prob, STEP_LOG_PROB_DIGITS) for log_prob in log_probs]
+            if chosen not in (None, number) and response["finish_reason"] not in WITHOUT_SCORE:
+                response["finish_reason"] = NOT_CHOSEN
+        return responses
 
     async def _search(self, request: GenerationRequest, source: ServiceSource) -> None:
         options, (key,) = self.options, request.keys
@@ -165,7 +174,7 @@ class Driver:
             **({} if seed is None else {"seed": seed}),
             **({"return_scores": True} if self.services.fused else {}),
             **({"return_log_probs": True} if self.services.log_probs else {}),
-            **({} if self.services.budget is None else {"budget": self.services.budget}),
+            **self.services.budget,
             **self._sampling,
         }
 

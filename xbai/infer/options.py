@@ -66,6 +66,8 @@ class RunOptions:
     search: SearchOptions = field(default_factory=SearchOptions)
     budget: str | None = None
     """Candidates only where they pay: stop:0.9/2, posterior:0.9/2, majority:0.9/4, prune:0.5@1,2, or prune+stop."""
+    answer_once: bool = False
+    """Candidates only think, and the best one alone answers."""
     total_parts: Annotated[int, typer.Option(min=1)] = 1
     """Split the questions over processes."""
     part: Annotated[int, typer.Option(min=0)] = 0
@@ -95,6 +97,7 @@ class RunOptions:
                 f"--score_source none: --search {self.search.name} is guided by scores; use fused or service"
             )
         self._check_budget()
+        self._check_answer_once()
         self._check_request()
 
     @property
@@ -107,7 +110,7 @@ class RunOptions:
         """Responses of a request."""
         if self.search.is_step_search:
             return 1
-        return self.response_num if self.budget is None else self.group_size
+        return self.group_size if self.budget is not None or self.answer_once else self.response_num
 
     @property
     def group_size(self) -> int:
@@ -144,14 +147,24 @@ class RunOptions:
             raise UserError(f"--{problem['loc'][0]} {problem['input']!r}: {problem['msg']}") from None
 
     def _check_budget(self) -> None:
-        if self.rule is None:
+        if self.rule is not None:
+            self._check_chooses(f"--budget {self.budget}")
+
+    def _check_answer_once(self) -> None:
+        if not self.answer_once:
             return
+        self._check_chooses("--answer_once")
+        if self.group_size == 1:
+            raise UserError("--answer_once: there is one candidate, so nothing to choose; give --branch or --effort")
+        if self.rule is not None and self.rule.needs_answers:
+            raise UserError(f"--answer_once: --budget {self.budget} compares the answers of all candidates")
+
+    def _check_chooses(self, option: str) -> None:
         if self.search.name != "best_of_n":
-            raise UserError(f"--budget {self.budget}: chooses itself, so leave out --search {self.search.name}")
+            raise UserError(f"{option}: chooses itself, so leave out --search {self.search.name}")
         if self.score_source in ("service", "none"):
             raise UserError(
-                f"--budget {self.budget}: goes by scores that come with the responses, not --score_source "
-                f"{self.score_source}"
+                f"{option}: goes by scores that come with the responses, not --score_source {self.score_source}"
             )
 
     def _check_branch(self) -> None:

@@ -36,6 +36,7 @@ from xbai.prompts import prompt_text
 from xbai.results.lines import StoredQuestion
 from xbai.results.run_budget import RunBudget
 from xbai.results.settings import RunSettings, check_calibration, digest_texts
+from xbai.search.rule import Rule
 from xbai.search.service_source import StepServices
 from xbai.sprm import load_sprm_config
 
@@ -84,8 +85,8 @@ def run(options: RunOptions) -> Path:
     with ResultStore(options.output_file, settings, ours) as store:
         logger.info("results will be in %s; until the run ends, in %s", store.path, store.journal_path)
         try:
-            asked = None if budget is None else budget.to_request(benchmark.data_source)
-            failed = _run_until_interrupted(_run(options, api_key, ours, store, tokenizer, benchmark, questions, asked))
+            work = _run(options, api_key, ours, store, tokenizer, benchmark, questions, budget)
+            failed = _run_until_interrupted(work)
         except ExceptionGroup as group:
             raise first_error(group) from group
         except KeyboardInterrupt:
@@ -138,7 +139,7 @@ async def _run(
     tokenizer: PreTrainedTokenizerBase,
     benchmark: Benchmark,
     questions: Mapping[int, Question],
-    budget: dict[str, Any] | None,
+    budget: RunBudget | None,
 ) -> int:
     """Do what is missing of the `stored` questions; returns on how many samples the services failed each time."""
     requests = list(missing_requests(stored, store, options.candidates, options.request_size))
@@ -151,7 +152,7 @@ async def _run(
         _synced(store),
         RunningGrades(benchmark, questions, store, tally) as grades,
     ):
-        services = await _services(options, store, client, requests, budget)
+        services = await _services(options, store, client, requests, budget, benchmark.data_source)
         done = store.complete() + (store.unscored() if services.scorer is None else [])
         for key in done if requests else ():
             grades.add(key)
@@ -170,7 +171,8 @@ async def _services(
     store: ResultStore,
     client: httpx.AsyncClient,
     requests: Sequence[GenerationRequest],
-    budget: dict[str, Any] | None,
+    budget: RunBudget | None,
+    data_source: str,
 ) -> Services:
     """What is asked, once it is sure that it serves the models that made what is there."""
     policy = ServicePool(options.response_api_url, "/generate", client, options.retry, options.max_in_flight)
@@ -196,16 +198,16 @@ async def _services(
         fused,
         log_probs=policy_model is not None and policy_model.log_probs,
         names_prompt=scorer_model is not None and scorer_model.is_ours,
-        budget=budget,
+        budget={} if budget is None else budget.to_request(data_source),
     )
 
 
-def _check_budget(options: RunOptions, budget: dict[str, Any], fused: bool, policy: ServedModel) -> None:
-    place = f"--budget {options.budget}: --response_api_url {options.response_api_url}"
+def _check_budget(options: RunOptions, budget: RunBudget, fused: bool, policy: ServedModel) -> None:
+    place = f"{budget.options}: --response_api_url {options.response_api_url}"
     if not fused:
-        raise UserError(f"{place} does not return the scores of --score_api_url, and a budget goes by its own")
+        raise UserError(f"{place} does not return the scores of --score_api_url, and chooses by its own")
     ours = model_identity(options.model_dir)
-    if budget["chance"] and not (policy.identity and is_same_model(policy.identity, ours)):
+    if budget.chance and not (policy.identity and is_same_model(policy.identity, ours)):
         raise UserError(f"{place} serves {policy.identity}, but the calibration is that of {ours}")
 
 
@@ -231,14 +233,15 @@ def run_budget(options: RunOptions, settings: RunSettings) -> RunBudget | None:
     Raises:
         UserError: there is none, or it is of another model or temperature.
     """
-    if (rule := options.rule) is None:
+    if (rule := options.rule) is None and not options.answer_once:
         return None
-    if not rule.needs_chance:
-        return RunBudget(rule, options.group_size)
+    budget = RunBudget(rule or Rule(), options.group_size, answers_once=options.answer_once)
+    if not budget.rule.needs_chance:
+        return budget
     calibration = Calibration.read(options.model_dir)
     made = {**settings.to_dict(), "policy": settings.model, "scorer": settings.model}
     check_calibration(calibration, made, f"--budget {rule}")
-    return RunBudget(rule, options.group_size, calibration.chance)
+    return replace(budget, chance=calibration.chance)
 
 
 @asynccontextmanager

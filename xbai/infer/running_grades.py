@@ -13,7 +13,7 @@ from xbai.errors import UserError, first_error
 from xbai.grading import GraderPool
 from xbai.infer.progress import Tally
 from xbai.infer.store import ResultStore
-from xbai.results.lines import NOT_BEGUN, PRUNED, SampleKey
+from xbai.results.lines import NOT_BEGUN, NOT_CHOSEN, PRUNED, SampleKey
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class RunningGrades:
         while True:
             key = await self._waiting.get()
             sample = self.store.get(key)
-            if sample.finish_reason in (PRUNED, NOT_BEGUN):
+            if sample.finish_reason in (PRUNED, NOT_BEGUN, NOT_CHOSEN):
                 self.tally.add(key, None, None)
                 self._waiting.task_done()
                 continue

@@ -151,7 +151,7 @@ class ResultStore:
             answer=question.answer,
             meta=question.meta,
             samples=samples,
-            content=choose([sample.response for sample in samples], [sample.score for sample in samples]),
+            content=choose([sample.response for sample in samples], [sample.score_to_choose_by for sample in samples]),
             time=max((sample.seconds for sample in samples), default=0.0),
             settings=self._settings.to_dict(),
         )

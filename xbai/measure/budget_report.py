@@ -13,7 +13,7 @@ from xbai.measure.estimators import Estimate
 from xbai.measure.graded import GradedQuestion, grade_lines
 from xbai.measure.result_set import read_lines, result_files
 from xbai.measure.tables import Grid, percent
-from xbai.results.lines import NOT_BEGUN, PRUNED, read_result_lines
+from xbai.results.lines import NOT_BEGUN, NOT_CHOSEN, PRUNED, read_result_lines
 from xbai.results.run_budget import RunBudget
 
 
@@ -87,7 +87,7 @@ def report_budget(task: str, patterns: Sequence[str], budget: RunBudget) -> Budg
         raise UserError("none of the responses could be graded")
     flat = [group for groups in questions for group in groups]
     return BudgetReport(
-        rule=str(budget.rule),
+        rule=budget.name,
         candidates=budget.candidates,
         questions=len(questions),
         groups=max(map(len, questions)),
@@ -103,8 +103,11 @@ def report_budget(task: str, patterns: Sequence[str], budget: RunBudget) -> Budg
 def _groups(question: GradedQuestion, budget: RunBudget) -> Iterator[_Group]:
     for first in range(0, len(question.correct), budget.candidates):
         members = slice(first, first + budget.candidates)
-        scores = [None if np.isinf(score) else float(score) for score in question.scores[members]]
         reasons = question.finish_reasons[members]
+        scores = [
+            None if np.isinf(score) or reason == NOT_CHOSEN else float(score)
+            for score, reason in zip(question.scores[members], reasons, strict=True)
+        ]
         chosen = budget.choose(scores, question.keys[members])
         yield _Group(
             correct=0.0 if chosen is None else float(question.correct[first + chosen]),

@@ -93,7 +93,7 @@ def _run_with_budget(options: MetricOptions, budget: RunBudget) -> None:
     ):
         if value:
             raise UserError(
-                f"--{option}: {options.patterns[0]} was sampled with --budget {budget.rule}; xbai replay "
+                f"--{option}: {options.patterns[0]} was sampled with {budget.options}; xbai replay "
                 "compares budgets on results without one"
             )
     if options.n not in (1, budget.candidates):

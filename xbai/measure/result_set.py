@@ -10,6 +10,7 @@ from pathlib import Path
 from xbai.errors import UserError
 from xbai.measure.graded import question_key
 from xbai.results.lines import JOURNAL_SUFFIX, ResultLine, read_result_lines
+from xbai.results.run_budget import RunBudget
 from xbai.results.settings import differing_settings
 
 logger = logging.getLogger(__name__)
@@ -75,10 +76,8 @@ def _check_settings(found: Sequence[tuple[Path, ResultLine]], task: str | None, 
             "measure each alone"
         )
     for path, settings in told:
-        if settings.get("budget") and not with_budget:
-            raise UserError(
-                f"{path}: sampled with --budget {settings['budget']['rule']}; only xbai metric measures that"
-            )
+        if not with_budget and (budget := RunBudget.from_settings(settings)) is not None:
+            raise UserError(f"{path}: sampled with {budget.options}; only xbai metric measures that")
         first_path, first = told[0]
         if task is not None and settings.get("task", task) != task:
             raise UserError(f"{path}: made for --task {settings['task']}, not {task}")

@@ -16,6 +16,8 @@ T = TypeVar("T")
 REFUSED = "refused"
 PRUNED, NOT_BEGUN = "pruned", "not_begun"
 """Of a run with a budget (see `xbai.search.rule`): given up on the way; never begun."""
+NOT_CHOSEN = "not_chosen"
+"""Of a run that answers once: a candidate as far as it was written before another was chosen to answer."""
 WITHOUT_SCORE = (REFUSED, PRUNED, NOT_BEGUN)
 """Finish reasons of samples that are complete without one."""
 JOURNAL_SUFFIX = ".journal"
@@ -57,7 +59,7 @@ class Sample:
         question: index of the question; None in files that do not number theirs.
         sample: index among the samples of the question.
         response: the text; empty where the service refused, up to the step after which it was pruned.
-        finish_reason: `stop`, `length`, or one of `WITHOUT_SCORE`.
+        finish_reason: `stop`, `length`, `NOT_CHOSEN`, or one of `WITHOUT_SCORE`.
         token_count: generated tokens, of a search all that it generated, of a pruned one those that came too late to be
             in the text too; None when the service does not say.
         seconds: how long its request took.
@@ -82,6 +84,11 @@ class Sample:
     mean_log_prob: float | None = None
     step_ends: list[int] | None = None
     step_log_probs: list[float] | None = None
+
+    @property
+    def score_to_choose_by(self) -> float | None:
+        """The score, of those that may be the response."""
+        return None if self.finish_reason == NOT_CHOSEN else self.score
 
     @property
     def key(self) -> SampleKey:

@@ -10,6 +10,8 @@ from xbai.calibration import ScoreChance
 from xbai.search.budget import parse_budget
 from xbai.search.rule import Candidate, Rule
 
+ALL = str(Rule())
+
 
 @dataclass(frozen=True)
 class RunBudget:
@@ -18,11 +20,24 @@ class RunBudget:
     Attributes:
         candidates: most candidates of a group.
         chance: the calibrated probability that a response of a score is right; None where the rule needs none.
+        answers_once: the candidates only think, and the chosen one alone answers.
     """
 
     rule: Rule
     candidates: int
     chance: ScoreChance | None = None
+    answers_once: bool = False
+
+    @property
+    def options(self) -> str:
+        """Those of the inference that ask for it."""
+        budget = "" if str(self.rule) == ALL else f"--budget {self.rule}"
+        return " ".join(filter(None, (budget, "--answer_once" if self.answers_once else "")))
+
+    @property
+    def name(self) -> str:
+        """As tables show it."""
+        return f"{self.rule}, answer once" if self.answers_once else str(self.rule)
 
     def to_settings(self) -> dict[str, Any]:
         """As `RunSettings` has it."""
@@ -30,6 +45,7 @@ class RunBudget:
             "rule": str(self.rule),
             "candidates": self.candidates,
             "chance": None if self.chance is None else asdict(self.chance),
+            **({"answers_once": True} if self.answers_once else {}),
         }
 
     @classmethod
@@ -38,12 +54,15 @@ class RunBudget:
         if not (budget := (settings or {}).get("budget")):
             return None
         chance = None if budget["chance"] is None else ScoreChance(**budget["chance"])
-        return cls(parse_budget(budget["rule"]), budget["candidates"], chance)
+        rule = Rule() if budget["rule"] == ALL else parse_budget(budget["rule"])
+        return cls(rule, budget["candidates"], chance, budget.get("answers_once", False))
 
     def to_request(self, data_source: str) -> dict[str, Any]:
-        """As the field `budget` of a `/generate` request, for answers that are compared as this data source's."""
+        """As fields of a `/generate` request, for answers that are compared as this data source's."""
         settings = self.to_settings()
-        return {"rule": settings["rule"], "chance": settings["chance"], "data_source": data_source}
+        budget = {"rule": settings["rule"], "chance": settings["chance"], "data_source": data_source}
+        fields: dict[str, Any] = {} if settings["rule"] == ALL else {"budget": budget}
+        return {**fields, "answer_once": True} if self.answers_once else fields
 
     def choose(self, scores: Sequence[float | None], answers: Sequence[str | None]) -> int | None:
         """Which candidate is the response; None where none has a score, which those have that are whole.

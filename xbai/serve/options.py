@@ -83,6 +83,18 @@ class PolicyOptions(ServiceOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnRayOptions(PolicyOptions):
+    """Of the same service on a Ray cluster."""
+
+    max_replicas: OptionalCount = None
+    """Let the number of copies follow the load, from --replicas (1) to this."""
+    target_candidates: Count = 128
+    """Candidates that each copy is to be at, with --max_replicas."""
+    cpus_per_replica: Annotated[float, typer.Option(min=0)] = 1.0
+    """CPUs that Ray sets aside for each copy."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScoreOptions(ServiceOptions):
     """Of the service that scores texts."""
 

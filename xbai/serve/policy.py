@@ -43,6 +43,16 @@ def run_policy_service(
     Raises:
         UserError: the port is taken, or the model cannot be loaded.
     """
+    with listener or listen(options.ip, options.port) as listener:
+        serve(open_policy_app(options, with_score_routes), listener)
+
+
+def open_policy_app(options: PolicyOptions, with_score_routes: bool) -> FastAPI:
+    """The ASGI application; at its start it begins to load the model.
+
+    Raises:
+        UserError: options that the model or this machine cannot follow.
+    """
     model_path = options.model_path
     config = check_model_folder(model_path)
     if options.with_scores and not (Path(model_path) / SCORE_MODULE_FILE).is_file():
@@ -52,10 +62,8 @@ def run_policy_service(
         if (size := given.get("tensor_parallel_size")) is not None:
             check_tensor_parallel_size(size, config, f"--tensor_parallel_size {size}")
         given["tensor_parallel_size"] = size or visible_gpus_that_share(config)
-    limits = Limits.of(options)
-    with listener or listen(options.ip, options.port) as listener:
-        thread = EngineThread(lambda: load_engine(options.engine, model_path, with_scores=options.with_scores, **given))
-        serve(create_policy_app(thread, model_path, limits, options.openai, with_score_routes), listener)
+    thread = EngineThread(lambda: load_engine(options.engine, model_path, with_scores=options.with_scores, **given))
+    return create_policy_app(thread, model_path, Limits.of(options), options.openai, with_score_routes)
 
 
 def create_policy_app(

@@ -9,6 +9,7 @@ const ENDS = {
   length: "cut off",
   pruned: "given up",
   not_begun: "not begun",
+  not_chosen: "not chosen",
   refused: "refused",
 };
 

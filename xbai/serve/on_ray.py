@@ -1,0 +1,179 @@
+"""The service of `xbai serve` as a Ray Serve application: copies of the model on the machines of a Ray cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, HTTPOptions, ProxyLocation
+from ray.serve.exceptions import RayServeException
+
+from xbai.api_key import ApiKeyOptions
+from xbai.engine.files import check_model_folder
+from xbai.errors import UserError, one_line
+from xbai.logs import configure_logging
+from xbai.options import parse_options
+from xbai.serve.app import Service
+from xbai.serve.options import OnRayOptions
+from xbai.serve.policy import open_policy_app
+from xbai.serve.server import KEEP_ALIVE_S, listen
+
+logger = logging.getLogger(__name__)
+
+APPLICATION = "xbai"
+CANDIDATES = "candidates"
+POLL_S = 0.2
+HEALTH_PERIOD_S = 2.0
+HEALTH_TIMEOUT_S = 30.0
+
+
+@serve.ingress()
+class Copy:
+    """One copy of the model, in an actor of its own.
+
+    Args:
+        options: of its service. Ray listens, on every machine, and not the copy.
+    """
+
+    def __init__(self, options: OnRayOptions) -> None:
+        configure_logging(options.log_format)
+        self._app = open_policy_app(options, with_score_routes=True)
+        self._service: Service = self._app.state.service
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """What answers. Its life begins after this, and so does the model's loading."""
+        return self._app
+
+    async def check_health(self) -> None:
+        """Asked once after the start, without a time limit, before it gets any request; then ever again.
+
+        Raises:
+            UserError, ServiceError: the model cannot be loaded, or is dead. Ray then starts another copy.
+        """
+        thread = self._service.thread
+        while thread.alive and not thread.ready:
+            await asyncio.sleep(POLL_S)
+        if thread.loading_error is not None:
+            raise thread.loading_error
+        thread.check_ready()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What it is at."""
+        return {CANDIDATES: self._service.admission.pending}
+
+
+def wanted_copies(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
+    """So many that each has `target_candidates` to write. Ray rounds, bounds and delays it.
+
+    Requests are no measure: one may ask for a single candidate, and the next for 32.
+    """
+    of_copies: Mapping[Any, float] = (context.aggregated_metrics or {}).get(CANDIDATES, {})
+    config: AutoscalingConfig = context.config  # type: ignore[assignment]  # Ray hands it to every policy.
+    return sum(of_copies.values()) / config.get_target_ongoing_requests(), {}
+
+
+def build(arguments: Mapping[str, Any]) -> serve.Application:
+    """The application for `serve run xbai.serve.on_ray:build model_path=... replicas=4`, and for its YAML files.
+
+    Args:
+        arguments: options of `xbai serve-on-ray`, by name. A flag is true, or, on a command line, `flag=`; those of
+            Ray's proxies (ip, port) have no effect.
+
+    Raises:
+        UserError: one is unknown, or has no such value.
+    """
+    flags = [f"--{name}" for name, value in arguments.items() if value is True or value == ""]
+    valued = [f"--{name}={value}" for name, value in arguments.items() if not isinstance(value, bool) and value != ""]
+    return application(parse_options(OnRayOptions, [*flags, *valued]))
+
+
+def application(options: OnRayOptions) -> serve.Application:
+    """Copies of the model, as many as the options say; their GPUs are Ray's to find.
+
+    Raises:
+        UserError: of options that cannot be followed.
+    """
+    check_model_folder(options.model_path)
+    fewest = options.replicas or 1
+    most = fewest if options.max_replicas is None else options.max_replicas
+    if most < fewest:
+        raise UserError(f"--max_replicas {most}: fewer than --replicas {fewest}")
+    scaled = AutoscalingConfig(
+        min_replicas=fewest,
+        max_replicas=most,
+        target_ongoing_requests=options.target_candidates,
+        policy=AutoscalingPolicy(policy_function=wanted_copies),
+    )
+    size: dict[str, Any] = {"num_replicas": fewest} if most == fewest else {"autoscaling_config": scaled}
+    gpus = (options.tensor_parallel_size or 1) if _has_gpus() else 0
+    deployment = serve.deployment(
+        name="copy",
+        **size,
+        ray_actor_options={"num_cpus": options.cpus_per_replica, "num_gpus": gpus},
+        # The service itself refuses, by candidates, what is too much.
+        max_ongoing_requests=options.max_pending + 1,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=options.shutdown_timeout,
+    )
+    # Files with the key are on this machine alone.
+    return deployment(Copy).bind(replace(options, api_key=ApiKeyOptions(options.api_key.read())))
+
+
+def _has_gpus() -> bool:
+    return ray.cluster_resources().get("GPU", 0) > 0
+
+
+def run_on_ray(options: OnRayOptions) -> None:
+    """Serve on the cluster that `RAY_ADDRESS` names, or on one of this machine alone, until SIGTERM or SIGINT.
+
+    Raises:
+        UserError: the port is taken, there is no such cluster, or the model cannot be loaded.
+    """
+    listen(options.ip, options.port).close()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with _cluster():
+        try:
+            _deploy(options)
+            logger.info("listening on http://%s:%d, on every machine of the cluster", options.ip, options.port)
+            signal.pause()
+        except KeyboardInterrupt:
+            logger.info("stopping: at most %g s for what is unanswered", options.shutdown_timeout)
+        finally:
+            serve.delete(APPLICATION)
+
+
+def _deploy(options: OnRayOptions) -> None:
+    http = HTTPOptions(
+        host=options.ip,
+        port=options.port,
+        keep_alive_timeout_s=KEEP_ALIVE_S,
+        location=ProxyLocation.EveryNode,
+    )
+    serve.start(http_options=http)
+    try:
+        serve.run(application(options), name=APPLICATION, route_prefix="/")
+    except RayServeException as error:
+        raise UserError(one_line(error)) from None
+
+
+@contextmanager
+def _cluster() -> Iterator[None]:
+    address = os.environ.get("RAY_ADDRESS")
+    # Without an address Ray would join any cluster that it finds on this machine.
+    ray.init(address=address or "local", include_dashboard=None if address else False, logging_level=logging.WARNING)
+    try:
+        yield
+    finally:
+        if not address:
+            serve.shutdown()
+        ray.shutdown()
