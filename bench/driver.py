@@ -44,9 +44,9 @@ from xbai.benchmarks.registry import get_benchmark
 from xbai.benchmarks.tiny_model import make_tokenizer
 from xbai.client.pool import ServicePool, open_client
 from xbai.client.replicas import RetryPolicy
-from xbai.engine.files import load_tokenizer
 from xbai.infer.options import RunOptions
 from xbai.infer.run import run
+from xbai.model_folder import load_tokenizer
 from xbai.prompts import prompt_text
 from xbai.results.lines import read_result_lines
 from xbai.results.settings import request_seed

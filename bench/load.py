@@ -34,8 +34,9 @@ from http_load import free_port, start_service, wait_until_ready
 from machine import ROOT, describe_machine, report
 
 from xbai.benchmarks.tiny_model import write_tiny_model
-from xbai.engine.files import load_tokenizer, read_config
+from xbai.engine.files import read_config
 from xbai.errors import UserError, exit_on_user_error
+from xbai.model_folder import load_tokenizer
 from xbai.sprm import ScoreHead, SPRMConfig, StepRule, save_score_head
 
 ANSWER_TIMEOUT_S = 60.0

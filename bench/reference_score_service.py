@@ -20,7 +20,7 @@ import uvicorn
 from fastapi import FastAPI
 from transformers import AutoModelForCausalLM
 
-from xbai.engine.files import load_tokenizer
+from xbai.model_folder import load_tokenizer
 from xbai.serve.schemas import ScoreRequest, ScoreResponse
 from xbai.sprm import load_score_head, load_sprm_config, split_response, step_feature_mask, trajectory_scores
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from verl.utils.dataset.step_dataset import StepBatch
 from xbai.benchmarks.story_kinds import OPERATIONS
-from xbai.engine.files import load_tokenizer
 from xbai.measure.feature_files import encode_response, step_states
 from xbai.measure.graded_responses import read_graded_responses
+from xbai.model_folder import load_tokenizer
 from xbai.sprm import ScoreObjective, StepRule
 from xbai.sprm.loss import StepCounts, count_by_class, sprm_loss
 

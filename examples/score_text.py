@@ -18,8 +18,8 @@ from pathlib import Path
 from rich.console import Console
 
 from xbai.engine import Scorer
-from xbai.engine.files import load_tokenizer
 from xbai.errors import exit_on_user_error
+from xbai.model_folder import load_tokenizer
 from xbai.sprm import split_response
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from xbai.calibration import SPRM_CALIBRATION_FILE
-from xbai.engine.files import check_model_folder
 from xbai.engine.weight_files import stored_tensors
+from xbai.model_folder import check_model_folder
 from xbai.sprm.head import SPRM_CONFIG_FILE
 
 CONFIG_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer_config.json", "tokenizer.json"

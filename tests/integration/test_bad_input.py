@@ -16,7 +16,7 @@ from clocks import wait_until
 from fastapi import FastAPI
 
 from xbai.engine import Scorer, load_engine
-from xbai.engine.files import load_tokenizer
+from xbai.model_folder import load_tokenizer
 from xbai.serve.engine_thread import EngineThread
 from xbai.serve.limits import Limits
 from xbai.serve.policy import create_policy_app

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from verl.utils.tracking import METRICS_FILE
-from xbai.engine.files import load_tokenizer
+from xbai.model_folder import load_tokenizer
 from xbai.prompts import prompt_text
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

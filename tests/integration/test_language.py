@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from xbai.engine.files import load_tokenizer
+from xbai.model_folder import load_tokenizer
 
 COMMAND = "bash scripts/language.sh"
 SHARED_STAGES = {"setup", "convert", "data", "sft", "sample_base"}

@@ -17,8 +17,8 @@ from fastapi import FastAPI
 from transformers import AutoModelForCausalLM
 
 from xbai.engine import Engine, SamplingParams, load_engine
-from xbai.engine.files import load_tokenizer
 from xbai.errors import UserError
+from xbai.model_folder import load_tokenizer
 from xbai.serve.engine_thread import EngineThread
 from xbai.serve.limits import Limits
 from xbai.serve.policy import create_policy_app

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from xbai.engine.files import check_model_folder, load_tokenizer, read_config, resolve_head_dtype
+from xbai.engine.files import read_config, resolve_head_dtype
 from xbai.errors import UserError
+from xbai.model_folder import check_model_folder, load_tokenizer
 
 
 def write(folder: Path, **files: object) -> Path:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import MistralConfig, Qwen2Config, Qwen3Config
 
-from xbai.engine.files import load_tokenizer, read_config
+from xbai.engine.files import read_config
 from xbai.engine.fused_scores import FusedHead, obstacle
 from xbai.errors import UserError
+from xbai.model_folder import load_tokenizer
 from xbai.sprm import SPRMConfig, StepRule, load_sprm_config
 from xbai.sprm.steps import step_scores
 

@@ -131,6 +131,7 @@ def test_every_command_has_its_flags_and_help_for_each(name: str) -> None:
     [
         ("xbai.cli", "torch transformers httpx fastapi matplotlib"),
         ("xbai.measure.metric_command", "torch httpx"),
+        ("xbai.infer.run", "torch matplotlib"),
         ("xbai.serve.front.service", "torch transformers matplotlib"),
     ],
 )

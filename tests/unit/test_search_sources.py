@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -284,7 +285,7 @@ def test_searches_end_one_after_the_other_while_the_service_stays_busy(
             progress = Progress(searches, 0, Tally())
             driver = Driver(options, Services(pool, None, True), Store(), progress, on_complete=lambda key: None)
             question = StoredQuestion(0, PROMPT, "", {})
-            await driver.search(list(missing_requests([question], (), searches, 1)), services)
+            await driver.search(list(missing_requests([question], (), searches, 1)), partial(ServiceSource, services))
 
     asyncio.run(run())
     work = steps * expand

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from xbai.benchmarks.tiny_model import write_tiny_model
 from xbai.engine import Scorer, load_engine
-from xbai.engine.files import load_tokenizer
+from xbai.model_folder import load_tokenizer
 from xbai.serve.engine_thread import EngineThread
 from xbai.serve.limits import Limits
 from xbai.serve.policy import create_policy_app

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
 from xbai.engine import Scorer
-from xbai.engine.files import load_tokenizer
+from xbai.model_folder import load_tokenizer
 from xbai.prompts import prompt_text
 from xbai.serve.limits import Limits
 from xbai.serve.score import create_score_app

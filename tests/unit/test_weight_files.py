@@ -21,11 +21,12 @@ from transformers import (
 
 from verl.models.loading import build_joint_model, loading_dtype
 from xbai.engine import Scorer, load_engine
-from xbai.engine.files import load_tokenizer, read_config
+from xbai.engine.files import read_config
 from xbai.engine.weight_files import INDEX_FILE, WEIGHTS_FILE, check_weights, load_pretrained, stored_tensors
 from xbai.errors import UserError
 from xbai.measure.feature_files import FeatureFiles
 from xbai.measure.options import FeatureOptions
+from xbai.model_folder import load_tokenizer
 from xbai.sprm import load_sprm_config
 
 Change = Callable[[Path], None]

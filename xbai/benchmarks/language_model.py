@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from xbai.benchmarks.rows import worked_response
-from xbai.engine.files import check_model_folder, load_tokenizer
 from xbai.errors import UserError, exit_on_user_error
 from xbai.files import atomic_directory
 from xbai.model_files import ModelFiles
+from xbai.model_folder import check_model_folder, load_tokenizer
 from xbai.sprm.step_rule import STEP_TEXT_EN
 from xbai.sprm.tags import THINK_CLOSE, THINK_OPEN, single_id
 

@@ -18,7 +18,6 @@ from xbai.engine.end_tokens import end_token_ids
 from xbai.engine.files import (
     LM_HEAD,
     ModelOptions,
-    load_tokenizer,
     meta_model,
     read_config,
     resolve_dtype,
@@ -30,6 +29,7 @@ from xbai.engine.sample import Completion, Sample, SamplingParams
 from xbai.engine.scorer import HEAD_PREFIX, PromptTooLong, Scored, Scorer, head_shapes
 from xbai.engine.weight_check import HeldWeight, WeightCheck
 from xbai.errors import UserError
+from xbai.model_folder import load_tokenizer
 from xbai.seeds import sample_seed
 from xbai.sprm.steps import step_ends
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from xbai.engine.files import read_json
 from xbai.errors import UserError
+from xbai.model_folder import read_json
 from xbai.prompts import example_text
 
 if TYPE_CHECKING:

@@ -1,34 +1,25 @@
-"""Reading a Hugging Face model folder, with clear errors where something is missing."""
+"""What torch and transformers make of a model folder, with clear errors where something is missing."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from xbai.errors import UserError, one_line
+from xbai.model_folder import check_model_folder
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LM_HEAD = "lm_head.weight"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-)
-"""A folder without any of them has no tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -74,35 +65,6 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def check_model_folder(model_path: str | Path) -> dict[str, Any]:
-    """The plain content of the model's `config.json`, read without transformers.
-
-    Raises:
-        UserError: not a folder with a readable `config.json`, or with a `generation_config.json` that is none.
-    """
-    path = Path(model_path) / "config.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a local Hugging Face model folder")
-    if (generation := Path(model_path) / "generation_config.json").is_file():
-        read_json(generation)
-    return read_json(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object in a file.
-
-    Raises:
-        UserError: the file cannot be read, or holds none.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {value!r:.60}")
-    return value
-
-
 def read_config(model_path: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
     """The model's configuration.
 
@@ -120,33 +82,6 @@ def read_config(model_path: str | Path, trust_remote_code: bool = False) -> Pret
         if not trust_remote_code and "trust_remote_code" in why:
             why = "it needs Python code that comes with the folder, which runs only with trust_remote_code"
         raise UserError(f"{Path(model_path) / 'config.json'}: no model's ({why[:300]})") from error
-
-
-def load_tokenizer(model_path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
-
-    Raises:
-        UserError: a folder without tokenizer files, or with some that make no tokenizer.
-    """
-    from transformers import AutoTokenizer
-
-    folder = Path(model_path)
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(f"{folder}: no tokenizer (one of {', '.join(TOKENIZER_FILES)}) beside the model")
-    for file in (folder / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")):
-        if file.is_file():
-            read_json(file)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    except Exception as error:
-        # So do the tokenizers; the Rust ones raise bare exceptions.
-        raise UserError(f"{folder}: no tokenizer that transformers can load ({one_line(error)})") from error
-    # Without a vocabulary transformers makes up a tokenizer that knows nothing but its special tokens.
-    if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
-        raise UserError(f"{folder}: no tokenizer, the files there hold no vocabulary (tokenizer.json is missing?)")
-    return tokenizer
 
 
 def resolve_dtype(dtype: str, config: PretrainedConfig) -> torch.dtype:

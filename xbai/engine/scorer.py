@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from xbai.engine.files import load_tokenizer, read_config, resolve_dtype
+from xbai.engine.files import read_config, resolve_dtype
 from xbai.engine.linear import use_onednn
 from xbai.engine.packed_batch import PackedBatch
 from xbai.engine.weight_files import BACKBONE_PREFIX, load_pretrained
 from xbai.errors import UserError
+from xbai.model_folder import load_tokenizer
 from xbai.sprm import ScoreHead, StepRule, load_score_head, load_sprm_config, trajectory_scores
 from xbai.sprm.steps import step_positions
 

@@ -9,15 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from xbai.engine.files import (
-    LM_HEAD,
-    check_model_folder,
-    meta_model,
-    quiet_transformers,
-    read_json,
-    weight_shapes,
-)
+from xbai.engine.files import LM_HEAD, meta_model, quiet_transformers, weight_shapes
 from xbai.errors import UserError, one_line
+from xbai.model_folder import check_model_folder, read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

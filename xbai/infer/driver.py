@@ -18,7 +18,7 @@ from xbai.infer.schedule import GenerationRequest, Schedule
 from xbai.infer.store import ResultStore
 from xbai.results.lines import NOT_CHOSEN, REFUSED, WITHOUT_SCORE, Sample, SampleKey
 from xbai.results.settings import request_seed
-from xbai.search.service_source import ServiceSource, StepServices
+from xbai.search.expander import StepSource
 from xbai.search.strategy import search_response
 
 logger = logging.getLogger(__name__)
@@ -91,15 +91,18 @@ class Driver:
         if self.services.scorer is not None and (unscored := self.store.unscored()):
             logger.warning("%d scores could not be had; run the same command again to retry them", len(unscored))
 
-    async def search(self, requests: Sequence[GenerationRequest], services: StepServices) -> None:
+    async def search(self, requests: Sequence[GenerationRequest], source_of: Callable[[str, int], StepSource]) -> None:
         """Do the search of each request, which asks for one sample, all at once as far as the services take it.
 
         What earlier searches ask for goes before that of later ones, which fill what is free: searches end one after
         the other, so that a run that is killed keeps most of its work.
+
+        Args:
+            source_of: what makes the steps of a prompt, by its turn.
         """
         async with asyncio.TaskGroup() as self._tasks:
             for ticket, request in enumerate(requests):
-                self._tasks.create_task(self._search(request, ServiceSource(services, request.question.prompt, ticket)))
+                self._tasks.create_task(self._search(request, source_of(request.question.prompt, ticket)))
 
     async def _generate(self, request: GenerationRequest, schedule: Schedule) -> None:
         with self._keeping_failures(request, f"{len(request.missing)} samples"):
@@ -127,7 +130,7 @@ class Driver:
                 response["finish_reason"] = NOT_CHOSEN
         return responses
 
-    async def _search(self, request: GenerationRequest, source: ServiceSource) -> None:
+    async def _search(self, request: GenerationRequest, source: StepSource) -> None:
         options, (key,) = self.options, request.keys
         with self._keeping_failures(request, f"sample {request.first_sample}"):
             started = time.monotonic()

@@ -12,9 +12,10 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,6 @@ from xbai.benchmarks.registry import get_benchmark
 from xbai.calibration import Calibration
 from xbai.client.pool import ServicePool, open_client
 from xbai.client.wire import ServedModel
-from xbai.engine.files import load_tokenizer
 from xbai.errors import UserError, first_error
 from xbai.infer.driver import Driver, Services
 from xbai.infer.options import RunOptions
@@ -31,18 +31,19 @@ from xbai.infer.progress import Progress, Tally
 from xbai.infer.running_grades import RunningGrades
 from xbai.infer.schedule import GenerationRequest, Schedule, missing_requests
 from xbai.infer.store import ResultStore, check_result_file
+from xbai.model_folder import load_chat_tokenizer, load_tokenizer
 from xbai.model_identity import is_same_model, model_identity
 from xbai.prompts import prompt_text
 from xbai.results.lines import StoredQuestion
 from xbai.results.run_budget import RunBudget
 from xbai.results.settings import RunSettings, check_calibration, digest_texts
 from xbai.search.rule import Rule
-from xbai.search.service_source import StepServices
-from xbai.sprm import load_sprm_config
 
 if TYPE_CHECKING:
     import httpx
     from transformers import PreTrainedTokenizerBase
+
+    from xbai.search.expander import StepSource
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def run(options: RunOptions) -> Path:
         options.task, release=options.release, start_date=options.start_date, end_date=options.end_date
     )
     check_result_file(options.output_file)
-    tokenizer = load_tokenizer(options.model_dir)
+    tokenizer = (load_tokenizer if options.search.is_step_search else load_chat_tokenizer)(options.model_dir)
     questions = {question.index: question for question in benchmark.read(options.input_file)}
     stored = [_stored(benchmark, tokenizer, question) for question in questions.values()]
     settings = RunSettings(
@@ -159,7 +160,7 @@ async def _run(
         with Progress(total, len(done), tally) as progress:
             driver = Driver(options, services, store, progress, grades.add)
             if options.search.is_step_search:
-                await driver.search(requests, _step_services(options, services, tokenizer))
+                await driver.search(requests, _step_source(options, services, tokenizer))
             else:
                 await driver.run(Schedule(requests), {question.index: question.prompt for question in stored})
             await grades.settle(GRADING_PATIENCE_S)
@@ -211,10 +212,17 @@ def _check_budget(options: RunOptions, budget: RunBudget, fused: bool, policy: S
         raise UserError(f"{place} serves {policy.identity}, but the calibration is that of {ours}")
 
 
-def _step_services(options: RunOptions, services: Services, tokenizer: PreTrainedTokenizerBase) -> StepServices:
+def _step_source(
+    options: RunOptions, services: Services, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[str, int], StepSource]:
+    # Here, because they come with torch, and whole responses need none.
+    from xbai.search.service_source import ServiceSource, StepServices
+    from xbai.sprm import load_sprm_config
+
     rule = load_sprm_config(options.model_dir, tokenizer).step_rule
     scorer = None if services.fused else services.scorer
-    return StepServices(services.policy, scorer, options.sampling(), rule, tokenizer, services.names_prompt)
+    step_services = StepServices(services.policy, scorer, options.sampling(), rule, tokenizer, services.names_prompt)
+    return partial(ServiceSource, step_services)
 
 
 def _say_what_is_not_known(option: str, model: ServedModel, sampling: Mapping[str, Any]) -> None:

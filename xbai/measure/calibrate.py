@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from xbai.calibration import SPRM_CALIBRATION_FILE, Calibration, CombinedScore, ScoreChance, combined_features
-from xbai.engine.files import check_model_folder
 from xbai.errors import UserError
 from xbai.files import check_writable
 from xbai.measure.chance_fit import fit_chance, held_out_chances
@@ -21,6 +20,7 @@ from xbai.measure.options import CalibrateOptions
 from xbai.measure.result_set import read_lines, result_files
 from xbai.measure.separation import expected_calibration_error, reliability, separation
 from xbai.measure.tables import Grid, fraction, show
+from xbai.model_folder import check_model_folder
 from xbai.model_identity import model_identity
 from xbai.results.settings import settings_made_by
 

@@ -16,12 +16,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from xbai.engine.feature_extractor import EncodedResponse, FeatureExtractor, resolve_layers
-from xbai.engine.files import load_tokenizer, read_config, resolve_dtype
+from xbai.engine.files import read_config, resolve_dtype
 from xbai.engine.packed_batch import PackedBatch
 from xbai.engine.weight_files import check_weights, load_pretrained
 from xbai.errors import UserError
 from xbai.measure.graded_responses import GradedResponse, read_graded_responses
 from xbai.measure.options import FeatureOptions
+from xbai.model_folder import load_tokenizer
 from xbai.model_identity import is_same_model, model_identity
 from xbai.sprm import SPRMConfig, StepRule, load_sprm_config
 from xbai.sprm.step_features import FORMAT, SUFFIX, FeatureSource, StepFeatures

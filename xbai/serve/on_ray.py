@@ -18,9 +18,9 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingP
 from ray.serve.exceptions import RayServeException
 
 from xbai.api_key import ApiKeyOptions
-from xbai.engine.files import check_model_folder
 from xbai.errors import UserError, one_line
 from xbai.logs import configure_logging
+from xbai.model_folder import check_model_folder
 from xbai.options import parse_options
 from xbai.serve.app import Service
 from xbai.serve.options import OnRayOptions

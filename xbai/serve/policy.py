@@ -10,9 +10,9 @@ from fastapi import FastAPI, Request
 
 from xbai.calibration import ScoreChance
 from xbai.engine import Completion, SamplingParams, load_engine
-from xbai.engine.files import check_model_folder
 from xbai.engine.tensor_parallel import check_tensor_parallel_size, visible_gpus_that_share
 from xbai.errors import UserError
+from xbai.model_folder import check_model_folder
 from xbai.serve.app import Service
 from xbai.serve.budgeted import chance_beside, complete_budgeted
 from xbai.serve.engine_thread import EngineThread

@@ -5,8 +5,9 @@ from __future__ import annotations
 from fastapi import FastAPI, Request
 
 from xbai.engine import Engine, Scored, Scorer
-from xbai.engine.files import check_model_folder, load_tokenizer, read_config, resolve_max_model_len
+from xbai.engine.files import read_config, resolve_max_model_len
 from xbai.errors import UserError
+from xbai.model_folder import check_model_folder, load_tokenizer
 from xbai.serve.app import Service
 from xbai.serve.engine_thread import EngineThread
 from xbai.serve.errors import ServiceError, list_problems

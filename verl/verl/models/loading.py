@@ -12,6 +12,7 @@ from transformers.utils import is_flash_attn_2_available
 from verl.models.fsdp import decoder_layers
 from verl.models.joint_model import JointModel
 from verl.models.liger import apply_liger
+from xbai import model_folder
 from xbai.engine import files
 from xbai.engine.packed_attention import PACKED_ATTENTION, why_not_packed
 from xbai.engine.weight_files import load_pretrained
@@ -73,7 +74,7 @@ def loading_dtype(path: str | Path, dtype: torch.dtype) -> torch.dtype:
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder, with a padding token; a `UserError` where the folder has none."""
-    tokenizer = files.load_tokenizer(path, trust_remote_code)
+    tokenizer = model_folder.load_tokenizer(path, trust_remote_code)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -20,10 +20,10 @@ from verl.trainer.config.validation import cannot_act, validated
 from verl.trainer.planning.model_shapes import KNOWN_CONFIGS
 from verl.utils.dataset.rl_dataset import file_list
 from verl.utils.tracking import check_backends
-from xbai.engine.files import check_model_folder
 from xbai.engine.weight_files import MissingShardError, stored_tensors
 from xbai.errors import UserError
 from xbai.files import why_not_written
+from xbai.model_folder import check_model_folder
 from xbai.parquet import UNREADABLE, not_parquet
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

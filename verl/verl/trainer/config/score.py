@@ -23,8 +23,8 @@ from verl.trainer.config.fields import (
 from verl.trainer.config.schema import AdamConfig, ScoreLosses
 from verl.trainer.config.validation import validated
 from verl.utils.tracking import check_backends
-from xbai.engine.files import check_model_folder
 from xbai.errors import UserError
+from xbai.model_folder import check_model_folder
 from xbai.sprm.head import SCORE_MODULE_FILE
 
 YAML = "score_trainer"

@@ -27,9 +27,9 @@ from verl.trainer.config.fields import (
 )
 from verl.trainer.config.schema import AdamConfig, SFTOptim, Sharding
 from verl.trainer.config.validation import validated
-from xbai.engine.files import check_model_folder
 from xbai.engine.weight_files import stored_tensors
 from xbai.errors import UserError
+from xbai.model_folder import check_model_folder
 from xbai.sprm import ScoreObjective
 
 YAML = "sft_trainer"

@@ -1,0 +1,168 @@
+"""`xbai serve-on-ray` with two copies on one machine, of which one is killed under load and replaced."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from xbai.engine import SamplingParams, load_engine
+from xbai.prompts import prompt_text
+
+pytest.importorskip("ray.serve", reason="Ray Serve is not installed")
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+
+PATIENCE_S = 400.0
+MAX_TOKENS = 12
+SEEDS = 6
+COPY = b"ray::SERVE_REPLICA"
+"""How Ray calls a process of a copy."""
+
+
+class OnRay:
+    """The command, and its copies' processes."""
+
+    def __init__(self, model: Path, port: int, folder: Path, *options: str) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = folder / "log"
+        self._folder = folder
+        command = [sys.executable, "-c", "from xbai.cli import app; app()", "serve-on-ray", "--model_path", str(model)]
+        given = ["--engine", "hf", "--port", str(port), "--log_format", "text", "--cpus_per_replica", "0.1", *options]
+        # Ray's sockets lie below it: their names must be short. Copies inherit the folder, by which they are known.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "XBAI_TEST_OF": str(folder)}
+        environment.pop("RAY_ADDRESS", None)
+        with self.log.open("wb") as stream:
+            self.process = subprocess.Popen([*command, *given], stdout=stream, stderr=stream, env=environment)
+
+    def processes(self, kind: bytes = b"") -> list[int]:
+        """What runs for it."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if str(self._folder).encode() in (folder / "environ").read_bytes():
+                    found += [int(folder.name)] if (folder / "cmdline").read_bytes().startswith(kind) else []
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+        return found
+
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition():
+            said = self.log.read_text(encoding="utf-8")
+            assert time.monotonic() < deadline, f"{what}: not within {PATIENCE_S:g} s\n{said}"
+            assert self.process.poll() is None, said
+            time.sleep(0.2)
+
+    def wait_ready(self) -> None:
+        self.wait_for(lambda: "listening on" in self.log.read_text(encoding="utf-8"), "it listens")
+
+    def end(self) -> int:
+        self.process.terminate()
+        return self.process.wait(PATIENCE_S)
+
+
+@pytest.fixture
+def start(tiny_model_dir: Path, reserve_port: Callable[[], int], tmp_path: Path) -> Iterator[Callable[..., OnRay]]:
+    started: list[OnRay] = []
+
+    def start(*options: str, model: Path = tiny_model_dir) -> OnRay:
+        started.append(OnRay(model, reserve_port(), tmp_path, *options))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        for pid in one.processes():
+            os.kill(pid, signal.SIGKILL)
+
+
+def question(seed: int) -> dict[str, Any]:
+    messages = [{"role": "user", "content": f"question {seed}"}]
+    return {"messages": messages, "reasoning_effort": "none", "max_tokens": MAX_TOKENS, "seed": seed}
+
+
+@pytest.fixture(scope="module")
+def right(tiny_model_dir: Path) -> list[str]:
+    """What one engine answers to each seed."""
+    engine = load_engine("hf", str(tiny_model_dir))
+    found = []
+    for seed in range(SEEDS):
+        prompt = prompt_text(engine.tokenizer, question(seed)["messages"], "messages")
+        params = SamplingParams(1, MAX_TOKENS, temperature=0.8, top_p=0.95, repetition_penalty=1.05, seed=seed)
+        ((completion,),) = engine.generate([engine.tokenizer.encode(prompt, add_special_tokens=False)], [params])
+        found.append(completion.text)
+    return found
+
+
+def test_a_copy_that_is_killed_is_replaced(start: Callable[..., OnRay], right: list[str]) -> None:
+    service = start("--replicas", "2")
+    service.wait_ready()
+    before = service.processes(COPY)
+    assert len(before) == 2
+    stop = threading.Event()
+
+    def load(worker: int) -> Counter[str]:
+        ended: Counter[str] = Counter()
+        with httpx.Client(base_url=service.url, timeout=PATIENCE_S) as client:
+            while not stop.is_set():
+                seed = ended.total() % SEEDS
+                got = client.post("/v1/chat/completions", json=question(seed))
+                if got.is_success:
+                    message = got.json()["choices"][0]["message"]
+                    said = (message.get("reasoning") or "") + message["content"]
+                    ended["right" if said == right[seed] else "wrong"] += 1
+                else:
+                    ended[str(got.status_code)] += 1
+        return ended
+
+    with ThreadPoolExecutor(4) as pool:
+        loads = [pool.submit(load, worker) for worker in range(4)]
+        try:
+            time.sleep(2)
+            os.kill(before[0], signal.SIGKILL)
+            service.wait_for(lambda: before[0] not in service.processes(COPY), "it is dead")
+            service.wait_for(lambda: len(service.processes(COPY)) == 2, "there is another")
+            time.sleep(2)
+        finally:
+            stop.set()
+        ended = sum((one.result() for one in loads), Counter())
+    assert ended["wrong"] == 0
+    assert ended["right"] >= 20
+    assert ended.total() - ended["right"] <= 4, "no more than were in flight"
+    assert service.end() == 0
+    assert service.processes() == []
+
+
+def test_it_answers_as_the_server_does(start: Callable[..., OnRay]) -> None:
+    service = start("--api_key", "secret", "--max_replicas", "2", "--served_model_name", "wise")
+    service.wait_ready()
+    assert httpx.get(f"{service.url}/ready").status_code == 401
+    with httpx.Client(base_url=service.url, headers={"Authorization": "Bearer secret"}, timeout=PATIENCE_S) as client:
+        assert client.get("/ready").json()["status"] == "ready"
+        assert client.get("/v1/models").json()["data"][0]["id"] == "wise"
+        assert "text/html" in client.get("/").headers["content-type"]
+        wrong = client.post("/v1/chat/completions", json={**question(0), "reasoning_effort": "endless"})
+        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "reasoning_effort")
+        body = {**question(0), "stream": True, "reasoning_effort": "low"}
+        with client.stream("POST", "/v1/chat/completions", json=body) as stream:
+            events = "".join(stream.iter_text())
+        assert events.endswith("data: [DONE]\n\n") and events.startswith("data: ")
+        assert len(client.post("/score", json={"text": "a", "return_all_scores": True}).json()) > 1
+    assert service.end() == 0
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line(start: Callable[..., OnRay], tmp_path: Path) -> None:
+    service = start(model=tmp_path / "nothing")
+    assert service.process.wait(PATIENCE_S) == 2
+    assert "nothing/config.json: no such file" in service.log.read_text(encoding="utf-8").splitlines()[-1]
