@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from xbai.engine import SamplingParams, load_engine
@@ -26,7 +27,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 PATIENCE_S = 400.0
 MAX_TOKENS = 12
 SEEDS = 6
-COPY = b"ray::SERVE_REPLICA"
+COPY = "ServeReplica:xbai"
 """How Ray calls a process of a copy."""
 
 
@@ -36,24 +37,23 @@ class OnRay:
     def __init__(self, model: Path, port: int, folder: Path, *options: str) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder / "log"
-        self._folder = folder
         command = [sys.executable, "-c", "from xbai.cli import app; app()", "serve-on-ray", "--model_path", str(model)]
         given = ["--engine", "hf", "--port", str(port), "--log_format", "text", "--cpus_per_replica", "0.1", *options]
-        # Ray's sockets lie below it: their names must be short. Copies inherit the folder, by which they are known.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "XBAI_TEST_OF": str(folder)}
-        environment.pop("RAY_ADDRESS", None)
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        environment["OMP_NUM_THREADS"] = "1"
         with self.log.open("wb") as stream:
             self.process = subprocess.Popen([*command, *given], stdout=stream, stderr=stream, env=environment)
 
-    def processes(self, kind: bytes = b"") -> list[int]:
-        """What runs for it."""
+    def processes(self) -> list[psutil.Process]:
+        """What it has started."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def copies(self) -> list[psutil.Process]:
+        """Those that serve a model."""
         found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if str(self._folder).encode() in (folder / "environ").read_bytes():
-                    found += [int(folder.name)] if (folder / "cmdline").read_bytes().startswith(kind) else []
-            except (FileNotFoundError, ProcessLookupError):
-                continue
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found += [process] if COPY in " ".join(process.cmdline()) else []
         return found
 
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
@@ -82,9 +82,11 @@ def start(tiny_model_dir: Path, reserve_port: Callable[[], int], tmp_path: Path)
 
     yield start
     for one in started:
+        if one.process.poll() is None:
+            for process in one.processes():
+                process.kill()
         one.process.kill()
-        for pid in one.processes():
-            os.kill(pid, signal.SIGKILL)
+        one.process.wait()
 
 
 def question(seed: int) -> dict[str, Any]:
@@ -108,7 +110,7 @@ def right(tiny_model_dir: Path) -> list[str]:
 def test_a_copy_that_is_killed_is_replaced(start: Callable[..., OnRay], right: list[str]) -> None:
     service = start("--replicas", "2")
     service.wait_ready()
-    before = service.processes(COPY)
+    before = service.copies()
     assert len(before) == 2
     stop = threading.Event()
 
@@ -130,18 +132,20 @@ def test_a_copy_that_is_killed_is_replaced(start: Callable[..., OnRay], right: l
         loads = [pool.submit(load, worker) for worker in range(4)]
         try:
             time.sleep(2)
-            os.kill(before[0], signal.SIGKILL)
-            service.wait_for(lambda: before[0] not in service.processes(COPY), "it is dead")
-            service.wait_for(lambda: len(service.processes(COPY)) == 2, "there is another")
+            before[0].kill()
+            service.wait_for(lambda: before[0] not in service.copies(), "it is dead")
+            service.wait_for(lambda: len(service.copies()) == 2, "there is another")
             time.sleep(2)
         finally:
             stop.set()
         ended = sum((one.result() for one in loads), Counter())
     assert ended["wrong"] == 0
     assert ended["right"] >= 20
-    assert ended.total() - ended["right"] <= 4, "no more than were in flight"
+    # What Ray's own proxy answers for a copy that has died.
+    assert ended.keys() <= {"right", "500"} and ended["500"] <= 4, "no more than were in flight"
+    running = service.processes()
     assert service.end() == 0
-    assert service.processes() == []
+    assert psutil.wait_procs(running, PATIENCE_S)[1] == []
 
 
 def test_it_answers_as_the_server_does(start: Callable[..., OnRay]) -> None:
@@ -159,6 +163,28 @@ def test_it_answers_as_the_server_does(start: Callable[..., OnRay]) -> None:
             events = "".join(stream.iter_text())
         assert events.endswith("data: [DONE]\n\n") and events.startswith("data: ")
         assert len(client.post("/score", json={"text": "a", "return_all_scores": True}).json()) > 1
+    assert service.end() == 0
+
+
+def test_copies_follow_the_candidates(start: Callable[..., OnRay]) -> None:
+    service = start("--max_replicas", "2", "--target_candidates", "4")
+    service.wait_ready()
+    assert len(service.copies()) == 1
+    stop = threading.Event()
+
+    def ask() -> None:
+        # One request, but eight candidates.
+        while not stop.is_set():
+            body = {**question(0), "reasoning_effort": "medium", "max_tokens": 200}
+            httpx.post(f"{service.url}/v1/chat/completions", json=body, timeout=PATIENCE_S)
+
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask)
+        try:
+            service.wait_for(lambda: len(service.copies()) == 2, "there is another copy")
+        finally:
+            stop.set()
+        asking.result()
     assert service.end() == 0
 
 

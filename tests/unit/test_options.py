@@ -25,7 +25,7 @@ POLICY = (
 FLAGS = {
     "serve": POLICY,
     "serve-policy": POLICY,
-    "serve-on-ray": f"{POLICY} max_replicas target_candidates cpus_per_replica",
+    "serve-on-ray": f"{POLICY} max_replicas target_candidates cpus_per_replica gpus_per_replica",
     "serve-score": f"{SERVICE} score_model_dim lang max_batch_tokens",
     "infer": "task input_file output_file model_dir response_api_url score_api_url n_samples branch effort temperature "
     "top_p top_k repetition_penalty max_tokens stop seed response_num max_in_flight score_source search beam_width "

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+import torch
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, HTTPOptions, ProxyLocation
@@ -85,15 +86,15 @@ def build(arguments: Mapping[str, Any]) -> serve.Application:
     """The application for `serve run xbai.serve.on_ray:build model_path=... replicas=4`, and for its YAML files.
 
     Args:
-        arguments: options of `xbai serve-on-ray`, by name. A flag is true, or, on a command line, `flag=`; those of
-            Ray's proxies (ip, port) have no effect.
+        arguments: options of `xbai serve-on-ray`, by name, flags as `no_page=true`. Those of Ray's proxies (ip, port)
+            have no effect.
 
     Raises:
         UserError: one is unknown, or has no such value.
     """
-    flags = [f"--{name}" for name, value in arguments.items() if value is True or value == ""]
-    valued = [f"--{name}={value}" for name, value in arguments.items() if not isinstance(value, bool) and value != ""]
-    return application(parse_options(OnRayOptions, [*flags, *valued]))
+    said = {name: str(value) for name, value in arguments.items() if str(value).lower() != "false"}
+    given = [f"--{name}" if value.lower() == "true" else f"--{name}={value}" for name, value in said.items()]
+    return application(parse_options(OnRayOptions, given))
 
 
 def application(options: OnRayOptions) -> serve.Application:
@@ -114,7 +115,9 @@ def application(options: OnRayOptions) -> serve.Application:
         policy=AutoscalingPolicy(policy_function=wanted_copies),
     )
     size: dict[str, Any] = {"num_replicas": fewest} if most == fewest else {"autoscaling_config": scaled}
-    gpus = (options.tensor_parallel_size or 1) if _has_gpus() else 0
+    gpus = options.gpus_per_replica
+    if gpus is None:
+        gpus = (options.tensor_parallel_size or 1) if _has_gpus() else 0
     deployment = serve.deployment(
         name="copy",
         **size,
@@ -130,7 +133,10 @@ def application(options: OnRayOptions) -> serve.Application:
 
 
 def _has_gpus() -> bool:
-    return ray.cluster_resources().get("GPU", 0) > 0
+    if ray.is_initialized():
+        return ray.cluster_resources().get("GPU", 0) > 0
+    # `serve run` builds the application before it joins the cluster.
+    return torch.cuda.is_available()
 
 
 def run_on_ray(options: OnRayOptions) -> None:
@@ -140,7 +146,6 @@ def run_on_ray(options: OnRayOptions) -> None:
         UserError: the port is taken, there is no such cluster, or the model cannot be loaded.
     """
     listen(options.ip, options.port).close()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with _cluster():
         try:
             _deploy(options)
@@ -171,6 +176,8 @@ def _cluster() -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     # Without an address Ray would join any cluster that it finds on this machine.
     ray.init(address=address or "local", include_dashboard=None if address else False, logging_level=logging.WARNING)
+    # Instead of Ray's own handler, which leaves at once.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

@@ -92,6 +92,8 @@ class OnRayOptions(PolicyOptions):
     """Candidates that each copy is to be at, with --max_replicas."""
     cpus_per_replica: Annotated[float, typer.Option(min=0)] = 1.0
     """CPUs that Ray sets aside for each copy."""
+    gpus_per_replica: Annotated[float | None, typer.Option(min=0)] = None
+    """And GPUs; by default tensor_parallel_size (1) where the cluster, or else this machine, has any."""
 
 
 @dataclass(frozen=True, kw_only=True)
