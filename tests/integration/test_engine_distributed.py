@@ -42,8 +42,9 @@ def test_each_rank_has_an_engine_of_its_own(name: str, make_tiny_model: Callable
     run_two_ranks("own", name, *(str(make_tiny_model(tied=True, seed=seed)) for seed in (0, 1)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "tied", [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.long)]
+)
 def test_two_ranks_share_an_engine(tied: bool, make_tiny_model: Callable[..., Path]) -> None:
     needs_vllm()
     folder = make_tiny_model(tied=tied)

@@ -82,7 +82,7 @@ def test_the_reward_is_for_sentences_without_the_letter(response: str, letter: s
     assert compute_score("lipograms", response, letter, {})["score"] == score
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_with_the_custom_reward(tiny_model_dir: Path, tmp_path: Path):
     quick = [
         *("trainer.device=cpu", "actor_rollout_ref.rollout.name=hf", "actor_rollout_ref.rollout.dtype=float32"),

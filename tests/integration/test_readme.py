@@ -62,6 +62,7 @@ class Outcome:
     wrote: str | None = None
     variables: dict[str, str] = field(default_factory=dict)
     needs_services: bool = False
+    is_long: bool = False
 
 
 SERVICE = Outcome(needs_services=True)
@@ -82,6 +83,7 @@ OUTCOMES = {
         says=r"(?s)REHEARSAL ON THE CPU.* 0 failed.*rehearsed",
         wrote="outputs/check_gpu.json",
         variables={"DEVICE": "cpu"},
+        is_long=True,
     ),
     # In dry runs (see conftest.py): continuous integration starts with a real installation by setup.sh.
     "pip install -e verl": Outcome(says="Would install xbai-verl"),
@@ -317,7 +319,13 @@ class TestCommands:
             assert len(image.convert("L").getcolors()) > 10
 
     @pytest.mark.parametrize(
-        "command", [each for page in (README, *DOCS) for each in commands(page)], ids=lambda command: command[:60]
+        "command",
+        [
+            pytest.param(each, marks=pytest.mark.long) if expected(each).is_long else each
+            for page in (README, *DOCS)
+            for each in commands(page)
+        ],
+        ids=lambda command: command[:60],
     )
     def test_command_runs_as_written(self, command: str, checkout, quickstart: Miniature, request):
         outcome = expected(command)

@@ -28,7 +28,7 @@ def reference(tiny_model_dir: Path) -> Engine:
     return load_engine("hf", tiny_model_dir, dtype="float32")
 
 
-@pytest.fixture(scope="module", params=["sync", "async"])
+@pytest.fixture(scope="module", params=[pytest.param("sync", marks=pytest.mark.long), "async"])
 def engine(
     request: pytest.FixtureRequest,
     tiny_model_dir: Path,

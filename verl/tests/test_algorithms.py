@@ -114,9 +114,8 @@ def test_a_greedy_response_without_a_grade_masks_its_prompt() -> None:
     assert metrics == {"reward/baseline": 0.5, "reward/ungraded_baselines": 1.0}
 
 
-@pytest.mark.parametrize(
-    "over_std", [pytest.param(True, marks=pytest.mark.slow), pytest.param(False, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("over_std", [True, False])
 def test_grpo(run: Callable[..., Metrics], tmp_path: Path, over_std: bool) -> None:
     kind = "abs" if over_std else "mse"
     overrides = f"algorithm.norm_adv_by_std_in_grpo={over_std}", f"actor_rollout_ref.actor.kl_loss_type={kind}"

@@ -88,7 +88,7 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture(params=ENGINES)
+@pytest.fixture(params=[pytest.param("vllm", marks=pytest.mark.long), "hf"])
 def group(request, make_tiny_model: Callable[..., Path]) -> Iterator[PolicyWorkers]:
     config = make_config(make_tiny_model(tied=ENGINES[request.param]), request.param)
     pool = RayResourcePool([2], use_gpu=False, cpus_per_process=0.5)

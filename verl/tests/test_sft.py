@@ -274,7 +274,7 @@ def test_a_dtype_that_is_none_is_one_line(tmp_path, monkeypatch, capsys):
     assert "trainer.output_dtype=int8: dtype 'int8' is unknown, use one of" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_replicas_of_two_shards_train_as_one_rank_and_the_result_loads(tmp_path):
     write_tiny_model(tmp_path / "base")
     rng = random.Random(0)

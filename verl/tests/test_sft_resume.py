@@ -274,7 +274,7 @@ def test_checkpoints_that_cannot_be_written_are_found_before_training(
     assert not list((tmp_path / "run").iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_ends_as_one_that_was_not(start_sft: Callable[..., Any], overrides, tmp_path: Path) -> None:
     folder, changes = tmp_path / "killed", [*overrides, "score.dropout=0.5"]
     settings = ["--config-name", "make10_sft", *changes]

@@ -162,7 +162,9 @@ def test_ranks_of_a_group_share_rows_and_the_first_answers():
     pool.release()
 
 
-@pytest.mark.parametrize("when", ["working", "idle", "in a collective"])
+@pytest.mark.parametrize(
+    "when", [*(pytest.param(when, marks=pytest.mark.long) for when in ("working", "idle")), "in a collective"]
+)
 def test_a_killed_worker_is_named_at_once(group: Doublers, when: str):
     victim = group.processes.infos[1]
     group.all_reduce()

@@ -104,23 +104,12 @@ def application(options: OnRayOptions) -> serve.Application:
         UserError: of options that cannot be followed.
     """
     check_model_folder(options.model_path)
-    fewest = options.replicas or 1
-    most = fewest if options.max_replicas is None else options.max_replicas
-    if most < fewest:
-        raise UserError(f"--max_replicas {most}: fewer than --replicas {fewest}")
-    scaled = AutoscalingConfig(
-        min_replicas=fewest,
-        max_replicas=most,
-        target_ongoing_requests=options.target_candidates,
-        policy=AutoscalingPolicy(policy_function=wanted_copies),
-    )
-    size: dict[str, Any] = {"num_replicas": fewest} if most == fewest else {"autoscaling_config": scaled}
     gpus = options.gpus_per_replica
     if gpus is None:
         gpus = (options.tensor_parallel_size or 1) if _has_gpus() else 0
     deployment = serve.deployment(
         name="copy",
-        **size,
+        **_number_of_copies(options),
         ray_actor_options={"num_cpus": options.cpus_per_replica, "num_gpus": gpus},
         # The service itself refuses, by candidates, what is too much.
         max_ongoing_requests=options.max_pending + 1,
@@ -130,6 +119,21 @@ def application(options: OnRayOptions) -> serve.Application:
     )
     # Files with the key are on this machine alone.
     return deployment(Copy).bind(replace(options, api_key=ApiKeyOptions(options.api_key.read())))
+
+
+def _number_of_copies(options: OnRayOptions) -> dict[str, Any]:
+    fewest, most = options.replicas or 1, options.max_replicas
+    if most is None:
+        return {"num_replicas": fewest}
+    if most < fewest:
+        raise UserError(f"--max_replicas {most}: fewer than --replicas {fewest}")
+    scaled = AutoscalingConfig(
+        min_replicas=fewest,
+        max_replicas=most,
+        target_ongoing_requests=options.target_candidates,
+        policy=AutoscalingPolicy(policy_function=wanted_copies),
+    )
+    return {"autoscaling_config": scaled}
 
 
 def _has_gpus() -> bool:
@@ -145,6 +149,7 @@ def run_on_ray(options: OnRayOptions) -> None:
     Raises:
         UserError: the port is taken, there is no such cluster, or the model cannot be loaded.
     """
+    check_model_folder(options.model_path)
     listen(options.ip, options.port).close()
     with _cluster():
         try:
@@ -167,15 +172,20 @@ def _deploy(options: OnRayOptions) -> None:
     serve.start(http_options=http)
     try:
         serve.run(application(options), name=APPLICATION, route_prefix="/")
-    except RayServeException as error:
-        raise UserError(one_line(error)) from None
+    except (RayServeException, RuntimeError) as error:
+        raise UserError(f"Ray Serve: {one_line(error)}") from error
 
 
 @contextmanager
 def _cluster() -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
-    # Without an address Ray would join any cluster that it finds on this machine.
-    ray.init(address=address or "local", include_dashboard=None if address else False, logging_level=logging.WARNING)
+    try:
+        # Without an address Ray would join any cluster that it finds on this machine.
+        ray.init(address or "local", include_dashboard=None if address else False, logging_level=logging.WARNING)
+    except Exception as error:
+        # Ray raises what it likes.
+        where = f"RAY_ADDRESS={address}: no Ray cluster answers" if address else "Ray cannot start"
+        raise UserError(f"{where}: {one_line(error)}") from error
     # Instead of Ray's own handler, which leaves at once.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
