@@ -67,6 +67,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    """Libraries complain of what they find left at the end of the process."""
+    gc.unfreeze()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """What is written there is seen, also while a test's output is captured."""
     config.stash[STDERR] = os.dup(2)

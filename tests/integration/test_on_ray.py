@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -188,7 +189,15 @@ def test_copies_follow_the_candidates(start: Callable[..., OnRay]) -> None:
     assert service.end() == 0
 
 
-def test_a_model_that_cannot_be_loaded_is_one_line(start: Callable[..., OnRay], tmp_path: Path) -> None:
-    service = start(model=tmp_path / "nothing")
-    assert service.process.wait(PATIENCE_S) == 2
-    assert "nothing/config.json: no such file" in service.log.read_text(encoding="utf-8").splitlines()[-1]
+def test_a_model_that_cannot_be_loaded_is_one_line(
+    start: Callable[..., OnRay], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    def refusal(model: Path) -> str:
+        service = start(model=model)
+        assert service.process.wait(PATIENCE_S) == 2
+        return service.log.read_text(encoding="utf-8").splitlines()[-1]
+
+    assert "nothing/config.json: no such file" in refusal(tmp_path / "nothing")
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"cut off")
+    assert refusal(folder).startswith(f"error: Ray Serve: {folder}/model.safetensors: cut off, or no safetensors file")

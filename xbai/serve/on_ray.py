@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 APPLICATION = "xbai"
 CANDIDATES = "candidates"
 POLL_S = 0.2
+CONNECT_TIMEOUT_S = 10.0
 HEALTH_PERIOD_S = 2.0
 HEALTH_TIMEOUT_S = 30.0
 
@@ -173,13 +175,25 @@ def _deploy(options: OnRayOptions) -> None:
     try:
         serve.run(application(options), name=APPLICATION, route_prefix="/")
     except (RayServeException, RuntimeError) as error:
-        raise UserError(f"Ray Serve: {one_line(error)}") from error
+        raise UserError(f"Ray Serve: {_why_not_deployed() or one_line(error)}") from error
+
+
+def _why_not_deployed() -> str:
+    """The last line of what the copies died of."""
+    state = serve.status().applications.get(APPLICATION)
+    messages = [deployment.message for deployment in state.deployments.values()] if state else []
+    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
+    return lines[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ") if lines else ""
 
 
 @contextmanager
 def _cluster() -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
+    host, _, port = (address or "").rpartition(":")
     try:
+        if port.isdecimal():
+            # Ray itself tries for minutes.
+            socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
         # Without an address Ray would join any cluster that it finds on this machine.
         ray.init(address or "local", include_dashboard=None if address else False, logging_level=logging.WARNING)
     except Exception as error:
