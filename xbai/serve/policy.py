@@ -43,6 +43,8 @@ def run_policy_service(
     Raises:
         UserError: the port is taken, or the model cannot be loaded.
     """
+    # Before the port is taken: of two mistakes this is the one to know first.
+    check_model_folder(options.model_path)
     with listener or listen(options.ip, options.port) as listener:
         serve(open_policy_app(options, with_score_routes), listener)
 
