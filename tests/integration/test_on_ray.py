@@ -13,21 +13,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 import pytest
-
-from xbai.engine import SamplingParams, load_engine
-from xbai.prompts import prompt_text
+from seeded_questions import SEEDS, question, right_answers, said
 
 pytest.importorskip("ray.serve", reason="Ray Serve is not installed")
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 PATIENCE_S = 400.0
-MAX_TOKENS = 12
-SEEDS = 6
 COPY = "ServeReplica:xbai"
 """How Ray calls a process of a copy."""
 
@@ -90,22 +85,10 @@ def start(tiny_model_dir: Path, reserve_port: Callable[[], int], tmp_path: Path)
         one.process.wait()
 
 
-def question(seed: int) -> dict[str, Any]:
-    messages = [{"role": "user", "content": f"question {seed}"}]
-    return {"messages": messages, "reasoning_effort": "none", "max_tokens": MAX_TOKENS, "seed": seed}
-
-
 @pytest.fixture(scope="module")
 def right(tiny_model_dir: Path) -> list[str]:
     """What one engine answers to each seed."""
-    engine = load_engine("hf", str(tiny_model_dir))
-    found = []
-    for seed in range(SEEDS):
-        prompt = prompt_text(engine.tokenizer, question(seed)["messages"], "messages")
-        params = SamplingParams(1, MAX_TOKENS, temperature=0.8, top_p=0.95, repetition_penalty=1.05, seed=seed)
-        ((completion,),) = engine.generate([engine.tokenizer.encode(prompt, add_special_tokens=False)], [params])
-        found.append(completion.text)
-    return found
+    return right_answers(tiny_model_dir)
 
 
 def test_a_copy_that_is_killed_is_replaced(start: Callable[..., OnRay], right: list[str]) -> None:
@@ -122,9 +105,7 @@ def test_a_copy_that_is_killed_is_replaced(start: Callable[..., OnRay], right: l
                 seed = ended.total() % SEEDS
                 got = client.post("/v1/chat/completions", json=question(seed))
                 if got.is_success:
-                    message = got.json()["choices"][0]["message"]
-                    said = (message.get("reasoning") or "") + message["content"]
-                    ended["right" if said == right[seed] else "wrong"] += 1
+                    ended["right" if said(got.json()) == right[seed] else "wrong"] += 1
                 else:
                     ended[str(got.status_code)] += 1
         return ended

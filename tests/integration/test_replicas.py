@@ -13,19 +13,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-
-from xbai.engine import SamplingParams, load_engine
-from xbai.prompts import prompt_text
+from seeded_questions import SEEDS, question, right_answers, said
 
 pytestmark = pytest.mark.slow
 
 PATIENCE_S = 150.0
-MAX_TOKENS = 12
-SEEDS = 6
 STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 
 
@@ -81,22 +76,10 @@ def service(tiny_model_dir: Path, reserve_port: Callable[[], int], tmp_path: Pat
     started.process.wait()
 
 
-def question(seed: int) -> dict[str, Any]:
-    messages = [{"role": "user", "content": f"question {seed}"}]
-    return {"messages": messages, "reasoning_effort": "none", "max_tokens": MAX_TOKENS, "seed": seed}
-
-
 @pytest.fixture(scope="module")
 def right(tiny_model_dir: Path) -> list[str]:
     """What one engine answers to each seed."""
-    engine = load_engine("hf", str(tiny_model_dir))
-    found = []
-    for seed in range(SEEDS):
-        prompt = prompt_text(engine.tokenizer, question(seed)["messages"], "messages")
-        params = SamplingParams(1, MAX_TOKENS, temperature=0.8, top_p=0.95, repetition_penalty=1.05, seed=seed)
-        ((completion,),) = engine.generate([engine.tokenizer.encode(prompt, add_special_tokens=False)], [params])
-        found.append(completion.text)
-    return found
+    return right_answers(tiny_model_dir)
 
 
 def ask(client: httpx.Client, seed: int, stream: bool) -> str | None:
@@ -108,8 +91,7 @@ def ask(client: httpx.Client, seed: int, stream: bool) -> str | None:
         return None
     assert got.status_code == 200, got.text
     if not stream:
-        message = got.json()["choices"][0]["message"]
-        return (message.get("reasoning") or "") + message["content"]
+        return said(got.json())
     events = [event.removeprefix("data: ") for event in got.text.split("\n\n") if event and not event.startswith(":")]
     if events[-1] != "[DONE]":
         assert json.loads(events[-1])["error"]["type"] == "server_error"

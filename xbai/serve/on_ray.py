@@ -25,8 +25,10 @@ from xbai.logs import configure_logging
 from xbai.model_folder import check_model_folder
 from xbai.options import parse_options
 from xbai.serve.app import Service
+from xbai.serve.engine_thread import EngineThread
+from xbai.serve.limits import Limits
 from xbai.serve.options import OnRayOptions
-from xbai.serve.policy import open_policy_app
+from xbai.serve.policy import create_policy_app, engine_loader
 from xbai.serve.server import KEEP_ALIVE_S, listen
 
 logger = logging.getLogger(__name__)
@@ -49,7 +51,8 @@ class Copy:
 
     def __init__(self, options: OnRayOptions) -> None:
         configure_logging(options.log_format)
-        self._app = open_policy_app(options, with_score_routes=True)
+        thread, limits = EngineThread(engine_loader(options)), Limits.of(options)
+        self._app = create_policy_app(thread, options.model_path, limits, options.openai, with_score_routes=True)
         self._service: Service = self._app.state.service
 
     def __serve_build_asgi_app__(self) -> FastAPI:

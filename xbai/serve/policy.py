@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from fastapi import FastAPI, Request
 
 from xbai.calibration import ScoreChance
-from xbai.engine import Completion, SamplingParams, load_engine
+from xbai.engine import Completion, Engine, SamplingParams, load_engine
 from xbai.engine.tensor_parallel import check_tensor_parallel_size, visible_gpus_that_share
 from xbai.errors import UserError
 from xbai.model_folder import check_model_folder
@@ -43,14 +45,14 @@ def run_policy_service(
     Raises:
         UserError: the port is taken, or the model cannot be loaded.
     """
-    # Before the port is taken: of two mistakes this is the one to know first.
-    check_model_folder(options.model_path)
+    load, limits = engine_loader(options), Limits.of(options)
     with listener or listen(options.ip, options.port) as listener:
-        serve(open_policy_app(options, with_score_routes), listener)
+        app = create_policy_app(EngineThread(load), options.model_path, limits, options.openai, with_score_routes)
+        serve(app, listener)
 
 
-def open_policy_app(options: PolicyOptions, with_score_routes: bool) -> FastAPI:
-    """The ASGI application; at its start it begins to load the model.
+def engine_loader(options: PolicyOptions) -> Callable[[], Engine]:
+    """What loads the engine that is asked for.
 
     Raises:
         UserError: options that the model or this machine cannot follow.
@@ -64,8 +66,7 @@ def open_policy_app(options: PolicyOptions, with_score_routes: bool) -> FastAPI:
         if (size := given.get("tensor_parallel_size")) is not None:
             check_tensor_parallel_size(size, config, f"--tensor_parallel_size {size}")
         given["tensor_parallel_size"] = size or visible_gpus_that_share(config)
-    thread = EngineThread(lambda: load_engine(options.engine, model_path, with_scores=options.with_scores, **given))
-    return create_policy_app(thread, model_path, Limits.of(options), options.openai, with_score_routes)
+    return partial(load_engine, options.engine, model_path, with_scores=options.with_scores, **given)
 
 
 def create_policy_app(
