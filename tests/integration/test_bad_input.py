@@ -69,7 +69,9 @@ def keeps_to_its_schema(url: str, folder: Path, *options: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("service", ["hf", pytest.param("vllm", marks=pytest.mark.long), "score"], indirect=True)
+@pytest.mark.parametrize(
+    "service", ["hf", *(pytest.param(name, marks=pytest.mark.long) for name in ("vllm", "score"))], indirect=True
+)
 def test_the_services_keep_to_their_schema(service: tuple[str, str, str], tmp_path: Path) -> None:
     url, route, _ = service
     but_openais = ("--exclude-path-regex", "^/v1/") if route == "/generate" else ()

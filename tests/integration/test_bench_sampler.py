@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 BENCH = Path(__file__).parents[2] / "bench"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from driver_kills import kill_driver_and_services
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def test_twenty_kills_of_driver_and_services_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None:

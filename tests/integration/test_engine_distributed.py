@@ -35,7 +35,7 @@ def run_two_ranks(*arguments: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hf", "vllm"])
+@pytest.mark.parametrize("name", [pytest.param("hf", marks=pytest.mark.long), "vllm"])
 def test_each_rank_has_an_engine_of_its_own(name: str, make_tiny_model: Callable[..., Path]) -> None:
     if name == "vllm":
         needs_vllm()

@@ -141,7 +141,9 @@ def differences(engine: Engine, scorer: Scorer, count: int = 16, most_tokens: in
     return max(of_steps), max(of_responses)
 
 
-@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.long), "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.long) for name in ("llama", "qwen2")), "qwen3"]
+)
 def test_scores_of_a_crowded_engine_are_those_of_a_second_pass(
     make_model: Callable[..., Path], preemptions: list[str], name: str
 ) -> None:
@@ -216,7 +218,7 @@ def test_scores_of_an_engine_in_processes_of_its_own(
     engine.close()
 
 
-@pytest.mark.parametrize(("opinion", "tolerance"), [(1.0, 1e-2), (3.0, 9e-2)])
+@pytest.mark.parametrize(("opinion", "tolerance"), [pytest.param(1.0, 1e-2, marks=pytest.mark.long), (3.0, 9e-2)])
 def test_scores_in_half_precision(make_model: Callable[..., Path], opinion: float, tolerance: float) -> None:
     """Of a head as training begins with it, the two ways to compute a response's score agree within 1e-2.
 

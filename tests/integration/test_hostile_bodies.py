@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 BENCH = Path(__file__).parents[2] / "bench" / "hostile_bodies.py"
 
 
-@pytest.mark.parametrize(
-    ("megabytes", "rounds"), [pytest.param(1, 31, id="1 MB"), pytest.param(15, 62, id="15 MB", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize(("megabytes", "rounds"), [pytest.param(1, 31, id="1 MB"), pytest.param(15, 62, id="15 MB")])
 def test_nobody_waits_for_hostile_bodies(
     start_service: Callable, tiny_model_dir: Path, megabytes: int, rounds: int
 ) -> None:

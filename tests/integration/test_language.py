@@ -129,7 +129,7 @@ def modified(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_finished_stages_are_skipped_and_shared_by_the_settings(language, tmp_path):
     out = tmp_path / "out"
     # What is left is to convert, to make the data and to fine-tune.

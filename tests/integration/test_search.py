@@ -94,6 +94,7 @@ def test_a_search_guided_by_fused_scores_is_reproducible_and_measured(infer: Cal
     assert "Test 2 times" in metric
 
 
+@pytest.mark.long
 def test_searches_do_not_mix_in_a_file_and_a_finished_one_is_not_repeated(infer: Callable) -> None:
     first, _ = infer(search="dvts", beam_width=1, expand=2, token_budget=BUDGET)
     more, said = infer(search="dvts", beam_width=1, expand=2, token_budget=BUDGET, n_samples=2)

@@ -270,6 +270,7 @@ def test_what_cannot_start_says_so_in_one_line(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_a_broken_chat_template_is_one_line_and_a_refusing_one_is_no_obstacle(
     start_service: Callable, tiny_model_dir: Path, tmp_path: Path
 ) -> None:

@@ -95,7 +95,7 @@ def test_a_new_benchmark(copy: Copy, serve_app: Callable[..., str], tiny_model_d
     copy.follow("new_benchmark.md", {"http://127.0.0.1:8000": url, "outputs/quickstart/model": str(tiny_model_dir)})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fused_scores_of_a_new_architecture(copy: Copy):
     pytest.importorskip("vllm")
     copy.follow("new_architecture.md")

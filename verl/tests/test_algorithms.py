@@ -251,7 +251,7 @@ def gae_run(gae: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return folder, train(folder, gae)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gae_warms_up_and_clips(gae_run: tuple[Path, Metrics]) -> None:
     folder, metrics = gae_run
     assert "actor/pg_loss" not in metrics[1] and "actor/pg_loss" in metrics[2]

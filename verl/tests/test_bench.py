@@ -61,6 +61,7 @@ def test_train_step_needs_torch_and_transformers_only(tmp_path: Path):
 
 
 @pytest.mark.parametrize("entropy", ["--entropy", "--no-entropy"])
+@pytest.mark.long
 def test_log_prob_memory_compares_both_ways(tmp_path: Path, entropy: str):
     sizes = {"tokens": 512, "vocabulary": 20000, "hidden": 16, "logits-per-chunk": 500_000, "repeats": 1}
     options = [text for name, value in sizes.items() for text in (f"--{name}", value)]

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -123,23 +124,28 @@ def run_rank(output: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, dict]]:
-    """What `run_rank` found, by variant and dtype."""
-    folder, found = tmp_path_factory.mktemp("bfloat16"), {}
-    for ranks in set(RANKS.values()):
+def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], dict[str, dict]]:
+    """What `run_rank` found of a variant in a dtype."""
+    folder = tmp_path_factory.mktemp("bfloat16")
+
+    @cache
+    def of(ranks: int) -> dict[tuple[str, str], dict[str, dict]]:
         output = folder / f"{ranks}.pt"
         command = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(ranks), __file__, str(output)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
-        found |= torch.load(output, weights_only=False)
-    return found
+        return torch.load(output, weights_only=False)
+
+    return lambda name, dtype: of(RANKS[name])[name, dtype]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", VARIANTS)
-def test_losses_and_gradients_are_those_of_float32(results: dict, name: str) -> None:
-    found, expected = (results[name, dtype]["metrics"] for dtype in DTYPES[::-1])
+CASES = [pytest.param(name, marks=pytest.mark.long if RANKS[name] > 2 else pytest.mark.slow) for name in VARIANTS]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_and_gradients_are_those_of_float32(results: Callable, name: str) -> None:
+    found, expected = (results(name, dtype)["metrics"] for dtype in DTYPES[::-1])
     losses = {metric: value for metric, value in expected.items() if metric in LOSSES}
     assert set(losses) == set(LOSSES)
     # A mean over terms of either sign, each about 1, may be near 0; it is as exact as they are. Whether old and new
@@ -151,11 +157,10 @@ def test_losses_and_gradients_are_those_of_float32(results: dict, name: str) -> 
     assert found["actor/skipped_updates"] == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", VARIANTS)
-def test_log_probs_are_as_close_as_bfloat16_lets_them_be(results: dict, name: str) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_log_probs_are_as_close_as_bfloat16_lets_them_be(results: Callable, name: str) -> None:
     """No further from float32 than those of transformers' own forward pass in bfloat16."""
-    found, exact = (results[name, dtype]["before"]["old_log_probs"] for dtype in DTYPES[::-1])
+    found, exact = (results(name, dtype)["before"]["old_log_probs"] for dtype in DTYPES[::-1])
     batch = test_joint_update.make_batch("mixed")[: len(exact)]
     plain = tiny_lm().bfloat16()
     with torch.no_grad():

@@ -239,7 +239,7 @@ def test_another_world_size_goes_on(saved: tuple[Path, Path, dict]) -> None:
     assert "random states start anew" in resumed["log"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_save_in_the_background_is_of_its_moment_whatever_the_sharding(tied_model_dir: Path, tmp_path: Path) -> None:
     done = launch("background", 2, tied_model_dir, tmp_path)
     assert not torch.equal(done["saved"]["model.norm.weight"], done["now"]["model.norm.weight"])

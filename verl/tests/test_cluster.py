@@ -111,10 +111,15 @@ def start_here(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
     ("variables", "said"),
     [
         ({"TMPDIR": f"{{folder}}/{LONG_NAME}"}, "(RAY_TMPDIR, or else TMPDIR), is too long for its sockets"),
-        ({"RAY_TMPDIR": "{folder}/file"}, "{folder}/file/ray: Not a directory; set RAY_TMPDIR to a folder that can be"),
-        (
+        pytest.param(
+            {"RAY_TMPDIR": "{folder}/file"},
+            "{folder}/file/ray: Not a directory; set RAY_TMPDIR to a folder that can be",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
             {"HOME": "{folder}/file", "RAY_AUTH_MODE": "token"},
             "Ray cannot start: [Errno 20] Not a directory: '{folder}/",
+            marks=pytest.mark.long,
         ),
         ({"RAY_AUTH_TOKEN_PATH": "{folder}/none"}, "RAY_AUTH_TOKEN_PATH is set but file cannot be opened"),
     ],

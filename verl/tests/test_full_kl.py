@@ -159,7 +159,7 @@ def plain_update(folder: Path) -> tuple[dict[str, float], Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_the_update_is_the_plain_one(ranks: int, tmp_path: Path) -> None:
     results = launch(ranks, tmp_path)
     expected, ref_kl = plain_update(tmp_path)

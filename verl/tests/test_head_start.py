@@ -188,7 +188,7 @@ def said_by(run: Any) -> str:
     return " ".join(run.log().split())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_fresh_head_starts_undecided(published: list[str], start_run: Callable[..., Any], tmp_path: Path) -> None:
     run = start_run(tmp_path, [*published, "trainer.total_training_steps=2"]).finish()
     assert "the fresh score head starts on features standardised by" in said_by(run)

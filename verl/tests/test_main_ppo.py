@@ -126,6 +126,7 @@ def test_one_rank_gives_the_metrics_of_two(uninterrupted, overrides, tmp_path, s
         assert one[name] == pytest.approx(two[name], rel=1e-4)
 
 
+@pytest.mark.long
 def test_vllm_rollout_follows_the_actor(overrides, tmp_path, start_run):
     rows = start_run(tmp_path, [*overrides, "actor_rollout_ref.rollout.name=vllm"]).finish().metrics()
     assert sorted(rows) == [0, 1, 2, 3, 4, 5]

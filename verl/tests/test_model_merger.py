@@ -48,7 +48,7 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+@pytest.fixture(scope="module", params=[pytest.param(False, marks=pytest.mark.long), True], ids=["untied", "tied"])
 def experiment(
     request, process_group, make_tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
@@ -279,7 +279,9 @@ def test_a_damaged_checkpoint_leaves_nothing_behind(experiment: tuple[Path, Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["dtensor", "hybrid", "sharded_tensor"])
+@pytest.mark.parametrize(
+    "kind", ["dtensor", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("hybrid", "sharded_tensor"))]
+)
 def test_shards_of_verl_0_3_become_the_same_model(kind: str, make_tiny_model, merge: Callable, tmp_path: Path):
     source, actor, world = make_tiny_model(tied=False), tmp_path / "actor", 4 if kind == "hybrid" else 2
     actor.mkdir()

@@ -107,7 +107,7 @@ def run(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen]]:
     end_orphans(tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_agents_of_a_killed_run_end_when_the_next_one_starts(run):
     """Ray's agents otherwise stay for a minute or more."""
     killed = run()

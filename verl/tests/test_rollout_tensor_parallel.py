@@ -121,7 +121,7 @@ def test_one_engine_over_two_ranks_is_one_engine(make_model: Callable[..., Path]
     assert not torch.equal(alone[0].batch["responses"], alone[1].batch["responses"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_both_ranks_hold_the_one_key_value_head_and_a_tied_embedding(make_model: Callable[..., Path], tiny_tokenizer):
     folder = Path("/dev/shm")
     segments = set(folder.glob("*")) if folder.is_dir() else set()

@@ -104,7 +104,7 @@ def test_a_fused_head_moves_its_logits_a_few_times(roofline: ModuleType, config)
     assert moved(entropy=True, trains=False) == 2 * once
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_prints_a_table_and_writes_it(
     roofline: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -194,6 +194,7 @@ def test_a_rank_that_hangs_in_a_collective_is_named(group: Doublers):
         group.environment("RANK")
 
 
+@pytest.mark.long
 def test_a_death_after_the_time_out_of_collectives_names_who_still_runs(group: Doublers):
     # As NCCL ends the processes that waited; gloo lets them fail.
     first, second = group.processes.infos
