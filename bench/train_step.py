@@ -1,12 +1,15 @@
 """Tokens per second of every phase of a training step: rollout, weight sync, log-probs and the joint update.
 
-    python bench/train_step.py [--models tiny,1.5b] [--engines hf,vllm] [--repeats 3] [--out FILE]
+    python bench/train_step.py [--models tiny,1.5b] [--engines hf,vllm] [--repeats 3] [--quickstart FOLDER] [--out FILE]
 
 The trainer's own actor, packed and padded, on one process and without Ray: it needs torch and transformers only (and
 vLLM for `--engines vllm`). Weights are random; `1.5b` is DeepSeek-R1-Distill-Qwen-1.5B cut to two layers, with its
 whole vocabulary. Rows have responses of a quarter to all of `--response-tokens`, so that there is padding to leave out;
 tokens are counted without it. A time is the median of `--repeats` runs after `--warm-ups`. The last line is one JSON
 object.
+
+With `--quickstart`, the folder of a finished one, also a run of `main_ppo` on its base: seconds of a step, and the
+share of them that no phase of its workers has (driver, Ray, Python), which needs all that the trainer needs.
 
 On a GPU the policy computes in bfloat16, and there is also, for log-probs and update, the peak memory and the MFU:
 floating-point operations that the model asks for, 2 a matrix element and token (LM head: response tokens only) and
@@ -29,6 +32,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from machine import ROOT, describe_machine, report, rounded
+from short_run import ShortRun, outside_share
 
 from verl.bringup import workload
 from verl.models.fsdp import local_device, named_full_tensors
@@ -148,6 +152,13 @@ def mfu(flops: float, seconds: float) -> dict[str, float]:
     return per_second if peak is None else per_second | {"mfu": per_second["tflops_per_s"] / peak}
 
 
+def measure_run(run: ShortRun) -> dict[str, float]:
+    """Medians over the steps of a run of the whole trainer."""
+    rows = run.run(seed=0)
+    seconds = statistics.median(row["timing_s/step"] for row in rows)
+    return {"seconds": seconds, "outside_share": statistics.median(map(outside_share, rows))}
+
+
 def _chosen(names: str, known: tuple[str, ...], option: str) -> list[str]:
     chosen = names.split(",")
     if unknown := [name for name in chosen if name not in known]:
@@ -166,9 +177,13 @@ def main(
     tokens_per_micro_batch: Annotated[int | None, typer.Option(min=1)] = None,
     warm_ups: Annotated[int, typer.Option(min=0)] = 1,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
+    quickstart: Annotated[Path | None, typer.Option(help="also a run on the base of a finished quickstart")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file; bench/results/train_step_{cpu or gpu}.json")] = None,
 ) -> None:
     """Measure every model and write the figures."""
+    run = None if quickstart is None else ShortRun(quickstart, max(repeats, 2), torch.get_num_threads())
+    if run is not None:
+        run.check()
     on_gpu = torch.cuda.is_available()
     installed = ["hf"] + ["vllm"] * (importlib.util.find_spec("vllm") is not None)
     chosen_engines = installed if engines is None else _chosen(engines, ENGINES, "--engines")
@@ -196,6 +211,8 @@ def main(
                 figures["engines"][engine] = measure_engine(engine, folder, sizes, shape.parameters)
                 gc.collect()
             result[name] = figures
+    if run is not None:
+        result["run"] = measure_run(run)
     default = ROOT / f"bench/results/train_step_{local_device().type.replace('cuda', 'gpu')}.json"
     report(rounded(result) | {"machine": describe_machine()}, out or default)
 

@@ -76,3 +76,30 @@ def test_log_prob_memory_refuses_what_cannot_fit(tmp_path: Path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: --tokens 1000000000: the plain way needs about ")
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a benchmark needs of a finished one, its base untrained."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    for name, out in (("make10", "data"), ("tiny_model", "base")):
+        subprocess.run([sys.executable, "-m", f"xbai.benchmarks.{name}", "--out", folder / out], check=True)
+    return folder
+
+
+@pytest.mark.long
+def test_train_step_measures_what_a_run_spends_beside_its_phases(quickstart: Path, tmp_path: Path):
+    sizes = {"models": "tiny", "engines": "hf", "prompts": 2, "samples": 2, "prompt-tokens": 8, "response-tokens": 16}
+    options = [text for name, value in sizes.items() for text in (f"--{name}", value)]
+    result = _run([BENCH / "train_step.py", *options, "--repeats", 2, "--quickstart", quickstart], tmp_path)
+    assert result["run"]["seconds"] > 0
+    assert 0 < result["run"]["outside_share"] < 0.1
+
+
+@pytest.mark.long
+def test_the_trainer_is_compared_with_trl(quickstart: Path, tmp_path: Path):
+    options = ["--steps", 2, "--turns", 1, "--engines", "generate"]
+    result = _run([BENCH / "against_trl.py", quickstart, *options], tmp_path)
+    assert result["trl_over_ours"] == pytest.approx(result["trl_seconds"] / result["ours_seconds"], rel=0.01)
+    for arm in result["arms"].values():
+        assert len(arm["rewards"]) == 2 and arm["tokens"] > 0
