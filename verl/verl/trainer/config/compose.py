@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,19 @@ def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
     """
     with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
         try:
-            config = compose(name, overrides=read_overrides(overrides, as_written(compose(name))))
+            config = compose(name, overrides=read_overrides(overrides, _defaults(name)))
             if missing := next((key for key, value in as_written(config).items() if value == MISSING), None):
                 raise UserError(f"{missing} is not set; give it on the command line as {missing}=...")
             OmegaConf.resolve(config)
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(_one_line(name, error)) from error
     return config
+
+
+@cache
+def _defaults(name: str) -> dict[str, Any]:
+    """Every dotted key of a configuration with its default; to be called where Hydra knows the folder."""
+    return as_written(compose(name))
 
 
 def _one_line(name: str, error: Exception) -> str:
@@ -54,7 +61,7 @@ def _one_line(name: str, error: Exception) -> str:
         return one_line(error)
     if (upstream := upstream_key(unknown[1])) is not None:
         return f"{unknown[1]} cannot act here: {upstream.instead}"
-    near = difflib.get_close_matches(unknown[1], as_written(compose(name)), n=1)
+    near = difflib.get_close_matches(unknown[1], _defaults(name), n=1)
     return f"unknown configuration key {unknown[1]}" + (f"; did you mean {near[0]}?" if near else "")
 
 
