@@ -166,6 +166,26 @@ def test_rloo_with_importance_weights_and_entropy(run: Callable[..., Metrics], t
 
 
 @pytest.mark.long
+def test_gspo_of_responses_that_ended_weighed_as_wholes(run: Callable[..., Metrics], tmp_path: Path) -> None:
+    metrics = run(
+        "actor_rollout_ref.use_score=false",
+        "actor_rollout_ref.actor={loss: gspo, mask_truncated_responses: true, use_kl_loss: false}",
+        # Engine and actor agree in float32: every weight is 1, and so is every mean.
+        "actor_rollout_ref.actor={rollout_is: sequence, rollout_is_mode: mask, rollout_rs_geo_threshold: 1.01}",
+    )
+    for step in (1, 2):
+        batch, found = samples(tmp_path, step), metrics[step]
+        advantages = less_mean(batch, over_std=True)
+        assert_advantages(found, batch, advantages)
+        ended = [a for a, sample in zip(advantages, batch) if sample["tokens"] < MAX_RESPONSE]
+        assert 0 < len(ended) < len(batch) and found["response_length/truncated"] == 1 - len(ended) / len(batch)
+        assert found["actor/responses_in_policy_loss"] == len(ended) / len(batch)
+        assert found["actor/pg_loss"] == pytest.approx(-statistics.fmean(ended), abs=1e-3)
+        assert found["rollout_is/effective_sample_size"] == pytest.approx(1, abs=1e-3)
+        assert found["rollout_rs/masked_fraction"] == found["rollout_is/masked_fraction"] == 0
+
+
+@pytest.mark.long
 def test_remax_with_full_kl_and_length_penalty(run: Callable[..., Metrics], tmp_path: Path) -> None:
     metrics = run(
         "algorithm.adv_estimator=remax",

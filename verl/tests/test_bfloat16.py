@@ -42,10 +42,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "checkpointed": {"packed": True, "checkpointing": True},
     "kept whole": {"packed": True, "kl": "full", "fsdp_config": {"reshard_after_forward": False}},
     "rounded logits": {"packed": True, "logits_dtype": None},
+    "GSPO": {"packed": True, "loss": "gspo"},
+    "CISPO": {"packed": True, "loss": "cispo"},
     "sequence parallel": {"packed": True, "kl": "full", "sp_size": 2},
+    "sequence parallel, GSPO": {"packed": True, "loss": "gspo", "sp_size": 2},
     "hybrid": {"packed": True, "fsdp_config": {"fsdp_size": 2}},
 }
-DEFAULTS = {"packed": False, "kl": "low_var_kl", "sp_size": 1, "checkpointing": False, "logits_dtype": torch.float32}
+DEFAULTS = {
+    "packed": False,
+    "loss": "ppo",
+    "kl": "low_var_kl",
+    "sp_size": 1,
+    "checkpointing": False,
+    "logits_dtype": torch.float32,
+}
 RANKS = {name: 2 if "sp_size" in keys else 4 if "fsdp_config" in keys else 1 for name, keys in VARIANTS.items()}
 DTYPES = ("float32", "bfloat16")
 TEMPERATURE = test_joint_update.make_config().rollout.temperature
@@ -66,10 +76,16 @@ def rows_of_rank(batch: Any, sp_size: int) -> Any:
 
 
 def policy_flow(
-    fsdp_config: TrainedPlacement, packed: bool, kl: str, sp_size: int, checkpointing: bool, logits_dtype: torch.dtype
+    fsdp_config: TrainedPlacement,
+    packed: bool,
+    loss: str,
+    kl: str,
+    sp_size: int,
+    checkpointing: bool,
+    logits_dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Log-probs of policy and reference, and an update, as the workers make them."""
-    config = test_joint_update.make_config(packed, kl_loss_type=kl, ppo_micro_batch_size_per_gpu=1)
+    config = test_joint_update.make_config(packed, loss=loss, kl_loss_type=kl, ppo_micro_batch_size_per_gpu=1)
     policy = PlacedModel(
         JointModel(make_lm(packed, checkpointing), ScoreHead(32, dropout=0.0), logits_dtype=logits_dtype),
         fsdp_config,

@@ -115,6 +115,30 @@ def test_a_valid_configuration_passes(small_run):
         ("critic.optim.lr=1", "critic.optim.lr=1 acts only with algorithm.adv_estimator=gae"),
         ("trainer.critic_warmup=2", "trainer.critic_warmup=2 acts only with algorithm.adv_estimator=gae"),
         ("trainer.critic_warmup=-1", "trainer.critic_warmup=-1 must be at least 0"),
+        ("actor_rollout_ref.actor.loss=grpo", "actor.loss=grpo is unknown, use one of ppo, gspo, cispo, dr_grpo"),
+        ("actor_rollout_ref.actor.loss=dr_grpo", "set algorithm.adv_estimator=grpo algorithm.norm_adv_by_std_in_grpo="),
+        (
+            "actor_rollout_ref.actor={loss: gspo, clip_ratio_c: 5.0}",
+            "clip_ratio_c=5.0 acts only with actor_rollout_ref",
+        ),
+        (
+            "actor_rollout_ref.actor.rollout_is_mode=mask",
+            "acts only with actor_rollout_ref.actor.rollout_is=token or sequence",
+        ),
+        (
+            "actor_rollout_ref.actor.rollout_is_threshold=3",
+            "acts only with actor_rollout_ref.actor.rollout_is=token or sequence",
+        ),
+        (
+            "actor_rollout_ref.actor={rollout_is: token, rollout_is_threshold_lower: 0.5}",
+            "acts only with actor_rollout_ref.actor.rollout_is_mode=mask",
+        ),
+        (
+            "actor_rollout_ref.actor={rollout_is: token, rollout_is_mode: mask, rollout_is_threshold: 0.9}",
+            "rollout_is_threshold=0.9 must be above the lower bound 1.11111 of rollout_is_mode=mask",
+        ),
+        ("actor_rollout_ref.actor={rollout_is: token, tis_imp_ratio_cap: 2}", "leave it out beside rollout_is=token"),
+        ("actor_rollout_ref.actor.rollout_rs_geo_threshold=1", "must be a number above 1, or null"),
         ("actor_rollout_ref.actor.tis_imp_ratio_cap=0", "tis_imp_ratio_cap=0 must be a number above 0, or null"),
         ("actor_rollout_ref.actor.fsdp_config.offload_policy=true", "cannot act on CPU"),
         ("actor_rollout_ref.rollout.gpu_memory_utilization=0.5", "cannot act on CPU"),
@@ -132,6 +156,12 @@ def test_a_valid_configuration_passes(small_run):
 )
 def test_a_mistake_is_one_line(fails, override, said):
     assert said in fails(override)
+
+
+def test_dr_grpo_has_its_own_aggregation(fails, small_run):
+    dr_grpo = ["actor_rollout_ref.actor.loss=dr_grpo", "algorithm.norm_adv_by_std_in_grpo=false"]
+    assert _check([*small_run, *dr_grpo]).actor_rollout_ref.actor.aggregation == "seq-mean-token-sum-norm"
+    assert "take loss=ppo for" in fails(*dr_grpo, "actor_rollout_ref.actor.loss_agg_mode=token-mean")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,16 @@ from verl.trainer.config.check import check_config
 from verl.trainer.config.compose import compose_config, leaves
 from verl.trainer.config.defaults import plain_defaults
 from verl.trainer.config.fields import value_at, with_values
-from verl.trainer.config.schema import YAML, AlgorithmConfig, KLLossType, PPOConfig, RewardModelConfig, ScoreLosses
+from verl.trainer.config.schema import (
+    OWN_AGGREGATION,
+    YAML,
+    ActorConfig,
+    AlgorithmConfig,
+    KLLossType,
+    PPOConfig,
+    RewardModelConfig,
+    ScoreLosses,
+)
 from verl.trainer.config.sft import optim_mistakes
 from verl.trainer.config.validation import default_values, schema_leaves, validated
 from verl.trainer.ppo.core_algos import KL_ESTIMATORS
@@ -55,6 +64,7 @@ def test_closed_sets_are_those_of_the_code() -> None:
     assert {kind for arm in get_args(KLLossType) for kind in get_args(arm)} == {*KL_ESTIMATORS, *with_plus, "full"}
     assert choices(RewardModelConfig, "reward_manager") == REWARD_MANAGERS.keys()
     assert set(get_args(fields.Dtype)) == DTYPES.keys()
+    assert choices(ActorConfig, "loss") == OWN_AGGREGATION.keys()
     assert choices(ScoreLosses, "loss") == set(LOSSES)
     assert choices(ScoreLosses, "aggregation") == set(TRAINED_AGGREGATIONS)
 

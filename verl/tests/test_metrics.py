@@ -11,7 +11,6 @@ from verl.trainer.ppo.metrics import (
     best_of_n,
     choice_metrics,
     explained_variance,
-    importance_metrics,
     is_truncated,
     log_prob_difference,
     masked_mean,
@@ -70,20 +69,6 @@ def test_choice_within_a_prompt_leaves_out_what_has_no_grade_and_counts_no_score
     found = choice_metrics(scores, correct, graded, ["a", "a", "a", "a", "b", "b", "b"])
     # a: .8 over .2; b: .7 over .6, but not .3. Chosen are .8, of three with two right, and .7, of three with two.
     assert found == pytest.approx({"within_prompt_auc": (1 + 0.5) / 2, "best_of_n_gain": 1 / 3})
-
-
-def test_importance_metrics_against_plain_numbers():
-    actor, rollout = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-1.5, -1.0, 9.0]])
-    found = importance_metrics(rollout, actor, torch.tensor([[1, 1, 0]]), cap=1.2)
-    ratios, weights = [math.exp(0.5), math.exp(-1.0)], [1.2, math.exp(-1.0)]
-    assert found == pytest.approx(
-        {
-            "rollout_is/mean": sum(ratios) / 2,
-            "rollout_is/max": ratios[0],
-            "rollout_is/truncated_fraction": 0.5,
-            "rollout_is/effective_sample_size": sum(weights) ** 2 / (2 * sum(w * w for w in weights)),
-        }
-    )
 
 
 def test_explained_variance():

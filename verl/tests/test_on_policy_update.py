@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_full_kl import make_batch, make_config
+from test_policy_update import make_batch, make_config
 from tiny import adam, fsdp_section, ppo_defaults, tiny_lm
 from torch import Tensor
 
@@ -49,9 +49,13 @@ def updated(packed: bool, has_old_log_probs: bool, **actor_keys: object) -> tupl
     }
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_the_update_is_the_same_bit_by_bit(one_rank: None, packed: bool) -> None:
-    (weights, metrics), (without, found) = updated(packed, True), updated(packed, False)
+@pytest.mark.parametrize(
+    ("packed", "loss"),
+    [(False, "ppo"), (True, "ppo"), (True, "gspo"), (True, "cispo")],
+    ids=["padded", "packed", "packed-gspo", "packed-cispo"],
+)
+def test_the_update_is_the_same_bit_by_bit(one_rank: None, packed: bool, loss: str) -> None:
+    (weights, metrics), (without, found) = updated(packed, True, loss=loss), updated(packed, False, loss=loss)
     assert all(torch.equal(weights[name], tensor) for name, tensor in without.items())
     assert {name: found[name] for name in metrics} == metrics
     for name in ("rollout/log_prob_diff_mean", "rollout/mismatch_kl"):
@@ -73,6 +77,9 @@ def test_a_second_optimiser_step_needs_them(one_rank: None) -> None:
         ("actor_rollout_ref.actor.ppo_epochs=2", True),
         ("actor_rollout_ref.use_score=true", True),
         ("actor_rollout_ref.actor.tis_imp_ratio_cap=2", True),
+        ("actor_rollout_ref.actor.rollout_is=sequence", True),
+        ("actor_rollout_ref.actor.rollout_rs_geo_threshold=1.01", True),
+        ("actor_rollout_ref.actor={loss: gspo, mask_truncated_responses: true}", False),
         ("algorithm.use_kl_in_reward=true", True),
     ],
 )

@@ -27,6 +27,7 @@ from transformers import (
 from verl.models.joint_model import JointModel, JointOutput
 from verl.models.loading import attention_for, check_packable
 from verl.models.packing import TokenLayout, packed_layout, padded_layout
+from verl.trainer.config.schema import OWN_AGGREGATION
 from verl.trainer.ppo.core_algos import Denominators
 from verl.workers.actor.joint_loss import JointLoss, Totals
 from verl.workers.batching.micro_batches import MicroBatching, RowSizes
@@ -171,14 +172,15 @@ def make_model(name: str, packed: bool, **shape: object) -> JointModel:
 
 
 def loss_of(
-    model: JointModel, layout: TokenLayout, batch: dict[str, Tensor], agg_mode: str
+    model: JointModel, layout: TokenLayout, batch: dict[str, Tensor], policy_loss: str
 ) -> tuple[JointOutput, Tensor]:
     section = policy_section(
         {
             "actor.entropy_coeff": 0.01,
             "actor.use_kl_loss": True,
             "actor.kl_loss_coef": 0.1,
-            "actor.loss_agg_mode": agg_mode,
+            "actor.loss": policy_loss,
+            "rollout.response_length": batch["response_mask"].shape[1],
             "score.backbone_grad_scale": 0.5,
         }
     )
@@ -193,13 +195,13 @@ def loss_of(
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("agg_mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
-def test_packed_is_padded_in_loss_gradients_and_step_scores(name: str, agg_mode: str) -> None:
+@pytest.mark.parametrize("policy_loss", OWN_AGGREGATION)
+def test_packed_is_padded_in_loss_gradients_and_step_scores(name: str, policy_loss: str) -> None:
     # Rows of very different lengths, an empty response, one-token prompts.
     batch = make_batch([(8, 50), (1, 3), (5, 0), (1, 1), (3, 17), (1, 0)], 60)
     padded, packed = make_model(name, packed=False), make_model(name, packed=True)
-    output, loss = loss_of(padded, padded_layout(batch), batch, agg_mode)
-    packed_output, packed_loss = loss_of(packed, packed_layout(batch), batch, agg_mode)
+    output, loss = loss_of(padded, padded_layout(batch), batch, policy_loss)
+    packed_output, packed_loss = loss_of(packed, packed_layout(batch), batch, policy_loss)
     assert output.log_probs.shape == (71,)
     assert len(output.step_logits) > 10
     torch.testing.assert_close(packed_output, output, rtol=1e-5, atol=1e-5)
@@ -218,7 +220,7 @@ def test_recomputed_layers_give_the_same_packed_gradients() -> None:
     plain, recomputed = make_model("qwen3", packed=True), make_model("qwen3", packed=True).train()
     recomputed.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for model in (plain, recomputed):
-        loss_of(model, packed_layout(batch), batch, "token-mean")
+        loss_of(model, packed_layout(batch), batch, "ppo")
     for left, right in zip(plain.parameters(), recomputed.parameters()):
         torch.testing.assert_close(left.grad, right.grad)
 

@@ -9,6 +9,7 @@ The columns of B rollouts, whose prompts are padded on the left to P and respons
   for rows that hold the same tokens;
 - `step_feature_mask` and `old_step_logits` [B, P+R];
 - `token_level_scores`, `token_level_rewards`, `advantages`, `returns` [B, R];
+- `importance_weights` [B, R] or [B, 1] and `in_policy_loss` [B] bool, where the policy loss asks for them;
 - `graded` [B] bool, `correct` [B] float, `baselines` [B] (remax), `rival_scores` [B, m] (score losses that compare).
 """
 

@@ -10,6 +10,7 @@ from verl.models.ulysses import check_head_counts
 from verl.trainer.config.fields import told, value_at
 from verl.trainer.config.schema import (
     ACTOR,
+    OWN_AGGREGATION,
     ROOT,
     DataConfig,
     FrozenPlacement,
@@ -44,6 +45,7 @@ def rule_mistakes(config: PPOConfig, policy: Shape, critic: Shape) -> Iterator[s
             f"use low_var_kl, mse or full, or {kind}+ (its value, with the gradient of mse); in the reward, "
             f"algorithm.kl_penalty={kind} is right"
         )
+    yield from _policy_loss(config)
     for name in (f"{ACTOR}.fsdp_config", f"{ROOT}.ref.fsdp_config", "critic.model.fsdp_config"):
         yield from _placement(name, value_at(config, name), trainer.processes)
     yield from _rollout(root.rollout, trainer.n_gpus_per_node, policy)
@@ -63,6 +65,33 @@ def rule_mistakes(config: PPOConfig, policy: Shape, critic: Shape) -> Iterator[s
             f"trainer.length_penalty_coeff={trainer.length_penalty_coeff} must be above 0 and at most 2 with "
             "trainer.length_penalty=true: above 2 a long right answer would be worth less than a wrong one"
         )
+
+
+def _policy_loss(config: PPOConfig) -> Iterator[str]:
+    actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
+    if actor.loss == "dr_grpo":
+        if algorithm.adv_estimator != "grpo" or algorithm.norm_adv_by_std_in_grpo:
+            yield (
+                f"{ACTOR}.loss=dr_grpo takes GRPO's advantages as they are, not over their standard deviation: set "
+                "algorithm.adv_estimator=grpo algorithm.norm_adv_by_std_in_grpo=false"
+            )
+        if actor.aggregation != OWN_AGGREGATION["dr_grpo"]:
+            yield (
+                f"{ACTOR}.loss=dr_grpo divides by a constant; leave {ACTOR}.loss_agg_mode out, or take loss=ppo for "
+                f"loss_agg_mode={actor.loss_agg_mode}"
+            )
+    if actor.tis_imp_ratio_cap is not None and actor.rollout_is is not None:
+        yield (
+            f"{ACTOR}.tis_imp_ratio_cap={actor.tis_imp_ratio_cap} is short for rollout_is=token with "
+            f"rollout_is_threshold={actor.tis_imp_ratio_cap}; leave it out beside rollout_is={actor.rollout_is}"
+        )
+    elif (sampling := actor.importance_sampling) is not None:
+        lower, upper = sampling.bounds
+        if lower >= upper:
+            yield (
+                f"{ACTOR}.rollout_is_threshold={upper} must be above the lower bound {lower:g} of rollout_is_mode=mask "
+                "(rollout_is_threshold_lower, or else 1 / rollout_is_threshold)"
+            )
 
 
 def _placement(name: str, section: FrozenPlacement, processes: int) -> Iterator[str]:

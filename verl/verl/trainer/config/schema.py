@@ -27,13 +27,22 @@ from verl.trainer.config.fields import (
     Text,
     Whole,
 )
+from verl.trainer.ppo.off_policy import ImportanceSampling
 from xbai.sprm import ScoreObjective
 
 YAML = "ppo_trainer"
 ROOT = "actor_rollout_ref"
 ACTOR = f"{ROOT}.actor"
 
-LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
+PolicyLossName = Literal["ppo", "gspo", "cispo", "dr_grpo"]
+LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+OWN_AGGREGATION: dict[PolicyLossName, LossAggMode] = {
+    "ppo": "token-mean",
+    "gspo": "seq-mean-token-mean",
+    "cispo": "token-mean",
+    "dr_grpo": "seq-mean-token-sum-norm",
+}
+"""How each policy loss is aggregated where it was published (PPO's: in DAPO)."""
 KLPenalty = Literal["kl", "abs", "mse", "low_var_kl", "k1", "k2", "k3", "full"]
 KLLossType = KLPenalty | Literal["kl+", "abs+", "mse+", "low_var_kl+", "k1+", "k2+", "k3+"]
 AdamName = Literal["AdamW", "AdamW8bit", "Adam8bit"]
@@ -177,23 +186,60 @@ class UpdateConfig(SharedRows):
     max_nonfinite_updates: Positive
 
 
+def _acts_with(key: str, *values: str) -> ActsWith:
+    """Of a key that needs another one of the actor."""
+    return ActsWith(f"{ACTOR}.{key}", values, f"acts only with {ACTOR}.{key}={' or '.join(values)}")
+
+
 class ActorConfig(UpdateConfig):
     """The policy's loss, its batches and its placement."""
 
     strategy: Literal["fsdp", "fsdp2"]
     ppo_micro_batch_size: Positive | None
+    loss: PolicyLossName
     clip_ratio: PositiveNumber
     clip_ratio_low: PositiveNumber | None
     clip_ratio_high: PositiveNumber | None
-    clip_ratio_c: Annotated[Number, Field(gt=1)]
+    clip_ratio_c: Annotated[Number, Field(gt=1), _acts_with("loss", "ppo", "dr_grpo")]
+    loss_agg_mode: LossAggMode | None
+    mask_truncated_responses: Flag
+    rollout_is: Literal["token", "sequence"] | None
+    rollout_is_mode: Annotated[Literal["truncate", "mask"], _acts_with("rollout_is", "token", "sequence")]
+    rollout_is_threshold: Annotated[PositiveNumber, _acts_with("rollout_is", "token", "sequence")]
+    rollout_is_threshold_lower: Annotated[PositiveNumber | None, _acts_with("rollout_is_mode", "mask")]
+    rollout_rs_geo_threshold: Annotated[Number, Field(gt=1)] | None
     tis_imp_ratio_cap: PositiveNumber | None
-    loss_agg_mode: LossAggMode
     entropy_coeff: Number
     use_kl_loss: Flag
     kl_loss_coef: Coefficient
     kl_loss_type: KLLossType
     optim: PolicyOptim
     fsdp_config: TrainedPlacement
+
+    @property
+    def aggregation(self) -> LossAggMode:
+        """By what the losses of tokens are added up."""
+        return self.loss_agg_mode or OWN_AGGREGATION[self.loss]
+
+    @property
+    def importance_sampling(self) -> ImportanceSampling | None:
+        """How samples of the engine are weighed; `tis_imp_ratio_cap` is short for truncated weights of tokens."""
+        if self.tis_imp_ratio_cap is not None:
+            return ImportanceSampling("token", "truncate", self.tis_imp_ratio_cap)
+        if self.rollout_is is None:
+            return None
+        bounds = self.rollout_is_threshold, self.rollout_is_threshold_lower
+        return ImportanceSampling(self.rollout_is, self.rollout_is_mode, *bounds)
+
+    @property
+    def corrects_rollout(self) -> bool:
+        """The engine's log-probs act in the loss."""
+        return self.importance_sampling is not None or self.rollout_rs_geo_threshold is not None
+
+    @property
+    def leaves_responses_out(self) -> bool:
+        """Some responses may take no part in the policy loss."""
+        return self.mask_truncated_responses or self.rollout_rs_geo_threshold is not None
 
 
 class RefConfig(SharedRows):
@@ -427,9 +473,9 @@ class PPOConfig(Section):
 
         Where a rollout batch is one optimiser step, the update's own forward pass has them, and ratios are 1 exactly. A
         pass of their own is needed all the same for a score head, whose step logits before the update decide which
-        steps count and how much (see `joint_loss`), for importance weights, and for a KL in the reward.
+        steps count and how much (see `joint_loss`), for what corrects the rollout, and for a KL in the reward.
         """
         root, actor = self.actor_rollout_ref, self.actor_rollout_ref.actor
         one_update = self.data.train_batch_size == actor.ppo_mini_batch_size and actor.ppo_epochs == 1
-        used_before = root.use_score or actor.tis_imp_ratio_cap is not None or self.algorithm.use_kl_in_reward
+        used_before = root.use_score or actor.corrects_rollout or self.algorithm.use_kl_in_reward
         return used_before or not one_update

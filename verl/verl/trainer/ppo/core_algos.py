@@ -1,4 +1,4 @@
-"""The algorithms as pure functions: advantages, policy and value loss, loss aggregation, KL estimates and controllers.
+"""The algorithms as pure functions: advantages, value loss, loss aggregation, KL estimates and controllers.
 
 B is responses, R response tokens. Losses are sums over local tokens divided by **global** denominators, so that the
 values of all micro-batches and ranks add up to the loss of the global mini-batch.
@@ -174,53 +174,6 @@ def compute_advantages(
     return per_token, per_token
 
 
-class PolicyLoss(NamedTuple):
-    """Per-token outcome of the clipped objective."""
-
-    loss: Float[Tensor, "*tokens"]
-    clipped: Bool[Tensor, "*tokens"]
-    """The ratio left the clip range in the direction the advantage pushes."""
-    dual_clipped: Bool[Tensor, "*tokens"]
-    """The ratio passed `clip_ratio_c` under a negative advantage."""
-    approx_kl: Float[Tensor, "*tokens"]
-    """old minus new log-probability (the k1 estimate of KL(old, new))."""
-
-
-def compute_policy_loss(
-    old_log_probs: Float[Tensor, "*tokens"],
-    log_probs: Float[Tensor, "*tokens"],
-    advantages: Float[Tensor, "*tokens"],
-    clip_low: float,
-    clip_high: float,
-    clip_c: float,
-) -> PolicyLoss:
-    """PPO's clipped objective with an asymmetric range (DAPO, arXiv 2503.14476) and dual clip (arXiv 1912.09729).
-
-    Args:
-        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
-        clip_c: upper bound (> 1) of the ratio in the loss of tokens with a negative advantage.
-    """
-    log_ratio = log_probs - old_log_probs
-    # The clamp only keeps a diverged token finite: an infinite ratio times an advantage of 0 would be nan.
-    ratio = log_ratio.clamp(-20, 20).exp()
-    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
-    pessimistic, bound = torch.maximum(plain, clipped), -advantages * clip_c
-    negative = advantages < 0
-    loss = torch.where(negative, torch.minimum(pessimistic, bound), pessimistic)
-    return PolicyLoss(loss, clipped > plain, negative & (pessimistic > bound), -log_ratio)
-
-
-def truncated_importance_weights(
-    old_log_probs: Float[Tensor, "*tokens"], rollout_log_probs: Float[Tensor, "*tokens"], cap: float
-) -> Float[Tensor, "*tokens"]:
-    """How much likelier each token is to the actor than to the engine that sampled it, at most `cap`.
-
-    Weighed by them, the policy gradient is that of the actor's own samples, but for the truncation's small bias, where
-    the engine computes slightly other probabilities (truncated importance sampling, Yao et al. 2025).
-    """
-    return (old_log_probs - rollout_log_probs).clamp(-20, 20).exp().clamp(max=cap)
-
-
 class ValueLoss(NamedTuple):
     """Per-token outcome of the critic's clipped regression."""
 
@@ -250,13 +203,17 @@ class Denominators:
     sequences: float
 
 
-def token_weights(mask: Bool[Tensor, "B R"], mode: LossAggMode, denominators: Denominators) -> Float32[Tensor, "B R"]:
+def token_weights(
+    mask: Bool[Tensor, "B R"], mode: LossAggMode, denominators: Denominators, max_length: int = 1
+) -> Float32[Tensor, "B R"]:
     """What each token weighs in the loss: `(token_weights(...) * losses).sum()` is this micro-batch's share of it.
 
     Args:
         mask: the tokens that count, of whole responses.
-        mode: `token-mean`, or the mean over responses of their tokens' sum or mean.
+        mode: `token-mean`, or the mean over responses of their tokens' sum or mean, or of that sum over a constant
+            (`seq-mean-token-sum-norm`, Dr. GRPO, arXiv 2503.20783).
         denominators: of the global mini-batch, with the same mask.
+        max_length: that constant.
 
     Returns:
         0 off the mask.
@@ -264,7 +221,12 @@ def token_weights(mask: Bool[Tensor, "B R"], mode: LossAggMode, denominators: De
     if mode == "token-mean":
         return mask.float() / max(denominators.tokens, 1)
     weights = mask.float() / max(denominators.sequences, 1)
-    return weights / mask.sum(-1, keepdim=True).clamp(min=1) if mode == "seq-mean-token-mean" else weights
+    match mode:
+        case "seq-mean-token-mean":
+            return weights / mask.sum(-1, keepdim=True).clamp(min=1)
+        case "seq-mean-token-sum-norm":
+            return weights / max_length
+    return weights
 
 
 KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {

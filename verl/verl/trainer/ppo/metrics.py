@@ -30,11 +30,9 @@ def masked_mean(values: Tensor, mask: Tensor) -> float:
     return float(values[mask.bool()].float().mean())
 
 
-def train_metrics(
-    batch: DataProto, end_token_ids: Sequence[int], tis_imp_ratio_cap: float | None = None
-) -> dict[str, float]:
+def train_metrics(batch: DataProto, end_token_ids: Sequence[int]) -> dict[str, float]:
     """Rewards, advantages, lengths, and what was computed of entropy, agreement of rollout and actor and the score head
-    before the update; with `tis_imp_ratio_cap` also the importance weights."""
+    before the update."""
     columns = batch.batch
     mask, graded, correct = columns["response_mask"].bool(), columns["graded"], columns["correct"]
     rewards, lengths = columns["token_level_scores"].sum(-1), mask.sum(-1)
@@ -58,9 +56,6 @@ def train_metrics(
         metrics |= {f"{name}/{what}": value for what, value in _spread(columns[name][kept]).items()}
     if "values" in columns:
         metrics["critic/explained_variance"] = explained_variance(columns["values"], columns["returns"], kept)
-    if tis_imp_ratio_cap is not None:
-        log_probs = columns["rollout_log_probs"], columns["old_log_probs"]
-        metrics |= importance_metrics(*log_probs, mask, tis_imp_ratio_cap)
     if "ref_kl" in columns:
         metrics["actor/ref_kl"] = masked_mean(columns["ref_kl"], mask)
     elif "ref_log_prob" in columns and "old_log_probs" in columns:
@@ -138,22 +133,6 @@ def log_prob_difference(rollout: Tensor, actor: Tensor, mask: Tensor) -> dict[st
         "rollout/log_prob_diff_max": difference["max"],
         "rollout/mismatch_kl": float((log_ratio.expm1() - log_ratio).mean()),
     }
-
-
-def importance_metrics(rollout: Tensor, actor: Tensor, mask: Tensor, cap: float) -> dict[str, float]:
-    """Ratios of the actor's to the engine's probability of each token, before their truncation at `cap`; all [B, R].
-
-    `effective_sample_size` is that of the truncated weights, as a share of the tokens: 1 when all are equal.
-    """
-    ratios = (actor - rollout)[mask.bool()].double().exp()
-    weights = ratios.clamp(max=cap)
-    measured = {
-        "mean": ratios.mean(),
-        "max": ratios.max() if len(ratios) else torch.nan,
-        "truncated_fraction": (ratios > cap).double().mean(),
-        "effective_sample_size": weights.sum().square() / (len(weights) * weights.square().sum()),
-    }
-    return {f"rollout_is/{name}": float(value) for name, value in measured.items()}
 
 
 class ValidationResult(NamedTuple):

@@ -28,6 +28,7 @@ from verl.trainer.ppo.metrics import (
     validation_metrics,
 )
 from verl.trainer.ppo.phases import PROMPT_KEYS, Phases
+from verl.trainer.ppo.policy_columns import add_policy_columns
 from verl.trainer.ppo.progress import progress_bar
 from verl.trainer.ppo.run_state import RunState
 from verl.trainer.ppo.samples import SampleDump
@@ -165,7 +166,8 @@ class RayPPOTrainer:
             columns["rival_scores"] = objective.rivals(
                 columns["old_step_logits"], columns["step_feature_mask"], columns["correct"], columns["graded"], uids
             )
-        metrics |= train_metrics(batch, self._end_token_ids, actor.tis_imp_ratio_cap)
+        metrics |= add_policy_columns(columns, actor, self._end_token_ids)
+        metrics |= train_metrics(batch, self._end_token_ids)
         self._samples.write(self.step, batch, reward)
         if self._critic is not None:
             section = self.config.critic

@@ -16,12 +16,12 @@ from torch import Tensor
 from verl.models.joint_model import JointOutput, computed
 from verl.models.packing import Batch, TokenLayout
 from verl.trainer.config.schema import ActorRolloutRefConfig
-from verl.trainer.ppo.core_algos import (
-    Denominators,
+from verl.trainer.ppo.core_algos import Denominators, kl_loss, token_weights
+from verl.trainer.ppo.policy_losses import (
+    PolicyLoss,
     compute_policy_loss,
-    kl_loss,
-    token_weights,
-    truncated_importance_weights,
+    compute_policy_loss_cispo,
+    compute_policy_loss_gspo,
 )
 from verl.workers.update import Loss, LossOutput, loss_mask
 from xbai.sprm import ScoreObjective, ScoreTotals, sprm_loss
@@ -52,6 +52,7 @@ class JointLoss(Loss[JointOutput, Totals]):
 
     def __init__(self, config: ActorRolloutRefConfig) -> None:
         self._actor, self._score_section = config.actor, config.score
+        self._max_response_length = config.rollout.response_length
         self.score: ScoreObjective | None = config.score.objective if config.use_score else None
 
     @property
@@ -60,14 +61,19 @@ class JointLoss(Loss[JointOutput, Totals]):
         return self._actor.use_kl_loss and self._actor.kl_loss_type == "full"
 
     def batch_keys(self, has_old_log_probs: bool = True) -> list[str]:
-        """The tensors that the update needs; without `old_log_probs` it compares with its own and the engine's."""
+        """The tensors that the update needs (`add_policy_columns` makes those that depend on the policy loss); without
+        `old_log_probs` it compares with its own and the engine's."""
         keys = ["input_ids", "attention_mask", "position_ids", "response_mask", "advantages", "graded"]
         if has_old_log_probs:
             keys.append("old_log_probs")
+        else:
+            keys.append("rollout_log_probs")
         if self._actor.use_kl_loss and not self.uses_full_kl:
             keys.append("ref_log_prob")
-        if self._actor.tis_imp_ratio_cap is not None or not has_old_log_probs:
-            keys.append("rollout_log_probs")
+        if self._actor.importance_sampling is not None:
+            keys.append("importance_weights")
+        if self._actor.leaves_responses_out:
+            keys.append("in_policy_loss")
         if self.score is not None:
             keys += ["correct", "step_feature_mask", "old_step_logits"]
             if self.score.compares:
@@ -76,7 +82,7 @@ class JointLoss(Loss[JointOutput, Totals]):
 
     def local_totals(self, batch: Batch) -> Tensor:
         """[7] float64: what counts of `batch`, tokens and responses, and in the score loss."""
-        mask = loss_mask(batch)
+        mask = self._policy_mask(batch)
         policy, score = torch.stack([mask.sum(), mask.any(-1).sum()]), torch.zeros(ScoreTotals.SIZE)
         if self.score is not None:
             score = self.score.local_totals(
@@ -102,9 +108,9 @@ class JointLoss(Loss[JointOutput, Totals]):
 
     def __call__(self, output: JointOutput, layout: TokenLayout, batch: Batch, totals: Totals) -> LossOutput:
         """One micro-batch's share."""
-        config, mask = self._actor, loss_mask(batch)
-        of_loss = layout.tokens(token_weights(mask, config.loss_agg_mode, totals.denominators))
-        of_mean = layout.tokens(token_weights(mask, "token-mean", totals.denominators))
+        config, mask, denominators = self._actor, self._policy_mask(batch), totals.denominators
+        weights = token_weights(mask, config.aggregation, denominators, self._max_response_length)
+        of_loss, of_mean = layout.tokens(weights), layout.tokens(token_weights(mask, "token-mean", denominators))
         loss, metrics = self._policy_gradient(output, layout, batch, of_loss, of_mean)
         if config.entropy_coeff != 0:
             metrics["actor/entropy_loss"] = (of_loss * computed(output.entropy)).sum()
@@ -123,20 +129,21 @@ class JointLoss(Loss[JointOutput, Totals]):
         metrics[self.metric] = loss
         return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
 
+    def _policy_mask(self, batch: Batch) -> Tensor:
+        """[B, R] bool: the tokens that the policy learns from."""
+        mask = loss_mask(batch)
+        return mask & batch["in_policy_loss"][:, None] if self._actor.leaves_responses_out else mask
+
     def _policy_gradient(
         self, output: JointOutput, layout: TokenLayout, batch: Batch, of_loss: Tensor, of_mean: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Share and metrics, by what each token [M] weighs in the loss, and in a mean over tokens."""
-        config, is_on_policy, advantages = self._actor, "old_log_probs" not in batch, layout.tokens(batch["advantages"])
+        is_on_policy = "old_log_probs" not in batch
         old_log_probs = output.log_probs.detach() if is_on_policy else layout.tokens(batch["old_log_probs"])
-        low, high = (
-            config.clip_ratio if side is None else side for side in (config.clip_ratio_low, config.clip_ratio_high)
-        )
-        policy = compute_policy_loss(old_log_probs, output.log_probs, advantages, low, high, config.clip_ratio_c)
+        policy = self._policy_loss(old_log_probs, output.log_probs, layout, batch)
         losses = policy.loss
-        if (cap := config.tis_imp_ratio_cap) is not None:
-            rollout_log_probs = layout.tokens(batch["rollout_log_probs"])
-            losses = losses * truncated_importance_weights(old_log_probs, rollout_log_probs, cap)
+        if self._actor.importance_sampling is not None:
+            losses = losses * layout.tokens(batch["importance_weights"])
         loss = (of_loss * losses).sum()
         metrics = {
             "actor/pg_loss": loss,
@@ -149,6 +156,28 @@ class JointLoss(Loss[JointOutput, Totals]):
             metrics["rollout/log_prob_diff_mean"] = (of_mean * log_ratio.abs()).sum()
             metrics["rollout/mismatch_kl"] = (of_mean * (log_ratio.expm1() - log_ratio)).sum()
         return loss, metrics
+
+    def _policy_loss(self, old_log_probs: Tensor, log_probs: Tensor, layout: TokenLayout, batch: Batch) -> PolicyLoss:
+        """Of each token [M], by `actor.loss`."""
+        config, advantages = self._actor, layout.tokens(batch["advantages"])
+        low, high = (
+            config.clip_ratio if side is None else side for side in (config.clip_ratio_low, config.clip_ratio_high)
+        )
+        match config.loss:
+            case "gspo":
+                mean = _mean_of_response(log_probs - old_log_probs, layout, batch)
+                return compute_policy_loss_gspo(old_log_probs, log_probs, mean, advantages, low, high)
+            case "cispo":
+                return compute_policy_loss_cispo(old_log_probs, log_probs, advantages, low, high)
+        return compute_policy_loss(old_log_probs, log_probs, advantages, low, high, config.clip_ratio_c)
+
+
+def _mean_of_response(values: Tensor, layout: TokenLayout, batch: Batch) -> Tensor:
+    """[M] for each token the mean of `values` [M] over its response, whichever ranks hold it; without gradient. A
+    collective of the ranks that share the rows."""
+    whole = layout.restore_tokens(values)
+    tokens = batch["response_mask"].sum(-1, keepdim=True).clamp(min=1).to(whole.device)
+    return layout.tokens(whole.sum(-1, keepdim=True) / tokens)
 
 
 def _score_loss(
