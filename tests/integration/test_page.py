@@ -386,6 +386,33 @@ def test_a_result_file_of_200_questions_x_32(start: Start, tmp_path: Path) -> No
     page.assert_quiet()
 
 
+def test_the_samples_of_a_training_step(start: Start, tmp_path: Path) -> None:
+    page, _ = start()
+    # The same answer may be right and wrong: what is, the file says.
+    verdicts = [(0, 1.0, True), (1, 0.0, True), (2, 0.0, False), (0, 0.0, True)]
+    path = tmp_path / "7.jsonl"
+    with path.open("w", encoding="utf-8") as stream:
+        for question in ("first", "second"):
+            prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+            for seed, correct, graded in verdicts:
+                response, scores = written(NUMBERS, SEED + seed)
+                line = {"step": 7, "prompt": prompt, "response": response, "correct": correct, "graded": graded}
+                line |= {"tokens": 9, "score": aggregate(scores), "step_scores": scores}
+                stream.write(json.dumps(line) + "\n")
+    page.open_file(path)
+    page.wait_for("2 questions × 4 samples", ".results .facts")
+    assert "graded in training" in page.text(".results .facts")
+    assert page.texts(".question .share")[0] == ["1/4", "1/4"]
+    page.one(".question").click()
+    page.wait_for("first", ".detail .asked")
+    assert set(page.texts(".detail .group .verdict")[0]) == {"✓ right", "✗ wrong"}
+    page.one(".detail .candidate.chosen .candidate-head").click()
+    page.one(".detail .step")
+    best = max((written(NUMBERS, SEED + seed)[1] for seed in range(3)), key=aggregate)
+    assert page.texts(".detail .step-score")[0] == [f"{score:.2f}" for score in best]
+    page.assert_quiet()
+
+
 def test_a_file_without_lines_and_one_that_is_none(start: Start, tmp_path: Path) -> None:
     page, _ = start()
     for content, said in (("", "The file has no result lines."), (json.dumps({"a": 1}), "Line 1 is not a result line")):

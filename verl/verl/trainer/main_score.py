@@ -179,7 +179,7 @@ class ScoreTrainer:
         data, name = (self.val_data, "validation") if self.val_data is not None else (self.train_data, "training data")
         show(report_grids({f"{name}, epoch {epoch}": measure(candidates(head, data, torch.device("cpu")))}))
         if "file" in self.config.trainer.logger:
-            plot_training(self.log_dir / METRICS_FILE, self.log_dir / PLOT_FILE, unit="epoch")
+            plot_training([self.log_dir / METRICS_FILE], self.log_dir / PLOT_FILE, unit="epoch")
         self._save(head)
         logger.info(
             "wrote the head of epoch %d into %s; metrics and curves are in %s", epoch, self.output_dir, self.log_dir

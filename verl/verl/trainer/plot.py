@@ -1,24 +1,42 @@
-"""The figure of a training run, from the metrics it logged: `python -m verl.trainer.plot`, `xbai plot training`."""
+"""The figure of training runs, from the metrics they logged: `python -m verl.trainer.plot`, `xbai plot training`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import typer
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from verl.utils.tracking import METRICS_FILE
 from xbai.cli import as_command, run_command
 from xbai.errors import UserError
-from xbai.measure.figure import BLUE, GREEN, ORANGE, PURPLE, RIGHT, WRONG, Line, draw_line, draw_panels
+from xbai.measure.figure import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    RED,
+    RIGHT,
+    WRONG,
+    Line,
+    draw_line,
+    draw_panels,
+)
 
 SMOOTHING_POINTS = 30
 PANEL_SIZE = (3.9, 2.9)
+COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, GREY)
+"""Of runs that are compared."""
+Records = Sequence[Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -59,17 +77,31 @@ TRAINING_PANELS = (
 
 
 @dataclass(frozen=True)
+class Run:
+    """What a training logged."""
+
+    records: Records
+    label: str
+    color: str | None
+    """Of all its curves; None for one that is not compared, whose curves each have their own."""
+
+    def line(self, line: Line) -> Line:
+        """How one of its curves looks."""
+        return line if self.color is None else replace(line, label=self.label, color=self.color)
+
+
+@dataclass(frozen=True)
 class PlotOptions:
     """Which curves to draw, and where."""
 
-    metrics_file: Path
-    """metrics.jsonl of a training."""
+    metrics_file: tuple[Path, ...]
+    """metrics.jsonl of a training, or its folder; several are compared, each in a colour of its own."""
     output: Path
     """The figure to write: .png, .pdf or .svg."""
 
 
 def plot(options: PlotOptions) -> None:
-    """Draw a training's curves."""
+    """Draw the curves of trainings."""
     plot_training(options.metrics_file, options.output)
     typer.echo(f"wrote {options.output}")
 
@@ -77,40 +109,80 @@ def plot(options: PlotOptions) -> None:
 command = as_command(plot, PlotOptions)
 
 
-def plot_training(metrics_file: Path, path: Path, unit: str = "step") -> None:
-    """The curves of a training run, from its `metrics.jsonl`, by `unit`; panels without data are left out.
+def plot_training(metrics_files: Sequence[Path], path: Path, unit: str = "step") -> None:
+    """The curves of training runs, from the `metrics.jsonl` of each or the folder that has it, by `unit`.
+
+    Panels without data are left out. Of several runs each curve has a panel, where every run has its colour.
 
     Raises:
-        UserError: the file is missing, damaged, or holds none of the curves.
+        UserError: a file is missing, damaged, or holds none of the curves; or too many runs.
     """
-    records = _read_metrics(metrics_file)
-    panels = [panel for panel in TRAINING_PANELS if any(len(_series(records, name)[0]) for name in panel.lines)]
-    if not panels:
-        raise UserError(f"{metrics_file}: holds none of the training curves (reward/pass_rate, score/auc, ...)")
-    drawings = [partial(_draw_training, panel=panel, records=records, unit=unit) for panel in panels]
+    runs = _read_runs([file / METRICS_FILE if file.is_dir() else file for file in metrics_files])
+    panels = [panel for panel in (TRAINING_PANELS if len(runs) == 1 else _one_a_curve()) if _has_data(panel, runs)]
+    drawings = [partial(_draw_training, panel=panel, runs=runs, unit=unit) for panel in panels]
+    if len(runs) > 1:
+        drawings[0] = partial(_draw_with_legend, draw=drawings[0], runs=runs)
     draw_panels(path, drawings, columns=3, size=PANEL_SIZE)
 
 
-def _draw_training(axis: Axes, panel: Panel, records: Sequence[Mapping[str, float]], unit: str) -> None:
-    for name, line in panel.lines.items():
-        steps, values = _series(records, name)
-        if not len(steps):
-            continue
-        if name.startswith("val/"):
-            draw_line(axis, steps, values, line)
-            continue
-        smooth = len(steps) > SMOOTHING_POINTS
-        axis.plot(steps, values, color=line.color, alpha=0.25 if smooth else 1.0, lw=1.0 if smooth else 1.8,
-                  label=None if smooth else line.label)  # fmt: skip
-        if smooth:
-            axis.plot(steps, _smoothed(values), color=line.color, lw=1.8, label=line.label)
+def _read_runs(files: Sequence[Path]) -> list[Run]:
+    if len(files) > len(COLOURS):
+        raise UserError(f"--metrics_file: {len(files)} runs are too many to tell apart; give at most {len(COLOURS)}")
+    folders = [file.absolute().parent.name for file in files]
+    is_clear = max(Counter(folders).values()) == 1
+    runs = [
+        Run(_read_metrics(file), folder if is_clear else str(file), color if len(files) > 1 else None)
+        for file, folder, color in zip(files, folders, COLOURS, strict=False)
+    ]
+    for file, run in zip(files, runs, strict=True):
+        if not any(_has_data(panel, [run]) for panel in TRAINING_PANELS):
+            raise UserError(f"{file}: holds none of the training curves (reward/pass_rate, score/auc, ...)")
+    return runs
+
+
+def _one_a_curve() -> list[Panel]:
+    return [
+        Panel(f"{panel.title}\n{line.label}" if len(panel.lines) > 1 else panel.title, {name: line}, panel.percent)
+        for panel in TRAINING_PANELS
+        for name, line in panel.lines.items()
+    ]
+
+
+def _has_data(panel: Panel, runs: Sequence[Run]) -> bool:
+    return any(len(_series(run.records, name)[0]) for run in runs for name in panel.lines)
+
+
+def _draw_with_legend(axis: Axes, draw: Callable[[Axes], None], runs: Sequence[Run]) -> None:
+    """One panel, and below all of them which colour is which run's."""
+    draw(axis)
+    handles = [Line2D([], [], color=run.color, label=run.label, lw=1.8) for run in runs]
+    axis.figure.legend(handles=handles, loc="outside lower center", ncols=3)
+
+
+def _draw_training(axis: Axes, panel: Panel, runs: Sequence[Run], unit: str) -> None:
+    for run in runs:
+        for name, line in panel.lines.items():
+            _draw_curve(axis, *_series(run.records, name), run.line(line), is_sparse=name.startswith("val/"))
     axis.set_title(panel.title)
     axis.set_xlabel(unit)
     if panel.percent:
         axis.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    if len(axis.get_legend_handles_labels()[1]) > 1:
+    if len(runs) == 1 and len(axis.get_legend_handles_labels()[1]) > 1:
         axis.legend(fontsize=8.5)
+
+
+def _draw_curve(axis: Axes, steps: np.ndarray, values: np.ndarray, line: Line, is_sparse: bool) -> None:
+    if not len(steps):
+        return
+    if is_sparse:
+        draw_line(axis, steps, values, line)
+        return
+    smooth = len(steps) > SMOOTHING_POINTS
+    axis.plot(steps, values, color=line.color, alpha=0.25 if smooth else 1.0, lw=1.0 if smooth else 1.8,
+              label=None if smooth else line.label)  # fmt: skip
+    if smooth:
+        axis.plot(steps, _smoothed(values), color=line.color, lw=1.8, label=line.label)
 
 
 def _read_metrics(path: Path) -> list[dict[str, float]]:
@@ -129,7 +201,7 @@ def _read_metrics(path: Path) -> list[dict[str, float]]:
     return records
 
 
-def _series(records: Sequence[Mapping[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:
+def _series(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
     points = [(record["step"], record[name]) for record in records if np.isfinite(record.get(name, np.nan))]
     steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
     return steps, values

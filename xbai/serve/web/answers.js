@@ -73,18 +73,18 @@ export function plain(answer) {
 }
 
 /**
- * Groups of equal answers, each sorted by score; the group of the best score first, that without an answer last.
+ * Groups of equal answers that are equally right, each sorted by score; the group of the best score first, those without
+ * an answer last.
  * @param {import("./candidate.js").Candidate[]} candidates sorted by score
- * @returns {{answer: string | null, members: import("./candidate.js").Candidate[]}[]}
+ * @returns {{key: string, answer: string | null, members: import("./candidate.js").Candidate[]}[]}
  */
 export function grouped(candidates) {
   const groups = new Map();
   for (const candidate of candidates) {
-    const key = candidate.answer === null ? null : plain(candidate.answer);
-    if (!groups.has(key)) groups.set(key, { answer: candidate.answer, members: [] });
+    const key = JSON.stringify([candidate.answer === null ? null : plain(candidate.answer), candidate.right]);
+    if (!groups.has(key)) groups.set(key, { key, answer: candidate.answer, members: [] });
     groups.get(key).members.push(candidate);
   }
-  const without = groups.get(null);
-  groups.delete(null);
-  return [...groups.values(), ...(without ? [without] : [])];
+  const found = [...groups.values()];
+  return [...found.filter(({ answer }) => answer !== null), ...found.filter(({ answer }) => answer === null)];
 }

@@ -21,8 +21,8 @@ export function Candidates({ candidates }) {
   return html`
     <div class="groups" data-rows="candidates">
       ${groups.map(
-        ({ answer, members }) => html`
-          <section class="group" key=${answer ?? ""}>
+        ({ key, answer, members }) => html`
+          <section class="group" key=${key}>
             <h3>
               ${answer === null
                 ? html`<span class="muted">no final answer</span>`

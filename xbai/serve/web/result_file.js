@@ -1,9 +1,11 @@
-// A result file (docs/formats.md), read in the browser a line at a time; it is sent nowhere.
+// A result file, or the samples of a training step (docs/formats.md), read in the browser a line at a time; it is sent
+// nowhere.
 import { finalAnswer, makes10, sameText } from "./answers.js";
 import { byScore } from "./candidate.js";
 import { decoded } from "./api.js";
 
 const BUSY_MS = 12;
+const RIGHT_ABOVE = 0.5;
 const THINK_CLOSE = "</think>";
 /** Where steps may end, first of English, then of Chinese models; which rule holds, the number of scores tells. */
 const STEP_ENDS = [/(?<=\.\n\n)/, /(?<=\n\n)(?!\n)/, /(?<=[。\n])(?![。\n])/];
@@ -15,6 +17,7 @@ const STEP_ENDS = [/(?<=\.\n\n)/, /(?<=\n\n)(?!\n)/, /(?<=[。\n])(?![。\n])/];
  * @property {string} title
  * @property {string | null} expected
  * @property {string} task
+ * @property {boolean} isTraining its file says which candidates are right
  * @property {import("./candidate.js").Candidate[]} candidates
  */
 
@@ -22,7 +25,8 @@ const STEP_ENDS = [/(?<=\.\n\n)/, /(?<=\n\n)(?!\n)/, /(?<=[。\n])(?![。\n])/];
  * @typedef {object} Results
  * @property {Question[]} questions
  * @property {string[]} problems one a line that cannot be read, which it names
- * @property {boolean} isGraded some answer is right, as far as this page can tell, so that others may be called wrong
+ * @property {boolean} isGraded some answer is right, as far as this page can tell, so that others may be called wrong;
+ *   or the file says which are
  */
 
 /**
@@ -40,7 +44,8 @@ export async function readResults(file, tell) {
     read += line.length + 1;
     if (line.trim()) {
       try {
-        add(questions, JSON.parse(line));
+        const found = JSON.parse(line);
+        (typeof found.response === "string" ? addSample : add)(questions, found);
       } catch (error) {
         problems.push(`Line ${number} is not a result line: ${error.message}`);
       }
@@ -83,6 +88,7 @@ function add(questions, line) {
     title: titleOf(String(isPublished ? line.prompt : prompt)),
     expected: expectedOf(line.answer),
     task: String(line.settings?.task ?? ""),
+    isTraining: false,
     candidates: [],
   };
   const first = question.candidates.length;
@@ -91,6 +97,26 @@ function add(questions, line) {
     (!isPublished && question.candidates.slice(first).find((one) => one.response === content)) ||
     [...question.candidates].sort(byScore)[0];
   if (chosen) for (const one of question.candidates) one.chosen = one === chosen;
+  questions.set(key, question);
+}
+
+/** A training step has a line a response. */
+function addSample(questions, { prompt, response, correct, graded, score, step_scores, tokens }) {
+  const key = String(prompt);
+  const question = questions.get(key) ?? {
+    name: String(questions.size),
+    prompt: key,
+    title: titleOf(key),
+    expected: null,
+    task: "",
+    isTraining: true,
+    candidates: [],
+  };
+  const output = { score_lst: [score], step_score_lst: [step_scores], token_count_lst: [tokens] };
+  const right = graded === false || correct === undefined ? null : correct > RIGHT_ABOVE;
+  question.candidates.push({ ...candidateOf(output, 0, response, "", question.candidates.length), right });
+  const [best] = [...question.candidates].sort(byScore);
+  for (const one of question.candidates) one.chosen = one === best && best.score !== null;
   questions.set(key, question);
 }
 
@@ -142,11 +168,12 @@ function titleOf(prompt) {
 }
 
 function graded(questions, problems) {
-  const verdicts = questions.map(({ expected, task, candidates }) => {
+  const verdicts = questions.map(({ expected, task, isTraining, candidates }) => {
+    if (isTraining) return candidates.map(({ right }) => right);
     const isRight = task.startsWith("make10") ? makes10 : sameText;
     return candidates.map(({ answer }) => (expected === null ? null : answer !== null && isRight(answer, expected)));
   });
-  const isGraded = verdicts.some((row) => row.includes(true));
+  const isGraded = questions.some(({ isTraining }, q) => isTraining || verdicts[q].includes(true));
   if (isGraded) questions.forEach(({ candidates }, q) => candidates.forEach((one, i) => (one.right = verdicts[q][i])));
   return { questions, problems, isGraded };
 }

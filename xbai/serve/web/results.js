@@ -192,10 +192,11 @@ function summary(questions, isGraded) {
   if (!isGraded) return `${size}. No answer equals the expected one as text: what is right, xbai metric says.`;
   return (
     `${size} · chosen right ${percent((question) => choice(question))} · some right ` +
-    `${percent((question) => rights(question) > 0)} · ${
-      questions[0].task.startsWith("make10")
-        ? "answers checked as sums"
-        : "right is: answer equal as text (xbai metric grades)"
-    }`
+    `${percent((question) => rights(question) > 0)} · ${gradedBy(questions[0])}`
   );
+}
+
+function gradedBy({ isTraining, task }) {
+  if (isTraining) return "graded in training";
+  return task.startsWith("make10") ? "answers checked as sums" : "right is: answer equal as text (xbai metric grades)";
 }
