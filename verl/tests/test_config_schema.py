@@ -118,7 +118,7 @@ def test_all_mistakes_are_told_at_once(small_run: list[str]) -> None:
 
 def test_so_are_those_of_values_together_of_this_machine_and_of_files(small_run: list[str]) -> None:
     wrong = {
-        "trainer.logger=[console,mlflow]": "trainer.logger: mlflow is unknown",
+        "trainer.logger=[console,neptune]": "trainer.logger: neptune is unknown",
         "actor_rollout_ref.rollout.sleep_level=1": "actor_rollout_ref.rollout.sleep_level=1 needs a GPU",
         "actor_rollout_ref.actor.kl_loss_type=kl": "actor_rollout_ref.actor.kl_loss_type=kl has no gradient",
         "data.train_batch_size=6": "data.train_batch_size=6 must be a multiple of actor_rollout_ref.actor.ppo_mini",

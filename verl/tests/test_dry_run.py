@@ -500,7 +500,7 @@ def test_a_model_folder_that_is_here(
         "trainer={{default_local_dir: '{folder}/empty.parquet'}}",
         "trainer={{default_hdfs_dir: 's3://bucket/run'}}",
         "trainer={{default_hdfs_dir: '{folder}/bad'}}",
-        "trainer={{logger: [mlflow]}}",
+        "trainer={{logger: [neptune]}}",
         "reward_model={{reward_manager: dapo}}",
         "actor_rollout_ref.score.model_path=nowhere.pt",
         "actor_rollout_ref.actor.ppo_mini_batch_size=3",

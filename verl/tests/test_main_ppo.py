@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from verl.trainer.plot import TRAINING_PANELS
 from verl.utils.tracking import METRICS_FILE
@@ -57,9 +59,10 @@ def overrides(small_run: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, overrides: list[str], start_run: Callable[..., Any]) -> Any:
-    """The run that all others are compared with."""
+    """The run that all others are compared with; alone of them it is watched."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    return start_run(folder, [*overrides, f"trainer.rollout_data_dir={folder}/samples"]).finish()
+    kept = f"trainer={{rollout_data_dir: {folder}/samples, log_samples_freq: 3, log_samples: 5, profile_steps: [2]}}"
+    return start_run(folder, [*overrides, kept, "trainer.logger=[console,file,tensorboard]"]).finish()
 
 
 def test_every_metric_is_logged_and_engine_agrees_with_actor(uninterrupted):
@@ -80,6 +83,25 @@ def test_every_metric_is_logged_and_engine_agrees_with_actor(uninterrupted):
     assert samples[0]["prompt"].startswith("<|im_start|>user\nMake 10 from")
     assert samples[0]["prompt"].endswith("<|im_end|>\n<|im_start|>assistant\n")
     assert sum(sample["correct"] for sample in samples) / 16 == rows[3]["reward/pass_rate"]
+
+
+def test_profiled_steps_have_a_trace_of_each_phase_and_rank(uninterrupted):
+    folder = uninterrupted.folder / "profile"
+    phases = ("weight_sync", "generate", "old_log_prob", "ref", "update_actor")
+    expected = {f"step_2/rank_{rank}_{phase}.json.gz" for rank in range(2) for phase in phases}
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*.gz")} == expected
+    assert f"traces of step 2, for ui.perfetto.dev or chrome://tracing: {folder}/step_2" in uninterrupted.log()
+    for phase, operation in (("generate", "aten::linear"), ("update_actor", "autograd::engine::evaluate_function")):
+        with gzip.open(folder / "step_2" / f"rank_1_{phase}.json.gz", "rt", encoding="utf-8") as trace:
+            assert operation in trace.read()
+
+
+def test_some_samples_are_in_the_loggers_tables(uninterrupted):
+    events = EventAccumulator(str(uninterrupted.folder / "tensorboard")).Reload()
+    (table,) = events.Tensors("samples/text_summary")
+    shown = table.tensor_proto.string_val[0].decode()
+    assert table.step == 3
+    assert shown.count("**response**") == shown.count("**step_scores**") == 5
 
 
 def test_killed_during_and_between_saves_it_goes_on_exactly(uninterrupted, overrides, tmp_path, start_run):

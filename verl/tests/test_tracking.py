@@ -91,5 +91,5 @@ def test_wandb_takes_the_steps_that_a_resumed_run_repeats(tmp_path, monkeypatch)
 
 
 def test_unknown_logger_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"trainer\.logger.*'mlflow'"):
-        _track(tmp_path, ["mlflow"])
+    with pytest.raises(UserError, match=r"trainer\.logger.*'neptune'"):
+        _track(tmp_path, ["neptune"])

@@ -54,11 +54,13 @@ class Engine(ABC):
         prompt_tokens: of all samples finished so far.
         cached_prompt_tokens: how many of these were not computed, because another sample's prompt began with them.
         max_num_seqs: most samples at work at once; more than these only wait.
+        after_iteration: called after each iteration of the scheduler, by whoever watches the engine.
     """
 
     prompt_tokens = 0
     cached_prompt_tokens = 0
     max_num_seqs = 1
+    after_iteration: Callable[[], None] | None = None
 
     def __init__(self, model: ModelOptions) -> None:
         """Read all of the folder but weights, which each engine loads its own way."""
@@ -292,6 +294,8 @@ class Engine(ABC):
         for sample, _ in finished:
             del self._unfinished[sample.key]
             self._seen.pop(sample.key, None)
+        if self.after_iteration is not None:
+            self.after_iteration()
         return finished
 
     def _add_scores(self, finished: Iterable[tuple[Sample, Completion]]) -> None:

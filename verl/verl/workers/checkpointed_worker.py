@@ -9,6 +9,7 @@ from torch import nn
 from verl.checkpoints.state import BackgroundSaves, load_checkpoint, save_checkpoint, try_saving
 from verl.optim.optimizers import Optimizers
 from verl.single_controller import RayWorkerGroup, Worker, each
+from verl.workers.phase_profiler import PHASE_PROFILER
 from verl.workers.placed_model import PlacedModel
 from xbai.model_files import ModelFiles
 from xbai.sprm import SPRMConfig
@@ -30,6 +31,10 @@ class CheckpointedWorker(Worker):
         self._trained, self._travels_along = trained, (files, sprm_config)
         self._load = partial(load_checkpoint, load_optimizer=load_optimizer, seed=seed)
         self._background_saves = BackgroundSaves()
+
+    def trace_phases(self, folder: str | None) -> None:
+        """Trace the phases that follow into `folder`, or with None no more; see `PhaseProfiler`."""
+        PHASE_PROFILER.trace(None if folder is None else f"{folder}/rank_{self.rank}_")
 
     def try_saving(self, folder: str) -> int:
         """Write all of this group's part of a checkpoint but the weights; returns how many bytes those take.
@@ -71,6 +76,7 @@ class CheckpointedWorker(Worker):
 class CheckpointedWorkers(RayWorkerGroup):
     """A group of such workers, as the driver calls it."""
 
+    trace_phases = each(CheckpointedWorker.trace_phases)
     try_saving = each(CheckpointedWorker.try_saving)
     save_checkpoint = each(CheckpointedWorker.save_checkpoint)
     checkpoint_is_written = each(CheckpointedWorker.checkpoint_is_written)

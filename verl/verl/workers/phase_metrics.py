@@ -12,6 +12,7 @@ import torch
 
 from verl import DataProto
 from verl.models.identical_rows import DistinctRows
+from verl.workers.phase_profiler import PHASE_PROFILER
 
 GIB = 2**30
 
@@ -22,23 +23,25 @@ def measure_phase(phase: str) -> Iterator[dict[str, float]]:
 
     Keys: `timing_s/{phase}`; `perf/{phase}_memory_gib`, the most memory that tensors took on the GPU during the phase
     (without those of an engine that sleeps), or on CPU that the process ever took; and, where the caller has set
-    `tokens` in the dictionary, `perf/{phase}_tokens_per_s` of this rank instead of it.
+    `tokens` in the dictionary, `perf/{phase}_tokens_per_s` of this rank instead of it. Where this step is profiled, the
+    phase is traced.
     """
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    metrics: dict[str, float] = {}
-    start = time.perf_counter()
-    yield metrics
-    if on_gpu:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    metrics[f"timing_s/{phase}"] = seconds
-    metrics[f"perf/{phase}_memory_gib"] = (
-        torch.cuda.max_memory_allocated() - _asleep() if on_gpu else _peak_rss()
-    ) / GIB
-    if "tokens" in metrics:
-        metrics[f"perf/{phase}_tokens_per_s"] = metrics.pop("tokens") / seconds
+    with PHASE_PROFILER.phase(phase):
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        metrics: dict[str, float] = {}
+        start = time.perf_counter()
+        yield metrics
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        metrics[f"timing_s/{phase}"] = seconds
+        metrics[f"perf/{phase}_memory_gib"] = (
+            torch.cuda.max_memory_allocated() - _asleep() if on_gpu else _peak_rss()
+        ) / GIB
+        if "tokens" in metrics:
+            metrics[f"perf/{phase}_tokens_per_s"] = metrics.pop("tokens") / seconds
 
 
 def _asleep() -> int:

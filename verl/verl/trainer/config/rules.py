@@ -19,8 +19,10 @@ from verl.trainer.config.schema import (
     Sampling,
     SharedRows,
     TrainedPlacement,
+    TrainerConfig,
     UpdateConfig,
 )
+from verl.utils.tracking import WITH_TABLES
 from xbai.engine import SamplingParams
 from xbai.engine.tensor_parallel import check_tensor_parallel_size
 from xbai.errors import UserError
@@ -60,6 +62,7 @@ def rule_mistakes(config: PPOConfig, policy: Shape, critic: Shape) -> Iterator[s
     if root.use_score and None not in (root.score.channel, hidden_size) and root.score.channel != hidden_size:
         yield f"{ROOT}.score.channel={root.score.channel} must be null, or the model's {hidden_size=}"
     yield from _reward(config)
+    yield from _watching(trainer)
     if trainer.length_penalty and not 0 < trainer.length_penalty_coeff <= 2:
         yield (
             f"trainer.length_penalty_coeff={trainer.length_penalty_coeff} must be above 0 and at most 2 with "
@@ -92,6 +95,17 @@ def _policy_loss(config: PPOConfig) -> Iterator[str]:
                 f"{ACTOR}.rollout_is_threshold={upper} must be above the lower bound {lower:g} of rollout_is_mode=mask "
                 "(rollout_is_threshold_lower, or else 1 / rollout_is_threshold)"
             )
+
+
+def _watching(trainer: TrainerConfig) -> Iterator[str]:
+    if trainer.log_samples_freq > 0 and not set(trainer.logger).intersection(WITH_TABLES):
+        yield (
+            f"trainer.log_samples_freq={trainer.log_samples_freq} needs a logger with tables: add one of "
+            f"{', '.join(WITH_TABLES)} to trainer.logger; trainer.rollout_data_dir=FOLDER writes all samples to files"
+        )
+    last = trainer.total_training_steps
+    if last is not None and (never := [step for step in trainer.profile_steps if step > last]):
+        yield f"trainer.profile_steps: step {never[0]} is after the last one, trainer.total_training_steps={last}"
 
 
 def _placement(name: str, section: FrozenPlacement, processes: int) -> Iterator[str]:

@@ -399,6 +399,9 @@ class TrainerConfig(Section):
     project_name: Text
     experiment_name: Text
     logger: list[Text]
+    log_samples_freq: Whole
+    log_samples: Positive
+    profile_steps: Annotated[list[Positive], Field(description="must be a list of steps, which count from 1")]
     save_freq: Whole
     test_freq: Whole
     val_before_train: Flag

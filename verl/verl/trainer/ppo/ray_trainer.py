@@ -29,9 +29,10 @@ from verl.trainer.ppo.metrics import (
 )
 from verl.trainer.ppo.phases import PROMPT_KEYS, Phases
 from verl.trainer.ppo.policy_columns import add_policy_columns
+from verl.trainer.ppo.profiled_steps import ProfiledSteps
 from verl.trainer.ppo.progress import progress_bar
 from verl.trainer.ppo.run_state import RunState
-from verl.trainer.ppo.samples import SampleDump
+from verl.trainer.ppo.samples import Samples
 from verl.trainer.ppo.utilisation import Utilisation
 from verl.trainer.score_watch import UncountedClassWatch
 from verl.utils.tracking import Tracking
@@ -78,7 +79,8 @@ class RayPPOTrainer:
         self._head_start = HeadStart(config.actor_rollout_ref, is_new_run=self._run_state.checkpoint is None)
         self._score_watch = UncountedClassWatch("actor_rollout_ref.score")
         self._reward_manager = REWARD_MANAGERS[config.reward_model.reward_manager](tokenizer, config)
-        self._samples = SampleDump(config.trainer.rollout_data_dir, tokenizer)
+        self._samples = Samples(config.trainer, tokenizer)
+        self._profiled_steps = ProfiledSteps.of(config.trainer)
         self._phases = Phases(config.trainer.balance_batch, self._rollout.n)
         loss = JointLoss(config.actor_rollout_ref)
         self._score_objective, self._update_keys = loss.score, loss.batch_keys(config.needs_old_log_probs)
@@ -124,10 +126,12 @@ class RayPPOTrainer:
                 tracking.log(self.validate(), step=0)
             for prompts in self._prompt_batches():
                 self._run_state.check()
-                metrics = self.train_step(prompts)
+                with self._profiled_steps.traced(self.step, self._groups.values()):
+                    metrics = self.train_step(prompts)
                 if self._data.validation and self._is_due(trainer.test_freq):
                     metrics |= self.validate()
                 tracking.log(metrics, self.step)
+                tracking.log_samples(self._samples.shown, self.step)
                 # After logging: what a checkpoint stands for is never missing from the logs.
                 if self._is_due(trainer.save_freq):
                     self._run_state.save(self.step, self._groups)
@@ -168,7 +172,7 @@ class RayPPOTrainer:
             )
         metrics |= add_policy_columns(columns, actor, self._end_token_ids)
         metrics |= train_metrics(batch, self._end_token_ids)
-        self._samples.write(self.step, batch, reward)
+        self._samples.keep(self.step, batch, reward)
         if self._critic is not None:
             section = self.config.critic
             self._phases.update(self._critic.update_critic, batch, UPDATE_KEYS, section, self.step, metrics)

@@ -16,6 +16,7 @@ from verl.models.identical_rows import DistinctRows
 from verl.models.packing import Batch
 from verl.trainer.config.schema import ActorConfig, CriticConfig, RefConfig, RolloutConfig, UpdateConfig
 from verl.workers.batching.seqlen_balancing import balanced_partitions
+from verl.workers.phase_profiler import PHASE_PROFILER
 from xbai.errors import UserError
 
 
@@ -195,6 +196,7 @@ class MicroBatches:
         for rows in self.rows:
             part = {name: column[rows or [0]] for name, column in self._batch.items()}
             yield part if rows else part | {n: torch.zeros_like(part[n]) for n in blank if n in part}
+            PHASE_PROFILER.tick()
 
     def map(self, compute: Callable[[Batch], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The columns [B, ...] that `compute` makes of the rows, micro-batch by micro-batch; on the CPU."""

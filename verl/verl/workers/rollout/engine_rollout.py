@@ -12,6 +12,7 @@ from torch import Tensor
 from verl import DataProto
 from verl.trainer.config.schema import ModelConfig, RolloutConfig
 from verl.workers.phase_metrics import GIB
+from verl.workers.phase_profiler import PHASE_PROFILER
 from xbai.engine import Completion, SamplingParams, load_engine
 from xbai.engine.files import read_config, resolve_dtype
 from xbai.engine.fused_scores import obstacle
@@ -62,6 +63,7 @@ class EngineRollout:
             trust_remote_code=model.trust_remote_code,
             **options,
         )
+        self.engine.after_iteration = PHASE_PROFILER.tick
         # The engine begins with the folder's policy, but with a head without weights.
         self._is_current, self._is_asleep = not self._scores, False
         self.sleep()
