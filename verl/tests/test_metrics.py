@@ -24,10 +24,10 @@ def test_only_graded_responses_make_a_prompt_mixed():
     assert mixed_prompts(["a", "a", "b", "b", "c", "c"], correct, graded) == pytest.approx(1 / 3)
 
 
-def test_truncated_is_full_without_an_end():
-    responses = torch.tensor([[5, 5, 2], [5, 5, 3], [5, 5, 5], [5, 2, 0]])
-    mask = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 0]])
-    assert is_truncated(responses, mask, [2, 3]).tolist() == [False, False, True, False]
+def test_truncated_is_without_an_end():
+    responses = torch.tensor([[5, 5, 2], [5, 5, 3], [5, 5, 5], [5, 2, 0], [5, 5, 2]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 1, 0]])
+    assert is_truncated(responses, mask, [2, 3]).tolist() == [False, False, True, False, True]
 
 
 def test_log_prob_difference_ignores_padding():

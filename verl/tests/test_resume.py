@@ -24,6 +24,8 @@ from verl.trainer.config.fields import with_values
 from verl.trainer.config.schema import PPOConfig
 from verl.trainer.ppo import run_state
 from verl.trainer.ppo.core_algos import KLController
+from verl.trainer.ppo.data import PromptData
+from verl.trainer.ppo.rollout_pool import RolloutPool
 from verl.trainer.ppo.run_state import RunState
 from verl.utils.dataset.rl_dataset import RLHFDataset, create_dataloader
 from xbai.errors import UserError
@@ -270,6 +272,32 @@ def test_only_an_adapted_kl_coefficient_is_state(kind: str, resumed: float, conf
     state, controller = begin(0.5)
     state.restore({})
     assert controller.value == resumed
+
+
+def test_what_is_in_flight_goes_on_or_is_said_to_be_left_out(config: PPOConfig, caplog) -> None:
+    data = PromptData(config, load_tokenizer(config.actor_rollout_ref.model.path))
+
+    def begin(pool: RolloutPool | None) -> RunState:
+        state = RunState(config, data.train, data.loader, KLController(config.algorithm.kl_ctrl), pool=pool)
+        state.restore({})
+        return state
+
+    pool, groups = RolloutPool(config, data), {"actor": Workers(Path(config.actor_rollout_ref.model.path))}
+    state = begin(None)
+    rows(state, 1)
+    state.save(1, groups)
+    state.finish()
+    state = begin(pool)
+    assert pool.drawn == 1 and not pool.groups, "a run of single batches has drawn one a step"
+    pool.add(next(state.batches()))
+    state.save(2, groups)
+    state.finish()
+    begin(again := RolloutPool(config, data))
+    assert again.drawn == 2
+    assert [group.prompt["uid"] for group in again.groups] == [group.prompt["uid"] for group in pool.groups]
+    assert [group.prompt["seed"] for group in again.groups] == [group.prompt["seed"] for group in pool.groups]
+    begin(None)
+    assert "2 prompts in flight are left out: actor_rollout_ref.rollout.mode was partial" in caplog.text
 
 
 def test_it_says_what_to_start_next(config: PPOConfig) -> None:

@@ -65,6 +65,19 @@ def test_reward_lies_on_the_last_token(manager, tiny_tokenizer, make_batch):
     assert reward.graded.all()
 
 
+def test_grades_that_are_known_are_not_asked_for_again(tiny_tokenizer, make_batch):
+    batch = make_batch([r"\boxed{1+2+3+4}", r"\boxed{1+2+3+4}", "no"])
+    manager = PrimeRewardManager(tiny_tokenizer, _config())
+    try:
+        pending = manager.launch(batch, "training")
+        first, grades = pending.result(), pending.grades()
+    finally:
+        manager.close()
+    again = manager.launch(batch[[2, 0]], "training", [grades[2], grades[0]]).result()
+    assert torch.equal(again.reward_tensor, first.reward_tensor[[2, 0]])
+    assert again.correct.tolist() == [0, 1] and again.graded.all()
+
+
 HOSTILE = """
 import os, re, signal, time
 

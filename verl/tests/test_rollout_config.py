@@ -9,21 +9,31 @@ import torch
 
 from verl.trainer.config.check import check_config
 from verl.trainer.config.compose import compose_config
-from verl.trainer.config.schema import YAML
+from verl.trainer.config.schema import YAML, PPOConfig
 from xbai.errors import UserError
 
 VLLM = "actor_rollout_ref.rollout.name=vllm"
 ROLLOUT = "actor_rollout_ref.rollout"
+PARTIAL = [f"{ROLLOUT}.mode=partial", "actor_rollout_ref.actor.rollout_is=token"]
+FILTER = "algorithm.filter_groups.enable=true"
 
 
-def check(overrides: list[str]) -> None:
-    check_config(compose_config(YAML, overrides))
+def check(overrides: list[str]) -> PPOConfig:
+    return check_config(compose_config(YAML, overrides))
 
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
         ([f"{ROLLOUT}.mode=async"], "mode=async is for verl's agent loops, which this trainer does not have"),
+        ([f"{ROLLOUT}.mode=partial"], r"needs importance weights: set actor_rollout_ref\.actor\.rollout_is=token"),
+        ([f"{ROLLOUT}.over_sampling=0.3"], "over_sampling=0.3 cannot act with rollout.mode=sync, only with partial"),
+        ([*PARTIAL, f"{ROLLOUT}.over_sampling=1.5"], r"over_sampling=1\.5 must be at least 0 and at most 1"),
+        ([*PARTIAL, f"{ROLLOUT}.max_staleness=-1"], "max_staleness=-1 must not be below 0"),
+        ([*PARTIAL, "algorithm.adv_estimator=remax"], "mode=partial cannot act with algorithm.adv_estimator=remax"),
+        ([FILTER, "algorithm.adv_estimator=remax"], "enable=true cannot act with algorithm.adv_estimator=remax"),
+        ([FILTER, f"{ROLLOUT}.n=1", "algorithm.adv_estimator=gae"], "compares the responses to a prompt and needs at"),
+        (["algorithm.filter_groups.metric=reward"], "acts only with algorithm.filter_groups.enable=true"),
         ([f"{ROLLOUT}.temperature=2.5"], r"rollout\.temperature=2\.5: from 0 \(greedy\) to 2"),
         ([f"{ROLLOUT}.val_kwargs.top_p=0"], r"rollout\.val_kwargs\.top_p=0: above 0 and at most 1"),
         ([f"{ROLLOUT}.val_kwargs.top_k=-2"], r"rollout\.val_kwargs\.top_k=-2: a positive count, or -1"),
@@ -63,3 +73,8 @@ def test_what_only_a_gpu_has(small_run: list[str], monkeypatch: pytest.MonkeyPat
 
 def test_what_divides_passes(small_run: list[str], tiny_model_dir: Path):
     check([*small_run, VLLM, f"{ROLLOUT}.tensor_model_parallel_size=2", f"{ROLLOUT}.check_weight_sync=true"])
+
+
+def test_partial_rollouts_that_carry_nothing_are_sync(small_run: list[str]):
+    assert check([*small_run, *PARTIAL]).pools_rollouts and check([*small_run, FILTER]).pools_rollouts
+    assert not check([*small_run, f"{ROLLOUT}.mode=partial", f"{ROLLOUT}.max_staleness=0"]).pools_rollouts

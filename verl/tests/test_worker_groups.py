@@ -9,7 +9,7 @@ import torch
 
 from verl import DataProto
 from verl.single_controller import RayWorkerGroup, Worker
-from verl.single_controller.worker_group import WorkerMethod, deal_rows
+from verl.single_controller.worker_group import WorkerMethod, deal_parts, deal_rows
 from verl.workers.critic_worker import CriticWorkers
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker, PolicyWorkers
 
@@ -33,3 +33,10 @@ def test_padding_comes_off_again(rows: int, parts: int, k: int) -> None:
 def test_rows_that_may_not_be_padded_must_divide() -> None:
     with pytest.raises(ValueError, match="3 rows do not divide into 2"):
         deal_rows(2, (DataProto.from_dict({"x": torch.arange(3)}),), {}, pads=False)
+
+
+def test_what_the_caller_has_dealt_out_goes_to_each_part() -> None:
+    arguments, collect = deal_parts(2, (["a", "b"], 3), {})
+    assert arguments == [(("a", 3), {}), (("b", 3), {})] and collect([1, 2]) == [1, 2]
+    with pytest.raises(ValueError, match="expected 2 parts, got 3"):
+        deal_parts(2, ([1, 2, 3],), {})

@@ -5,6 +5,7 @@ The columns of B rollouts, whose prompts are padded on the left to P and respons
 - `input_ids`, `attention_mask`, `position_ids` [B, P+R], `prompts` [B, P], `responses` and `response_mask` [B, R];
 - `rollout_log_probs`, `old_log_probs`, `ref_log_prob`, `ref_kl`, `values` [B, R]: of the engine, of the policy before
   the update, of the reference, the KL to it summed over the vocabulary, of the critic;
+- `rollout_versions` [B, R], the step for which each token was sampled, -1 on padding, of groups that may wait;
 - `entropys` [B, R], of the policy before the update; `rollout_scores` [B], of the engine; `kinds` [B], the same number
   for rows that hold the same tokens;
 - `step_feature_mask` and `old_step_logits` [B, P+R];

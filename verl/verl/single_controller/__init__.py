@@ -2,7 +2,7 @@
 
 from verl.single_controller.resource_pool import RayResourcePool
 from verl.single_controller.worker import Worker
-from verl.single_controller.worker_group import GroupMethod, RayWorkerGroup, each, joined
+from verl.single_controller.worker_group import GroupMethod, RayWorkerGroup, dealt, each, joined
 from verl.single_controller.worker_processes import WorkerLostError
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "RayWorkerGroup",
     "Worker",
     "WorkerLostError",
+    "dealt",
     "each",
     "joined",
 ]

@@ -15,6 +15,7 @@ from verl.single_controller.worker_processes import WorkerProcesses
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 Arguments = tuple[tuple, dict[str, Any]]
 """Positional and named."""
@@ -134,6 +135,26 @@ def joined(method: Callable[Concatenate[Any, P], R], group: str | None = None, p
             methods that treat rows independently. Otherwise rows must divide.
     """
     return WorkerMethod(method, partial(deal_rows, pads=pads), group)
+
+
+def dealt(
+    method: Callable[Concatenate[Any, T, P], R], group: str | None = None
+) -> WorkerMethod[Concatenate[Sequence[T], P], list[R]]:
+    """Declare a method whose first argument the caller has dealt out: `shares` of them, one for each group of ranks of
+    the kind `group` (see `joined`); the results of their first ranks come as a list in the same order."""
+    return WorkerMethod(method, deal_parts, group)
+
+
+def deal_parts(parts: int, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Arguments], Callable[[list[R]], list[R]]]:
+    """Give each of the `parts` its own first argument, and all of them the others.
+
+    Raises:
+        ValueError: another number of first arguments.
+    """
+    own, *others = args
+    if len(own) != parts:
+        raise ValueError(f"expected {parts} parts, got {len(own)}")
+    return [((part, *others), kwargs) for part in own], list
 
 
 def deal_rows(

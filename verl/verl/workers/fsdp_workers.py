@@ -17,7 +17,7 @@ from verl.models.loading import build_joint_model, load_tokenizer, loading_dtype
 from verl.models.reference import ReferencePolicy
 from verl.models.ulysses import sequence_parallel_group
 from verl.optim.optimizers import JointOptimizer
-from verl.single_controller import each, joined
+from verl.single_controller import dealt, each, joined
 from verl.trainer.config.schema import ActorRolloutRefConfig, FrozenPlacement
 from verl.workers.actor.dp_actor import DataParallelPPOActor, PolicyLogProbs
 from verl.workers.checkpointed_worker import CheckpointedWorker, CheckpointedWorkers
@@ -114,6 +114,21 @@ class ActorRolloutRefWorker(CheckpointedWorker):
             self._rollout.sleep()
         output.meta_info["metrics"] |= sync_metrics | metrics
         return output
+
+    def proceed(self, unfinished: DataProto, wanted: int) -> DataProto:
+        """Go on with responses under the present policy; see `EngineRollout.proceed`. The engine stays awake, for
+        another call, until `end_rollout`."""
+        with measure_phase("weight_sync") as sync_metrics:
+            sync_metrics |= self._rollout.wake_up(self._policy_weights)
+        with measure_phase("generate") as metrics:
+            output = self._rollout.proceed(unfinished, wanted)
+            metrics["tokens"] = float(sum(map(len, output.non_tensor_batch["token_ids"])))
+        output.meta_info["metrics"] |= sync_metrics | metrics
+        return output
+
+    def end_rollout(self) -> None:
+        """Let the engine sleep."""
+        self._rollout.sleep()
 
     def compute_log_prob(self, data: DataProto) -> DataProto:
         """What the update compares with: `old_log_probs`, `entropys` [B, R] and, with a score head,
@@ -223,6 +238,8 @@ class PolicyWorkers(CheckpointedWorkers):
     init_model = each(ActorRolloutRefWorker.init_model)
     device_name = each(ActorRolloutRefWorker.device_name)
     generate_sequences = joined(ActorRolloutRefWorker.generate_sequences, group="rollout")
+    proceed = dealt(ActorRolloutRefWorker.proceed, group="rollout")
+    end_rollout = each(ActorRolloutRefWorker.end_rollout)
     compute_log_prob = joined(ActorRolloutRefWorker.compute_log_prob, group="train")
     compute_ref_log_prob = joined(ActorRolloutRefWorker.compute_ref_log_prob, group="reference")
     standardize_score_head = joined(ActorRolloutRefWorker.standardize_score_head, group="train", pads=False)

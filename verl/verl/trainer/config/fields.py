@@ -72,7 +72,7 @@ class ActsWith:
     """Marks a field or section that acts where another `key` has one of some `values`, else is left at its default."""
 
     key: str
-    values: tuple[str, ...]
+    values: tuple[str | bool, ...]
     otherwise: str
     """What is said after `key=value` of a field that cannot act."""
 

@@ -61,6 +61,7 @@ def rule_mistakes(config: PPOConfig, policy: Shape, critic: Shape) -> Iterator[s
     hidden_size = policy.get("hidden_size")
     if root.use_score and None not in (root.score.channel, hidden_size) and root.score.channel != hidden_size:
         yield f"{ROOT}.score.channel={root.score.channel} must be null, or the model's {hidden_size=}"
+    yield from _pooled(config)
     yield from _reward(config)
     yield from _watching(trainer)
     if trainer.length_penalty and not 0 < trainer.length_penalty_coeff <= 2:
@@ -130,7 +131,7 @@ def _placement(name: str, section: FrozenPlacement, processes: int) -> Iterator[
 def _rollout(rollout: RolloutConfig, ranks_of_node: int, shape: Shape) -> Iterator[str]:
     name = f"{ROOT}.rollout"
     if rollout.mode == "async":
-        yield f"{name}.mode=async is for verl's agent loops, which this trainer does not have; use mode=sync"
+        yield f"{name}.mode=async is for verl's agent loops, which this trainer does not have; use mode=sync or partial"
     if rollout.sleep_level != 2 and not rollout.free_cache_engine:
         yield (
             f"{name}.sleep_level={rollout.sleep_level} cannot act with free_cache_engine=false, with which the "
@@ -244,6 +245,23 @@ def _budget(data: DataConfig, section: SharedRows, key: str, tokens: int) -> Ite
 def _no_room(data: DataConfig, key: str, bound: int | None) -> Iterator[str]:
     if bound is not None and bound < data.longest:
         yield f"{key}={bound} is less than data.max_prompt_length + data.max_response_length = {data.longest}"
+
+
+def _pooled(config: PPOConfig) -> Iterator[str]:
+    """Of groups that wait, go on in another step, or are replaced."""
+    root, algorithm = config.actor_rollout_ref, config.algorithm
+    carries, filters = root.rollout.carries, algorithm.filter_groups.enable
+    filter_key = "algorithm.filter_groups.enable=true"
+    for key, is_asked in ((f"{ROOT}.rollout.mode=partial", carries), (filter_key, filters)):
+        if is_asked and algorithm.adv_estimator == "remax":
+            yield f"{key} cannot act with algorithm.adv_estimator=remax, which samples a baseline for a step's prompts"
+    if carries and root.actor.importance_sampling is None:
+        yield (
+            f"{ROOT}.rollout.mode=partial trains on tokens of earlier policies, which needs importance weights: set "
+            f"{ACTOR}.rollout_is=token, or sequence"
+        )
+    if filters and root.rollout.n < 2:
+        yield f"{ROOT}.rollout.n={root.rollout.n}: {filter_key} compares the responses to a prompt and needs at least 2"
 
 
 def _reward(config: PPOConfig) -> Iterator[str]:

@@ -266,11 +266,18 @@ class ValidationSampling(Sampling):
     do_sample: Flag
 
 
+_WITH_PARTIAL = ActsWith(
+    f"{ROOT}.rollout.mode", ("partial",), "cannot act with rollout.mode={}, only with partial; leave it at its default"
+)
+
+
 class RolloutConfig(Sampling):
     """The engine, its memory, and the batches of the log-probs that the policy computes of its responses."""
 
     name: Literal["vllm", "hf"]
-    mode: Literal["sync", "async"]
+    mode: Literal["sync", "partial", "async"]
+    over_sampling: Annotated[Share, _WITH_PARTIAL]
+    max_staleness: Annotated[Whole, Field(ge=0, description="must not be below 0"), _WITH_PARTIAL]
     prompt_length: Positive
     response_length: Positive
     temperature: PositiveNumber
@@ -289,6 +296,11 @@ class RolloutConfig(Sampling):
     log_prob_use_dynamic_bsz: Flag
     log_prob_max_token_len_per_gpu: Whole
     val_kwargs: ValidationSampling
+
+    @property
+    def carries(self) -> bool:
+        """Whether unfinished responses go on in the next step."""
+        return self.mode == "partial" and self.max_staleness > 0
 
 
 class ActorRolloutRefConfig(Section):
@@ -374,6 +386,17 @@ class KLControl(Section):
     target_kl: PositiveNumber
 
 
+_WITH_FILTER = ActsWith("algorithm.filter_groups.enable", (True,), "acts only with algorithm.filter_groups.enable=true")
+
+
+class FilterGroups(Section):
+    """DAPO's dynamic sampling."""
+
+    enable: Flag
+    metric: Annotated[Literal["acc", "reward"], _WITH_FILTER]
+    max_num_gen_batches: Annotated[Whole, Field(ge=0, description="must not be below 0"), _WITH_FILTER]
+
+
 class AlgorithmConfig(Section):
     """How rewards become advantages, and the KL penalty in the reward."""
 
@@ -384,6 +407,7 @@ class AlgorithmConfig(Section):
     use_kl_in_reward: Flag
     kl_penalty: KLPenalty
     kl_ctrl: KLControl
+    filter_groups: FilterGroups
 
 
 class TrainerConfig(Section):
@@ -458,6 +482,11 @@ class PPOConfig(Section):
     def has_critic(self) -> bool:
         """GAE needs values."""
         return self.algorithm.adv_estimator == "gae"
+
+    @property
+    def pools_rollouts(self) -> bool:
+        """Whether a step's rollouts come out of a pool, not of one batch of prompts."""
+        return self.actor_rollout_ref.rollout.carries or self.algorithm.filter_groups.enable
 
     @property
     def reference_use(self) -> ReferenceUse:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +22,7 @@ class PromptData:
     Attributes:
         train, validation: the prompts; None without validation files.
         loader: of training batches.
+        pad_token_id: fills prompts up to the longest of a batch.
         total_steps: of the run.
 
     Raises:
@@ -30,7 +31,7 @@ class PromptData:
 
     def __init__(self, config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         data, trainer = config.data, config.trainer
-        self._seed, self._pad_token_id = trainer.seed, tokenizer.pad_token_id
+        self._seed, self.pad_token_id = trainer.seed, tokenizer.pad_token_id
         self.train = RLHFDataset(data.train_files, tokenizer, data)
         self.validation = RLHFDataset(data.val_files, tokenizer, data) if data.val_files else None
         for dataset in filter(None, (self.train, self.validation)):
@@ -47,17 +48,26 @@ class PromptData:
         size = size or len(data)
         for start in range(0, len(data), size):
             items = [data[row] for row in range(start, min(start + size, len(data)))]
-            yield self.seeded(collate_fn(items, self._pad_token_id), "validation")
+            yield self.seeded(self.collated(items), "validation")
+
+    def training_items(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """Training prompts by their `row_index`, as the data set gives them."""
+        places = {row: place for place, row in enumerate(self.train.values("row_index"))}
+        return [self.train[places[row]] for row in rows]
+
+    def collated(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The columns of a batch of items, as of the data set; see `collate_fn`."""
+        return collate_fn(items, self.pad_token_id)
 
     def seeded(self, columns: Mapping[str, Any], occasion: int | str) -> DataProto:
-        """A batch whose prompts have their sampling seeds of this `occasion`, the step, say: a run that is resumed
-        samples what an uninterrupted one does."""
+        """A batch whose prompts have their names and sampling seeds of this `occasion`, the number of the batch, say:
+        a run that is resumed samples what an uninterrupted one does."""
         prompts = DataProto.from_dict(columns)
         rows = prompts.non_tensor_batch["row_index"]
         prompts.non_tensor_batch["seed"] = object_array(
             derived_seed(self._seed, occasion, row, separator=":", size=4) for row in rows
         )
-        prompts.non_tensor_batch["uid"] = object_array(str(row) for row in rows)
+        prompts.non_tensor_batch["uid"] = object_array(f"{occasion}/{row}" for row in rows)
         return prompts
 
 

@@ -117,8 +117,10 @@ def mixed_prompts(uids: Prompts, correct: Tensor, graded: Tensor) -> float:
 
 
 def is_truncated(responses: Tensor, mask: Tensor, end_token_ids: Sequence[int]) -> Tensor:
-    """[B] bool: the response filled all of its columns without ending in one of `end_token_ids`."""
-    return mask.bool().all(-1) & ~torch.isin(responses[:, -1], torch.tensor(end_token_ids))
+    """[B] bool: the response was cut, at its greatest length or because it grew too old: its last token is none of
+    `end_token_ids`."""
+    last = responses.gather(1, (mask.long().sum(-1, keepdim=True) - 1).clamp(min=0))
+    return ~torch.isin(last[:, 0], torch.tensor(end_token_ids))
 
 
 def log_prob_difference(rollout: Tensor, actor: Tensor, mask: Tensor) -> dict[str, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -29,8 +28,10 @@ from verl.trainer.ppo.metrics import (
 )
 from verl.trainer.ppo.phases import PROMPT_KEYS, Phases
 from verl.trainer.ppo.policy_columns import add_policy_columns
+from verl.trainer.ppo.pooled_rollouts import Batches, PooledRollouts
 from verl.trainer.ppo.profiled_steps import ProfiledSteps
 from verl.trainer.ppo.progress import progress_bar
+from verl.trainer.ppo.rollout_pool import RolloutPool
 from verl.trainer.ppo.run_state import RunState
 from verl.trainer.ppo.samples import Samples
 from verl.trainer.ppo.utilisation import Utilisation
@@ -44,6 +45,7 @@ from verl.workers.fsdp_workers import PolicyWorkers
 from verl.workers.reward_manager import REWARD_MANAGERS, PendingReward, Reward
 from verl.workers.reward_manager.manager import Purpose
 from xbai.engine.end_tokens import end_token_ids
+from xbai.grading import Grade
 from xbai.sprm import StepCounts, trajectory_scores
 
 logger = logging.getLogger(__name__)
@@ -74,11 +76,13 @@ class RayPPOTrainer:
         self._end_token_ids = end_token_ids(model.path, tokenizer)
         self._data = PromptData(config, tokenizer)
         self._kl_controller = KLController(config.algorithm.kl_ctrl)
-        self._run_state = RunState(config, self._data.train, self._data.loader, self._kl_controller, fetches)
+        pool = RolloutPool(config, self._data) if config.pools_rollouts else None
+        self._run_state = RunState(config, self._data.train, self._data.loader, self._kl_controller, fetches, pool)
         self.step = self._run_state.step
         self._head_start = HeadStart(config.actor_rollout_ref, is_new_run=self._run_state.checkpoint is None)
         self._score_watch = UncountedClassWatch("actor_rollout_ref.score")
         self._reward_manager = REWARD_MANAGERS[config.reward_model.reward_manager](tokenizer, config)
+        self._pooled = None if pool is None else PooledRollouts(config, pool, self._reward_manager)
         self._samples = Samples(config.trainer, tokenizer)
         self._profiled_steps = ProfiledSteps.of(config.trainer)
         self._phases = Phases(config.trainer.balance_batch, self._rollout.n)
@@ -124,10 +128,12 @@ class RayPPOTrainer:
         with Tracking(*names, asdict(self.config), self.step) as tracking, progress as report:
             if self.step == 0 and trainer.val_before_train and self._data.validation:
                 tracking.log(self.validate(), step=0)
-            for prompts in self._prompt_batches():
+            batches = self._run_state.batches()
+            while not self.is_done:
+                self.step += 1
                 self._run_state.check()
                 with self._profiled_steps.traced(self.step, self._groups.values()):
-                    metrics = self.train_step(prompts)
+                    metrics = self.train_step(batches)
                 if self._data.validation and self._is_due(trainer.test_freq):
                     metrics |= self.validate()
                 tracking.log(metrics, self.step)
@@ -139,16 +145,23 @@ class RayPPOTrainer:
         self._run_state.finish()
         logger.info("finished %d steps; everything lies in %s", self.step, self._run_state.folder)
 
-    def train_step(self, prompts: DataProto) -> dict[str, float]:
-        """One step of the algorithm on a batch of prompts; returns its metrics."""
+    def train_step(self, batches: Batches) -> dict[str, float]:
+        """One step of the algorithm on the next prompts; returns its metrics."""
         start = time.perf_counter()
         metrics: dict[str, float] = {}
         actor, reference_use = self.config.actor_rollout_ref.actor, self.config.reference_use
-        needs_baseline = self.config.algorithm.adv_estimator == "remax"
-        with timed("rollout", metrics):
-            batch = self._generate(prompts, self._rollout.n, metrics, stay_awake=needs_baseline)
-        pending = self._launch_grading(batch, "training")
-        baseline = self._launch_baseline(prompts, metrics) if needs_baseline else None
+        baseline: PendingReward | None = None
+        if self._pooled is not None:
+            batch, grades = self._pooled.next(batches, self._workers, self.step, metrics)
+            pending = self._launch_grading(batch, "training", grades)
+        else:
+            prompts = self._data.seeded(next(batches), self.step)
+            needs_baseline = self.config.algorithm.adv_estimator == "remax"
+            with timed("rollout", metrics):
+                batch = self._generate(prompts, self._rollout.n, metrics, stay_awake=needs_baseline)
+            pending = self._launch_grading(batch, "training")
+            if needs_baseline:
+                baseline = self._launch_baseline(prompts, metrics)
         starts_head = self._head_start.standardize(self._workers, batch, metrics)
         if self.config.needs_old_log_probs:
             full_kl = reference_use.full_kl_in_reward
@@ -208,14 +221,6 @@ class RayPPOTrainer:
             group.shutdown()
         ray.shutdown()
 
-    def _prompt_batches(self) -> Iterator[DataProto]:
-        """Batches of prompts until the last step, epoch after epoch; `step` counts them."""
-        batches = self._run_state.batches()
-        while not self.is_done:
-            columns = next(batches)
-            self.step += 1
-            yield self._data.seeded(columns, self.step)
-
     def _generate(self, prompts: DataProto, n: int, metrics: dict[str, float], **meta_info: Any) -> DataProto:
         """Sample `n` responses a prompt; the rows of one prompt lie next to each other. `kinds` [B] tells which are the
         same (see `DistinctRows`)."""
@@ -226,8 +231,8 @@ class RayPPOTrainer:
         responses.batch["kinds"] = DistinctRows.of(responses.batch).kinds
         return DataProto(non_tensor_batch=prompts.non_tensor_batch).repeat(n).union(DataProto(responses.batch))
 
-    def _launch_grading(self, batch: DataProto, purpose: Purpose) -> PendingReward:
-        pending = self._reward_manager.launch(batch, purpose)
+    def _launch_grading(self, batch: DataProto, purpose: Purpose, grades: list[Grade] | None = None) -> PendingReward:
+        pending = self._reward_manager.launch(batch, purpose, grades)
         if not self.config.reward_model.launch_reward_fn_async:
             pending.wait()
         return pending

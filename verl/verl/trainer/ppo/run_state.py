@@ -21,6 +21,7 @@ from verl.checkpoints.state import HUGGINGFACE_FOLDER
 from verl.trainer.config.fields import value_at
 from verl.trainer.config.schema import PPOConfig
 from verl.trainer.ppo.core_algos import KLController
+from verl.trainer.ppo.rollout_pool import RolloutPool
 from verl.utils.dataset.rl_dataset import RLHFDataset, file_list
 from verl.workers.checkpointed_worker import CheckpointedWorkers
 from xbai.engine.files import read_config
@@ -53,6 +54,7 @@ class RunState:
     Args:
         kl_controller: an adaptive one's coefficient belongs to the state.
         fetches: copy a remote checkpoint to go on from to this machine; otherwise it is only looked for.
+        pool: what is in flight between steps belongs to the state.
 
     Attributes:
         checkpoint: the one to go on from; None for a new run.
@@ -69,9 +71,10 @@ class RunState:
         loader: StatefulDataLoader,
         kl_controller: KLController,
         fetches: bool = True,
+        pool: RolloutPool | None = None,
     ) -> None:
         trainer = config.trainer
-        self._config, self._loader, self._kl_controller = config, loader, kl_controller
+        self._config, self._loader, self._kl_controller, self._pool = config, loader, kl_controller, pool
         self._folder = CheckpointFolder(trainer.default_local_dir, trainer.max_actor_ckpt_to_keep)
         self._remote = self._uploads = None
         copies = trainer.default_hdfs_dir
@@ -136,6 +139,7 @@ class RunState:
         if self._keeps_place:
             self._loader.load_state_dict(state["loader"])
             self._epoch, self._batch = state["place"]
+        self._restore_pool(state.get("pool") if self._keeps_place else None)
         if self._kl_controller.adapts and (coefficient := state["kl_coef"]) is not None:
             self._kl_controller.value = coefficient
         set_rng_state(state["rng"])
@@ -167,6 +171,7 @@ class RunState:
             # A fixed one is the configuration's, which may change between two starts.
             "kl_coef": self._kl_controller.value if self._kl_controller.adapts else None,
             "data": self._identity,
+            "pool": None if self._pool is None else self._pool.state_dict(),
         }
         copied: Future[None] = Future()
         self._saving = self._thread.submit(self._write, step, state, groups, copied)
@@ -286,6 +291,16 @@ class RunState:
         copied = self._uploads.remote.latest()
         if copied is None or copied < step_of(checkpoint):
             self._uploads.submit(checkpoint)
+
+    def _restore_pool(self, saved: dict[str, Any] | None) -> None:
+        if self._pool is None:
+            if saved is not None and (prompts := len(saved["rows"])):
+                logger.warning("%d prompts in flight are left out: actor_rollout_ref.rollout.mode was partial", prompts)
+        elif saved is None:
+            # Each step has drawn one batch.
+            self._pool.drawn = self.step
+        else:
+            self._pool.load_state_dict(saved)
 
     def _check_model(self, checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """A checkpoint of another model is one line, before the workers load anything."""

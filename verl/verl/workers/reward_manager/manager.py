@@ -41,17 +41,21 @@ class NaiveRewardManager:
         memory = int(self._section.memory_gib * GIBIBYTE)
         self._pool = GraderPool(self._workers(), self._timeout_s(), self._grader(), memory)
 
-    def launch(self, data: DataProto, purpose: Purpose) -> PendingReward:
+    def launch(self, data: DataProto, purpose: Purpose, grades: list[Grade] | None = None) -> PendingReward:
         """Start grading; reads `responses` and `response_mask` [B, R], the prompt's `uid`, the data source,
         `reward_model` and, where there are, `extra_info` and `raw_prompt`, which a function of one's own finds in its
-        `extra_info`."""
+        `extra_info`. `grades` that are known are not asked for again."""
         mask, prompts = data.batch["response_mask"], data.non_tensor_batch["uid"]
 
-        def finish(grades: list[Grade]) -> Reward:
-            self._check_any_graded(grades, purpose)
-            return make_reward(grades, mask, partial(self.penalty, prompts=prompts))
+        def finish(found: list[Grade]) -> Reward:
+            self._check_any_graded(found, purpose)
+            return make_reward(found, mask, partial(self.penalty, prompts=prompts))
 
-        return PendingReward(self._submit(self._requests(data)), finish)
+        if grades is None:
+            return PendingReward(self._submit(self._requests(data)), finish)
+        known: Future[list[Grade]] = Future()
+        known.set_result(grades)
+        return PendingReward([known], finish)
 
     def penalty(self, lengths: Tensor, correct: Tensor, prompts: np.ndarray) -> Tensor:
         """[B] what to subtract from each reward, by the response's length in tokens [B], whether it is right [B], and

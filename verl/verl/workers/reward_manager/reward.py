@@ -66,15 +66,19 @@ class PendingReward:
             future.result()
         self._waited_s += time.perf_counter() - start
 
+    def grades(self) -> list[Grade]:
+        """Wait for the grades; errors as of `wait`."""
+        self.wait()
+        results = [future.result() for future in self._futures]
+        return [grade for each in results for grade in (each if isinstance(each, list) else [each])]
+
     def result(self) -> Reward:
-        """Wait for the grades.
+        """Wait for the grades, and make of them what trains.
 
         Raises:
             UserError: as `wait`; also when batch after batch has no grade at all.
         """
-        self.wait()
-        results = [future.result() for future in self._futures]
-        reward = self._finish([grade for each in results for grade in (each if isinstance(each, list) else [each])])
+        reward = self._finish(self.grades())
         seconds = (self._last or time.perf_counter()) - self._start
         reward.metrics.update({"timing_s/reward": seconds, "timing_s/reward_wait": self._waited_s})
         return reward

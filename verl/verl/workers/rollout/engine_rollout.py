@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,10 +16,14 @@ from verl import DataProto
 from verl.trainer.config.schema import ModelConfig, RolloutConfig
 from verl.workers.phase_metrics import GIB
 from verl.workers.phase_profiler import PHASE_PROFILER
+from verl.workers.rollout.quota import Quota
+from verl.workers.rollout.response_batch import response_batch
 from xbai.engine import Completion, SamplingParams, load_engine
 from xbai.engine.files import read_config, resolve_dtype
 from xbai.engine.fused_scores import obstacle
-from xbai.sprm import SPRMConfig, aggregate
+from xbai.engine.sample import Sample
+from xbai.sprm import SPRMConfig, StepRule, aggregate
+from xbai.sprm.steps import ScoredPart, joined_scores
 
 Weights = Iterable[tuple[str, Tensor]]
 SAMPLING_KEYS = ("n", "temperature", "top_p", "top_k", "do_sample")
@@ -47,7 +54,7 @@ class EngineRollout:
     def __init__(
         self, config: RolloutConfig, model: ModelConfig, pad_token_id: int, sprm_config: SPRMConfig | None = None
     ) -> None:
-        self._config, self._pad_token_id = config, pad_token_id
+        self._config, self._pad_token_id, self._sprm_config = config, pad_token_id, sprm_config
         model_config, options = read_config(model.path, model.trust_remote_code), _engine_options(config)
         self.dtype = resolve_dtype(config.dtype, model_config)
         self._scores = sprm_config is not None and config.name == "vllm" and obstacle(model_config, options) is None
@@ -135,21 +142,85 @@ class EngineRollout:
         ids, mask = prompts.batch["input_ids"], prompts.batch["attention_mask"]
         sampling = self._sampling(prompts.meta_info)
         seeds = prompts.non_tensor_batch.get("seed", [None] * len(prompts))
-        counted, cached = self.engine.prompt_tokens, self.engine.cached_prompt_tokens
-        completions = self.engine.generate(
-            [row[kept].tolist() for row, kept in zip(ids, mask.bool(), strict=True)],
-            [SamplingParams(**sampling, seed=None if seed is None else int(seed)) for seed in seeds],
-            return_scores=self._scores,
-        )
+        with self._counted_prompt_tokens() as metrics:
+            completions = self.engine.generate(
+                [row[kept].tolist() for row, kept in zip(ids, mask.bool(), strict=True)],
+                [SamplingParams(**sampling, seed=None if seed is None else int(seed)) for seed in seeds],
+                return_scores=self._scores,
+            )
         responses = [one for group in completions for one in group]
-        batch = self._to_batch(ids, mask, responses, sampling["n"])
+        token_ids, log_probs = [one.token_ids for one in responses], [_returned(one.log_probs) for one in responses]
+        length = self._config.response_length
+        batch = response_batch(ids, mask, token_ids, log_probs, length, self._pad_token_id)
         if self._scores:
             batch.batch["rollout_scores"] = torch.tensor([aggregate(_returned(one.step_scores)) for one in responses])
-        batch.meta_info["metrics"] = {}
-        if counted := self.engine.prompt_tokens - counted:
-            hit_rate = (self.engine.cached_prompt_tokens - cached) / counted
-            batch.meta_info["metrics"]["rollout/prefix_cache_hit_rate"] = hit_rate
+        batch.meta_info["metrics"] = metrics
         return batch
+
+    def proceed(self, unfinished: DataProto, wanted: int) -> DataProto:
+        """Go on with responses until all engines together have finished `wanted` groups of them, or have all ended.
+
+        Args:
+            unfinished: a row for each response: its `uid`, which is that of its group, all of whose unfinished
+                responses are here; arrays `prompt_ids` and `token_ids`, what it has until now, and `step_scores` of
+                that; the `seed` of what follows.
+
+        Returns:
+            For the same rows what was added, arrays `token_ids` in int32 and `log_probs` in float32, and whether each
+            `has_ended`; where the engine has them, `step_scores` in float32 of the response from its beginning. Of a
+            step that ends with the first added token there is none. `meta_info["metrics"]` as of `generate`.
+        """
+        rows, sampling = unfinished.non_tensor_batch, self._sampling({}) | {"n": 1}
+        samples: list[Sample] = []
+        for prompt_ids, token_ids, seed in zip(rows["prompt_ids"], rows["token_ids"], rows["seed"], strict=True):
+            left = self._config.response_length - len(token_ids)
+            params = SamplingParams(**sampling | {"max_tokens": left, "seed": seed})
+            samples += self.engine.samples([*prompt_ids.tolist(), *token_ids.tolist()], params, self._scores)
+        with self._counted_prompt_tokens() as metrics:
+            ended = self._run(dict(zip(samples, rows["uid"], strict=True)), wanted)
+            left_over = [sample for sample in samples if sample not in ended]
+            completions = ended | dict(zip(left_over, self.engine.so_far(left_over), strict=True))
+            self.engine.abort(left_over)
+        added = [completions[sample] for sample in samples]
+        columns: dict[str, list[Any]] = {
+            "token_ids": [np.array(one.token_ids, np.int32) for one in added],
+            "log_probs": [np.array(_returned(one.log_probs), np.float32) for one in added],
+            "has_ended": [sample in ended for sample in samples],
+        }
+        if self._sprm_config is not None and self._scores:
+            columns["step_scores"] = [
+                np.array(_scores_with(self._sprm_config.step_rule, *parts, one), np.float32)
+                for *parts, one in zip(rows["prompt_ids"], rows["token_ids"], rows["step_scores"], added, strict=True)
+            ]
+        return DataProto.from_dict(columns, meta_info={"metrics": metrics})
+
+    def _run(self, groups: Mapping[Sample, str], wanted: int) -> dict[Sample, Completion]:
+        """Sample until the quota is met; those that have ended, with their completions."""
+        self._quota.start(wanted)
+        for sample in groups:
+            self.engine.add(sample)
+        ended: dict[Sample, Completion] = {}
+        missing, is_met = Counter(groups.values()), False
+        while self.engine.has_unfinished() and not is_met:
+            completions = dict(self.engine.step())
+            ended |= completions
+            missing.subtract(groups[sample] for sample in completions)
+            whole = {group for group in map(groups.__getitem__, completions) if not missing[group]}
+            is_met = self._quota.is_met(len(whole))
+        return ended
+
+    @cached_property
+    def _quota(self) -> Quota:
+        return Quota(self._config.tensor_model_parallel_size)
+
+    @contextmanager
+    def _counted_prompt_tokens(self) -> Iterator[dict[str, float]]:
+        """Yield the metrics, which are there at the end."""
+        metrics: dict[str, float] = {}
+        counted, cached = self.engine.prompt_tokens, self.engine.cached_prompt_tokens
+        yield metrics
+        if counted := self.engine.prompt_tokens - counted:
+            metrics["rollout/prefix_cache_hit_rate"] = (self.engine.cached_prompt_tokens - cached) / counted
 
     def _sampling(self, meta_info: Mapping[str, Any]) -> dict[str, Any]:
         source = self._config.val_kwargs if meta_info.get("validate") else self._config
@@ -160,32 +231,18 @@ class EngineRollout:
         config = self._config
         return chosen | {"max_tokens": config.response_length, "ignore_eos": config.ignore_eos, "log_probs": True}
 
-    def _to_batch(self, ids: Tensor, mask: Tensor, completions: Sequence[Completion], n: int) -> DataProto:
-        lengths = torch.tensor([len(one.token_ids) for one in completions])
-        response_mask = torch.arange(self._config.response_length) < lengths[:, None]
-        responses = torch.full(response_mask.shape, self._pad_token_id)
-        responses[response_mask] = torch.tensor([token for one in completions for token in one.token_ids])
-        log_probs = torch.zeros(response_mask.shape)
-        log_probs[response_mask] = torch.tensor([value for one in completions for value in _returned(one.log_probs)])
-        prompts = ids.repeat_interleave(n, dim=0)
-        attention_mask = torch.cat([mask.repeat_interleave(n, dim=0), response_mask.to(mask.dtype)], dim=1)
-        return DataProto.from_dict(
-            {
-                "prompts": prompts,
-                "responses": responses,
-                "input_ids": torch.cat([prompts, responses], dim=1),
-                "attention_mask": attention_mask,
-                "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),
-                "response_mask": response_mask,
-                "rollout_log_probs": log_probs,
-            }
-        )
-
 
 def _returned(values: list[float] | None) -> list[float]:
     if values is None:
         raise ValueError("the engine returned no log-probs or scores, and was asked for them")
     return values
+
+
+def _scores_with(
+    rule: StepRule, prompt_ids: np.ndarray, token_ids: np.ndarray, step_scores: np.ndarray, added: Completion
+) -> list[float]:
+    before = ScoredPart(token_ids.tolist(), step_scores.tolist())
+    return joined_scores(prompt_ids.tolist(), before, ScoredPart(added.token_ids, _returned(added.step_scores)), rule)
 
 
 def _engine_options(config: RolloutConfig) -> dict[str, Any]:
