@@ -167,7 +167,10 @@ def test_rloo_with_importance_weights_and_entropy(run: Callable[..., Metrics], t
 
 @pytest.mark.long
 def test_gspo_of_responses_that_ended_weighed_as_wholes(run: Callable[..., Metrics], tmp_path: Path) -> None:
+    longest = 100
     metrics = run(
+        # So long that some of the random model's responses end.
+        f"data.max_response_length={longest}",
         "actor_rollout_ref.use_score=false",
         "actor_rollout_ref.actor={loss: gspo, mask_truncated_responses: true, use_kl_loss: false}",
         # Engine and actor agree in float32: every weight is 1, and so is every mean.
@@ -177,7 +180,7 @@ def test_gspo_of_responses_that_ended_weighed_as_wholes(run: Callable[..., Metri
         batch, found = samples(tmp_path, step), metrics[step]
         advantages = less_mean(batch, over_std=True)
         assert_advantages(found, batch, advantages)
-        ended = [a for a, sample in zip(advantages, batch) if sample["tokens"] < MAX_RESPONSE]
+        ended = [a for a, sample in zip(advantages, batch) if sample["tokens"] < longest]
         assert 0 < len(ended) < len(batch) and found["response_length/truncated"] == 1 - len(ended) / len(batch)
         assert found["actor/responses_in_policy_loss"] == len(ended) / len(batch)
         assert found["actor/pg_loss"] == pytest.approx(-statistics.fmean(ended), abs=1e-3)

@@ -28,7 +28,7 @@ def check(overrides: list[str]) -> PPOConfig:
         ([f"{ROLLOUT}.mode=async"], "mode=async is for verl's agent loops, which this trainer does not have"),
         ([f"{ROLLOUT}.mode=partial"], r"needs importance weights: set actor_rollout_ref\.actor\.rollout_is=token"),
         ([f"{ROLLOUT}.over_sampling=0.3"], "over_sampling=0.3 cannot act with rollout.mode=sync, only with partial"),
-        ([*PARTIAL, f"{ROLLOUT}.over_sampling=1.5"], r"over_sampling=1\.5 must be at least 0 and at most 1"),
+        ([*PARTIAL, f"{ROLLOUT}.over_sampling=-0.5"], r"over_sampling=-0\.5 must be at least 0"),
         ([*PARTIAL, f"{ROLLOUT}.max_staleness=-1"], "max_staleness=-1 must not be below 0"),
         ([*PARTIAL, "algorithm.adv_estimator=remax"], "mode=partial cannot act with algorithm.adv_estimator=remax"),
         ([FILTER, "algorithm.adv_estimator=remax"], "enable=true cannot act with algorithm.adv_estimator=remax"),

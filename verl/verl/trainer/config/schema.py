@@ -276,7 +276,7 @@ class RolloutConfig(Sampling):
 
     name: Literal["vllm", "hf"]
     mode: Literal["sync", "partial", "async"]
-    over_sampling: Annotated[Share, _WITH_PARTIAL]
+    over_sampling: Annotated[Coefficient, _WITH_PARTIAL]
     max_staleness: Annotated[Whole, Field(ge=0, description="must not be below 0"), _WITH_PARTIAL]
     prompt_length: Positive
     response_length: Positive
