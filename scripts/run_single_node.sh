@@ -27,10 +27,10 @@ has_trainer || {
 }
 
 # A key that cannot act where it runs is an error, and these cannot on CPU.
-gpu_settings=(
-    actor_rollout_ref.ref.fsdp_config.param_offload=true
-    actor_rollout_ref.rollout.gpu_memory_utilization=0.7
-)
+gpu_settings=(actor_rollout_ref.rollout.gpu_memory_utilization=0.7)
+# Nor can this one where the reference is the base of the policy's adapters.
+[[ " $* " == *" actor_rollout_ref.model.lora_rank="* ]] ||
+    gpu_settings+=(actor_rollout_ref.ref.fsdp_config.param_offload=true)
 [[ " $* " == *" trainer.device=cpu "* ]] && gpu_settings=()
 
 exec python -m verl.trainer.main_ppo \

@@ -3,6 +3,7 @@
     python verl/scripts/model_merger.py --local_dir checkpoints/PROJECT/EXPERIMENT/global_step_N/actor --target_dir OUT
 
 verl's own command line, `model_merger.py merge --backend fsdp [--use_score] ...`, is understood too.
+`--adapter_only` writes a LoRA run's adapter alone, as peft reads it, in place of its base with the adapter merged in.
 `--local_dir` may also be the step's folder, or the experiment's, whose latest checkpoint is then taken. Besides this
 trainer's checkpoints it reads those of verl 0.3 (`model_world_size_N_rank_R.pt`, DTensor or ShardedTensor, with
 `score_module.pt` beside them). The output folder appears only when it is complete. Needs no GPU and no process group,
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from rich.logging import RichHandler
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from verl.checkpoints.adapters import AdaptedModel, check_base, read_adapter_config, write_adapter
 from verl.checkpoints.checksums import CHECKSUM_FILE, check_files, read_checksums
 from verl.checkpoints.folder import LATEST_FILE, CheckpointFolder
 from verl.checkpoints.state import HUGGINGFACE_FOLDER
@@ -31,6 +34,7 @@ from verl.checkpoints.stored_model import StoredModel, is_checkpoint, open_store
 from verl.checkpoints.verl_shards import has_verl_shards
 from verl.checkpoints.weight_files import write_weights
 from verl.models.loading import dtype_name, load_tokenizer, torch_dtype
+from verl.models.lora import is_adapter
 from xbai.engine.files import read_config
 from xbai.engine.scorer import HEAD_PREFIX
 from xbai.errors import UserError, exit_on_user_error
@@ -109,7 +113,7 @@ def merge(
     lang: str | None = None,
     use_score: bool = False,
 ) -> None:
-    """Write the model of a checkpoint, see the options of `main`.
+    """Write the model of a checkpoint, see the options of `main`; adapters are merged into their base.
 
     Args:
         dtype: of the language model's weights; `auto` is what the model that was trained had, where its configuration
@@ -118,18 +122,14 @@ def merge(
         lang: None writes the step rule in the checkpoint, and where there is none leaves it to whoever loads the model.
 
     Raises:
-        UserError: no checkpoint, one that is damaged or does not fit its configuration, or an output folder that
-            exists.
+        UserError: no checkpoint, one that is damaged or does not fit its configuration, adapters whose base is another
+            or not there, or an output folder that exists.
     """
-    actor_folder = find_actor_folder(local_dir)
-    if target_dir.exists():
-        raise UserError(f"{target_dir} exists already; remove it or choose another --target_dir")
-    check_directory(target_dir)
-    check_sums(actor_folder)
+    actor_folder = _checked_folder(local_dir, target_dir)
     source = find_model_files(actor_folder, hf_model_path)
     config = read_config(source, trust_remote_code)
     files = ModelFiles.read(source)
-    model = open_stored_model(actor_folder)
+    model = open_model(actor_folder, hf_model_path, trust_remote_code)
     with_head = any(name.startswith(HEAD_PREFIX) for name in model.tensors)
     stored, expected = dict(model.tensors), expected_tensors(config, with_head, trust_remote_code)
     if config.tie_word_embeddings:
@@ -140,25 +140,51 @@ def merge(
     lm = {name: tensor for name, tensor in stored.items() if not name.startswith(HEAD_PREFIX)}
     stored_dtype = dtype_name(next(iter(lm.values())).dtype)
     written_dtype = (files.dtype or stored_dtype) if dtype == "auto" else dtype_name(torch_dtype(dtype))
-    head = _read_score_head(model, actor_folder, config.hidden_size)
-    if head is None and (use_score or lang is not None):
-        option = "--use_score" if use_score else f"--lang {lang}"
-        raise UserError(f"{actor_folder}: no score head in this checkpoint; leave {option} out")
-    sprm_config = _sprm_config(actor_folder, source, lang, trust_remote_code) if head is not None else None
-    try:
-        with atomic_directory(target_dir) as folder:
-            files.write(folder, written_dtype)
-            write_weights(folder, lm, torch_dtype(written_dtype), partial(read_finite, actor_folder, model))
-            if head is not None:
-                save_score_head(folder, head, sprm_config)
-    except OSError as error:
-        raise not_written(target_dir, error) from error
+    head = _score_head(model, actor_folder, source, trust_remote_code, lang, use_score)
+    with _output(target_dir, head) as folder:
+        files.write(folder, written_dtype)
+        write_weights(folder, lm, torch_dtype(written_dtype), partial(read_finite, actor_folder, model))
     logger.info("%s: written in %s (trained in %s; --dtype writes another)", target_dir, written_dtype, stored_dtype)
-    if head is not None and sprm_config is None:
-        logger.info("no step rule beside the score head: its services take --lang en (the default) or zh")
 
 
-def read_finite(actor_folder: Path, model: StoredModel, names: Iterable[str]) -> dict[str, Tensor]:
+def export_adapter(
+    local_dir: Path,
+    target_dir: Path,
+    dtype: str = "auto",
+    hf_model_path: Path | None = None,
+    trust_remote_code: bool = False,
+    lang: str | None = None,
+    use_score: bool = False,
+) -> None:
+    """Write the adapter of a checkpoint as peft reads it, and the score head; arguments and errors as of `merge`."""
+    actor_folder = _checked_folder(local_dir, target_dir)
+    config, model = read_adapter_config(actor_folder / HUGGINGFACE_FOLDER), open_stored_model(actor_folder)
+    if config is None:
+        raise UserError(f"{actor_folder}: a checkpoint of a whole model, without adapters; leave --adapter_only out")
+    source = find_model_files(actor_folder, hf_model_path)
+    head = _score_head(model, actor_folder, source, trust_remote_code, lang, use_score)
+    names = [name for name in model.tensors if is_adapter(name)]
+    tensors = read_finite(actor_folder, model, names)
+    if dtype != "auto":
+        tensors = {name: tensor.to(torch_dtype(dtype)) for name, tensor in tensors.items()}
+    with _output(target_dir, head) as folder:
+        write_adapter(folder, config, tensors)
+    logger.info("%s: %d tensors of the adapter, on %s", target_dir, len(tensors), config["base_model_name_or_path"])
+
+
+def open_model(actor_folder: Path, hf_model_path: Path | None, trust_remote_code: bool) -> StoredModel | AdaptedModel:
+    """The whole model of a checkpoint; of adapters with their base."""
+    stored, huggingface = open_stored_model(actor_folder), actor_folder / HUGGINGFACE_FOLDER
+    if (adapter := read_adapter_config(huggingface)) is None:
+        return stored
+    base = hf_model_path or Path(adapter["base_model_name_or_path"])
+    if not base.is_dir():
+        raise UserError(f"{actor_folder}: the base of its adapters, {base}, is not there; name it with --hf_model_path")
+    check_base(huggingface, base)
+    return AdaptedModel(stored, adapter["lora_alpha"] / adapter["r"], base, trust_remote_code)
+
+
+def read_finite(actor_folder: Path, model: StoredModel | AdaptedModel, names: Iterable[str]) -> dict[str, Tensor]:
     """Tensors of a checkpoint; a `UserError` where training has broken them, so that not all values are finite."""
     tensors = model.read(names)
     for name, tensor in tensors.items():
@@ -181,7 +207,54 @@ def upload(folder: Path, repo_id: str, private: bool) -> None:
     logger.info("pushed to %s", commit.repo_url)
 
 
-def _read_score_head(model: StoredModel, actor_folder: Path, hidden_size: int) -> dict[str, Tensor] | None:
+HeadAndRule = tuple[dict[str, Tensor], SPRMConfig | None]
+
+
+def _checked_folder(local_dir: Path, target_dir: Path) -> Path:
+    """The checkpoint's `actor` folder, whole."""
+    actor_folder = find_actor_folder(local_dir)
+    if target_dir.exists():
+        raise UserError(f"{target_dir} exists already; remove it or choose another --target_dir")
+    check_directory(target_dir)
+    check_sums(actor_folder)
+    return actor_folder
+
+
+@contextmanager
+def _output(target_dir: Path, head: HeadAndRule | None) -> Iterator[Path]:
+    """A folder to fill, which becomes `target_dir` with the score head."""
+    try:
+        with atomic_directory(target_dir) as folder:
+            yield folder
+            if head is not None:
+                save_score_head(folder, *head)
+    except OSError as error:
+        raise not_written(target_dir, error) from error
+    if head is not None and head[1] is None:
+        logger.info("no step rule beside the score head: its services take --lang en (the default) or zh")
+
+
+def _score_head(
+    model: StoredModel | AdaptedModel,
+    actor_folder: Path,
+    source: Path,
+    trust_remote_code: bool,
+    lang: str | None,
+    use_score: bool,
+) -> HeadAndRule | None:
+    """The head and its step rule; None where there is none."""
+    config = read_config(source, trust_remote_code)
+    if (head := _read_score_head(model, actor_folder, config.hidden_size)) is not None:
+        return head, _sprm_config(actor_folder, source, lang, trust_remote_code)
+    if use_score or lang is not None:
+        option = "--use_score" if use_score else f"--lang {lang}"
+        raise UserError(f"{actor_folder}: no score head in this checkpoint; leave {option} out")
+    return None
+
+
+def _read_score_head(
+    model: StoredModel | AdaptedModel, actor_folder: Path, hidden_size: int
+) -> dict[str, Tensor] | None:
     """From among the model's tensors, or (verl) the file beside them; None where there is neither."""
     if names := [name for name in model.tensors if name.startswith(HEAD_PREFIX)]:
         tensors = read_finite(actor_folder, model, names)
@@ -207,7 +280,12 @@ def main() -> None:
     parser.add_argument("--local_dir", type=Path, required=True, help="checkpoint: actor, step or experiment folder")
     parser.add_argument("--target_dir", type=Path, required=True, help="output folder, which must not exist")
     parser.add_argument("--dtype", default="auto", help="auto (the trained model's own), float32, bfloat16 or float16")
-    parser.add_argument("--hf_model_path", type=Path, help="configuration and tokenizer, where the checkpoint has none")
+    parser.add_argument(
+        "--hf_model_path",
+        type=Path,
+        help="the model that was trained, where the checkpoint has no configuration or its base moved",
+    )
+    parser.add_argument("--adapter_only", action="store_true", help="write a LoRA run's adapter alone, for peft")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the Python code that the model needs")
     parser.add_argument("--hf_upload_path", help="push the result to this repository of the Hub, OWNER/NAME")
     parser.add_argument("--private", action="store_true", help="make that repository private if it is new")
@@ -220,7 +298,8 @@ def main() -> None:
         if (value := arguments.pop(name.removeprefix("--"))) != known:
             raise UserError(f"{name} {value}: only {known} is supported here")
     repo_id, private = arguments.pop("hf_upload_path"), arguments.pop("private")
-    merge(**arguments)
+    write = export_adapter if arguments.pop("adapter_only") else merge
+    write(**arguments)
     if repo_id is not None:
         upload(arguments["target_dir"], repo_id, private)
 

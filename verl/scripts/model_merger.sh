@@ -3,6 +3,7 @@
 #
 #   bash model_merger.sh LOCAL_DIR TARGET_DIR [--dtype bfloat16]
 #   LOCAL_DIR=checkpoints/P/E TARGET_DIR=out bash model_merger.sh
+#   bash model_merger.sh LOCAL_DIR TARGET_DIR --adapter_only     of a LoRA run: for peft
 #   bash model_merger.sh [merge --backend fsdp --use_score] --local_dir LOCAL_DIR --target_dir TARGET_DIR
 #
 # LOCAL_DIR: a checkpoint (.../global_step_N/actor or .../global_step_N), or an experiment's folder, whose latest

@@ -27,17 +27,17 @@ pytestmark = pytest.mark.slow
 
 MERGER = Path(__file__).parents[1] / "scripts" / "model_merger.py"
 PROMPTS, SAMPLES, PROMPT_LENGTH, RESPONSE_LENGTH, TOTAL_STEPS = 3, 2, 6, 24, 10
-ENGINES = {"vllm": True, "hf": False}
-"""Engine and whether the model it runs ties its embeddings."""
+VARIANTS = {"vllm": ("vllm", True, 0), "hf": ("hf", False, 0), "adapters": ("hf", True, 4)}
+"""Engine, whether the model it runs ties its embeddings, and the rank of adapters."""
 
 
-def make_config(model: Path, engine: str) -> ActorRolloutRefConfig:
+def make_config(model: Path, engine: str, lora_rank: int) -> ActorRolloutRefConfig:
     """The trainer's own defaults, made small."""
     config = ppo_defaults(
         "trainer.device=cpu",
         f"data.max_prompt_length={PROMPT_LENGTH}",
         f"data.max_response_length={RESPONSE_LENGTH}",
-        f"actor_rollout_ref.model.path={model}",
+        f"actor_rollout_ref.model={{path: {model}, lora_rank: {lora_rank}}}",
         f"actor_rollout_ref.rollout.name={engine}",
         f"actor_rollout_ref.rollout.n={SAMPLES}",
         "actor_rollout_ref.rollout={dtype: float32, temperature: 0.7, max_num_seqs: 16, top_p: 0.9}",
@@ -88,9 +88,10 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture(params=[pytest.param("vllm", marks=pytest.mark.long), "hf"])
+@pytest.fixture(params=[pytest.param("vllm", marks=pytest.mark.long), "hf", "adapters"])
 def group(request, make_tiny_model: Callable[..., Path]) -> Iterator[PolicyWorkers]:
-    config = make_config(make_tiny_model(tied=ENGINES[request.param]), request.param)
+    engine, tied, lora_rank = VARIANTS[request.param]
+    config = make_config(make_tiny_model(tied=tied), engine, lora_rank)
     pool = RayResourcePool([2], use_gpu=False, cpus_per_process=0.5)
     init = partial(ActorRolloutRefWorker, config, "actor_rollout_ref", TOTAL_STEPS)
     group = PolicyWorkers(pool, init, name="actor")
@@ -100,7 +101,7 @@ def group(request, make_tiny_model: Callable[..., Path]) -> Iterator[PolicyWorke
     pool.release()
 
 
-def test_a_step_of_training_and_its_merged_model(group: PolicyWorkers, tiny_tokenizer, tmp_path: Path):
+def test_a_step_of_training_and_its_merged_model(request, group: PolicyWorkers, tiny_tokenizer, tmp_path: Path):
     prompts = make_prompts(len(tiny_tokenizer))
     batch = generate_and_compare(group, prompts)
     plant_steps(batch, tiny_tokenizer.convert_tokens_to_ids(".\n\n"))
@@ -113,7 +114,11 @@ def test_a_step_of_training_and_its_merged_model(group: PolicyWorkers, tiny_toke
     result = merge(tmp_path / "global_step_1", merged)
     assert result.returncode == 0, result.stderr
     weights = [*load_file(merged / "model.safetensors").values(), *torch.load(merged / "score_module.pt").values()]
-    assert needed == [sum(weight.numel() * 4 for weight in weights)] * 2
+    whole = sum(weight.numel() * 4 for weight in weights)
+    if request.node.callspec.params["group"] == "adapters":
+        assert all(0 < size < whole / 2 for size in needed)
+    else:
+        assert needed == [whole] * 2
     compare_with_merged(merged, batch, after)
     compare_greedy(group, prompts, merged)
 

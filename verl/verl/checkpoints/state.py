@@ -2,7 +2,7 @@
 
     actor/
       *.distcp .metadata     model, optimisers, schedules and each rank's random states (torch.distributed.checkpoint);
-                             mean and deviation by which a score head was standardised
+                             mean and deviation by which a score head was standardised; of a frozen base nothing
       huggingface/           config, tokenizer and sprm_config.json, for the model merger
       checkpoint.sha256      sums of all these files, which are checked before anything of them is read
 
@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -176,7 +177,8 @@ def load_checkpoint(
     except CheckpointException as error:
         raise UserError(f"{folder}: the checkpoint does not fit this model: {_reason(error)}") from error
     check_on_all_ranks(lambda: _check_head(folder, state["model"]))
-    set_model_state_dict(model, state["model"])
+    # What is frozen is in no checkpoint; `load_state` has missed nothing else.
+    set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
     if load_optimizer:
         for name, part in optimizer.optimizers.items():
             _load_optimizer(model, part, state[f"{name}_optimizer"])
@@ -220,7 +222,9 @@ def _save(state: dict[str, Any], folder: str | Path, files: ModelFiles, sprm_con
 
 
 def _state(model: nn.Module, optimizer: Optimizers | None) -> dict[str, Any]:
-    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    frozen = {name for name, weight in model.named_parameters(remove_duplicate=False) if not weight.requires_grad}
+    trained = {name: weight for name, weight in get_model_state_dict(model).items() if name not in frozen}
+    state: dict[str, Any] = {"model": trained}
     head = getattr(model, "score_head", None)
     if head is not None and head.standardization is not None:
         state[STANDARDIZATION] = head.standardization._asdict()

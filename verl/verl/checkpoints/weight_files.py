@@ -19,6 +19,8 @@ from xbai.engine.weight_files import INDEX_FILE
 from xbai.errors import UserError
 from xbai.files import why_not_written
 
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+"""Files of a model folder that hold weights."""
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 """How safetensors, which is written in Rust, names the system's number of an error."""
 

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from verl.models.lora import merged_parameters
 from xbai.errors import UserError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -171,14 +172,14 @@ def named_full_tensors(model: nn.Module, dtype: torch.dtype | None = None) -> It
 
     A collective: every rank must run the iterator to its end. The policy's weights are cast to `dtype` on the way (the
     head stays float32). Names are those of the Hugging Face checkpoint, and `score_head.*`. A tied `lm_head.weight` is
-    left out, as in that checkpoint.
+    left out, as in that checkpoint. What adapters add is in the weights, rounded to `dtype` but once.
     """
     reshard(model)
-    for name, parameter in model.named_parameters():
+    for name, parameter in merged_parameters(model, local_device()):
         # Before the gathering, which then moves no more bytes than are wanted, and over the GPUs' network also what
         # `offload_policy` keeps in CPU memory.
         wanted = dtype if dtype is not None and name.startswith("lm.") else parameter.dtype
-        tensor = parameter.detach().to(local_device(), wanted)
+        tensor = parameter.to(local_device(), wanted)
         yield name.removeprefix("lm."), tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

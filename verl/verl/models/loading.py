@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -12,6 +12,7 @@ from transformers.utils import is_flash_attn_2_available
 from verl.models.fsdp import decoder_layers
 from verl.models.joint_model import JointModel
 from verl.models.liger import apply_liger
+from verl.models.lora import add_adapters
 from xbai import model_folder
 from xbai.engine import files
 from xbai.engine.packed_attention import PACKED_ATTENTION, why_not_packed
@@ -20,6 +21,9 @@ from xbai.errors import UserError
 from xbai.model_files import stored_dtypes
 from xbai.sprm import ScoreHead, SPRMConfig, load_score_head
 from xbai.sprm.head import SCORE_MODULE_FILE
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 HEAD_SEED = 0
 DTYPES = files.DTYPES | {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -100,6 +104,8 @@ def build_joint_model(
     use_liger: bool = False,
     fused_kernels: bool = False,
     logits_dtype: torch.dtype | None = None,
+    lora: LoraConfig | None = None,
+    lora_dtype: torch.dtype = torch.float32,
     **options: Unpack[TransformerOptions],
 ) -> JointModel:
     """Load the LM of a Hugging Face folder and, when `sprm_config` is given, a score head, on the CPU.
@@ -113,6 +119,7 @@ def build_joint_model(
         channel: the hidden size that the configuration expects, checked against the model's.
         use_liger: see `apply_liger`.
         fused_kernels, logits_dtype: see `JointModel`.
+        lora, lora_dtype: freeze the LM and train adapters on it, see `add_adapters`; None: all of it is trained.
         options: see `load_transformer`.
 
     Raises:
@@ -122,6 +129,8 @@ def build_joint_model(
     lm = load_transformer(AutoModelForCausalLM, path, dtype, **options)
     if use_liger:
         apply_liger(lm)
+    if lora is not None:
+        add_adapters(lm, lora, lora_dtype)
     hidden_size = lm.config.hidden_size
     if channel is not None and channel != hidden_size:
         raise UserError(f"actor_rollout_ref.score.channel={channel}, but the hidden size of {path} is {hidden_size}")

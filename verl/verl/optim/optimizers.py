@@ -82,7 +82,7 @@ def build_schedule(optimizer: Optimizer, config: OptimConfig, total_steps: int |
 
 
 class Optimizers:
-    """One optimiser and one schedule for each part of a model.
+    """One optimiser and one schedule for each part of a model, over what of it is not frozen.
 
     Args:
         parts: from a part's name, which metrics and checkpoints use, to its module, sharded or plain, and its `optim`
@@ -102,10 +102,14 @@ class Optimizers:
     ) -> None:
         self._max_nonfinite, self._nonfinite_in_a_row = max_nonfinite, 0
         self._heads = [module for module, _ in parts.values() if isinstance(module, ScoreHead)]
-        self._parameters = {name: list(module.parameters()) for name, (module, _) in parts.items()}
+        trained = {
+            name: [(key, parameter) for key, parameter in module.named_parameters() if parameter.requires_grad]
+            for name, (module, _) in parts.items()
+        }
+        self._parameters = {name: [parameter for _, parameter in named] for name, named in trained.items()}
         self.optimizers, self.schedules, self.least_state_bytes = dict[str, Optimizer](), dict[str, LambdaLR](), 0
-        for name, (module, config) in parts.items():
-            self.optimizers[name] = build_optimizer(module.named_parameters(), config)
+        for name, (_, config) in parts.items():
+            self.optimizers[name] = build_optimizer(trained[name], config)
             self.schedules[name] = build_schedule(self.optimizers[name], config, total_steps)
             self.least_state_bytes += STATE_BYTES[config.name] * sum(p.numel() for p in self._parameters[name])
 

@@ -43,7 +43,7 @@ class CheckpointedWorker(Worker):
             UserError: it could not be written.
         """
         try_saving(folder, *self._travels_along)
-        return sum(parameter.nbytes for parameter in self._trained.model.parameters())
+        return sum(parameter.nbytes for parameter in self._trained.model.parameters() if parameter.requires_grad)
 
     def save_checkpoint(self, folder: str, background: bool = False) -> None:
         """Write this group's part of a checkpoint; with `background` only copy it, and write the copy meanwhile.

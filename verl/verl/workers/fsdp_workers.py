@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from verl import DataProto
+from verl.checkpoints.adapters import adapter_files
 from verl.models.fsdp import init_distributed, local_device, named_full_tensors
 from verl.models.head_start import head_of, standardize_features
 from verl.models.joint_model import JointModel
 from verl.models.loading import build_joint_model, load_tokenizer, loading_dtype
+from verl.models.lora import adapters_off, lora_config
 from verl.models.reference import ReferencePolicy
 from verl.models.ulysses import sequence_parallel_group
 from verl.optim.optimizers import JointOptimizer
 from verl.single_controller import dealt, each, joined
 from verl.trainer.config.schema import ActorRolloutRefConfig, FrozenPlacement
+from verl.utils.first_rank import on_first_rank
 from verl.workers.actor.dp_actor import DataParallelPPOActor, PolicyLogProbs
 from verl.workers.checkpointed_worker import CheckpointedWorker, CheckpointedWorkers
 from verl.workers.critic_worker import CriticWorker
@@ -28,6 +32,9 @@ from verl.workers.rollout import EngineRollout
 from xbai.engine.files import resolve_head_dtype
 from xbai.model_files import ModelFiles
 from xbai.sprm import SPRMConfig, load_sprm_config, shift_head, step_feature_mask
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 __all__ = ["ActorRolloutRefWorker", "CriticWorker", "PolicyWorkers", "group_sizes"]
 
@@ -44,7 +51,8 @@ def group_sizes(config: ActorRolloutRefConfig) -> dict[str, int]:
 
 
 class ActorRolloutRefWorker(CheckpointedWorker):
-    """Policy, rollout engine and, in the role `actor_rollout_ref`, the frozen reference policy of one rank.
+    """Policy, rollout engine and, in the role `actor_rollout_ref`, the frozen reference policy of one rank: a model of
+    its own, or the base of a policy that has adapters.
 
     The result of every computing method has `meta_info["metrics"]`, the cost of the phase on rank 0 (and for
     `update_actor` the training metrics): pop it before uniting the result with a batch.
@@ -72,13 +80,13 @@ class ActorRolloutRefWorker(CheckpointedWorker):
         self._sprm_config: SPRMConfig | None = None
         if config.use_score:
             self._sprm_config = load_sprm_config(config.model.path, self.tokenizer, config.score.lang)
-        placement = config.actor.fsdp_config
-        self._policy = PlacedModel(self._build_model(placement, self._sprm_config), placement, self._build_optimizer)
+        placement, lora = config.actor.fsdp_config, lora_config(config.model)
+        policy = self._build_model(placement, self._sprm_config, lora)
+        self._policy = PlacedModel(policy, placement, self._build_optimizer)
         sizes, reference_policy = group_sizes(config), None
         sp_group = ref_sp_group = sequence_parallel_group(sizes["train"])
         if self.role == "actor_rollout_ref":
-            frozen = self._build_model(config.ref.fsdp_config, None).requires_grad_(False)
-            self._reference = PlacedModel(frozen, config.ref.fsdp_config)
+            self._reference = self._policy if lora is not None else self._build_reference()
             if sizes["reference"] != sizes["train"]:
                 ref_sp_group = sequence_parallel_group(sizes["reference"])
             self._reference_log_probs = PolicyLogProbs(config, self._reference.model, config.ref, ref_sp_group)
@@ -89,7 +97,7 @@ class ActorRolloutRefWorker(CheckpointedWorker):
         )
         self._keep_checkpoints_of(
             self._policy,
-            ModelFiles.read(config.model.path),
+            self._model_files(lora),
             self._sprm_config,
             load_optimizer=not config.actor.optim.no_load_optim,
             seed=self._seed,
@@ -162,9 +170,11 @@ class ActorRolloutRefWorker(CheckpointedWorker):
 
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         """`ref_log_prob` [B, R] under the reference policy."""
-        with measure_phase("ref") as metrics, self._reference.on_device():
+        # A policy's base comes with the policy's score head, whose view of the steps nobody asks for here.
+        batch = {**data.batch.to_dict(), **self._step_columns(data)}
+        with measure_phase("ref") as metrics, self._reference.on_device(), adapters_off(self._reference.model):
             metrics["tokens"] = tokens_of_rank(data, group_sizes(self.config)["reference"])
-            log_probs = self._reference_log_probs.compute_log_prob(data.batch, compute_entropy=False)["old_log_probs"]
+            log_probs = self._reference_log_probs.compute_log_prob(batch, compute_entropy=False)["old_log_probs"]
         return DataProto.from_dict({"ref_log_prob": log_probs}, meta_info={"metrics": metrics})
 
     def update_actor(self, data: DataProto) -> DataProto:
@@ -201,11 +211,18 @@ class ActorRolloutRefWorker(CheckpointedWorker):
         mask = step_feature_mask(data.batch["input_ids"], in_response, self._sprm_config.step_rule)
         return {"step_feature_mask": mask}
 
-    def _build_model(self, fsdp_config: FrozenPlacement, sprm_config: SPRMConfig | None) -> JointModel:
+    def _build_reference(self) -> PlacedModel[JointModel, None]:
+        placement = self.config.ref.fsdp_config
+        return PlacedModel(self._build_model(placement, None).requires_grad_(False), placement)
+
+    def _build_model(
+        self, fsdp_config: FrozenPlacement, sprm_config: SPRMConfig | None, lora: LoraConfig | None = None
+    ) -> JointModel:
         config, dtypes = self.config, Dtypes.from_config(fsdp_config)
         return build_joint_model(
             config.model.path,
-            loading_dtype(config.model.path, dtypes.stored),
+            # A frozen base is kept as its checkpoint is, like a reference.
+            loading_dtype(config.model.path, dtypes.stored if lora is None else torch.float32),
             sprm_config=sprm_config,
             score_model_path=config.score.model_path if sprm_config is not None else None,
             channel=config.score.channel if sprm_config is not None else None,
@@ -215,6 +232,8 @@ class ActorRolloutRefWorker(CheckpointedWorker):
             use_liger=config.model.use_liger is True,
             fused_kernels=config.model.use_fused_kernels is True,
             logits_dtype=resolve_head_dtype(config.model.head_dtype, dtypes.compute),
+            lora=lora,
+            lora_dtype=dtypes.stored,
             compile_layers=config.model.use_torch_compile,
             packed=config.model.use_remove_padding,
         )
@@ -230,6 +249,13 @@ class ActorRolloutRefWorker(CheckpointedWorker):
     def _policy_weights(self) -> Iterator[Iterator[tuple[str, Tensor]]]:
         with self._policy.on_device():
             yield named_full_tensors(self._policy.model, self._rollout.dtype)
+
+    def _model_files(self, lora: LoraConfig | None) -> ModelFiles:
+        """What travels with the weights: where adapters are on, too."""
+        files, path = ModelFiles.read(self.config.model.path), self.config.model.path
+        if lora is None:
+            return files
+        return replace(files, contents=files.contents | on_first_rank(lambda: adapter_files(lora, path)))
 
 
 class PolicyWorkers(CheckpointedWorkers):

@@ -50,7 +50,7 @@ class PlacedModel(Generic[Model_co, Optimizer_co]):
 
     Args:
         model: whole, on the CPU, with the same weights on every rank; it is sharded in place. One that is trained is
-            kept in `model_dtype`, another as it was loaded.
+            kept in `model_dtype`, another, or one whose base is frozen, as it was loaded.
         fsdp_config: the model's section of this name.
         build_optimizer: makes the optimiser of the sharded model; None for one that is not trained.
 
@@ -80,8 +80,9 @@ class PlacedModel(Generic[Model_co, Optimizer_co]):
         self._offloads_optimizer = isinstance(fsdp_config, TrainedPlacement) and fsdp_config.optimizer_offload
         dtypes = Dtypes.from_config(fsdp_config)
         mesh = create_mesh(fsdp_config.fsdp_size)
-        # To a model that is not trained more bits than its checkpoint has are nothing but memory.
-        stored = None if build_optimizer is None else dtypes.stored
+        # To what is not trained more bits than its checkpoint has are nothing but memory.
+        is_trained = build_optimizer is not None and all(weight.requires_grad for weight in model.parameters())
+        stored = dtypes.stored if is_trained else None
         self.model = shard_model(
             model,
             mesh,

@@ -10,16 +10,21 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from omegaconf import DictConfig
+from torch import nn
 
 from verl.checkpoints.remote import check_url, is_url
+from verl.checkpoints.weight_files import WEIGHTS
+from verl.models.fsdp import decoder_layers
+from verl.models.lora import ALL_LINEAR, target_modules
 from verl.trainer.config.fields import Missing, told, with_values
 from verl.trainer.config.machine import device_here, machine_mistakes, missing_kernels
 from verl.trainer.config.rules import rule_mistakes
-from verl.trainer.config.schema import YAML, DataConfig, PPOConfig, TrainerConfig
+from verl.trainer.config.schema import YAML, DataConfig, ModelConfig, PPOConfig, TrainerConfig
 from verl.trainer.config.validation import cannot_act, validated
-from verl.trainer.planning.model_shapes import KNOWN_CONFIGS
+from verl.trainer.planning.model_shapes import KNOWN_CONFIGS, config_of
 from verl.utils.dataset.rl_dataset import file_list
 from verl.utils.tracking import check_backends
+from xbai.engine.files import meta_model
 from xbai.engine.weight_files import MissingShardError, stored_tensors
 from xbai.errors import UserError
 from xbai.files import why_not_written
@@ -28,7 +33,6 @@ from xbai.parquet import UNREADABLE, not_parquet
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 """OWNER/NAME of a model on the Hub, if that is what a path is."""
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def check_config(composed: DictConfig, not_found: Callable[[str], None] | None = None) -> PPOConfig:
@@ -89,8 +93,30 @@ def _file_mistakes(config: PPOConfig) -> Iterator[str]:
     yield from _checkpoint_mistakes(config.trainer)
     policy, critic = config.actor_rollout_ref.model.path, config.critic.model.path
     yield from _weight_mistakes("actor_rollout_ref.model.path", Path(policy))
+    yield from _adapter_mistakes(config.actor_rollout_ref.model)
     if critic != policy:
         yield from _weight_mistakes("critic.model.path", Path(critic))
+
+
+def _adapter_mistakes(model: ModelConfig) -> Iterator[str]:
+    """Of names in `target_modules` that no linear layer has; what keeps a model from being looked at is said of it."""
+    names = target_modules(model)
+    if not model.lora_rank or names == ALL_LINEAR:
+        return
+    try:
+        if (config := config_of(model.path, model.trust_remote_code)) is None:
+            return
+        lm = meta_model(config, model.trust_remote_code)
+    except UserError:
+        return
+    modules = (found for layer in decoder_layers(lm) for found in layer.named_modules())
+    known = {name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)}
+    for name in names:
+        if name not in known:
+            yield (
+                f"actor_rollout_ref.model.target_modules: the decoder layers of {model.path} have no linear layer "
+                f"{name!r}, only {', '.join(sorted(known))}"
+            )
 
 
 def _data_mistakes(data: DataConfig) -> Iterator[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import reduce
 from importlib.util import find_spec
@@ -72,7 +73,7 @@ class ActsWith:
     """Marks a field or section that acts where another `key` has one of some `values`, else is left at its default."""
 
     key: str
-    values: tuple[str | bool, ...]
+    values: Container[Any]
     otherwise: str
     """What is said after `key=value` of a field that cannot act."""
 
@@ -83,6 +84,14 @@ WITH_VLLM = ActsWith(
 )
 WITH_CRITIC = ActsWith(
     "algorithm.adv_estimator", ("gae",), "acts only with algorithm.adv_estimator=gae, which has a critic"
+)
+LORA_RANK = "actor_rollout_ref.model.lora_rank"
+WITH_LORA = ActsWith(LORA_RANK, range(1, sys.maxsize), f"acts only with {LORA_RANK} above 0")
+WITHOUT_LORA = ActsWith(
+    LORA_RANK,
+    (0,),
+    f"cannot act with {LORA_RANK}={{}}: the reference is the policy's own base, placed by actor.fsdp_config; leave it "
+    "at its default",
 )
 
 

@@ -41,6 +41,11 @@ def rule_mistakes(config: PPOConfig, policy: Shape, critic: Shape) -> Iterator[s
             f"{ROOT}.model: use_liger and use_torch_compile exclude each other (both are kernels of the same "
             "operations); set one of them to false"
         )
+    if root.model.use_torch_compile and root.model.lora_rank:
+        yield (
+            f"{ROOT}.model: lora_rank and use_torch_compile exclude each other (nobody has tried to compile layers "
+            "with adapters); set use_torch_compile=false, or lora_rank=0"
+        )
     if root.actor.use_kl_loss and (kind := root.actor.kl_loss_type) in ("kl", "k1"):
         yield (
             f"{ACTOR}.kl_loss_type={kind} has no gradient as a loss (on-policy its expectation is 0); "

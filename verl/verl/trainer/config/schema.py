@@ -7,7 +7,9 @@ from typing import Annotated, Literal, NamedTuple
 from verl.trainer.config.fields import (
     ON_GPU,
     WITH_CRITIC,
+    WITH_LORA,
     WITH_VLLM,
+    WITHOUT_LORA,
     ActsWith,
     Coefficient,
     Dtype,
@@ -152,6 +154,9 @@ class ModelConfig(Section):
     head_dtype: Literal["float32", "model"] | None
     use_fused_kernels: Switch
     use_torch_compile: Flag
+    lora_rank: Annotated[Whole, Field(ge=0)]
+    lora_alpha: Annotated[Positive, WITH_LORA]
+    target_modules: Annotated[Files, WITH_LORA]
 
 
 class ScoreConfig(ScoreLosses):
@@ -248,7 +253,7 @@ class RefConfig(SharedRows):
     log_prob_micro_batch_size_per_gpu: Positive
     log_prob_use_dynamic_bsz: Flag
     log_prob_max_token_len_per_gpu: Whole
-    fsdp_config: FrozenPlacement
+    fsdp_config: Annotated[FrozenPlacement, WITHOUT_LORA]
 
 
 class Sampling(Section):

@@ -33,7 +33,7 @@ def _waiting(memory: PhaseMemory) -> Components:
         weights, states = model.resident(in_use=False)
         found |= {f"{name} weights": model.weights - weights, f"{name} optimiser": model.optimizer - states}
         if model.states and model.config.offload_policy:
-            found[f"{name} gradients"] = model.weights
+            found[f"{name} gradients"] = model.trained_weights
     found["engine weights"] = memory.sleeping_weights
     return _of_machine(memory, found)
 
@@ -44,7 +44,9 @@ def _copies(memory: PhaseMemory) -> Components:
     if not trainer.async_save or trainer.save_freq <= 0:
         return {}
     trained = [model for model in memory.models.values() if model.states]
-    return _of_machine(memory, {"copies for async_save": sum(model.weights + model.optimizer for model in trained)})
+    return _of_machine(
+        memory, {"copies for async_save": sum(model.trained_weights + model.optimizer for model in trained)}
+    )
 
 
 def _files(memory: PhaseMemory) -> Components:

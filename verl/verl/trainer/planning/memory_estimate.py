@@ -47,6 +47,10 @@ class Placement:
     """Bytes of optimiser state for one parameter, 0 for a model that is not trained."""
     has_lm_head: bool = True
     """A critic has none."""
+    adapters: int = 0
+    """Parameters of adapters, where they are trained and all else is frozen; 0: all is trained, or nothing."""
+    adapter_bytes: int = 0
+    """Bytes of one of them as it is kept."""
 
     @classmethod
     def from_config(
@@ -57,15 +61,16 @@ class Placement:
         world: int,
         on_gpu: bool,
         has_lm_head: bool = True,
+        adapters: int = 0,
     ) -> Placement:
         """As `PlacedModel` reads `fsdp_config`, and `build_optimizer` `optim` (None: not trained)."""
         size = fsdp_config.fsdp_size
-        stored, compute = (dtype.itemsize for dtype in Dtypes.from_config(fsdp_config, on_gpu))
-        if optim is None:
-            stored, states = CHECKPOINT_BYTES, 0.0
-        else:
-            states = 2 * EIGHT_BIT_STATE if "8bit" in optim.name else 2.0 * stored
-        return cls(shape, fsdp_config, size if size > 0 else world, compute, stored, states, has_lm_head)
+        trained, compute = (dtype.itemsize for dtype in Dtypes.from_config(fsdp_config, on_gpu))
+        stored, states = CHECKPOINT_BYTES if optim is None or adapters else trained, 0.0
+        if optim is not None:
+            states = 2 * EIGHT_BIT_STATE if "8bit" in optim.name else 2.0 * trained
+        shards = size if size > 0 else world
+        return cls(shape, fsdp_config, shards, compute, stored, states, has_lm_head, adapters, trained)
 
     @property
     def parameters(self) -> int:
@@ -74,13 +79,18 @@ class Placement:
 
     @property
     def weights(self) -> float:
-        """Bytes of this GPU's shard; gradients take as many."""
-        return self.parameters * self.stored / self.shards
+        """Bytes of this GPU's shard."""
+        return (self.parameters * self.stored + self.adapters * self.adapter_bytes) / self.shards
+
+    @property
+    def trained_weights(self) -> float:
+        """Bytes of what of it is trained; gradients take as many."""
+        return self.adapters * self.adapter_bytes / self.shards if self.adapters else self.weights
 
     @property
     def optimizer(self) -> float:
         """Bytes of the optimiser's state for it."""
-        return self.parameters * self.states / self.shards
+        return (self.adapters or self.parameters) * self.states / self.shards
 
     def resident(self, in_use: bool, with_optimizer: bool = False) -> tuple[float, float]:
         """Bytes of weights and of optimiser state on the GPU, in a phase that uses the model or in another one's."""
@@ -98,14 +108,22 @@ class Placement:
         """Bytes of whole weights: the LM head, layers that are not resharded, or those `in_flight`; of these there are
         in a forward pass the one that computes, the next one's all-gather, and the buffer that it arrives in."""
         layers = in_flight if self.config.reshard_after_forward else self.shape.layers
-        return self.compute * (self._outer + layers * self.shape.layer_parameters)
+        return self.compute * (self._outer + layers * (self.shape.layer_parameters + self._layer_adapters))
+
+    @property
+    def _layer_adapters(self) -> float:
+        return self.adapters / self.shape.layers
 
     def gathered_in_backward(self) -> float:
         """The same while a layer's gradients are made and reduced in float32, the LM head's being there already."""
+        if self.adapters:
+            return self.gathered() + (self.compute + 4) * self._layer_adapters
         return self.gathered() + self.compute * self._outer + (self.compute + 4) * self.shape.layer_parameters
 
     def gathered_at_end(self) -> float:
         """The same when the gradients of LM head and embedding are reduced, after all activations are gone."""
+        if self.adapters:
+            return self.gathered(in_flight=0)
         pieces = 1 if self.shape.tied or not self.has_lm_head else 2
         return pieces * self.shape.embedding_parameters * (2 * self.compute + 4)
 
@@ -154,7 +172,8 @@ def training_peak(
     if not packed:
         saved["attention mask"] = attention_mask(tokens, length, width)
     # The LM head's gradient is summed over chunks in float32, beside the one in 16 bits that is counted as gathered.
-    summed = {"LM head's gradient": 4.0 * shape.embedding_parameters} if logits and width == 2 else {}
+    is_summed = logits and width == 2 and not model.adapters
+    summed = {"LM head's gradient": 4.0 * shape.embedding_parameters} if is_summed else {}
     moments: list[Components] = [
         {"gathered weights": model.gathered(), "logits chunk": LOGIT_BACKWARD * logits, **summed, **saved},
         {

@@ -10,6 +10,7 @@ from typing import Any
 
 from verl.models.loading import torch_dtype
 from verl.models.log_probs import LOGITS_PER_CHUNK
+from verl.models.lora import ALL_LINEAR, target_modules
 from verl.trainer.config.fields import value_at, with_values
 from verl.trainer.config.schema import ACTOR, ROOT, PPOConfig, RolloutConfig
 from verl.trainer.planning.memory_estimate import (
@@ -100,15 +101,26 @@ class PhaseMemory:
     def models(self) -> dict[str, Placement]:
         """Those that there are, by name; the policy without its score head."""
         root, critic = self.config.actor_rollout_ref, self.config.critic
-        sizes = self.config.trainer.processes, self.on_gpu
-        found = {"policy": Placement.from_config(self.shape, root.actor.fsdp_config, root.actor.optim, *sizes)}
-        if any(self.config.reference_use):
+        sizes, policy = (self.config.trainer.processes, self.on_gpu), root.actor
+        found = {
+            "policy": Placement.from_config(
+                self.shape, policy.fsdp_config, policy.optim, *sizes, adapters=self.adapter_parameters
+            )
+        }
+        if any(self.config.reference_use) and not self.adapter_parameters:
             found["reference"] = Placement.from_config(self.shape, root.ref.fsdp_config, None, *sizes)
         if self.config.has_critic:
             found["critic"] = Placement.from_config(
                 self.critic_shape, critic.model.fsdp_config, critic.optim, *sizes, has_lm_head=False
             )
         return found
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Parameters of the policy's adapters; 0 without any."""
+        model = self.config.actor_rollout_ref.model
+        names = target_modules(model)
+        return self.shape.adapter_parameters(model.lora_rank, None if names == ALL_LINEAR else names)
 
     @cached_property
     def passes(self) -> dict[str, Pass]:
@@ -133,7 +145,7 @@ class PhaseMemory:
         if use.full_kl_in_loss:
             found["update"] |= self._full_kl("update")
         if use.log_probs:
-            found["reference"] = self._forward("reference", "reference")
+            found["reference"] = self._forward("reference", "policy" if self.adapter_parameters else "reference")
         if self.config.has_critic:
             found["values"] = self._forward("values", "critic")
             checkpointing = self.checkpointing if own == "auto" else own
@@ -180,7 +192,7 @@ class PhaseMemory:
             if model.states:
                 found |= {f"{name} optimiser": states}
             if name == used and trains:
-                found["gradients"] = 0.0 if model.config.offload_policy else model.weights
+                found["gradients"] = 0.0 if model.config.offload_policy else model.trained_weights
         if self.config.actor_rollout_ref.use_score:
             found["score head"] = self._score_head(used == "policy" and trains)
         return found
@@ -213,11 +225,13 @@ class PhaseMemory:
 
     def _full_kl(self, phase: str) -> Components:
         """What the reference has on the GPU while the policy computes the same tokens."""
-        reference = self.models["reference"]
+        states: Components = {"reference's states": 4 * self.tokens(phase) * self.shape.hidden}
+        if (reference := self.models.get("reference")) is None:
+            return states
         return {
             "reference weights": reference.resident(in_use=True)[0],
             "reference's LM head": reference.gathered(in_flight=0),
-            "reference's states": 4 * self.tokens(phase) * self.shape.hidden,
+            **states,
         }
 
     @property
@@ -309,6 +323,10 @@ def _remedies(memory: PhaseMemory) -> Iterator[dict[str, Any]]:
         if memory.config.has_critic:
             yield {f"critic.model.fsdp_config.{part}": True}
         yield {f"{ACTOR}.fsdp_config.{part}": True}
+    if memory.adapter_parameters:
+        # A base in CPU memory takes a sixth of what a model that is trained takes there.
+        offloads = {"offload_policy": True, "param_offload": False, "optimizer_offload": False}
+        yield {f"{ACTOR}.fsdp_config.{key}": value for key, value in offloads.items()}
     for share in (0.8, 0.7, 0.6, 0.5, 0.4):
         if share < rollout.gpu_memory_utilization:
             yield {f"{ROOT}.rollout.gpu_memory_utilization": share}

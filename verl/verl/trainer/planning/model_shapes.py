@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,10 +149,26 @@ class ModelShape:
         return self.kv_heads * self.head_dim
 
     @property
+    def layer_linears(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of one decoder layer's linear layers, by their names."""
+        hidden, query, kv, mlp = self.hidden, self.query_size, self.kv_size, self.mlp
+        attention = {
+            "q_proj": (hidden, query),
+            "k_proj": (hidden, kv),
+            "v_proj": (hidden, kv),
+            "o_proj": (query, hidden),
+        }
+        return attention | {"gate_proj": (hidden, mlp), "up_proj": (hidden, mlp), "down_proj": (mlp, hidden)}
+
+    @property
     def layer_matrices(self) -> int:
         """Elements of one decoder layer's matrices."""
-        attention = 2 * self.hidden * (self.query_size + self.kv_size)
-        return attention + 3 * self.hidden * self.mlp
+        return sum(inputs * outputs for inputs, outputs in self.layer_linears.values())
+
+    def adapter_parameters(self, rank: int, names: Collection[str] | None = None) -> int:
+        """Parameters of adapters on the linear layers of these names (None: on all) of all decoder layers."""
+        sizes = (sizes for name, sizes in self.layer_linears.items() if names is None or name in names)
+        return self.layers * rank * sum(inputs + outputs for inputs, outputs in sizes)
 
     @property
     def layer_parameters(self) -> int:

@@ -93,6 +93,8 @@ def _memory(config: PPOConfig) -> str:
     shape = memory.shape
     head = f" and the score head {shape.score_head_parameters:,}" if config.actor_rollout_ref.use_score else ""
     size = f"The model has {shape.parameters:,} parameters{head}."
+    if adapters := memory.adapter_parameters:
+        size += f" Of it {adapters:,} parameters of adapters{' and the head' if head else ''} are trained."
     if config.trainer.device == "cpu":
         caption, verdict = "Memory of one process", _highest(memory)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -12,12 +13,14 @@ from typing import Any
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
+from verl.checkpoints.adapters import check_base, peft_config, read_adapter_config
 from verl.checkpoints.checksums import check_files, read_checksums
 from verl.checkpoints.data_identity import data_identity, differences
 from verl.checkpoints.folder import CheckpointFolder, read_state, step_name, step_of, write_state
 from verl.checkpoints.remote import RemoteFolder, Uploads, is_folder, is_url
 from verl.checkpoints.rng_state import rng_state, set_rng_state
 from verl.checkpoints.state import HUGGINGFACE_FOLDER
+from verl.models.lora import lora_config
 from verl.trainer.config.fields import value_at
 from verl.trainer.config.schema import PPOConfig
 from verl.trainer.ppo.core_algos import KLController
@@ -43,6 +46,9 @@ MODEL_SHAPE = (
     *("num_key_value_heads", "vocab_size", "tie_word_embeddings"),
 )
 """Fields of config.json in which a checkpoint and the model of a run that goes on from it must agree."""
+
+ADAPTER_KEYS = {"r": "lora_rank", "lora_alpha": "lora_alpha", "target_modules": "target_modules"}
+"""Fields of adapter_config.json, by the keys under `model` that they come from, in which they must agree too."""
 
 WorkerGroups = Mapping[str, CheckpointedWorkers]
 """Worker groups by the name of their part of a checkpoint: `actor`, and `critic` where there is one."""
@@ -315,6 +321,7 @@ class RunState:
                     f"{checkpoint} is of another model: its {field} is {getattr(then, field, None)}, that of "
                     f"actor_rollout_ref.model.path={section.model.path} is {getattr(now, field, None)}; {_ANEW}"
                 )
+        self._check_adapters(checkpoint, saved)
         had_head = (saved / SPRM_CONFIG_FILE).is_file()
         if had_head != section.use_score:
             raise UserError(
@@ -332,6 +339,20 @@ class RunState:
                     f"{has[field]!r:.60} (by actor_rollout_ref.score.lang, or {SPRM_CONFIG_FILE} in "
                     f"actor_rollout_ref.model.path={section.model.path}); put that back, or {_ANEW}"
                 )
+
+    def _check_adapters(self, checkpoint: Path, saved: Path) -> None:
+        """Adapters of another kind, or on another base, are one line too."""
+        model = self._config.actor_rollout_ref.model
+        lora, had = lora_config(model), read_adapter_config(saved) or {"r": 0}
+        has = {"r": 0} if lora is None else json.loads(peft_config(lora))
+        for field, key in ADAPTER_KEYS.items():
+            if had.get(field) != has.get(field):
+                raise UserError(
+                    f"{checkpoint} was written with actor_rollout_ref.model.{key}={had.get(field)}, and this run has "
+                    f"{has.get(field)}; put that back, or {_ANEW}"
+                )
+        if lora is not None:
+            check_base(saved, model.path)
 
     def _check_data(self, then: dict[str, Any]) -> None:
         changes = differences(then, self._identity, OTHER_PROMPTS)
