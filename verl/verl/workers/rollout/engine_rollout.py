@@ -188,9 +188,10 @@ class EngineRollout:
             "has_ended": [sample in ended for sample in samples],
         }
         if self._sprm_config is not None and self._scores:
+            rule, before = self._sprm_config.step_rule, (rows["prompt_ids"], rows["token_ids"], rows["step_scores"])
             columns["step_scores"] = [
-                np.array(_scores_with(self._sprm_config.step_rule, *parts, one), np.float32)
-                for *parts, one in zip(rows["prompt_ids"], rows["token_ids"], rows["step_scores"], added, strict=True)
+                np.array(_scores_with(rule, prompt_ids, token_ids, step_scores, one), np.float32)
+                for prompt_ids, token_ids, step_scores, one in zip(*before, added, strict=True)
             ]
         return DataProto.from_dict(columns, meta_info={"metrics": metrics})
 
