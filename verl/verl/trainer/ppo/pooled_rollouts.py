@@ -26,8 +26,9 @@ class PooledRollouts:
 
     With partial rollouts more groups are in flight than a step needs. It samples until it has its groups, trains on the
     oldest finished ones, and leaves the others in the pool as they are. No token of a batch is of a policy more than
-    `max_staleness` steps before the one that is trained: a response that would be is ended. Otherwise each step waits
-    for all that it has begun, and the pool is empty between steps.
+    `max_staleness` steps before the one that is trained: a response that would be is ended. With `over_sampling` above
+    1 more groups may end so in a step than it takes, and the rest wait for the next one. Without partial rollouts each
+    step waits for all that it has begun, and the pool is empty between steps.
 
     With dynamic sampling, finished groups that are all right or all wrong leave the pool, and others take their place.
 
