@@ -388,6 +388,19 @@ def test_with_the_full_kl_the_reference_works_beside_the_policy(overrides: list[
     assert "reference" not in _passes(*overrides)
 
 
+def test_rollouts_have_the_engine_and_training_the_rest() -> None:
+    shared, separate = _memory(80), _memory(80, "trainer.rollout_gpus=4", "actor_rollout_ref.rollout.max_staleness=0")
+    of_engine = {"engine weights", "engine work space", "KV cache", "CUDA graphs"}
+    on_the_way = {"tensor on its way", "bucket"}
+    assert separate.phases["rollout"].keys() == of_engine | on_the_way
+    assert separate.phases.keys() == shared.phases.keys()
+    for phase in separate.phases.keys() - {"rollout", "weight sync"}:
+        assert separate.phases[phase] == {
+            name: size for name, size in shared.phases[phase].items() if name not in of_engine
+        }
+    assert separate.sleeping_weights == 0 and separate.cached_sequences > shared.cached_sequences * 0.99
+
+
 def test_the_advice_makes_it_fit() -> None:
     large = ["trainer.nnodes=8", "data.max_response_length=32768"]
     memory = _memory(39.4, *large, "actor_rollout_ref.rollout.tensor_model_parallel_size=4", model="QwQ-32B")

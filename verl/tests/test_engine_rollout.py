@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from verl import DataProto
 from verl.trainer.config.fields import with_values
 from verl.trainer.config.schema import RolloutConfig
-from verl.workers import fsdp_workers
+from verl.workers import fsdp_workers, rollout_worker
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
 from verl.workers.rollout import EngineRollout, engine_rollout
 from xbai.sprm import ScoreHead, SPRMConfig, StepRule, step_feature_mask, trajectory_scores
@@ -120,7 +120,8 @@ def test_two_generations_of_a_step_share_one_wake_up(
     rollout.generate = lambda prompts: engine.calls.append("generate") or prompts
     worker = ActorRolloutRefWorker(ppo_defaults().actor_rollout_ref, "actor_rollout", total_steps=1)
     worker._rollout, worker._policy_weights = rollout, lambda: nullcontext(WEIGHTS.items())
-    monkeypatch.setattr(fsdp_workers, "measure_phase", lambda _: nullcontext({}))
+    for module in (fsdp_workers, rollout_worker):
+        monkeypatch.setattr(module, "measure_phase", lambda _: nullcontext({}))
     mask = torch.ones(1, 1)
     for meta_info in ({"stay_awake": True}, {"do_sample": False}):
         worker.generate_sequences(DataProto.from_dict({"response_mask": mask}, meta_info=meta_info | {"metrics": {}}))

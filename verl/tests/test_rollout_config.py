@@ -15,6 +15,8 @@ from xbai.errors import UserError
 VLLM = "actor_rollout_ref.rollout.name=vllm"
 ROLLOUT = "actor_rollout_ref.rollout"
 PARTIAL = [f"{ROLLOUT}.mode=partial", "actor_rollout_ref.actor.rollout_is=token"]
+SEPARATE = ["trainer.rollout_gpus=1", "actor_rollout_ref.actor.rollout_is=token"]
+WAITING = f"{ROLLOUT}.max_staleness=0"
 FILTER = "algorithm.filter_groups.enable=true"
 
 
@@ -33,6 +35,12 @@ def check(overrides: list[str]) -> PPOConfig:
         ([*PARTIAL, "algorithm.adv_estimator=remax"], "mode=partial cannot act with algorithm.adv_estimator=remax"),
         ([FILTER, "algorithm.adv_estimator=remax"], "enable=true cannot act with algorithm.adv_estimator=remax"),
         ([FILTER, f"{ROLLOUT}.n=1", "algorithm.adv_estimator=gae"], "compares the responses to a prompt and needs at"),
+        ([f"{ROLLOUT}.max_staleness=1"], "acts only with rollout.mode=partial or trainer.rollout_gpus above 0"),
+        (["trainer.rollout_gpus=-1"], "rollout_gpus=-1 must not be below 0"),
+        (["trainer.rollout_gpus=1"], "rollout_gpus=1 trains on tokens of earlier policies, which needs importance"),
+        ([*SEPARATE, f"{ROLLOUT}.mode=partial", f"{ROLLOUT}.max_staleness=1"], "one step ahead: set it to 2 or more"),
+        ([*SEPARATE, "algorithm.adv_estimator=remax"], r"remax, which .* with actor_.*max_staleness=0 it can"),
+        ([*SEPARATE, f"{ROLLOUT}.tensor_model_parallel_size=2"], r"=1 must be a multiple of .* = 1 \* 2"),
         (["algorithm.filter_groups.metric=reward"], "acts only with algorithm.filter_groups.enable=true"),
         ([f"{ROLLOUT}.temperature=2.5"], r"rollout\.temperature=2\.5: from 0 \(greedy\) to 2"),
         ([f"{ROLLOUT}.val_kwargs.top_p=0"], r"rollout\.val_kwargs\.top_p=0: above 0 and at most 1"),
@@ -69,6 +77,10 @@ def test_what_only_a_gpu_has(small_run: list[str], monkeypatch: pytest.MonkeyPat
         check([*on_gpu, f"{ROLLOUT}.free_cache_engine=false"])
     with pytest.raises(UserError, match=r"gpu_memory_utilization=1\.5 must be above 0 and at most 1"):
         check([*on_gpu, f"{ROLLOUT}.gpu_memory_utilization=1.5"])
+    with pytest.raises(UserError, match=r"n_gpus_per_node=2 with trainer\.rollout_gpus=1 needs 3 GPUs; .*node=1"):
+        check([*on_gpu[:-1], *SEPARATE])
+    with pytest.raises(UserError, match=r"sleep_level=1 cannot act with trainer\.rollout_gpus=1, with which"):
+        check([*on_gpu, *SEPARATE, "trainer.n_gpus_per_node=1"])
 
 
 def test_what_divides_passes(small_run: list[str], tiny_model_dir: Path):
@@ -78,3 +90,12 @@ def test_what_divides_passes(small_run: list[str], tiny_model_dir: Path):
 def test_partial_rollouts_that_carry_nothing_are_sync(small_run: list[str]):
     assert check([*small_run, *PARTIAL]).pools_rollouts and check([*small_run, FILTER]).pools_rollouts
     assert not check([*small_run, f"{ROLLOUT}.mode=partial", f"{ROLLOUT}.max_staleness=0"]).pools_rollouts
+
+
+def test_engines_on_gpus_of_their_own_need_no_correction_where_they_wait(small_run: list[str]):
+    tp = f"{ROLLOUT}.tensor_model_parallel_size=2"
+    waiting = check([*small_run, VLLM, "trainer.n_gpus_per_node=1", "trainer.rollout_gpus=2", WAITING, tp])
+    assert not waiting.one_step_off and not waiting.pools_rollouts
+    check([*small_run, "trainer.rollout_gpus=1", WAITING, "algorithm.adv_estimator=remax"])
+    ahead = check([*small_run, *SEPARATE])
+    assert ahead.one_step_off and ahead.pools_rollouts and not ahead.actor_rollout_ref.rollout.carries

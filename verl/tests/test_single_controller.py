@@ -22,6 +22,7 @@ from verl.single_controller import (
     Worker,
     WorkerLostError,
     each,
+    get_together,
     joined,
 )
 from verl.single_controller.nodes import Node
@@ -132,10 +133,29 @@ def test_dispatch_and_collect(group: Doublers):
         group.refuse()
 
 
+def test_a_group_that_waits_for_a_lost_one_ends_with_it(group: Doublers):
+    pool = RayResourcePool([1], use_gpu=False, cpus_per_process=0.5)
+    other = Doublers(pool, partial(Doubler, 2), name="other")
+    try:
+        ranks = get_together(group.environment.remote("RANK"), other.environment.remote("RANK"))
+        assert ranks == [["0", "1"], ["0"]]
+        group.check()
+        calls = group.sleep_on_other_ranks.remote(-1), other.sleep_on_other_ranks.remote(-1)
+        os.kill(other.processes.infos[0].pid, signal.SIGKILL)
+        with pytest.raises(WorkerLostError, match=r"rank 0 of other .* lost in sleep_on_other_ranks") as lost:
+            get_together(*calls)
+        group.processes.abort(lost.value)
+        with pytest.raises(WorkerLostError, match="rank 0 of other"):
+            group.check()
+    finally:
+        other.shutdown()
+        pool.release()
+
+
 def test_processes_share_the_cores_of_their_node(monkeypatch: pytest.MonkeyPatch):
     node = Node("id", "10.0.0.1", None, 16, (None,) * 4)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert _thread_env(node)["OMP_NUM_THREADS"] == "4"
+    assert _thread_env(node)["OMP_NUM_THREADS"] == "4" and _thread_env(node, 4)["OMP_NUM_THREADS"] == "2"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert _thread_env(node)["OMP_NUM_THREADS"] == "3"
 

@@ -107,6 +107,23 @@ def test_each_phase_is_its_share_of_the_peak() -> None:
     assert found == pytest.approx(expected | {"perf/generation_share": 4 / 16})
 
 
+def test_with_gpus_for_rollouts_each_phase_is_of_its_own() -> None:
+    shape = ModelShape.from_config(known_config(MODEL))
+    timing = TIMES | {"timing_s/rollout_wait": 0.5, "timing_s/update_actor": 2.0}
+    sizes = ["trainer.nnodes=1", "trainer.rollout_gpus=4", "actor_rollout_ref.rollout.n=2"]
+    found = _utilisation("NVIDIA H100 80GB HBM3", *sizes).metrics(_batch(), timing)
+    forward, peak = shape.sequence_flops([7, 9], 8), 989e12
+    sampled = forward - shape.sequence_flops([4], 0)
+    assert found == pytest.approx(
+        {
+            "perf/mfu/generate": sampled / 5.0 / 4 / peak,
+            "perf/mfu/update_actor": 3 * forward / 2.0 / 8 / peak,
+            "perf/mfu/step": (sampled + 3 * forward) / 16.0 / 12 / peak,
+            "perf/generation_share": 0.5 / 16,
+        }
+    )
+
+
 def test_the_kl_over_the_vocabulary_asks_for_the_reference_too() -> None:
     full = "actor_rollout_ref.actor.kl_loss_type=full"
     timing = TIMES | {"timing_s/update_actor": 1.0}

@@ -12,13 +12,17 @@ from verl.single_controller import RayWorkerGroup, Worker
 from verl.single_controller.worker_group import WorkerMethod, deal_parts, deal_rows
 from verl.workers.critic_worker import CriticWorkers
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker, PolicyWorkers
+from verl.workers.rollout_worker import RolloutWorker, RolloutWorkers
 
 
-@pytest.mark.parametrize(("worker", "group"), [(ActorRolloutRefWorker, PolicyWorkers), (CriticWorker, CriticWorkers)])
+@pytest.mark.parametrize(
+    ("worker", "group"),
+    [(ActorRolloutRefWorker, PolicyWorkers), (CriticWorker, CriticWorkers), (RolloutWorker, RolloutWorkers)],
+)
 def test_what_is_declared_is_of_the_worker(worker: type[Worker], group: type[RayWorkerGroup]) -> None:
     members = inspect.getmembers_static(group)
     declared = {name: member.name for name, member in members if isinstance(member, WorkerMethod)}
-    assert {"init_model", "save_checkpoint"} < declared.keys()
+    assert {"init_model"} < declared.keys() and ("save_checkpoint" in declared) == hasattr(worker, "save_checkpoint")
     assert declared == {name: name for name in declared if hasattr(worker, name)}
 
 

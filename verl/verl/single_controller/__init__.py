@@ -2,6 +2,7 @@
 
 from verl.single_controller.resource_pool import RayResourcePool
 from verl.single_controller.worker import Worker
+from verl.single_controller.worker_future import WorkerFuture, get_together
 from verl.single_controller.worker_group import GroupMethod, RayWorkerGroup, dealt, each, joined
 from verl.single_controller.worker_processes import WorkerLostError
 
@@ -10,8 +11,10 @@ __all__ = [
     "RayResourcePool",
     "RayWorkerGroup",
     "Worker",
+    "WorkerFuture",
     "WorkerLostError",
     "dealt",
     "each",
+    "get_together",
     "joined",
 ]

@@ -30,6 +30,7 @@ class RayResourcePool:
         use_gpu: give each process one GPU.
         cpus_per_process: CPUs (or a fraction of one) reserved for each process.
         max_colocate_count: how many worker groups may share the pool's processes.
+        processes_beside: of other pools on each node, that compute at the same time.
         timeout_s: how long to wait for room that others hold; what is waited for is logged at once.
     """
 
@@ -38,6 +39,7 @@ class RayResourcePool:
     cpus_per_process: float = 1.0
     max_colocate_count: int = 1
     timeout_s: float = 60.0
+    processes_beside: int = 0
     _group: PlacementGroup | None = field(default=None, init=False, repr=False)
     _nodes: list[Node] = field(default_factory=list, init=False, repr=False)
 

@@ -24,7 +24,11 @@ Result = TypeVar("Result")
 
 
 class WorkerFuture(Generic[Result]):
-    """The result of a call that may still run on the workers."""
+    """The result of a call that may still run on the workers.
+
+    Attributes:
+        refs: Ray's of the results of all ranks.
+    """
 
     def __init__(
         self,
@@ -33,7 +37,7 @@ class WorkerFuture(Generic[Result]):
         refs: list[ray.ObjectRef],
         collect: Callable[[list[Any]], Result],
     ) -> None:
-        self._processes, self._method, self._refs, self._collect = processes, method, refs, collect
+        self._processes, self._method, self.refs, self._collect = processes, method, refs, collect
         self._start = time.monotonic()
 
     def get(self) -> Result:
@@ -44,8 +48,8 @@ class WorkerFuture(Generic[Result]):
                 Or others have waited for it in a collective until their time-out.
             Exception: whatever the method raised on a rank.
         """
-        waiting = {ref: rank for rank, ref in enumerate(self._refs)}
-        results: list[Any] = [None] * len(self._refs)
+        waiting = {ref: rank for rank, ref in enumerate(self.refs)}
+        results: list[Any] = [None] * len(self.refs)
         while waiting:
             for ref in ray.wait(list(waiting), num_returns=1)[0]:
                 rank = waiting.pop(ref)
@@ -112,6 +116,39 @@ class WorkerFuture(Generic[Result]):
             return []
         _, running = ray.wait(list(waiting), num_returns=len(waiting), timeout=0, fetch_local=False)
         return sorted(waiting[ref] for ref in running)
+
+
+def get_together(*futures: WorkerFuture[Any]) -> list[Any]:
+    """The results of calls on several groups whose ranks wait for each other.
+
+    Raises:
+        Exception: as `WorkerFuture.get`, for the first call that fails; for a lost worker before those that failed
+            because they waited for it.
+    """
+    waiting = [ref for future in futures for ref in future.refs]
+    failed: set[ray.ObjectRef] = set()
+    while waiting and not failed:
+        ended, waiting = ray.wait(waiting, num_returns=1)
+        failed = {ref for ref in ended if _failure(ref)}
+    if failed and waiting:
+        ray.wait(waiting, num_returns=len(waiting), timeout=LOST_PEER_GRACE_S)
+    lost = {ref for future in futures for ref in future.refs if failed and isinstance(_failure(ref), LOST)}
+    for one in (lost, failed):
+        for future in futures:
+            if not one.isdisjoint(future.refs):
+                future.get()
+    return [future.get() for future in futures]
+
+
+def _failure(ref: ray.ObjectRef) -> Exception | None:
+    """Of a call that has ended; None also of one that runs."""
+    if not ray.wait([ref], timeout=0)[0]:
+        return None
+    try:
+        ray.get(ref)
+    except (*LOST, RayTaskError) as error:
+        return error
+    return None
 
 
 def _is_timeout(error: RayTaskError) -> bool:

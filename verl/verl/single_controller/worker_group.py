@@ -88,6 +88,14 @@ class RayWorkerGroup:
             refs += [worker.run_without_answer.remote(method, *args, **kwargs) for worker in others]
         return WorkerFuture(self.processes, method, refs, lambda results: collect(results[::size]))
 
+    def check(self) -> None:
+        """Wait until all workers answer.
+
+        Raises:
+            WorkerLostError: one of them has died.
+        """
+        self.start("worker_info", [((), {})] * self.world_size, list).get()
+
     def shutdown(self) -> None:
         """End all worker processes, at once."""
         self.processes.shutdown()

@@ -64,20 +64,23 @@ class WorkerProcesses:
         The others would wait for the lost one in a collective, perhaps for half an hour. What other calls then find is
         no loss of its own.
         """
-        return self._abort(f"{self.describe(rank)} was lost in {method}: {' '.join(reason.split())}")
+        return self.abort(WorkerLostError(f"{self.describe(rank)} was lost in {method}: {' '.join(reason.split())}"))
 
     def abort_hung(self, ranks: list[int], method: str) -> WorkerLostError:
         """End all, and return the error that names the ranks for which others waited in a collective of `method` until
         its time-out."""
-        return self._abort(
-            f"{', '.join(map(self.describe, ranks))} did not come to a collective of {method}, where others waited "
-            f"nccl_timeout={self.nccl_timeout_s:g} s"
+        return self.abort(
+            WorkerLostError(
+                f"{', '.join(map(self.describe, ranks))} did not come to a collective of {method}, where others waited "
+                f"nccl_timeout={self.nccl_timeout_s:g} s"
+            )
         )
 
-    def _abort(self, reason: str) -> WorkerLostError:
+    def abort(self, loss: WorkerLostError) -> WorkerLostError:
+        """End all for a loss, perhaps in another group that the run cannot go on without; returns the first one."""
         with self._lock:
             if self.loss is None:
-                self.loss = WorkerLostError(reason)
+                self.loss = loss
                 self.shutdown()
             return self.loss
 
@@ -105,7 +108,7 @@ def _spawn(pool: RayResourcePool, init: partial[Any], env: Mapping[str, str]) ->
     actor_class = ray.remote(init.func)
     workers: list[ActorHandle] = []
     for node in nodes:
-        of_node = node.gloo_interface | _thread_env(node) | dict(env)
+        of_node = node.gloo_interface | _thread_env(node, pool.processes_beside) | dict(env)
         local_world_size = str(len(node.strategies))
         for local_rank, strategy in enumerate(node.strategies):
             ranks = {"RANK": str(len(workers)), "LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": local_world_size}
@@ -118,10 +121,10 @@ def _spawn(pool: RayResourcePool, init: partial[Any], env: Mapping[str, str]) ->
     return workers
 
 
-def _thread_env(node: Node) -> dict[str, str]:
+def _thread_env(node: Node, processes_beside: int = 0) -> dict[str, str]:
     """Threads for what is computed on the CPU, on GPU nodes an offloaded optimiser's step: the processes together use
     each core once, unless the driver's environment says otherwise, and wait without spinning."""
-    fair_share = str(max(1, node.cpu_count // len(node.strategies)))
+    fair_share = str(max(1, node.cpu_count // (len(node.strategies) + processes_beside)))
     return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", fair_share), "OMP_WAIT_POLICY": "PASSIVE"}
 
 

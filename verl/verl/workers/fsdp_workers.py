@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from verl import DataProto
 from verl.checkpoints.adapters import adapter_files
-from verl.models.fsdp import init_distributed, local_device, named_full_tensors
+from verl.models.fsdp import init_distributed, named_full_tensors
 from verl.models.head_start import head_of, standardize_features
 from verl.models.joint_model import JointModel
 from verl.models.loading import build_joint_model, load_tokenizer, loading_dtype
@@ -20,7 +22,7 @@ from verl.models.lora import adapters_off, lora_config
 from verl.models.reference import ReferencePolicy
 from verl.models.ulysses import sequence_parallel_group
 from verl.optim.optimizers import JointOptimizer
-from verl.single_controller import dealt, each, joined
+from verl.single_controller import each, joined
 from verl.trainer.config.schema import ActorRolloutRefConfig, FrozenPlacement
 from verl.utils.first_rank import on_first_rank
 from verl.workers.actor.dp_actor import DataParallelPPOActor, PolicyLogProbs
@@ -29,7 +31,9 @@ from verl.workers.critic_worker import CriticWorker
 from verl.workers.phase_metrics import measure_phase, tokens_of_rank
 from verl.workers.placed_model import Dtypes, PlacedModel
 from verl.workers.rollout import EngineRollout
-from xbai.engine.files import resolve_head_dtype
+from verl.workers.rollout_worker import SamplingWorker, SamplingWorkers
+from verl.workers.weight_transfer import WeightSender
+from xbai.engine.files import read_config, resolve_dtype, resolve_head_dtype
 from xbai.model_files import ModelFiles
 from xbai.sprm import SPRMConfig, load_sprm_config, shift_head, step_feature_mask
 
@@ -38,7 +42,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ActorRolloutRefWorker", "CriticWorker", "PolicyWorkers", "group_sizes"]
 
-Role = Literal["actor_rollout", "actor_rollout_ref"]
+Role = Literal["actor", "actor_ref", "actor_rollout", "actor_rollout_ref"]
+"""What there is beside the policy: an engine, a reference."""
 
 
 def group_sizes(config: ActorRolloutRefConfig) -> dict[str, int]:
@@ -50,16 +55,16 @@ def group_sizes(config: ActorRolloutRefConfig) -> dict[str, int]:
     }
 
 
-class ActorRolloutRefWorker(CheckpointedWorker):
-    """Policy, rollout engine and, in the role `actor_rollout_ref`, the frozen reference policy of one rank: a model of
-    its own, or the base of a policy that has adapters.
+class ActorRolloutRefWorker(CheckpointedWorker, SamplingWorker):
+    """Policy and, by its role, rollout engine and frozen reference policy (a model of its own, or the base of a policy
+    that has adapters) of one rank. Without an engine it sends its weights to `RolloutWorker`s.
 
     The result of every computing method has `meta_info["metrics"]`, the cost of the phase on rank 0 (and for
     `update_actor` the training metrics): pop it before uniting the result with a batch.
 
     Args:
         config: the `actor_rollout_ref` section.
-        role: whether there is a reference.
+        role: what there is.
         total_steps: of the optimisers' schedules.
         seed: of the dropout in the score head; each rank derives its own.
     """
@@ -85,7 +90,7 @@ class ActorRolloutRefWorker(CheckpointedWorker):
         self._policy = PlacedModel(policy, placement, self._build_optimizer)
         sizes, reference_policy = group_sizes(config), None
         sp_group = ref_sp_group = sequence_parallel_group(sizes["train"])
-        if self.role == "actor_rollout_ref":
+        if "ref" in self.role:
             self._reference = self._policy if lora is not None else self._build_reference()
             if sizes["reference"] != sizes["train"]:
                 ref_sp_group = sequence_parallel_group(sizes["reference"])
@@ -102,41 +107,36 @@ class ActorRolloutRefWorker(CheckpointedWorker):
             load_optimizer=not config.actor.optim.no_load_optim,
             seed=self._seed,
         )
-        self._rollout = EngineRollout(config.rollout, config.model, self.tokenizer.pad_token_id, self._sprm_config)
+        model_config = read_config(config.model.path, config.model.trust_remote_code)
+        self._engine_dtype, self._are_sent = resolve_dtype(config.rollout.dtype, model_config), False
+        if self._has_engine:
+            self._rollout = EngineRollout(config.rollout, config.model, self.tokenizer.pad_token_id, self._sprm_config)
 
-    def device_name(self) -> str | None:
-        """Of this rank's GPU, as torch names it."""
-        return torch.cuda.get_device_name() if local_device().type == "cuda" else None
+    def listen(self) -> int:
+        """Have rank 0 keep the store in which it meets the rollout workers; the port where they find it."""
+        if self.rank:
+            return 0
+        self._store = dist.TCPStore(self.worker_info().address, 0, is_master=True, wait_for_workers=False)
+        return self._store.port
 
-    def generate_sequences(self, prompts: DataProto) -> DataProto:
-        """Sample responses with the present policy; see `EngineRollout.generate`.
+    def connect(self, receivers: int) -> None:
+        """Meet so many rollout workers, which connect meanwhile."""
+        if self.rank == 0:
+            self._sender = WeightSender(self._store, 1 + receivers, self.config.nccl_timeout)
 
-        `meta_info["stay_awake"]=True` leaves the engine awake, for another call that follows at once.
-        """
-        with measure_phase("weight_sync") as sync_metrics:
-            sync_metrics |= self._rollout.wake_up(self._policy_weights)
-        with measure_phase("generate") as metrics:
-            output = self._rollout.generate(prompts)
-            metrics["tokens"] = float(output.batch["response_mask"].sum())
-        if not prompts.meta_info.get("stay_awake", False):
-            self._rollout.sleep()
-        output.meta_info["metrics"] |= sync_metrics | metrics
-        return output
+    def weights_are_sent(self) -> bool:
+        """Whether the rollout workers have the present weights."""
+        return self._are_sent
 
-    def proceed(self, unfinished: DataProto, wanted: int) -> DataProto:
-        """Go on with responses under the present policy; see `EngineRollout.proceed`. The engine stays awake, for
-        another call, until `end_rollout`."""
-        with measure_phase("weight_sync") as sync_metrics:
-            sync_metrics |= self._rollout.wake_up(self._policy_weights)
-        with measure_phase("generate") as metrics:
-            output = self._rollout.proceed(unfinished, wanted)
-            metrics["tokens"] = float(sum(map(len, output.non_tensor_batch["token_ids"])))
-        output.meta_info["metrics"] |= sync_metrics | metrics
-        return output
-
-    def end_rollout(self) -> None:
-        """Let the engine sleep."""
-        self._rollout.sleep()
+    def send_weights(self) -> None:
+        """Give them to all rollout workers, which receive meanwhile."""
+        with self._policy_weights() as weights:
+            if self.rank == 0:
+                self._sender.send(weights, self.config.rollout.check_weight_sync)
+            else:
+                # Gathering them is a collective.
+                deque(weights, maxlen=0)
+        self._are_sent = True
 
     def compute_log_prob(self, data: DataProto) -> DataProto:
         """What the update compares with: `old_log_probs`, `entropys` [B, R] and, with a score head,
@@ -159,14 +159,14 @@ class ActorRolloutRefWorker(CheckpointedWorker):
             steps = standardize_features(
                 self._policy.model, lambda: self._actor.compute_log_prob(batch, compute_entropy=False), is_fresh
             )
-        self._rollout.mark_stale()
+        self._mark_changed()
         return DataProto(meta_info={"metrics": {"steps": float(steps)} | metrics})
 
     def shift_step_logits(self, shift: float) -> None:
         """Add `shift` to every logit of the score head, by its bias."""
         with self._policy.on_device():
             shift_head(head_of(self._policy.model), shift)
-        self._rollout.mark_stale()
+        self._mark_changed()
 
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         """`ref_log_prob` [B, R] under the reference policy."""
@@ -190,7 +190,7 @@ class ActorRolloutRefWorker(CheckpointedWorker):
         ):
             metrics["tokens"] = tokens_of_rank(data, group_sizes(self.config)["train"]) * self.config.actor.ppo_epochs
             training_metrics = self._actor.update_policy(data.batch)
-        self._rollout.mark_stale()
+        self._mark_changed()
         return DataProto(meta_info={"metrics": training_metrics | metrics})
 
     def load_checkpoint(self, folder: str) -> None:
@@ -200,7 +200,7 @@ class ActorRolloutRefWorker(CheckpointedWorker):
             UserError: no checkpoint in the folder.
         """
         super().load_checkpoint(folder)
-        self._rollout.mark_stale()
+        self._mark_changed()
 
     def _step_columns(self, data: DataProto) -> dict[str, Tensor]:
         """Where the steps end; nothing without a score head."""
@@ -245,10 +245,24 @@ class ActorRolloutRefWorker(CheckpointedWorker):
     def _reference_on_device(self, wanted: bool) -> AbstractContextManager[None]:
         return self._reference.on_device() if wanted else nullcontext()
 
+    @property
+    def _has_engine(self) -> bool:
+        return "rollout" in self.role
+
+    def _mark_changed(self) -> None:
+        self._are_sent = False
+        if self._has_engine:
+            self._rollout.mark_stale()
+
+    def _wake_up(self) -> dict[str, float]:
+        with measure_phase("weight_sync") as metrics:
+            metrics |= self._rollout.wake_up(self._policy_weights)
+        return metrics
+
     @contextmanager
     def _policy_weights(self) -> Iterator[Iterator[tuple[str, Tensor]]]:
         with self._policy.on_device():
-            yield named_full_tensors(self._policy.model, self._rollout.dtype)
+            yield named_full_tensors(self._policy.model, self._engine_dtype)
 
     def _model_files(self, lora: LoraConfig | None) -> ModelFiles:
         """What travels with the weights: where adapters are on, too."""
@@ -258,14 +272,14 @@ class ActorRolloutRefWorker(CheckpointedWorker):
         return replace(files, contents=files.contents | on_first_rank(lambda: adapter_files(lora, path)))
 
 
-class PolicyWorkers(CheckpointedWorkers):
+class PolicyWorkers(CheckpointedWorkers, SamplingWorkers):
     """The `ActorRolloutRefWorker`s of all ranks, as the driver calls them."""
 
     init_model = each(ActorRolloutRefWorker.init_model)
-    device_name = each(ActorRolloutRefWorker.device_name)
-    generate_sequences = joined(ActorRolloutRefWorker.generate_sequences, group="rollout")
-    proceed = dealt(ActorRolloutRefWorker.proceed, group="rollout")
-    end_rollout = each(ActorRolloutRefWorker.end_rollout)
+    listen = each(ActorRolloutRefWorker.listen)
+    connect = each(ActorRolloutRefWorker.connect)
+    weights_are_sent = each(ActorRolloutRefWorker.weights_are_sent)
+    send_weights = each(ActorRolloutRefWorker.send_weights)
     compute_log_prob = joined(ActorRolloutRefWorker.compute_log_prob, group="train")
     compute_ref_log_prob = joined(ActorRolloutRefWorker.compute_ref_log_prob, group="reference")
     standardize_score_head = joined(ActorRolloutRefWorker.standardize_score_head, group="train", pads=False)

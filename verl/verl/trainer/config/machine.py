@@ -41,7 +41,11 @@ def device_here(trainer: TrainerConfig) -> Literal["cuda", "cpu"]:
 
 def machine_mistakes(trainer: TrainerConfig, ray_init: RayInit) -> Iterator[str]:
     """A line, if there are more processes than this machine has room for, or what cannot act on a cluster."""
-    gpus, cores, wanted = torch.cuda.device_count(), os.cpu_count() or 1, trainer.n_gpus_per_node
+    gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    wanted, separate = trainer.n_gpus_per_node + trainer.rollout_gpus_per_node, trainer.rollout_gpus_per_node
+    key = f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}"
+    if separate:
+        key += f" with trainer.rollout_gpus={trainer.rollout_gpus}"
     is_auto, is_cluster = trainer.device == "auto", on_cluster(trainer)
     if is_auto and is_cluster and not gpus:
         yield (
@@ -49,15 +53,10 @@ def machine_mistakes(trainer: TrainerConfig, ray_init: RayInit) -> Iterator[str]
             "RAY_ADDRESS) set it to cuda or cpu"
         )
     elif is_auto and not gpus and wanted > cores:
-        yield (
-            f"trainer.n_gpus_per_node={wanted} needs {wanted} GPUs a machine; this one has none, and {cores} CPU "
-            f"cores; {SMALL}"
-        )
+        yield f"{key} needs {wanted} GPUs a machine; this one has none, and {cores} CPU cores; {SMALL}"
     elif device_here(trainer) == "cuda" and not is_cluster and gpus < wanted:
-        less = f"set trainer.n_gpus_per_node={gpus}, or " if gpus else ""
-        yield (
-            f"trainer.n_gpus_per_node={wanted} needs {wanted} GPUs; this machine has {gpus or 'none'}; {less}{SMALL}"
-        )
+        less = f"set trainer.n_gpus_per_node={gpus - separate}, or " if gpus > separate else ""
+        yield f"{key} needs {wanted} GPUs; this machine has {gpus or 'none'}; {less}{SMALL}"
     if ray_init.num_cpus is not None and is_cluster:
         yield f"ray_init.num_cpus={ray_init.num_cpus} cannot act on a Ray cluster that runs already"
 

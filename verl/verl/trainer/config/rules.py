@@ -55,7 +55,7 @@ def rule_mistakes(config: PPOConfig, policy: Shape, critic: Shape) -> Iterator[s
     yield from _policy_loss(config)
     for name in (f"{ACTOR}.fsdp_config", f"{ROOT}.ref.fsdp_config", "critic.model.fsdp_config"):
         yield from _placement(name, value_at(config, name), trainer.processes)
-    yield from _rollout(root.rollout, trainer.n_gpus_per_node, policy)
+    yield from _rollout(root.rollout, trainer, policy)
     yield from _batches(config, policy, critic)
     yield from _room(config, policy)
     if config.algorithm.adv_estimator in ("grpo", "rloo") and root.rollout.n < 2:
@@ -133,7 +133,7 @@ def _placement(name: str, section: FrozenPlacement, processes: int) -> Iterator[
         )
 
 
-def _rollout(rollout: RolloutConfig, ranks_of_node: int, shape: Shape) -> Iterator[str]:
+def _rollout(rollout: RolloutConfig, trainer: TrainerConfig, shape: Shape) -> Iterator[str]:
     name = f"{ROOT}.rollout"
     if rollout.mode == "async":
         yield f"{name}.mode=async is for verl's agent loops, which this trainer does not have; use mode=sync or partial"
@@ -144,12 +144,19 @@ def _rollout(rollout: RolloutConfig, ranks_of_node: int, shape: Shape) -> Iterat
         )
     yield from _sampling(name, rollout)
     yield from _sampling(f"{name}.val_kwargs", rollout.val_kwargs)
-    if (size := rollout.tensor_model_parallel_size) > 1 and rollout.name == "vllm":
+    size, rollout_gpus, nodes = rollout.tensor_model_parallel_size, trainer.rollout_gpus, trainer.nnodes
+    if rollout_gpus % (nodes * size):
+        yield (
+            f"trainer.rollout_gpus={rollout_gpus} must be a multiple of trainer.nnodes * "
+            f"rollout.tensor_model_parallel_size = {nodes} * {size}: each machine has as many, and ranks that share an "
+            "engine are on one"
+        )
+    if size > 1 and rollout.name == "vllm":
         key = f"{name}.tensor_model_parallel_size={size}"
-        if ranks_of_node % size:
+        if not rollout_gpus and trainer.n_gpus_per_node % size:
             yield (
-                f"{key} must divide trainer.n_gpus_per_node={ranks_of_node}: ranks that share an engine are on one "
-                "machine"
+                f"{key} must divide trainer.n_gpus_per_node={trainer.n_gpus_per_node}: ranks that share an engine are "
+                "on one machine"
             )
         else:
             yield from told(check_tensor_parallel_size, size, shape, key)
@@ -255,15 +262,26 @@ def _no_room(data: DataConfig, key: str, bound: int | None) -> Iterator[str]:
 def _pooled(config: PPOConfig) -> Iterator[str]:
     """Of groups that wait, go on in another step, or are replaced."""
     root, algorithm = config.actor_rollout_ref, config.algorithm
-    carries, filters = root.rollout.carries, algorithm.filter_groups.enable
-    filter_key = "algorithm.filter_groups.enable=true"
-    for key, is_asked in ((f"{ROOT}.rollout.mode=partial", carries), (filter_key, filters)):
+    filters, filter_key = algorithm.filter_groups.enable, "algorithm.filter_groups.enable=true"
+    separate = f"trainer.rollout_gpus={config.trainer.rollout_gpus}"
+    stale = {f"{ROOT}.rollout.mode=partial": root.rollout.carries, separate: config.one_step_off}
+    for key, is_asked in {**stale, filter_key: filters}.items():
         if is_asked and algorithm.adv_estimator == "remax":
-            yield f"{key} cannot act with algorithm.adv_estimator=remax, which samples a baseline for a step's prompts"
-    if carries and root.actor.importance_sampling is None:
+            otherwise = f"; with {ROOT}.rollout.max_staleness=0 it can" if key == separate else ""
+            yield (
+                f"{key} cannot act with algorithm.adv_estimator=remax, which samples a baseline for a step's prompts"
+                f"{otherwise}"
+            )
+    if any(stale.values()) and root.actor.importance_sampling is None:
+        otherwise = f", or {ROOT}.rollout.max_staleness=0" if config.one_step_off else ""
         yield (
-            f"{ROOT}.rollout.mode=partial trains on tokens of earlier policies, which needs importance weights: set "
-            f"{ACTOR}.rollout_is=token, or sequence"
+            f"{' and '.join(key for key in stale if stale[key])} trains on tokens of earlier policies, which needs "
+            f"importance weights: set {ACTOR}.rollout_is=token, or sequence{otherwise}"
+        )
+    if all(stale.values()) and root.rollout.max_staleness == 1:
+        yield (
+            f"{ROOT}.rollout.max_staleness=1 lets no response go on in another step with {separate}, which is one step "
+            f"ahead: set it to 2 or more, or {ROOT}.rollout.mode=sync"
         )
     if filters and root.rollout.n < 2:
         yield f"{ROOT}.rollout.n={root.rollout.n}: {filter_key} compares the responses to a prompt and needs at least 2"

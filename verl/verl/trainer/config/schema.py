@@ -274,6 +274,16 @@ class ValidationSampling(Sampling):
 _WITH_PARTIAL = ActsWith(
     f"{ROOT}.rollout.mode", ("partial",), "cannot act with rollout.mode={}, only with partial; leave it at its default"
 )
+_WITH_STALENESS = ActsWith(
+    "may_be_stale",
+    (True,),
+    "acts only with rollout.mode=partial or trainer.rollout_gpus above 0; leave it at its default",
+)
+_COLOCATED = ActsWith(
+    "trainer.rollout_gpus",
+    (0,),
+    "cannot act with trainer.rollout_gpus={}, with which engines never sleep; leave it at its default",
+)
 
 
 class RolloutConfig(Sampling):
@@ -282,7 +292,7 @@ class RolloutConfig(Sampling):
     name: Literal["vllm", "hf"]
     mode: Literal["sync", "partial", "async"]
     over_sampling: Annotated[Coefficient, _WITH_PARTIAL]
-    max_staleness: Annotated[Whole, Field(ge=0, description="must not be below 0"), _WITH_PARTIAL]
+    max_staleness: Annotated[Whole, Field(ge=0, description="must not be below 0"), _WITH_STALENESS]
     prompt_length: Positive
     response_length: Positive
     temperature: PositiveNumber
@@ -293,8 +303,8 @@ class RolloutConfig(Sampling):
     max_model_len: Positive | None
     dtype: ServedDtype
     enforce_eager: Annotated[Flag | None, WITH_VLLM]
-    free_cache_engine: Annotated[Flag, ON_GPU, WITH_VLLM]
-    sleep_level: Annotated[Literal[1, 2], ON_GPU, WITH_VLLM]
+    free_cache_engine: Annotated[Flag, ON_GPU, WITH_VLLM, _COLOCATED]
+    sleep_level: Annotated[Literal[1, 2], ON_GPU, WITH_VLLM, _COLOCATED]
     check_weight_sync: Flag
     ignore_eos: Flag
     log_prob_micro_batch_size_per_gpu: Positive
@@ -421,6 +431,7 @@ class TrainerConfig(Section):
     device: Literal["auto", "cuda", "cpu"]
     nnodes: Positive
     n_gpus_per_node: Positive
+    rollout_gpus: Annotated[Whole, Field(ge=0, description="must not be below 0")]
     device_tflops: PositiveNumber | None
     seed: Whole
     total_epochs: Positive
@@ -449,8 +460,13 @@ class TrainerConfig(Section):
 
     @property
     def processes(self) -> int:
-        """Of the whole job."""
+        """Of the whole job, that train."""
         return self.nnodes * self.n_gpus_per_node
+
+    @property
+    def rollout_gpus_per_node(self) -> int:
+        """Of those with rollout engines alone."""
+        return self.rollout_gpus // self.nnodes
 
 
 class RayInit(Section):
@@ -489,9 +505,19 @@ class PPOConfig(Section):
         return self.algorithm.adv_estimator == "gae"
 
     @property
+    def may_be_stale(self) -> bool:
+        """Whether `rollout.max_staleness` decides if steps train on rollouts of earlier policies."""
+        return self.actor_rollout_ref.rollout.mode == "partial" or self.trainer.rollout_gpus > 0
+
+    @property
+    def one_step_off(self) -> bool:
+        """Whether a step's rollouts are sampled while the step before it trains."""
+        return self.trainer.rollout_gpus > 0 and self.actor_rollout_ref.rollout.max_staleness > 0
+
+    @property
     def pools_rollouts(self) -> bool:
         """Whether a step's rollouts come out of a pool, not of one batch of prompts."""
-        return self.actor_rollout_ref.rollout.carries or self.algorithm.filter_groups.enable
+        return self.actor_rollout_ref.rollout.carries or self.algorithm.filter_groups.enable or self.one_step_off
 
     @property
     def reference_use(self) -> ReferenceUse:

@@ -27,6 +27,7 @@ from verl.trainer.planning.memory_estimate import (
 )
 from verl.trainer.planning.model_shapes import ModelShape, config_of, shape_of
 from verl.trainer.planning.passes import Pass, passes
+from verl.workers.weight_transfer import BUCKET_BYTES
 
 GPUS_GIB = {
     "24 GB (RTX 4090, L4)": 23.5,
@@ -93,6 +94,11 @@ class PhaseMemory:
         )
 
     @property
+    def is_separate(self) -> bool:
+        """Whether rollouts have GPUs of their own."""
+        return self.config.trainer.rollout_gpus > 0
+
+    @property
     def on_gpu(self) -> bool:
         """Whether the run is one on GPUs."""
         return self.config.trainer.device != "cpu"
@@ -129,14 +135,22 @@ class PhaseMemory:
 
     @cached_property
     def phases(self) -> dict[str, Components]:
-        """Bytes by phase and component, each phase at its highest moment."""
+        """Bytes by phase and component, each phase at its highest moment; where rollouts have GPUs of their own, the
+        first one is of those."""
         use, own = self.config.reference_use, self.config.critic.model.enable_gradient_checkpointing
         # The largest tensor, gathered, beside the pieces that it is put together from.
         tensor = {"tensor on its way": 2.0 * self.shape.embedding_parameters * self._engine_width}
-        found = {
-            "rollout": self._resident() | self._engine(with_cache=True),
-            "weight sync": self._resident("policy") | self._engine(with_cache=False) | tensor,
-        }
+        if self.is_separate:
+            tensor["bucket"] = float(BUCKET_BYTES)
+            found = {
+                "rollout": self._engine(with_cache=True) | tensor,
+                "weight sync": self._resident("policy") | tensor,
+            }
+        else:
+            found = {
+                "rollout": self._resident() | self._engine(with_cache=True),
+                "weight sync": self._resident("policy") | self._engine(with_cache=False) | tensor,
+            }
         if self.passes["log-prob"].per_step:
             found["log-prob"] = self._forward("log-prob", "policy")
         found["update"] = self._update("update", "policy", self.checkpointing)
@@ -150,6 +164,8 @@ class PhaseMemory:
             found["values"] = self._forward("values", "critic")
             checkpointing = self.checkpointing if own == "auto" else own
             found["critic update"] = self._update("critic update", "critic", checkpointing)
+        if self.is_separate:
+            return found
         kept = self._cuda_graphs() if self._engine_sleeps else self._engine(with_cache=True)
         return {phase: components | kept for phase, components in found.items()}
 
@@ -244,7 +260,8 @@ class PhaseMemory:
 
     @property
     def _engine_sleeps(self) -> bool:
-        return self.on_gpu and self._rollout.name == "vllm" and self._rollout.free_cache_engine
+        is_awake = self.is_separate or not self._rollout.free_cache_engine
+        return self.on_gpu and self._rollout.name == "vllm" and not is_awake
 
     @property
     def sleeping_weights(self) -> float:
@@ -311,7 +328,8 @@ def _remedies(memory: PhaseMemory) -> Iterator[dict[str, Any]]:
     """Changes that save memory, those that cost least speed first."""
     rollout, longest = memory.config.actor_rollout_ref.rollout, memory.config.data.longest
     sp_size = memory.config.actor_rollout_ref.actor.ulysses_sequence_parallel_size
-    yield {f"{ROOT}.rollout.free_cache_engine": True}
+    if not memory.is_separate:
+        yield {f"{ROOT}.rollout.free_cache_engine": True}
     yield {f"{ACTOR}.fsdp_config.fsdp_size": -1, f"{ROOT}.ref.fsdp_config.fsdp_size": -1}
     yield {f"{ROOT}.model.use_remove_padding": True}
     yield {f"{ROOT}.model.enable_gradient_checkpointing": True}
@@ -330,9 +348,11 @@ def _remedies(memory: PhaseMemory) -> Iterator[dict[str, Any]]:
     for share in (0.8, 0.7, 0.6, 0.5, 0.4):
         if share < rollout.gpu_memory_utilization:
             yield {f"{ROOT}.rollout.gpu_memory_utilization": share}
-    for size in _divisors(memory, rollout.tensor_model_parallel_size):
+    trainer = memory.config.trainer
+    sharers = trainer.rollout_gpus_per_node if memory.is_separate else trainer.n_gpus_per_node
+    for size in _divisors(memory, rollout.tensor_model_parallel_size, sharers):
         yield {f"{ROOT}.rollout.tensor_model_parallel_size": size}
-    for size in _divisors(memory, sp_size):
+    for size in _divisors(memory, sp_size, trainer.n_gpus_per_node):
         yield {
             f"{ROOT}.model.use_remove_padding": True,
             f"{ACTOR}.ulysses_sequence_parallel_size": size,
@@ -356,7 +376,7 @@ def _update_budget(tokens: int) -> dict[str, Any]:
     return {f"{ACTOR}.use_dynamic_bsz": True, f"{ACTOR}.ppo_max_token_len_per_gpu": tokens}
 
 
-def _divisors(memory: PhaseMemory, at_present: int) -> list[int]:
+def _divisors(memory: PhaseMemory, at_present: int, gpus: int) -> list[int]:
     """Larger group sizes that divide a node's GPUs and the model's heads (fewer key heads than ranks are repeated)."""
-    divided = (memory.config.trainer.n_gpus_per_node, memory.shape.heads)
+    divided = (gpus, memory.shape.heads)
     return [size for size in (2, 4, 8) if size > at_present and not any(number % size for number in divided)]

@@ -48,8 +48,10 @@ def dry_run(composed: DictConfig) -> tuple[str, list[str]]:
     # Whether checkpointing is left out depends on the GPU, and the estimate is for several.
     config, choices = resolve_auto(config, None) if on_cpu else resolve(config, KERNELS)
     what = "processes on CPU" if on_cpu else "GPUs"
+    trainer = config.trainer
+    for_rollouts = f" for training and {trainer.rollout_gpus} for rollouts" if trainer.rollout_gpus else ""
     sections = [
-        f"Dry run: {config.trainer.nnodes} x {config.trainer.n_gpus_per_node} {what}; nothing is started.",
+        f"Dry run: {trainer.nnodes} x {trainer.n_gpus_per_node} {what}{for_rollouts}; nothing is started.",
         "The resolved configuration:\n\n" + OmegaConf.to_yaml(OmegaConf.merge(composed, asdict(config))).rstrip(),
         "\n".join(f"not found here: {line}" for line in missing),
         "\n".join(choices),
@@ -102,7 +104,8 @@ def _memory(config: PPOConfig) -> str:
         shown = next((name for name, memory in sizes.items() if memory.excess <= 0), COMMON_GPU)
         memory = sizes[shown]
         caption, verdict = f"Memory of one GPU with {shown}", f"{_highest(memory)}\n{_verdict(sizes)}"
-    caption += ", in GiB; each phase at its highest:"
+    caption += ", in GiB; each phase at its highest"
+    caption += " (rollout: of one for rollouts, which holds the engine alone):" if memory.is_separate else ":"
     tables = [caption, _table_of(memory.phases, "with CUDA, NCCL, fragments", memory.peaks), _micro_batch(memory)]
     return "\n\n".join([size, *tables, _host_memory(memory), verdict])
 

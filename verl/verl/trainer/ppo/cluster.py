@@ -66,7 +66,7 @@ def start_ray(config: PPOConfig) -> None:
     num_cpus = config.ray_init.num_cpus
     if num_cpus is None and trainer.device == "cpu":
         # Processes on CPU may be more than the cores; Ray must not wait for cores that will never be there.
-        num_cpus = max(os.cpu_count() or 1, trainer.n_gpus_per_node)
+        num_cpus = max(os.cpu_count() or 1, trainer.n_gpus_per_node + trainer.rollout_gpus_per_node)
     folder = get_default_system_temp_dir()
     if not Path(folder).is_absolute():
         raise UserError(

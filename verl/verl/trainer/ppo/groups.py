@@ -1,4 +1,4 @@
-"""The worker groups of a run: one process a GPU for the policy, and one beside it for a critic."""
+"""The worker groups of a run: one process a GPU for the policy, one beside it for a critic, others for rollouts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,20 @@ from verl.trainer.config.schema import ActorRolloutRefConfig, PPOConfig
 from verl.trainer.ppo.cluster import check_shared_folder, worker_env
 from verl.workers.critic_worker import CriticWorker, CriticWorkers
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, PolicyWorkers, Role, group_sizes
+from verl.workers.rollout_worker import RolloutWorker, RolloutWorkers
 from xbai.engine.files import read_config
 from xbai.engine.weight_files import check_weights
 from xbai.sprm import load_score_head, load_sprm_config
 
 logger = logging.getLogger(__name__)
+
+_ROLES: dict[tuple[bool, bool], Role] = {
+    (False, False): "actor",
+    (False, True): "actor_ref",
+    (True, False): "actor_rollout",
+    (True, True): "actor_rollout_ref",
+}
+"""By whether there is an engine, and a reference."""
 
 
 def check_loadable(policy: ActorRolloutRefConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -42,6 +51,7 @@ def worker_pool(config: PPOConfig, groups: int) -> RayResourcePool:
         use_gpu=trainer.device == "cuda",
         max_colocate_count=groups,
         timeout_s=config.ray_init.timeout_s,
+        processes_beside=trainer.rollout_gpus_per_node,
     )
     if trainer.nnodes > 1:
         check_shared_folder(trainer.default_local_dir, pool)
@@ -49,14 +59,37 @@ def worker_pool(config: PPOConfig, groups: int) -> RayResourcePool:
     return pool
 
 
+def rollout_pool(config: PPOConfig) -> RayResourcePool:
+    """Where `trainer.rollout_gpus` processes run."""
+    trainer = config.trainer
+    pool = RayResourcePool(
+        [trainer.rollout_gpus_per_node] * trainer.nnodes,
+        use_gpu=trainer.device == "cuda",
+        timeout_s=config.ray_init.timeout_s,
+        processes_beside=trainer.n_gpus_per_node,
+    )
+    logger.info("starting %d rollout processes on %s", pool.world_size, trainer.device)
+    return pool
+
+
 def policy_workers(config: PPOConfig, pool: RayResourcePool, total_steps: int) -> PolicyWorkers:
-    """Start the processes of policy, rollout engine and, where it is needed, reference."""
+    """Start the processes of policy and, where they are needed, reference and rollout engine."""
     trainer, policy = config.trainer, config.actor_rollout_ref
-    role: Role = "actor_rollout_ref" if any(config.reference_use) else "actor_rollout"
+    role: Role = _ROLES[trainer.rollout_gpus == 0, any(config.reference_use)]
     updates = max(1, total_steps - trainer.critic_warmup)
     init = partial(ActorRolloutRefWorker, policy, role, updates, trainer.seed)
     env, sizes = worker_env(trainer.device == "cuda"), group_sizes(policy)
+    if trainer.rollout_gpus:
+        del sizes["rollout"]
     return PolicyWorkers(pool, init, role, env, sizes, nccl_timeout_s=policy.nccl_timeout)
+
+
+def rollout_workers(config: PPOConfig, pool: RayResourcePool) -> RolloutWorkers:
+    """Start the processes of rollout engines alone."""
+    policy = config.actor_rollout_ref
+    init, env = partial(RolloutWorker, policy), worker_env(config.trainer.device == "cuda")
+    sizes = {"rollout": policy.rollout.tensor_model_parallel_size}
+    return RolloutWorkers(pool, init, "rollout", env, sizes, nccl_timeout_s=policy.nccl_timeout)
 
 
 def critic_workers(config: PPOConfig, pool: RayResourcePool, total_steps: int) -> CriticWorkers:

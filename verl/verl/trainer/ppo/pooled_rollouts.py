@@ -11,13 +11,15 @@ from verl.trainer.config.schema import ROOT, PPOConfig
 from verl.trainer.ppo.metrics import timed
 from verl.trainer.ppo.rollout_pool import RolloutPool
 from verl.workers.batching.seqlen_balancing import balanced_partitions
-from verl.workers.fsdp_workers import PolicyWorkers
 from verl.workers.reward_manager.manager import NaiveRewardManager
+from verl.workers.rollout_worker import SamplingWorkers
 from xbai.errors import UserError
 from xbai.grading import Grade
 
 Batches = Iterator[Mapping[str, Any]]
 """Columns of prompts, as the loader gives them, without end."""
+Rollouts = tuple[DataProto, list[Grade] | None]
+"""A step's batch, with the grades of its rows, where it was sampled by them."""
 
 
 class PooledRollouts:
@@ -32,6 +34,8 @@ class PooledRollouts:
 
     With dynamic sampling, finished groups that are all right or all wrong leave the pool, and others take their place.
 
+    Where rollouts are one step off, a step's are sampled by `fill` while the one before it trains.
+
     Args:
         config: the trainer's whole configuration.
         pool: what is in flight.
@@ -41,20 +45,32 @@ class PooledRollouts:
     def __init__(self, config: PPOConfig, pool: RolloutPool, reward_manager: NaiveRewardManager) -> None:
         self._pool, self._reward_manager = pool, reward_manager
         self._rollout, self._filter = config.actor_rollout_ref.rollout, config.algorithm.filter_groups
-        self._size = config.data.train_batch_size
+        self._size, self._is_ahead = config.data.train_batch_size, config.one_step_off
         self._in_flight = self._size + math.ceil(self._rollout.over_sampling * self._size)
 
-    def next(
-        self, batches: Batches, workers: PolicyWorkers, step: int, metrics: dict[str, float]
-    ) -> tuple[DataProto, list[Grade] | None]:
-        """The rollouts that train in `step`, with the grades of those that have some; adds to `metrics`.
+    def next(self, batches: Batches, workers: SamplingWorkers, step: int, metrics: dict[str, float]) -> Rollouts:
+        """The rollouts that train in `step`, sampled by its policy; adds to `metrics`.
 
         Raises:
             UserError: too few groups have a signal.
         """
+        self.fill(batches, workers, step, step)
+        return self.take(step, metrics)
+
+    def is_filled(self, step: int) -> bool:
+        """Whether `take` has the rollouts of this step."""
+        return self._pool.filled is not None and self._pool.filled[0] == step
+
+    def fill(self, batches: Batches, workers: SamplingWorkers, step: int, version: int) -> None:
+        """Have the pool hold the rollouts that train in `step`, by the policy of the step `version`.
+
+        Raises:
+            UserError: too few groups have a signal.
+        """
+        metrics: dict[str, float] = {}
         ended = graded = dropped = 0
         while True:
-            self._sample(batches, workers, step, metrics)
+            self._sample(batches, workers, version, metrics)
             if self._rollout.carries:
                 ended += self._pool.end_older_than(step - self._rollout.max_staleness + 1)
             if self._filter.enable:
@@ -64,19 +80,31 @@ class PooledRollouts:
                 break
             self._check_bound(graded, len(ready))
         workers.end_rollout()
-        groups = ready[: self._size]
+        if self._rollout.carries:
+            metrics["rollout/ended_by_staleness"] = float(ended)
+        if self._filter.enable:
+            metrics["rollout/gen_batches"] = graded / self._size
+            metrics["rollout/groups_without_signal"] = float(dropped)
+        self._pool.filled = step, metrics
+
+    def take(self, step: int, metrics: dict[str, float]) -> Rollouts:
+        """Take what `fill` was asked for out of the pool; adds to `metrics`."""
+        if self._pool.filled is None or not self.is_filled(step):
+            raise RuntimeError(f"the rollouts of step {step} were not sampled")
+        (_, sampling), self._pool.filled = self._pool.filled, None
+        metrics |= sampling
+        groups = self._pool.finished[: self._size]
         batch = self._pool.batch(groups)
         # What a step without partial rollouts has left would be of an older policy in the next one.
         self._pool.remove(groups if self._rollout.carries else self._pool.groups)
-        if self._rollout.carries:
-            metrics |= self._carried(batch, step) | {"rollout/ended_by_staleness": float(ended)}
-        if not self._filter.enable:
+        if self._rollout.carries or self._is_ahead:
+            metrics |= self._carried(batch, step)
+        # A checkpoint has none.
+        if any(group.grades is None for group in groups):
             return batch, None
-        metrics["rollout/gen_batches"] = graded / self._size
-        metrics["rollout/groups_without_signal"] = float(dropped)
         return batch, [grade for group in groups for grade in group.grades or ()]
 
-    def _sample(self, batches: Batches, workers: PolicyWorkers, step: int, metrics: dict[str, float]) -> None:
+    def _sample(self, batches: Batches, workers: SamplingWorkers, version: int, metrics: dict[str, float]) -> None:
         """Go on with what is in flight until the groups are there that are missing."""
         pool, ready = self._pool, len(self._pool.finished)
         in_flight = self._in_flight if self._rollout.carries else ready + self._size
@@ -91,7 +119,7 @@ class PooledRollouts:
         with timed("rollout", spent):
             answers = workers.proceed([pool.requests(part) for part in parts], wanted)
         for part, answer in zip(parts, answers, strict=True):
-            pool.extend(part, answer, step)
+            pool.extend(part, answer, version)
         add_times(metrics, answers[0].meta_info["metrics"] | spent)
 
     def _drop_without_signal(self, metrics: dict[str, float]) -> tuple[int, int]:

@@ -16,7 +16,14 @@ from verl.trainer.config.schema import AlgorithmConfig, PPOConfig
 from verl.trainer.ppo.cluster import lost_head, start_ray
 from verl.trainer.ppo.core_algos import KLController, compute_advantages, kl_penalty
 from verl.trainer.ppo.data import PromptData
-from verl.trainer.ppo.groups import check_loadable, critic_workers, policy_workers, worker_pool
+from verl.trainer.ppo.groups import (
+    check_loadable,
+    critic_workers,
+    policy_workers,
+    rollout_pool,
+    rollout_workers,
+    worker_pool,
+)
 from verl.trainer.ppo.head_start import HeadStart
 from verl.trainer.ppo.metrics import (
     ValidationResult,
@@ -26,14 +33,16 @@ from verl.trainer.ppo.metrics import (
     train_metrics,
     validation_metrics,
 )
+from verl.trainer.ppo.one_step_off import OneStepOff
 from verl.trainer.ppo.phases import PROMPT_KEYS, Phases
 from verl.trainer.ppo.policy_columns import add_policy_columns
-from verl.trainer.ppo.pooled_rollouts import Batches, PooledRollouts
+from verl.trainer.ppo.pooled_rollouts import Batches, PooledRollouts, Rollouts
 from verl.trainer.ppo.profiled_steps import ProfiledSteps
 from verl.trainer.ppo.progress import progress_bar
 from verl.trainer.ppo.rollout_pool import RolloutPool
 from verl.trainer.ppo.run_state import RunState
 from verl.trainer.ppo.samples import Samples
+from verl.trainer.ppo.separate_engines import SeparateEngines
 from verl.trainer.ppo.utilisation import Utilisation
 from verl.trainer.score_watch import UncountedClassWatch
 from verl.utils.tracking import Tracking
@@ -44,6 +53,7 @@ from verl.workers.critic_worker import CriticWorkers
 from verl.workers.fsdp_workers import PolicyWorkers
 from verl.workers.reward_manager import REWARD_MANAGERS, PendingReward, Reward
 from verl.workers.reward_manager.manager import Purpose
+from verl.workers.rollout_worker import RolloutWorkers, SamplingWorkers
 from xbai.engine.end_tokens import end_token_ids
 from xbai.grading import Grade
 from xbai.sprm import StepCounts, trajectory_scores
@@ -66,6 +76,8 @@ class RayPPOTrainer:
     """
 
     _workers: PolicyWorkers
+    _samplers: SamplingWorkers
+    """The same, or `_rollout_workers`."""
     _utilisation: Utilisation
 
     def __init__(self, config: PPOConfig, fetches: bool = True) -> None:
@@ -89,6 +101,9 @@ class RayPPOTrainer:
         loss = JointLoss(config.actor_rollout_ref)
         self._score_objective, self._update_keys = loss.score, loss.batch_keys(config.needs_old_log_probs)
         self._critic: CriticWorkers | None = None
+        self._rollout_workers: RolloutWorkers | None = None
+        self._engines: SeparateEngines | None = None
+        self._one_step_off: OneStepOff | None = None
         # The groups that have started, by the name of their part of a checkpoint.
         self._groups: dict[str, CheckpointedWorkers] = {}
 
@@ -113,11 +128,18 @@ class RayPPOTrainer:
         total_steps, has_critic = self._data.total_steps, self.config.has_critic
         pool = worker_pool(self.config, groups=2 if has_critic else 1)
         self._groups["actor"] = self._workers = policy_workers(self.config, pool, total_steps)
-        self._workers.init_model()
+        if self.config.trainer.rollout_gpus:
+            self._rollout_workers = rollout_workers(self.config, rollout_pool(self.config))
+            self._engines = SeparateEngines(self._workers, self._rollout_workers)
+        else:
+            self._workers.init_model()
+        self._samplers = self._rollout_workers or self._workers
         self._utilisation = Utilisation(self.config, self._workers.device_name()[0])
         if has_critic:
             self._groups["critic"] = self._critic = critic_workers(self.config, pool, total_steps)
             self._critic.init_model()
+        if self.config.one_step_off and self._pooled is not None and self._engines is not None:
+            self._one_step_off = OneStepOff(self._pooled, self._engines, self._groups.values(), total_steps)
 
     def fit(self) -> None:
         """Train from the resumed step to the last one, validating, logging and saving on the way."""
@@ -140,6 +162,7 @@ class RayPPOTrainer:
                 tracking.log_samples(self._samples.shown, self.step)
                 # After logging: what a checkpoint stands for is never missing from the logs.
                 if self._is_due(trainer.save_freq):
+                    self._settle()
                     self._run_state.save(self.step, self._groups)
                 report(self.step, metrics)
         self._run_state.finish()
@@ -152,11 +175,12 @@ class RayPPOTrainer:
         actor, reference_use = self.config.actor_rollout_ref.actor, self.config.reference_use
         baseline: PendingReward | None = None
         if self._pooled is not None:
-            batch, grades = self._pooled.next(batches, self._workers, self.step, metrics)
+            batch, grades = self._pooled_rollouts(self._pooled, batches, metrics)
             pending = self._launch_grading(batch, "training", grades)
         else:
             prompts = self._data.seeded(next(batches), self.step)
             needs_baseline = self.config.algorithm.adv_estimator == "remax"
+            self._bring_weights(metrics)
             with timed("rollout", metrics):
                 batch = self._generate(prompts, self._rollout.n, metrics, stay_awake=needs_baseline)
             pending = self._launch_grading(batch, "training")
@@ -202,7 +226,9 @@ class RayPPOTrainer:
         """Sample the validation set as `rollout.val_kwargs` say, with the same seeds every time."""
         n = self._rollout.val_kwargs.n
         timing: dict[str, float] = {}
+        self._settle()
         with timed("validate", timing):
+            self._bring_weights({})
             batches = self._data.validation_batches(self.config.data.val_batch_size)
             results = [self._validate_batch(prompts, n) for prompts in batches]
         return validation_metrics(results, n) | timing
@@ -217,16 +243,34 @@ class RayPPOTrainer:
         """End graders, workers and this run's part in Ray; a checkpoint being written gets a little time."""
         self._reward_manager.close()
         self._run_state.close()
-        for group in self._groups.values():
+        for group in filter(None, (*self._groups.values(), self._rollout_workers)):
             group.shutdown()
+        if self._one_step_off is not None:
+            self._one_step_off.close()
         ray.shutdown()
+
+    def _pooled_rollouts(self, pooled: PooledRollouts, batches: Batches, metrics: dict[str, float]) -> Rollouts:
+        if self._one_step_off is not None:
+            return self._one_step_off.next(batches, self.step, metrics)
+        self._bring_weights(metrics)
+        return pooled.next(batches, self._samplers, self.step, metrics)
+
+    def _bring_weights(self, metrics: dict[str, float]) -> None:
+        """To engines in processes of their own; others fetch the weights themselves."""
+        if self._engines is not None:
+            self._engines.update(metrics)
+
+    def _settle(self) -> None:
+        """Have no rollouts under way."""
+        if self._one_step_off is not None:
+            self._one_step_off.settle()
 
     def _generate(self, prompts: DataProto, n: int, metrics: dict[str, float], **meta_info: Any) -> DataProto:
         """Sample `n` responses a prompt; the rows of one prompt lie next to each other. `kinds` [B] tells which are the
         same (see `DistinctRows`)."""
         request = prompts.select(PROMPT_KEYS, ["seed"])
         request.meta_info |= {"n": n, **meta_info}
-        responses = self._workers.generate_sequences(request)
+        responses = self._samplers.generate_sequences(request)
         metrics |= responses.meta_info.pop("metrics")
         responses.batch["kinds"] = DistinctRows.of(responses.batch).kinds
         return DataProto(non_tensor_batch=prompts.non_tensor_batch).repeat(n).union(DataProto(responses.batch))

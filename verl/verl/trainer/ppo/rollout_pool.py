@@ -40,7 +40,7 @@ class Response:
     log_probs: np.ndarray = field(default_factory=_no_numbers)
     """Of each token under the policy that sampled it."""
     versions: np.ndarray = field(default_factory=_no_integers)
-    """Which policy that was: the step it sampled for."""
+    """Which policy that was: the step that trains it."""
     step_scores: np.ndarray = field(default_factory=_no_numbers)
     """Of its steps, by the heads of those policies, where the engine has them."""
     has_ended: bool = False
@@ -80,6 +80,7 @@ class RolloutPool:
     Attributes:
         groups: all of them.
         drawn: how many batches of prompts have come.
+        filled: the step whose rollouts are all here, where they were sampled ahead of it, and the metrics of that.
     """
 
     def __init__(self, config: PPOConfig, data: PromptData) -> None:
@@ -87,6 +88,7 @@ class RolloutPool:
         self._data, self._shape = data, (rollout.n, rollout.response_length)
         self.groups: list[Group] = []
         self.drawn = 0
+        self.filled: tuple[int, dict[str, float]] | None = None
         self._has_scores = False
 
     def add(self, columns: Mapping[str, Any]) -> None:
@@ -169,6 +171,7 @@ class RolloutPool:
         responses = [one for group in self.groups for one in group.responses]
         return {
             "drawn": self.drawn,
+            "filled": self.filled,
             "shape": self._shape,
             "has_scores": self._has_scores,
             "rows": torch.tensor([group.prompt["row_index"] for group in self.groups], dtype=torch.long),
@@ -189,7 +192,7 @@ class RolloutPool:
                 *(len(state["rows"]), *state["shape"], *self._shape),
             )
             return
-        self._has_scores = state["has_scores"]
+        self.filled, self._has_scores = state["filled"], state["has_scores"]
         tokens = [_cut(state[name], state["lengths"]) for name in PER_TOKEN]
         parts = zip(*tokens, _cut(state["step_scores"], state["steps"]), state["has_ended"].tolist(), strict=True)
         responses = [Response(*part) for part in parts]

@@ -301,7 +301,11 @@ class RunState:
     def _restore_pool(self, saved: dict[str, Any] | None) -> None:
         if self._pool is None:
             if saved is not None and (prompts := len(saved["rows"])):
-                logger.warning("%d prompts in flight are left out: actor_rollout_ref.rollout.mode was partial", prompts)
+                logger.warning(
+                    "%d prompts in flight are left out: actor_rollout_ref.rollout.mode was partial, or sampling one "
+                    "step ahead",
+                    prompts,
+                )
         elif saved is None:
             # Each step has drawn one batch.
             self._pool.drawn = self.step

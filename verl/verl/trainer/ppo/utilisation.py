@@ -36,19 +36,25 @@ class Utilisation:
         self._critic_shape = shape_of(config.critic.model) if config.has_critic else None
 
     def metrics(self, batch: DataProto, metrics: Mapping[str, float]) -> dict[str, float]:
-        """`perf/generation_share` of the step's time and, for each phase that ran and `step`, `perf/mfu/{phase}`: the
-        share of the peak that model FLOPs reach, or `perf/tflops/{phase}`, 10^12 of them per second and GPU, where the
-        peak is not known; from `attention_mask`, `response_mask` and `kinds` of the step's `batch`, and `timing_s/*` of
-        its `metrics`.
+        """`perf/generation_share` of the step's time (what is waited for, where sampling is ahead) and, for each phase
+        that ran and `step`, `perf/mfu/{phase}`: the share of the peak that model FLOPs reach, or `perf/tflops/{phase}`,
+        10^12 of them per second and GPU, where the peak is not known; from `attention_mask`, `response_mask` and
+        `kinds` of the step's `batch`, and `timing_s/*` of its `metrics`.
         """
-        seconds = _seconds(metrics)
-        share = (seconds["generate"] + metrics.get("timing_s/generate_baseline", 0.0)) / seconds["step"]
+        trainer = self._config.trainer
+        seconds = _seconds(metrics, are_colocated=trainer.rollout_gpus == 0)
+        waited = seconds.get("rollout_wait", seconds["generate"])
+        share = (waited + metrics.get("timing_s/generate_baseline", 0.0)) / seconds["step"]
+        devices = {
+            "generate": trainer.rollout_gpus or trainer.processes,
+            "step": trainer.processes + trainer.rollout_gpus,
+        }
         flops = {phase: count for phase, count in self._flops(batch).items() if phase in seconds}
         if flops:
             flops["step"] = sum(flops.values())
         found = {"perf/generation_share": share}
         for phase, count in flops.items():
-            tflops = count / 1e12 / seconds[phase] / self._config.trainer.processes
+            tflops = count / 1e12 / seconds[phase] / devices.get(phase, trainer.processes)
             peak = self._peak(phase)
             found |= {f"perf/tflops/{phase}": tflops} if peak is None else {f"perf/mfu/{phase}": tflops / peak}
         return found
@@ -91,7 +97,8 @@ class Utilisation:
         return Dtypes.from_config(section, self._device_name is not None).compute
 
 
-def _seconds(metrics: Mapping[str, float]) -> dict[str, float]:
-    """By phase; of sampling what the slowest engine takes, without the weights' way to the engines."""
+def _seconds(metrics: Mapping[str, float], are_colocated: bool) -> dict[str, float]:
+    """By phase; of sampling what the slowest engine takes, without the weights' way to the engines, which engines in
+    the policy's processes fetch within it."""
     found = {name.removeprefix("timing_s/"): value for name, value in metrics.items() if name.startswith("timing_s/")}
-    return found | {"generate": found["rollout"] - found["weight_sync"]}
+    return found | {"generate": found["rollout"] - (found["weight_sync"] if are_colocated else 0.0)}
