@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
+import json
 from collections import deque
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,9 +27,20 @@ class Sent(NamedTuple):
     """What is said of a tensor in the bucket in which it begins."""
 
     name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    dtype: str
+    """As torch has it."""
+    shape: list[int]
     checksum: int | None
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor, check: bool) -> Sent:
+        """With `check` with its checksum."""
+        summed = int(checksum(tensor, tensor.dtype)) if check else None
+        return cls(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), summed)
+
+    def empty(self, device: torch.device) -> Tensor:
+        """Room for it."""
+        return torch.empty(self.shape, dtype=getattr(torch, self.dtype), device=device)
 
 
 class Bucket(NamedTuple):
@@ -58,9 +69,8 @@ class _End:
         if self._device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
-            self._group: dist.ProcessGroupNCCL | dist.ProcessGroupGloo = dist.ProcessGroupNCCL(
-                of_group, rank, ends, options
-            )
+            # What torch says of their types lacks the collectives.
+            self._group: Any = dist.ProcessGroupNCCL(of_group, rank, ends, options)
         else:
             self._group = dist.ProcessGroupGloo(of_group, rank, ends, timeout)
 
@@ -85,8 +95,7 @@ class WeightSender(_End):
             self._store.delete_key(self._said.pop())
         bucket, filled, begun = self._bucket(), 0, list[Sent]()
         for name, tensor in weights:
-            summed = int(checksum(tensor, tensor.dtype)) if check else None
-            begun.append(Sent(name, tensor.dtype, tuple(tensor.shape), summed))
+            begun.append(Sent.of(name, tensor, check))
             data = _bytes(tensor.contiguous())
             while len(data):
                 part, data = data[: len(bucket) - filled], data[len(bucket) - filled :]
@@ -105,7 +114,7 @@ class WeightSender(_End):
 
     def _say(self, bucket: Bucket) -> None:
         self._said.append(key := next(self._keys))
-        self._store.set(key, pickle.dumps(bucket))
+        self._store.set(key, json.dumps(bucket))
 
 
 class WeightReceiver(_End):
@@ -121,7 +130,7 @@ class WeightReceiver(_End):
         while (said := self._next()) != Bucket(0, []):
             data = bucket[: said.size]
             self._broadcast(data)
-            coming.extend((one, torch.empty(one.shape, dtype=one.dtype, device=self._device)) for one in said.begun)
+            coming.extend((one, one.empty(self._device)) for one in said.begun)
             while coming:
                 sent, tensor = coming[0]
                 missing = _bytes(tensor)[arrived:]
@@ -135,7 +144,8 @@ class WeightReceiver(_End):
                 yield sent.name, tensor
 
     def _next(self) -> Bucket:
-        return pickle.loads(self._store.get(next(self._keys)))
+        size, begun = json.loads(self._store.get(next(self._keys)))
+        return Bucket(size, [Sent(*one) for one in begun])
 
 
 def _bytes(tensor: Tensor) -> Tensor:
