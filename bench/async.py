@@ -1,12 +1,13 @@
 """How long a training step takes when lengths have a long tail: in today's order, with partial rollouts, one step off.
 
-    python bench/async.py [--steps 24] [--seeds 3] [--out FILE]
+    python bench/async.py [--steps 16] [--seeds 3] [--out FILE]
 
-The scheduling is the trainer's own (`PooledRollouts` on a `RolloutPool`); engines, training and the clock are
-simulated. A step of an engine takes a fixed time and some more for each sequence in its batch, what goes on in another
-step is computed anew up to where it was, and lengths are log-normal, over prompts and over the responses to one, cut at
-the limit. There is a 1.5B model on 8 GPUs with 8k tokens, and a 32B one on 128 GPUs with 32k; their constants are
-estimates for H100s from a roofline of this trainer (`bench/roofline.py`), not measurements.
+The scheduling is the trainer's own (`PooledRollouts` on a `RolloutPool`; what `OneStepOff` has run at the same time is
+taken to take the longer of both times); engines, training and the clock are simulated. A step of an engine takes a
+fixed time and some more for each sequence in its batch, what goes on in another step is computed anew up to where it
+was, and lengths are log-normal, over prompts and over the responses to one, cut at the limit. There is a 1.5B model on
+8 GPUs with 8k tokens, and a 32B one on 128 GPUs with 32k; their constants are estimates for H100s from a roofline of
+this trainer (`bench/roofline.py`), not measurements.
 
 The ideal is to sample the same tokens with all slots filled, and then to train on them, with all GPUs. One step off
 splits the GPUs, in the best way for the case. Figures are mean steps over the ideal; the first steps, in which the pool
@@ -206,8 +207,8 @@ class Step:
     tokens: float
 
 
-def rollouts(case: Case, engines: int, steps: int, seed: int, *overrides: str) -> list[Step]:
-    """The steps of a run after those in which it settles."""
+def rollouts(case: Case, engines: int, steps: int, seed: int, overrides: Sequence[str], ahead: int = 0) -> list[Step]:
+    """The steps of a run after those in which it settles, sampled so many steps ahead."""
     given = [
         "data.train_files=none",
         "actor_rollout_ref.model.path=none",
@@ -222,7 +223,8 @@ def rollouts(case: Case, engines: int, steps: int, seed: int, *overrides: str) -
     workers, batches, found = SimpleNamespace(proceed=proceed, end_rollout=lambda: None), prompts.batches(), []
     for step in range(1, SETTLING + steps + 1):
         before = proceed.seconds
-        batch, _ = pooled.next(batches, workers, step, {})
+        pooled.fill(batches, workers, step, version=max(1, step - ahead))
+        batch, _ = pooled.take(step, {})
         found.append(Step(proceed.seconds - before, UNIT * float(batch.batch["response_mask"].sum())))
     return found[SETTLING:]
 
@@ -245,13 +247,13 @@ def apart(case: Case, engines: int, found: Sequence[Step]) -> list[float]:
     ]
 
 
-def best_split(case: Case, steps: int, seeds: int, *overrides: str) -> dict[str, float]:
+def best_split(case: Case, steps: int, seeds: int, overrides: Sequence[str]) -> dict[str, float]:
     """Of all numbers of engines that leave GPUs to train on, the one with the shortest steps."""
     means = {
         engines: statistics.fmean(
             each
             for seed in range(seeds)
-            for each in apart(case, engines, rollouts(case, engines, steps, seed, *overrides))
+            for each in apart(case, engines, rollouts(case, engines, steps, seed, overrides, ahead=1))
         )
         for engines in range(case.engines // 2, case.engines)
     }
@@ -280,11 +282,11 @@ def main(
             mode: statistics.fmean(
                 each
                 for seed in range(seeds)
-                for each in colocated(case, rollouts(case, case.engines, steps, seed, *given))
+                for each in colocated(case, rollouts(case, case.engines, steps, seed, given))
             )
             for mode, given in (("sync", ()), ("partial", partial))
         }
-        alone, both = (best_split(case, steps, seeds, *given) for given in ((), partial))
+        alone, both = (best_split(case, steps, seeds, given) for given in ((), partial))
         results.append(
             {
                 "gpus": case.gpus,
