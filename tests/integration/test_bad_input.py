@@ -42,7 +42,7 @@ def score_app(folder: Path) -> FastAPI:
     return create_score_app(thread, "tiny", Limits(api_key="secret"))
 
 
-@pytest.fixture(params=["hf", "vllm", "score"])
+@pytest.fixture(params=["hf", pytest.param("vllm", marks=pytest.mark.long), "score"])
 def service(
     request: pytest.FixtureRequest, serve_app: Callable[[FastAPI], str], tiny_model_dir: Path
 ) -> Iterator[tuple[str, str, str]]:

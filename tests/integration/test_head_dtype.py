@@ -64,7 +64,7 @@ def errors(engine: Engine, model: PreTrainedModel, temperature: float) -> tuple[
     return error, (exact.max(-1).values - of_tokens).max().item()
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.long), True], ids=["untied", "tied"])
 @pytest.mark.parametrize("name", ["hf", pytest.param("vllm", marks=needs_vllm)])
 def test_float32_logits_are_not_rounded(name: str, tied: bool, make_tiny_model: Callable[..., Path]) -> None:
     folder = make_tiny_model(tied=tied)

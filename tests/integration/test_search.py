@@ -77,7 +77,8 @@ def assert_complete(lines: list[dict], search: str) -> None:
         assert line["settings"]["search"]["name"] == search
 
 
-@pytest.mark.parametrize("search", [pytest.param("dvts", marks=pytest.mark.long), "mcts"])
+@pytest.mark.long
+@pytest.mark.parametrize("search", ["dvts", "mcts"])
 def test_a_search_guided_by_the_score_service_fills_a_result_file(
     search: str, infer: Callable, services: dict[str, str]
 ) -> None:

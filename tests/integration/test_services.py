@@ -221,6 +221,7 @@ def test_a_flood_is_answered_or_told_to_come_back(scorer) -> None:
     assert all("Retry-After" in answer.headers for answer in answers if answer.status_code == 429)
 
 
+@pytest.mark.long
 def test_a_service_whose_stderr_nobody_reads_goes_on(reserve_port: Callable[[], int], tiny_model_dir: Path) -> None:
     url = f"http://127.0.0.1:{(port := reserve_port())}"
     script = str(REPOSITORY / "test/score_model_queue.py")

@@ -212,9 +212,8 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name == "vllm" else pytest.mark.long) for name in RUNS]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", RUNS)
 def test_a_run_trains_and_goes_on(
     name: str, small_run: list[str], tmp_path: Path, start_run: Callable[..., Any]
 ) -> None:

@@ -110,7 +110,11 @@ def start_here(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({"TMPDIR": f"{{folder}}/{LONG_NAME}"}, "(RAY_TMPDIR, or else TMPDIR), is too long for its sockets"),
+        pytest.param(
+            {"TMPDIR": f"{{folder}}/{LONG_NAME}"},
+            "(RAY_TMPDIR, or else TMPDIR), is too long for its sockets",
+            marks=pytest.mark.long,
+        ),
         pytest.param(
             {"RAY_TMPDIR": "{folder}/file"},
             "{folder}/file/ray: Not a directory; set RAY_TMPDIR to a folder that can be",

@@ -88,7 +88,7 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture(params=[pytest.param("vllm", marks=pytest.mark.long), "hf", "adapters"])
+@pytest.fixture(params=[*(pytest.param(name, marks=pytest.mark.long) for name in ("vllm", "hf")), "adapters"])
 def group(request, make_tiny_model: Callable[..., Path]) -> Iterator[PolicyWorkers]:
     engine, tied, lora_rank = VARIANTS[request.param]
     config = make_config(make_tiny_model(tied=tied), engine, lora_rank)
