@@ -124,7 +124,7 @@ class PooledRollouts:
 
     def _drop_without_signal(self, metrics: dict[str, float]) -> tuple[int, int]:
         """Grade the finished groups that have no grades, and drop those whose graded responses are all alike; says how
-        many there were of both."""
+        many were graded that had not been before, and how many were dropped."""
         if not (groups := [group for group in self._pool.finished if group.grades is None]):
             return 0, 0
         spent: dict[str, float] = {}
@@ -134,14 +134,15 @@ class PooledRollouts:
         add_times(metrics, spent)
         n = self._rollout.n
         values = reward.correct if self._filter.metric == "acc" else reward.reward_tensor.sum(-1)
-        without_signal = []
+        found, without_signal = sum(not group.is_counted for group in groups), []
         for place, group in enumerate(groups):
+            group.is_counted = True
             rows = slice(place * n, (place + 1) * n)
             group.grades = grades[rows]
             if len(values[rows][reward.graded[rows]].unique()) < 2:
                 without_signal.append(group)
         self._pool.remove(without_signal)
-        return len(groups), len(without_signal)
+        return found, len(without_signal)
 
     def _check_bound(self, graded: int, ready: int) -> None:
         most = self._filter.max_num_gen_batches

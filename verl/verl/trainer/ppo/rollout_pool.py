@@ -57,6 +57,8 @@ class Group:
     responses: list[Response]
     grades: list[Grade] | None = None
     """Of its responses, where they were asked for."""
+    is_counted: bool = False
+    """Among the groups that were graded, perhaps before a checkpoint, which has no grades."""
 
     @property
     def unfinished(self) -> list[Response]:
@@ -176,6 +178,7 @@ class RolloutPool:
             "has_scores": self._has_scores,
             "rows": torch.tensor([group.prompt["row_index"] for group in self.groups], dtype=torch.long),
             "occasions": torch.tensor([group.occasion for group in self.groups], dtype=torch.long),
+            "are_counted": torch.tensor([group.is_counted for group in self.groups], dtype=torch.bool),
             "has_ended": torch.tensor([one.has_ended for one in responses], dtype=torch.bool),
             **{name: _flat(responses, name) for name in (*PER_TOKEN, "step_scores")},
             "lengths": torch.tensor([len(one.token_ids) for one in responses], dtype=torch.long),
@@ -197,12 +200,13 @@ class RolloutPool:
         parts = zip(*tokens, _cut(state["step_scores"], state["steps"]), state["has_ended"].tolist(), strict=True)
         responses = [Response(*part) for part in parts]
         rows, n = state["rows"].tolist(), self._shape[0]
-        for place, (item, occasion) in enumerate(
-            zip(self._data.training_items(rows), state["occasions"].tolist(), strict=True)
-        ):
+        items, occasions, are_counted = self._data.training_items(rows), state["occasions"], state["are_counted"]
+        for place, (item, occasion) in enumerate(zip(items, occasions.tolist(), strict=True)):
             prompt = self._data.seeded(self._data.collated([item]), occasion).non_tensor_batch
             own = {key: prompt[key][0] for key in ("seed", "uid")}
-            self.groups.append(Group(item | own, occasion, responses[place * n : (place + 1) * n]))
+            group = Group(item | own, occasion, responses[place * n : (place + 1) * n])
+            group.is_counted = bool(are_counted[place])
+            self.groups.append(group)
 
 
 def _flat(responses: Sequence[Response], name: str) -> Tensor:
