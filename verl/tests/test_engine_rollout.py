@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +58,20 @@ def rollout_config(**changes: object) -> RolloutConfig:
 def make_rollout(folder: Path, sprm_config: SPRMConfig | None = None, **changes: object) -> EngineRollout:
     model = ppo_defaults(f"actor_rollout_ref.model.path={folder}").actor_rollout_ref.model
     return EngineRollout(rollout_config(**changes), model, pad_token_id=0, sprm_config=sprm_config)
+
+
+@pytest.fixture
+def make_closed_rollout() -> Iterator[Callable[..., EngineRollout]]:
+    """As `make_rollout`; at the end engines are closed, the first one, which ends vLLM's process group, last."""
+    made: list[EngineRollout] = []
+
+    def make(*args: Any, **changes: Any) -> EngineRollout:
+        made.append(make_rollout(*args, **changes))
+        return made[-1]
+
+    yield make
+    for rollout in reversed(made):
+        rollout.engine.close()
 
 
 def wake_up(rollout: EngineRollout, engine: RecordingEngine) -> dict[str, float]:
@@ -130,9 +145,9 @@ def test_two_generations_of_a_step_share_one_wake_up(
 
 
 @pytest.mark.slow
-def test_samples_of_a_prompt_share_its_cache_until_the_weights_change(make_tiny_model):
+def test_samples_of_a_prompt_share_its_cache_until_the_weights_change(make_tiny_model, make_closed_rollout):
     pytest.importorskip("vllm")
-    rollout = make_rollout(make_tiny_model(seed=0), n=4)
+    rollout = make_closed_rollout(make_tiny_model(seed=0), n=4)
     ids = torch.randint(0, 200, (2, 256))
     prompts = DataProto.from_dict({"input_ids": ids, "attention_mask": torch.ones_like(ids), "seed": [1, 2]})
     first = rollout.generate(prompts)
@@ -153,7 +168,7 @@ def test_samples_of_a_prompt_share_its_cache_until_the_weights_change(make_tiny_
     rollout.wake_up(policy_weights)
     changed = rollout.generate(prompts)
     assert changed.meta_info["metrics"]["rollout/prefix_cache_hit_rate"] == pytest.approx(3 / 4 / 2)
-    fresh = make_rollout(make_tiny_model(seed=1), n=4).generate(prompts)
+    fresh = make_closed_rollout(make_tiny_model(seed=1), n=4).generate(prompts)
     assert torch.equal(changed.batch["responses"], fresh.batch["responses"])
     assert torch.equal(changed.batch["rollout_log_probs"], fresh.batch["rollout_log_probs"])
     assert not torch.equal(changed.batch["responses"], first.batch["responses"])
@@ -167,10 +182,11 @@ def test_a_head_that_is_trained_is_brought_before_the_first_sample(engine: Recor
 
 
 @pytest.mark.slow
-def test_samples_come_with_the_scores_of_the_head_that_is_trained(make_tiny_model):
+def test_samples_come_with_the_scores_of_the_head_that_is_trained(make_tiny_model, make_closed_rollout):
     pytest.importorskip("vllm")
     rule = StepRule("en", tuple(range(40, 140)))
-    rollout = make_rollout(make_tiny_model(seed=0), SPRMConfig(rule), n=4, response_length=30, check_weight_sync=True)
+    changes = {"n": 4, "response_length": 30, "check_weight_sync": True}
+    rollout = make_closed_rollout(make_tiny_model(seed=0), SPRMConfig(rule), **changes)
     model = AutoModelForCausalLM.from_pretrained(make_tiny_model(seed=1), dtype=torch.float32)
     head = ScoreHead(model.config.hidden_size).eval()
     heads = ((f"score_head.{name}", weight.detach()) for name, weight in head.named_parameters())
