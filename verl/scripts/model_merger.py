@@ -140,7 +140,7 @@ def merge(
     lm = {name: tensor for name, tensor in stored.items() if not name.startswith(HEAD_PREFIX)}
     stored_dtype = dtype_name(next(iter(lm.values())).dtype)
     written_dtype = (files.dtype or stored_dtype) if dtype == "auto" else dtype_name(torch_dtype(dtype))
-    head = _score_head(model, actor_folder, source, trust_remote_code, lang, use_score)
+    head = _score_head(model, actor_folder, source, config, trust_remote_code, lang, use_score)
     with _output(target_dir, head) as folder:
         files.write(folder, written_dtype)
         write_weights(folder, lm, torch_dtype(written_dtype), partial(read_finite, actor_folder, model))
@@ -158,18 +158,19 @@ def export_adapter(
 ) -> None:
     """Write the adapter of a checkpoint as peft reads it, and the score head; arguments and errors as of `merge`."""
     actor_folder = _checked_folder(local_dir, target_dir)
-    config, model = read_adapter_config(actor_folder / HUGGINGFACE_FOLDER), open_stored_model(actor_folder)
-    if config is None:
+    adapter, model = read_adapter_config(actor_folder / HUGGINGFACE_FOLDER), open_stored_model(actor_folder)
+    if adapter is None:
         raise UserError(f"{actor_folder}: a checkpoint of a whole model, without adapters; leave --adapter_only out")
     source = find_model_files(actor_folder, hf_model_path)
-    head = _score_head(model, actor_folder, source, trust_remote_code, lang, use_score)
+    config = read_config(source, trust_remote_code)
+    head = _score_head(model, actor_folder, source, config, trust_remote_code, lang, use_score)
     names = [name for name in model.tensors if is_adapter(name)]
     tensors = read_finite(actor_folder, model, names)
     if dtype != "auto":
         tensors = {name: tensor.to(torch_dtype(dtype)) for name, tensor in tensors.items()}
     with _output(target_dir, head) as folder:
-        write_adapter(folder, config, tensors)
-    logger.info("%s: %d tensors of the adapter, on %s", target_dir, len(tensors), config["base_model_name_or_path"])
+        write_adapter(folder, adapter, tensors)
+    logger.info("%s: %d tensors of the adapter, on %s", target_dir, len(tensors), adapter["base_model_name_or_path"])
 
 
 def open_model(actor_folder: Path, hf_model_path: Path | None, trust_remote_code: bool) -> StoredModel | AdaptedModel:
@@ -238,12 +239,12 @@ def _score_head(
     model: StoredModel | AdaptedModel,
     actor_folder: Path,
     source: Path,
+    config: PretrainedConfig,
     trust_remote_code: bool,
     lang: str | None,
     use_score: bool,
 ) -> HeadAndRule | None:
-    """The head and its step rule; None where there is none."""
-    config = read_config(source, trust_remote_code)
+    """The head, which fits the `config` of the model's files `source`, and its step rule; None where there is none."""
     if (head := _read_score_head(model, actor_folder, config.hidden_size)) is not None:
         return head, _sprm_config(actor_folder, source, lang, trust_remote_code)
     if use_score or lang is not None:

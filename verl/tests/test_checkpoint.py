@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -270,13 +269,6 @@ def test_the_checkpoint_carries_config_tokenizer_and_step_rule(
     assert load_tokenizer(folder).get_vocab() == tiny_tokenizer.get_vocab()
     assert load_sprm_config(folder, tiny_tokenizer).step_rule.step_ids == (tiny_tokenizer.encode(".\n\n")[0],)
     assert (folder / "config.json").exists()
-
-
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_a_trial_writes_all_but_the_weights(process_group: None, tiny_model_dir: Path, tmp_path: Path) -> None:

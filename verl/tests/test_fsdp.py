@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from tiny import adam, fsdp_section
 from transformers import AutoModelForCausalLM
 
@@ -24,13 +23,6 @@ BATCH = {
     "position_ids": torch.arange(8)[None],
     "response_mask": torch.ones(1, 7, dtype=torch.bool),
 }
-
-
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

@@ -9,7 +9,7 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,14 +65,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sequence parallel": {"packed": True, "kl": "full", "sp_size": 2},
 }
 LOSSES = ("actor/pg_loss", "actor/kl_loss", "actor/entropy_loss", "actor/grad_norm", "score/loss", "score/grad_norm")
-
-
-@pytest.fixture(scope="module")
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = tmp_path_factory.mktemp("store") / "file"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def lora(base: str | Path = "base", **changes: Any) -> LoraConfig:

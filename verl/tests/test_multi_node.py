@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from tiny import lasting
 
 from verl.checkpoints.folder import LATEST_FILE
 from verl.utils.tracking import METRICS_FILE
@@ -261,10 +262,7 @@ class Run:
         """What was logged that does not depend on the clock, by step."""
         path = self.folder / METRICS_FILE
         rows = map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.exists() else [])
-        return {
-            row.pop("step"): {name: row[name] for name in row if not name.startswith(("timing_s/", "perf/"))}
-            for row in rows
-        }
+        return {row.pop("step"): lasting(row) for row in rows}
 
 
 @pytest.fixture(scope="module")

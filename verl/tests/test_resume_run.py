@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import lasting
 
 pytestmark = pytest.mark.long
 
@@ -35,10 +36,6 @@ def overrides(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     ]
 
 
-def _lasting(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if not name.startswith(("timing_s/", "perf/"))}
-
-
 def _grading_meanwhile(metrics: dict[str, float]) -> float:
     """Seconds of grading for which nobody waited."""
     return metrics["timing_s/reward"] - metrics["timing_s/reward_wait"]
@@ -61,8 +58,8 @@ def test_a_run_moves_to_another_machine(
         [*overrides[:-1], "trainer.total_training_steps=4", "trainer.async_save=false"],
     ).finish()
     moved = {**first.metrics(), **second.metrics()}
-    assert {step: _lasting(row) for step, row in moved.items()} == {
-        step: _lasting(row) for step, row in whole.metrics().items()
+    assert {step: lasting(row) for step, row in moved.items()} == {
+        step: lasting(row) for step, row in whole.metrics().items()
     }
     assert all("reward_extra/length" in row for row in moved.values())
     for row in first.metrics().values():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import lasting
 
 from verl.checkpoints.folder import LATEST_FILE
 
@@ -28,10 +29,6 @@ def overrides(small_run: list[str]) -> list[str]:
         "actor_rollout_ref.rollout.val_kwargs.n=1",
         "trainer={n_gpus_per_node: 1, total_training_steps: 3, save_freq: 1, test_freq: 2, val_before_train: false}",
     ]
-
-
-def lasting(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if not name.startswith(("timing_s/", "perf/"))}
 
 
 def test_engines_that_wait_give_the_metrics_of_those_that_share(

@@ -74,3 +74,8 @@ def policy_section(changes: Mapping[str, Any]) -> ActorRolloutRefConfig:
     """The policy's settings, without a KL to a reference unless `changes` has one."""
     small = {"actor.use_kl_loss": False, "actor.optim.lr": 1e-3, "score.optim.lr": 1e-3}
     return with_values(ppo_defaults().actor_rollout_ref, small | dict(changes))
+
+
+def lasting(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What was logged of a step that does not depend on the clock."""
+    return {name: value for name, value in metrics.items() if not name.startswith(("timing_s/", "perf/"))}

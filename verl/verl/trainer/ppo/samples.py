@@ -44,14 +44,17 @@ class Samples:
             UserError: a reward manager gave a column that is not a value for each response.
         """
         trainer = self._trainer
+        is_shown = trainer.log_samples_freq > 0 and step % trainer.log_samples_freq == 0
+        chosen = rows_to_show(reward.correct, reward.graded, trainer.log_samples) if is_shown else []
+        shown: list[Line] = []
         if trainer.rollout_data_dir is not None:
             lines = self._lines(step, batch, reward, range(len(batch)))
             with atomic_write(Path(trainer.rollout_data_dir) / f"{step}.jsonl", "w") as stream:
                 stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        self.shown = []
-        if trainer.log_samples_freq > 0 and step % trainer.log_samples_freq == 0:
-            rows = rows_to_show(reward.correct, reward.graded, trainer.log_samples)
-            self.shown = [_for_table(line) for line in self._lines(step, batch, reward, rows)]
+            shown = [lines[row] for row in chosen]
+        elif is_shown:
+            shown = self._lines(step, batch, reward, chosen)
+        self.shown = list(map(_for_table, shown))
 
     def _lines(self, step: int, batch: DataProto, reward: Reward, rows: Sequence[int]) -> list[Line]:
         chosen = list(rows)
