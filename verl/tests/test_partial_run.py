@@ -33,6 +33,7 @@ def overrides(small_run: list[str], make_tiny_model: Callable[..., Path]) -> lis
         "actor_rollout_ref.actor={ppo_mini_batch_size: 2, rollout_is: token, use_kl_loss: false}",
         "actor_rollout_ref.rollout={mode: partial, over_sampling: 1.0}",
         "algorithm.filter_groups.enable=true",
+        "data.curriculum.enable=true",
         "trainer={n_gpus_per_node: 1, total_training_steps: 3, save_freq: 1}",
     ]
 

@@ -22,6 +22,7 @@ from verl.models.loading import load_tokenizer
 from verl.protocol import DataProto
 from verl.trainer.config.fields import with_values
 from verl.trainer.config.schema import PPOConfig
+from verl.trainer.ppo.curriculum import PassRateCurriculum
 from verl.trainer.ppo.data import PromptData
 from verl.trainer.ppo.pooled_rollouts import PooledRollouts
 from verl.trainer.ppo.rollout_pool import RolloutPool
@@ -105,7 +106,8 @@ class Run:
     def __init__(self, config: PPOConfig, data: PromptData, engines: Engines) -> None:
         self.config, self._data, self.engines, self.graders = config, data, engines, Graders()
         self.pool, self.step = RolloutPool(config, data), 0
-        self._rollouts = PooledRollouts(config, self.pool, self.graders)
+        self.curriculum = PassRateCurriculum(data.train, SIZE, half_life=50, seed=0)
+        self._rollouts = PooledRollouts(config, self.pool, self.graders, self.curriculum)
         self._batches, self.drawn = self._draw(), []
         self.metrics: dict[str, float] = {}
 
@@ -236,6 +238,18 @@ def test_a_run_goes_on_from_a_checkpoint_exactly(data, chosen, engines, before: 
             for metrics in (run.metrics, resumed.metrics)
         ]
         assert counts[0] == counts[1]
+
+
+def test_the_curriculum_is_told_of_groups_without_signal(data) -> None:
+    changes = {"algorithm.filter_groups.enable": True, f"{ROLLOUT}.n": 2, f"{ROLLOUT}.mode": "partial"}
+    run = Run(with_values(data[0], changes), data[1], Engines(1, 9))
+    while not run.metrics.get("rollout/groups_without_signal"):
+        run.next()
+    dropped = [uid for uid, values in run.graders.asked.items() if len({*values} - {None}) < 2]
+    run.curriculum.advance(run.step + 1)
+    known = run.curriculum.state_dict()
+    graded = sum(value is not None for uid in dropped for value in run.graders.asked[uid])
+    assert float((known["right"] + known["wrong"]).sum()) == graded > 0
 
 
 def test_responses_of_another_shape_are_left_out(data, caplog: pytest.LogCaptureFixture) -> None:

@@ -34,8 +34,7 @@ Shape = Mapping[str, Any]
 def rule_mistakes(config: PPOConfig, policy: Shape, critic: Shape) -> Iterator[str]:
     """A line for each rule that is broken."""
     root, trainer = config.actor_rollout_ref, config.trainer
-    if not config.data.train_files:
-        yield f"data.train_files={config.data.train_files} names no file"
+    yield from _data(config.data)
     if root.model.use_torch_compile and root.model.use_liger is True:
         yield (
             f"{ROOT}.model: use_liger and use_torch_compile exclude each other (both are kernels of the same "
@@ -73,6 +72,20 @@ def rule_mistakes(config: PPOConfig, policy: Shape, critic: Shape) -> Iterator[s
         yield (
             f"trainer.length_penalty_coeff={trainer.length_penalty_coeff} must be above 0 and at most 2 with "
             "trainer.length_penalty=true: above 2 a long right answer would be worth less than a wrong one"
+        )
+
+
+def _data(data: DataConfig) -> Iterator[str]:
+    if not data.train_files:
+        yield f"data.train_files={data.train_files} names no file"
+    if not data.curriculum.enable:
+        return
+    if not data.shuffle:
+        yield "data.shuffle=false keeps the order of the files, data.curriculum.enable=true makes one: drop one"
+    if data.dataloader_num_workers:
+        yield (
+            f"data.dataloader_num_workers={data.dataloader_num_workers} cannot act with data.curriculum.enable=true, "
+            "which chooses each batch by the ones before it; set it to 0"
         )
 
 

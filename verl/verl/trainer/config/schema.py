@@ -120,6 +120,15 @@ class ScoreLosses(Section):
         return ScoreObjective(self.loss, self.aggregation, self.agreement_weighting, self.class_balance)
 
 
+class Curriculum(Section):
+    """`data.curriculum`: prompts by their pass rates."""
+
+    enable: Flag
+    half_life: Annotated[
+        PositiveNumber, ActsWith("data.curriculum.enable", (True,), "acts only with data.curriculum.enable=true")
+    ]
+
+
 class DataConfig(Section):
     """`data`: the prompts, and how long they and their responses may be."""
 
@@ -136,6 +145,7 @@ class DataConfig(Section):
     return_raw_chat: Flag
     shuffle: Flag
     dataloader_num_workers: Annotated[Whole, Field(ge=0, description="must not be below 0")]
+    curriculum: Curriculum
 
     @property
     def longest(self) -> int:

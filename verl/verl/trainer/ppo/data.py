@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
 from verl.protocol import DataProto, object_array
 from verl.trainer.config.schema import CustomRewardFunction, PPOConfig
+from verl.trainer.ppo.curriculum import PassRateCurriculum
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, create_dataloader
 from xbai.errors import UserError
 from xbai.grading import CustomGrader, GradeRequest
 from xbai.grading.dispatch import answer_check
 from xbai.seeds import derived_seed
+
+Loader = StatefulDataLoader | PassRateCurriculum
+"""Gives an epoch's batches, and resumes at the very next one."""
 
 
 class PromptData:
@@ -21,7 +26,8 @@ class PromptData:
 
     Attributes:
         train, validation: the prompts; None without validation files.
-        loader: of training batches.
+        loader: of training batches: the curriculum, or one that shuffles.
+        curriculum: None where prompts are not chosen.
         pad_token_id: fills prompts up to the longest of a batch.
         total_steps: of the run.
 
@@ -38,7 +44,11 @@ class PromptData:
             columns = dataset.values(data.reward_fn_key), dataset.values("reward_model")
             check_gradable(zip(dataset.places(), *columns, strict=True), config.custom_reward_function)
         size, workers = data.train_batch_size, data.dataloader_num_workers
-        self.loader = create_dataloader(self.train, size, shuffle=data.shuffle, seed=trainer.seed, num_workers=workers)
+        shuffled = create_dataloader(self.train, size, shuffle=data.shuffle, seed=trainer.seed, num_workers=workers)
+        self.curriculum: PassRateCurriculum | None = None
+        if data.curriculum.enable:
+            self.curriculum = PassRateCurriculum(self.train, size, data.curriculum.half_life, trainer.seed)
+        self.loader: Loader = self.curriculum or shuffled
         self.total_steps: int = trainer.total_training_steps or trainer.total_epochs * len(self.loader)
 
     def validation_batches(self, size: int | None) -> Iterator[DataProto]:

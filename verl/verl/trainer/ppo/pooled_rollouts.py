@@ -8,6 +8,7 @@ from typing import Any
 
 from verl.protocol import DataProto
 from verl.trainer.config.schema import ROOT, PPOConfig
+from verl.trainer.ppo.curriculum import PassRateCurriculum
 from verl.trainer.ppo.metrics import timed
 from verl.trainer.ppo.rollout_pool import RolloutPool
 from verl.workers.batching.seqlen_balancing import balanced_partitions
@@ -40,10 +41,17 @@ class PooledRollouts:
         config: the trainer's whole configuration.
         pool: what is in flight.
         reward_manager: grades the groups that may have no signal.
+        curriculum: chooses the prompts, where there is one, and is told of those without a signal.
     """
 
-    def __init__(self, config: PPOConfig, pool: RolloutPool, reward_manager: NaiveRewardManager) -> None:
-        self._pool, self._reward_manager = pool, reward_manager
+    def __init__(
+        self,
+        config: PPOConfig,
+        pool: RolloutPool,
+        reward_manager: NaiveRewardManager,
+        curriculum: PassRateCurriculum | None = None,
+    ) -> None:
+        self._pool, self._reward_manager, self._curriculum = pool, reward_manager, curriculum
         self._rollout, self._filter = config.actor_rollout_ref.rollout, config.algorithm.filter_groups
         self._size, self._is_ahead = config.data.train_batch_size, config.one_step_off
         self._in_flight = self._size + math.ceil(self._rollout.over_sampling * self._size)
@@ -69,12 +77,14 @@ class PooledRollouts:
         """
         metrics: dict[str, float] = {}
         ended = graded = dropped = 0
+        if self._curriculum is not None:
+            metrics |= self._curriculum.advance(version)
         while True:
             self._sample(batches, workers, version, metrics)
             if self._rollout.carries:
                 ended += self._pool.end_older_than(step - self._rollout.max_staleness + 1)
             if self._filter.enable:
-                found, without_signal = self._drop_without_signal(metrics)
+                found, without_signal = self._drop_without_signal(version, metrics)
                 graded, dropped = graded + found, dropped + without_signal
             if len(ready := self._pool.finished) >= self._size:
                 break
@@ -122,7 +132,7 @@ class PooledRollouts:
             pool.extend(part, answer, version)
         add_times(metrics, answers[0].meta_info["metrics"] | spent)
 
-    def _drop_without_signal(self, metrics: dict[str, float]) -> tuple[int, int]:
+    def _drop_without_signal(self, version: int, metrics: dict[str, float]) -> tuple[int, int]:
         """Grade the finished groups that have no grades, and drop those whose graded responses are all alike; says how
         many were graded that had not been before, and how many were dropped."""
         if not (groups := [group for group in self._pool.finished if group.grades is None]):
@@ -141,6 +151,9 @@ class PooledRollouts:
             group.grades = grades[rows]
             if len(values[rows][reward.graded[rows]].unique()) < 2:
                 without_signal.append(group)
+                if self._curriculum is not None:
+                    prompts = [group.prompt["row_index"]] * n
+                    self._curriculum.observe(version, prompts, reward.correct[rows], reward.graded[rows])
         self._pool.remove(without_signal)
         return found, len(without_signal)
 

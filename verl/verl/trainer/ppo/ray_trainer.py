@@ -94,7 +94,8 @@ class RayPPOTrainer:
         self._head_start = HeadStart(config.actor_rollout_ref, is_new_run=self._run_state.checkpoint is None)
         self._score_watch = UncountedClassWatch("actor_rollout_ref.score")
         self._reward_manager = REWARD_MANAGERS[config.reward_model.reward_manager](tokenizer, config)
-        self._pooled = None if pool is None else PooledRollouts(config, pool, self._reward_manager)
+        curriculum = self._curriculum = self._data.curriculum
+        self._pooled = None if pool is None else PooledRollouts(config, pool, self._reward_manager, curriculum)
         self._samples = Samples(config.trainer, tokenizer)
         self._profiled_steps = ProfiledSteps.of(config.trainer)
         self._phases = Phases(config.trainer.balance_batch, self._rollout.n)
@@ -178,6 +179,8 @@ class RayPPOTrainer:
             batch, grades = self._pooled_rollouts(self._pooled, batches, metrics)
             pending = self._launch_grading(batch, "training", grades)
         else:
+            if self._curriculum is not None:
+                metrics |= self._curriculum.advance(self.step)
             prompts = self._data.seeded(next(batches), self.step)
             needs_baseline = self.config.algorithm.adv_estimator == "remax"
             self._bring_weights(metrics)
@@ -197,6 +200,9 @@ class RayPPOTrainer:
         reward = pending.result()
         metrics |= reward.metrics
         metrics |= add_reward(batch, reward, self.config.algorithm, self._kl_controller)
+        if self._curriculum is not None:
+            rows = batch.non_tensor_batch["row_index"]
+            self._curriculum.observe(self.step, rows, reward.correct, reward.graded)
         if baseline is not None:
             metrics |= add_baseline(batch, baseline.result())
         if starts_head:

@@ -10,7 +10,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, Time
 from pathlib import Path
 from typing import Any
 
-from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
 from verl.checkpoints.adapters import check_base, peft_config, read_adapter_config
@@ -24,6 +23,7 @@ from verl.models.lora import lora_config
 from verl.trainer.config.fields import value_at
 from verl.trainer.config.schema import PPOConfig
 from verl.trainer.ppo.core_algos import KLController
+from verl.trainer.ppo.data import Loader
 from verl.trainer.ppo.rollout_pool import RolloutPool
 from verl.utils.dataset.rl_dataset import RLHFDataset, file_list
 from verl.workers.checkpointed_worker import CheckpointedWorkers
@@ -38,7 +38,7 @@ POLL_S = 0.2
 """How often to ask the workers whether a save in the background is done."""
 CLOSE_TIMEOUT_S = 30.0
 """How long a run that ends by an error waits for a save under way."""
-ORDER_KEYS = ("data.train_batch_size", "data.shuffle", "data.dataloader_num_workers")
+ORDER_KEYS = ("data.train_batch_size", "data.shuffle", "data.dataloader_num_workers", "data.curriculum.enable")
 """What decides the order of the data."""
 OTHER_PROMPTS = "other prompts pass data.max_prompt_length (or its filter, or the tokenizer)"
 MODEL_SHAPE = (
@@ -74,7 +74,7 @@ class RunState:
         self,
         config: PPOConfig,
         dataset: RLHFDataset,
-        loader: StatefulDataLoader,
+        loader: Loader,
         kl_controller: KLController,
         fetches: bool = True,
         pool: RolloutPool | None = None,
