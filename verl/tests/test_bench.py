@@ -103,3 +103,14 @@ def test_the_trainer_is_compared_with_trl(quickstart: Path, tmp_path: Path):
     assert result["trl_over_ours"] == pytest.approx(result["trl_seconds"] / result["ours_seconds"], rel=0.01)
     for arm in result["arms"].values():
         assert len(arm["rewards"]) == 2 and arm["tokens"] > 0
+
+
+@pytest.mark.long
+def test_modes_of_sampling_are_compared(quickstart: Path, tmp_path: Path):
+    result = _run([BENCH / "rollout_modes.py", quickstart, "--steps", 2, "--turns", 1], tmp_path)
+    for name, arm in result["arms"].items():
+        assert arm["seconds"] > 0 and arm["tokens"] > 0
+        assert (arm["phases"]["rollout_wait"] > 0) == (name in ("one_step_off", "both"))
+    assert result["partial_over_sync"] == pytest.approx(
+        result["arms"]["partial"]["seconds"] / result["arms"]["sync"]["seconds"], rel=0.01
+    )
