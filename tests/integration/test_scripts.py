@@ -18,7 +18,7 @@ def test_script_parses_and_stops_at_the_first_error(script: Path):
     assert "set -euo pipefail" in script.read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_setup_is_idempotent_and_notices_changes(checkout):
     stamp = Path(checkout.environment["XBAI_VENV"]) / ".xbai-installed"
     stamp.unlink(missing_ok=True)

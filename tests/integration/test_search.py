@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 REPOSITORY = Path(__file__).parents[2]
 QUESTIONS, BUDGET = 3, 160
@@ -77,7 +77,6 @@ def assert_complete(lines: list[dict], search: str) -> None:
         assert line["settings"]["search"]["name"] == search
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("search", ["dvts", "mcts"])
 def test_a_search_guided_by_the_score_service_fills_a_result_file(
     search: str, infer: Callable, services: dict[str, str]
@@ -95,7 +94,6 @@ def test_a_search_guided_by_fused_scores_is_reproducible_and_measured(infer: Cal
     assert "Test 2 times" in metric
 
 
-@pytest.mark.long
 def test_searches_do_not_mix_in_a_file_and_a_finished_one_is_not_repeated(infer: Callable) -> None:
     first, _ = infer(search="dvts", beam_width=1, expand=2, token_budget=BUDGET)
     more, said = infer(search="dvts", beam_width=1, expand=2, token_budget=BUDGET, n_samples=2)

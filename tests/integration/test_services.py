@@ -320,6 +320,7 @@ def test_sigterm_finishes_running_work_and_exits_0(policy) -> None:
     assert entry["tokens"] > 64
 
 
+@pytest.mark.long
 def test_a_second_sigterm_ends_at_once(start_service: Callable, tiny_model_dir: Path) -> None:
     service = start_service("policy_model_queue.py", "--model_path", str(tiny_model_dir), "--engine", "hf").wait_ready()
     answer = ask_for_a_while(service.url, 1024)

@@ -156,7 +156,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], di
     return lambda name, dtype: of(RANKS[name])[name, dtype]
 
 
-CASES = [pytest.param(name, marks=pytest.mark.long if RANKS[name] > 2 else pytest.mark.slow) for name in VARIANTS]
+CASES = [pytest.param(name, marks=pytest.mark.long if RANKS[name] > 1 else pytest.mark.slow) for name in VARIANTS]
 
 
 @pytest.mark.parametrize("name", CASES)

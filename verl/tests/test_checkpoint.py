@@ -247,7 +247,7 @@ def test_a_save_in_the_background_is_of_its_moment_whatever_the_sharding(tied_mo
     assert "could not be written: rank 1: OSError: [Errno 28] No space left on device" in done["error"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_go_on_from_one(tied_model_dir: Path, tmp_path: Path) -> None:
     saved = launch("save", 1, tied_model_dir, tmp_path)["saved"]
     assert_same(launch("resume", 2, tied_model_dir, tmp_path)["loaded"], saved)

@@ -101,23 +101,13 @@ def test_some_samples_are_in_the_loggers_tables(uninterrupted):
     assert shown.count("**response**") == shown.count("**step_scores**") == 5
 
 
-def test_killed_during_and_between_saves_it_goes_on_exactly(uninterrupted, overrides, tmp_path, start_run):
+def test_killed_during_a_save_it_goes_on_exactly(uninterrupted, overrides, tmp_path, start_run):
     run = start_run(tmp_path, overrides)
     run.kill_when(lambda: any(tmp_path.glob(".global_step_4.*.tmp")))
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text(encoding="utf-8") == "2"
     assert any(tmp_path.glob(".global_step_4.*.tmp"))
-
-    # The log of the first run reaches step 4; the second drops what came after step 2 as it starts.
-    run = start_run(tmp_path, overrides)
-    has_gone_back = False
-
-    def is_at_step_3_again() -> bool:
-        nonlocal has_gone_back
-        has_gone_back = has_gone_back or max(run.metrics()) <= 2
-        return has_gone_back and 3 in run.metrics()
-
-    run.kill_when(is_at_step_3_again)
-    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text(encoding="utf-8") == "2"
+    # What was logged after the checkpoint is logged anew.
+    assert max(run.metrics()) == 4
 
     resumed = start_run(tmp_path, overrides).finish()
     assert "going on from" in resumed.log()
