@@ -15,6 +15,13 @@ pytestmark = pytest.mark.slow
 
 WAITING = ["trainer.rollout_gpus=1", "actor_rollout_ref.rollout.max_staleness=0"]
 AHEAD = ["trainer.rollout_gpus=1", "actor_rollout_ref.actor.tis_imp_ratio_cap=2.0"]
+ALL_AT_ONCE = [
+    *AHEAD,
+    "actor_rollout_ref.rollout.mode=partial",
+    "data.curriculum.enable=true",
+    "algorithm.adv_estimator=gae",
+    "critic.optim.lr=1e-3",
+]
 
 
 @pytest.fixture
@@ -46,15 +53,22 @@ def test_engines_that_wait_give_the_metrics_of_those_that_share(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+    ("more", "staleness"),
+    [
+        pytest.param(AHEAD, [0, 1, 1], id="ahead"),
+        pytest.param(ALL_AT_ONCE, [0, 1, 2], id="ahead and partial, with a critic and a curriculum"),
+    ],
+)
 def test_one_step_off_goes_on_from_where_it_was_killed(
-    overrides: list[str], start_run: Callable[..., Any], tmp_path: Path
+    more: list[str], staleness: list[int], overrides: list[str], start_run: Callable[..., Any], tmp_path: Path
 ) -> None:
-    whole = start_run(tmp_path / "whole", [*overrides, *AHEAD]).finish().metrics()
-    assert [whole[step]["rollout/staleness_max"] for step in (1, 2, 3)] == [0, 1, 1]
+    whole = start_run(tmp_path / "whole", [*overrides, *more]).finish().metrics()
+    assert [whole[step]["rollout/staleness_max"] for step in (1, 2, 3)] == staleness
     assert whole[3]["actor/grad_norm"] > 0 and all("timing_s/rollout_wait" in row for row in whole.values())
-    killed = start_run(folder := tmp_path / "killed", [*overrides, *AHEAD])
+    killed = start_run(folder := tmp_path / "killed", [*overrides, *more])
     killed.kill_when(lambda: (folder / LATEST_FILE).exists())
-    resumed = start_run(folder, [*overrides, *AHEAD]).finish()
+    resumed = start_run(folder, [*overrides, *more]).finish()
     assert "going on from" in resumed.log()
     assert {step: lasting(row) for step, row in resumed.metrics().items()} == {
         step: lasting(row) for step, row in whole.items()
