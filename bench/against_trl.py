@@ -27,7 +27,7 @@ from typing import Annotated, Any
 
 import typer
 from machine import ROOT, describe_machine, report, rounded
-from short_run import ShortRun, run_until_done
+from short_run import ShortRun, run_until_done, steps_of_a_turn
 from tqdm import tqdm
 
 from xbai.errors import UserError, exit_on_user_error
@@ -131,7 +131,7 @@ def main(
     """Compare this trainer with TRL."""
     if unknown := [name for name in engines.split(",") if name not in ENGINES]:
         raise UserError(f"--engines: {unknown[0]} is unknown, use some of {', '.join(ENGINES)}")
-    task = ShortRun(quickstart, steps // turns, threads or len(os.sched_getaffinity(0)))
+    task = ShortRun(quickstart, steps_of_a_turn(steps, turns), threads or len(os.sched_getaffinity(0)))
     task.check()
     install_trl()
     engine, tried = fastest(task, engines.split(","))

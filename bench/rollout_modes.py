@@ -4,8 +4,9 @@
 
 The base and the training problems are those of a finished quickstart. Of two processes both train and sample (`sync`,
 `partial`), or one trains and one samples ahead of it (`one_step_off`, `both`). The arms take turns, each time a run of
-its own. What a run costs before its first step is not counted, nor is that step, in which partial rollouts fill their
-pool. `tokens` are those that a step trains on. The last line is one JSON object.
+its own. What a run costs before its first step is not counted, nor are the first ones, in which partial rollouts fill
+their pool. `tokens` are those that a step trains on; as arms train on other ones, `..._over_sync` is of the seconds
+a token. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 from machine import ROOT, describe_machine, report, rounded
-from short_run import ShortRun
+from short_run import ShortRun, steps_of_a_turn
 from tqdm import tqdm
 
 from xbai.errors import exit_on_user_error
@@ -29,6 +30,8 @@ ARMS = {
     "one_step_off": (SEPARATE, WEIGHED),
     "both": (SEPARATE, PARTIAL, WEIGHED),
 }
+WARM_UPS = 4
+"""Steps until the oldest responses in flight are as old as they may be."""
 SHOWN = ("rollout", "rollout_wait", "weight_sync", "old_log_prob", "ref", "update_actor")
 """Phases whose seconds are said; where engines have processes of their own, sampling goes on meanwhile."""
 
@@ -64,7 +67,7 @@ def main(
     out: Annotated[Path, typer.Option(help="the JSON file to write")] = ROOT / "bench/results/rollout_modes_cpu.json",
 ) -> None:
     """Compare the modes of sampling."""
-    task = ShortRun(quickstart, steps // turns, threads)
+    task = ShortRun(quickstart, steps_of_a_turn(steps, turns), threads, warm_ups=WARM_UPS)
     task.check()
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
     with tqdm(total=turns * len(ARMS), desc="runs") as progress:
@@ -73,7 +76,8 @@ def main(
                 rows[name] += task.run(turn, *ARMS[name])
                 progress.update()
     arms = {name: summary(of_arm) for name, of_arm in rows.items()}
-    ratios = {f"{name}_over_sync": arms[name]["seconds"] / arms["sync"]["seconds"] for name in ARMS if name != "sync"}
+    speed = {name: arm["tokens_per_s"] for name, arm in arms.items()}
+    ratios = {f"{name}_over_sync": speed["sync"] / speed[name] for name in ARMS if name != "sync"}
     result = {"benchmark": "rollout_modes", "steps": steps, "arms": arms, **ratios, "machine": describe_machine()}
     report(rounded(result), out)
 

@@ -25,8 +25,10 @@ class ShortRun:
 
     quickstart: Path
     steps: int
-    """That count; one before them does not, in which what is compiled or cached for later is."""
+    """That count."""
     threads: int
+    warm_ups: int = 1
+    """Steps before them, in which what is compiled or cached for later is."""
     prompts: int = 32
     samples: int = 8
     response_tokens: int = 256
@@ -55,7 +57,7 @@ class ShortRun:
                 "trainer.device": "cpu",
                 "trainer.n_gpus_per_node": 1,
                 "trainer.seed": seed,
-                "trainer.total_training_steps": self.steps + 1,
+                "trainer.total_training_steps": self.warm_ups + self.steps,
                 "trainer.val_before_train": "false",
                 "trainer.save_freq": -1,
                 "trainer.logger": "[file]",
@@ -79,7 +81,18 @@ class ShortRun:
             given = [f"{key}={value}" for key, value in settings.items()]
             run_until_done([sys.executable, "-m", "verl.trainer.main_ppo", *given, *overrides], self.threads)
             lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines][1:]
+        return [json.loads(line) for line in lines][self.warm_ups :]
+
+
+def steps_of_a_turn(steps: int, turns: int) -> int:
+    """So many of all.
+
+    Raises:
+        UserError: turns that cannot have equally many.
+    """
+    if steps % turns:
+        raise UserError(f"--steps {steps} must be a multiple of --turns {turns}, which have equally many")
+    return steps // turns
 
 
 def outside_share(row: dict[str, float]) -> float:

@@ -69,7 +69,7 @@ def steps(curriculum: PassRateCurriculum, policy: Policy, count: int, first: int
 def test_prompts_that_are_solved_about_half_of_the_time_are_preferred() -> None:
     # A third are never solved, a third always, as in a run whose data is too hard and too easy for it.
     pass_rates = np.tile([0.0, 0.5, 1.0], 100)
-    curriculum = PassRateCurriculum(Prompts(300), SIZE, half_life=50, seed=0)
+    curriculum = PassRateCurriculum(Prompts(300), SIZE, half_life=2, seed=0)
     drawn = steps(curriculum, Policy(pass_rates), 90)
     assert all(len(set(rows)) == SIZE for rows in drawn)
     share = [np.mean([pass_rates[row // 2] == 0.5 for row in rows]) for rows in drawn]
@@ -81,7 +81,7 @@ def test_prompts_that_are_solved_about_half_of_the_time_are_preferred() -> None:
 
 def test_it_follows_a_policy_that_learns() -> None:
     policy = Policy(np.repeat([0.5, 0.0], 50))
-    curriculum = PassRateCurriculum(Prompts(100), SIZE, half_life=10, seed=1)
+    curriculum = PassRateCurriculum(Prompts(100), SIZE, half_life=1, seed=1)
     steps(curriculum, policy, 40)
     policy.pass_rates = np.repeat([1.0, 0.5], 50)
     drawn = steps(curriculum, policy, 60, first=41)
@@ -89,15 +89,26 @@ def test_it_follows_a_policy_that_learns() -> None:
 
 
 def test_what_is_known_is_a_count_that_fades() -> None:
-    curriculum = PassRateCurriculum(Prompts(4), 2, half_life=2, seed=0)
+    # An epoch has two steps.
+    curriculum = PassRateCurriculum(Prompts(4), 2, half_life=1, seed=0)
     correct, graded = torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([True, True, True, False])
     curriculum.observe(1, [3, 3, 3, 3], correct, graded)
-    assert curriculum.advance(1) == {"curriculum/prompts_tried": 0.0, "curriculum/pass_rate": 0.5}
-    found = curriculum.advance(2)
-    assert found == {"curriculum/prompts_tried": 0.25, "curriculum/pass_rate": pytest.approx((0.5 * 3 + 3 / 5) / 4)}
-    curriculum.advance(3)
-    found = curriculum.advance(4)
-    assert found["curriculum/pass_rate"] == pytest.approx((0.5 * 3 + 2 / 3.5) / 4)
+    assert curriculum.advance(1) == {"curriculum/prompts_tried": 0.0}
+    assert curriculum.advance(2) == {"curriculum/prompts_tried": 0.25, "curriculum/pass_rate": pytest.approx(2 / 3)}
+    # However often it is asked in a step, which two groups of rollouts may be sampled in.
+    for step in (4, 4):
+        assert curriculum.advance(step)["curriculum/pass_rate"] == pytest.approx(2 / 3)
+    state = curriculum.state_dict()
+    assert (state["right"].tolist(), state["wrong"].tolist()) == ([0, 1, 0, 0], [0, 0.5, 0, 0])
+
+
+def test_what_is_left_out_comes_last() -> None:
+    curriculum = PassRateCurriculum(Prompts(6), 4, half_life=1, seed=0)
+    curriculum.leave_out([1, 3, 5])
+    rows = next(iter(curriculum))["row_index"].tolist()
+    assert sorted(rows[:3]) == [7, 9, 11] and rows[3] in (1, 3, 5)
+    curriculum.leave_out([])
+    assert {1, 3, 5} & {row for batch in curriculum for row in batch["row_index"]}
 
 
 def test_what_is_observed_of_a_step_waits_for_the_next_one() -> None:
@@ -117,17 +128,19 @@ def test_what_is_observed_of_a_step_waits_for_the_next_one() -> None:
     assert state[0] == state[1] and state[0][1] == [1.0, 0.0, 0.0, 0.0]
 
 
-def test_it_goes_on_from_a_checkpoint_exactly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("done", [3, 4], ids=["at the end of an epoch", "in the middle of one"])
+def test_it_goes_on_from_a_checkpoint_exactly(tmp_path: Path, done: int) -> None:
     pass_rates = np.linspace(0, 1, 35)
     first = PassRateCurriculum(Prompts(35), SIZE, half_life=5, seed=3)
-    # In the middle of an epoch, which has three batches.
-    steps(first, Policy(pass_rates), 4)
+    # An epoch has three batches.
+    steps(first, Policy(pass_rates), done)
     write_state(first.state_dict(), tmp_path)
     second = PassRateCurriculum(Prompts(35), SIZE, half_life=5, seed=3)
     second.load_state_dict(read_state(tmp_path))
-    expected, found = (steps(curriculum, Policy(pass_rates), 7, first=5) for curriculum in (first, second))
+    expected, found = (steps(curriculum, Policy(pass_rates), 7, first=done + 1) for curriculum in (first, second))
     assert found == expected
-    assert len(list(first)) == 1 and len(list(first)) == len(first) == 3
+    assert first.state_dict()["batch"] == second.state_dict()["batch"]
+    assert len(list(first)) == -(done + 7) % 3 and len(list(first)) == len(first) == 3
 
 
 @pytest.mark.parametrize(

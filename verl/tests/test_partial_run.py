@@ -50,6 +50,7 @@ def test_a_run_goes_on_with_what_was_in_flight(overrides: list[str], start_run: 
     assert (lengths > 0).sum() == expected[1]["rollout/carried_responses"] > 0
     assert expected[2]["rollout/staleness_mean"] > 0 and expected[2]["rollout/staleness_max"] == 1
     assert all(row["reward/mixed_prompts"] == 1 for row in expected.values())
+    assert expected[1]["curriculum/prompts_tried"] == 0 < expected[2]["curriculum/prompts_tried"]
     for step, row in resumed.metrics().items():
         kept = lasting(row)
         assert kept == {name: expected[step][name] for name in kept}

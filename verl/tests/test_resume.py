@@ -209,6 +209,15 @@ def test_the_same_data_elsewhere_is_the_same(config: PPOConfig, tmp_path: Path) 
     assert start(config).step == 1
 
 
+def test_a_checkpoint_from_before_there_were_curricula_had_none(config: PPOConfig, monkeypatch) -> None:
+    with monkeypatch.context() as before:
+        before.setattr(run_state, "ORDER_KEYS", run_state.ORDER_KEYS[:-1])
+        save(config, 1)
+    assert start(config).step == 1
+    with pytest.raises(UserError, match=r"data\.curriculum\.enable was False and is True since"):
+        start(with_values(config, {"data.curriculum.enable": True}))
+
+
 def test_another_model_is_refused(config: PPOConfig) -> None:
     save(config, 1)
     config = with_values(config, {"actor_rollout_ref.use_score": False})

@@ -240,16 +240,37 @@ def test_a_run_goes_on_from_a_checkpoint_exactly(data, chosen, engines, before: 
         assert counts[0] == counts[1]
 
 
-def test_the_curriculum_is_told_of_groups_without_signal(data) -> None:
-    changes = {"algorithm.filter_groups.enable": True, f"{ROLLOUT}.n": 2, f"{ROLLOUT}.mode": "partial"}
+@pytest.mark.parametrize("mode", ["sync", "partial"])
+def test_the_curriculum_is_told_once_of_all_that_is_graded(data, mode: str) -> None:
+    changes = {"algorithm.filter_groups.enable": True, f"{ROLLOUT}.n": 2, f"{ROLLOUT}.mode": mode}
     run = Run(with_values(data[0], changes), data[1], Engines(1, 9))
+    told = []
+    run.curriculum.observe = lambda step, rows, correct, graded: told.append((rows[0], correct[graded].tolist()))
     while not run.metrics.get("rollout/groups_without_signal"):
         run.next()
-    dropped = [uid for uid, values in run.graders.asked.items() if len({*values} - {None}) < 2]
-    run.curriculum.advance(run.step + 1)
-    known = run.curriculum.state_dict()
-    graded = sum(value is not None for uid in dropped for value in run.graders.asked[uid])
-    assert float((known["right"] + known["wrong"]).sum()) == graded > 0
+    # A checkpoint has no grades, so that what waits is graded again.
+    resumed = run.resumed()
+    resumed.curriculum.observe = run.curriculum.observe
+    again = {group.prompt["uid"] for group in run.pool.finished}
+    resumed.next()
+    asked = [*run.graders.asked.items(), *((uid, v) for uid, v in resumed.graders.asked.items() if uid not in again)]
+    expected = [(int(uid.split("/")[1]), [value for value in values if value is not None]) for uid, values in asked]
+    assert sorted(told) == sorted(expected)
+
+
+def test_a_prompt_is_in_flight_once_while_there_are_others(data) -> None:
+    changes = {"algorithm.filter_groups.enable": True, "algorithm.filter_groups.max_num_gen_batches": 0}
+    run = Run(with_values(data[0], changes | {f"{ROLLOUT}.mode": "partial"}), data[1], Engines(2, 1))
+    left_out = []
+    run.curriculum.leave_out = lambda rows: left_out.append(list(rows))
+    dropped: set[int] = set()
+    for _ in range(4):
+        in_flight = [group.prompt["row_index"] for group in run.pool.groups]
+        seen = len(left_out)
+        run.next()
+        assert len(left_out) == seen or left_out[seen] == in_flight
+        dropped |= {row for rows in left_out[seen:] for row in rows} - set(in_flight)
+    assert dropped
 
 
 def test_responses_of_another_shape_are_left_out(data, caplog: pytest.LogCaptureFixture) -> None:

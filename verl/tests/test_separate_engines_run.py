@@ -18,7 +18,6 @@ AHEAD = ["trainer.rollout_gpus=1", "actor_rollout_ref.actor.tis_imp_ratio_cap=2.
 ALL_AT_ONCE = [
     *AHEAD,
     "actor_rollout_ref.rollout.mode=partial",
-    "data.curriculum.enable=true",
     "algorithm.adv_estimator=gae",
     "critic.optim.lr=1e-3",
 ]
@@ -30,6 +29,7 @@ def overrides(small_run: list[str]) -> list[str]:
     return [
         *small_run,
         "data.train_batch_size=2",
+        "data.curriculum.enable=true",
         "data.max_response_length=12",
         "actor_rollout_ref.actor.ppo_mini_batch_size=2",
         "actor_rollout_ref.rollout.check_weight_sync=true",
@@ -50,6 +50,8 @@ def test_engines_that_wait_give_the_metrics_of_those_that_share(
         step: lasting(row) for step, row in rows["shared"].items()
     }
     assert sorted(rows["shared"]) == [1, 2] and "val/pass@1" in rows["separate"][2]
+    # Two prompts of eight in the first step.
+    assert [rows["shared"][step]["curriculum/prompts_tried"] for step in (1, 2)] == [0, 0.25]
 
 
 @pytest.mark.long
@@ -57,7 +59,7 @@ def test_engines_that_wait_give_the_metrics_of_those_that_share(
     ("more", "staleness"),
     [
         pytest.param(AHEAD, [0, 1, 1], id="ahead"),
-        pytest.param(ALL_AT_ONCE, [0, 1, 2], id="ahead and partial, with a critic and a curriculum"),
+        pytest.param(ALL_AT_ONCE, [0, 1, 2], id="ahead and partial, with a critic"),
     ],
 )
 def test_one_step_off_goes_on_from_where_it_was_killed(
@@ -65,6 +67,10 @@ def test_one_step_off_goes_on_from_where_it_was_killed(
 ) -> None:
     whole = start_run(tmp_path / "whole", [*overrides, *more]).finish().metrics()
     assert [whole[step]["rollout/staleness_max"] for step in (1, 2, 3)] == staleness
+    # What is drawn ahead knows of the steps before the last one.
+    assert (
+        [whole[step]["curriculum/prompts_tried"] for step in (1, 2)] == [0, 0] < [whole[3]["curriculum/prompts_tried"]]
+    )
     assert whole[3]["actor/grad_norm"] > 0 and all("timing_s/rollout_wait" in row for row in whole.values())
     killed = start_run(folder := tmp_path / "killed", [*overrides, *more])
     killed.kill_when(lambda: (folder / LATEST_FILE).exists())

@@ -48,7 +48,5 @@ def differences(then: dict[str, Any], now: dict[str, Any], other_rows: str) -> l
 
 
 def other_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Which keys have other values, each in words; one that an older checkpoint does not know was not yet a switch to
-    turn on."""
-    changed = {key: value for key, value in now.items() if then.get(key, False) != value}
-    return [f"{key} was {then.get(key, False)} and is {value}" for key, value in changed.items()]
+    """Which keys have other values, each in words."""
+    return [f"{key} was {then.get(key)} and is {value}" for key, value in now.items() if then.get(key) != value]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ class PassRateCurriculum:
     """Batches of the prompts whose pass rates may be nearest to one half, where responses to a prompt differ most.
 
     What is known of a pass rate is a Beta distribution: that of no knowledge, and the prompt's graded responses, which
-    count half after `half_life` steps, since the policy changes. A batch is drawn by Thompson sampling (Qu et al.,
+    count half after `half_life` epochs, since the policy changes. A batch is drawn by Thompson sampling (Qu et al.,
     arXiv 2507.04632): a pass rate from each prompt's distribution, and those prompts whose draws are nearest to one
     half. What is unknown is tried, and what was too hard or too easy comes back as its responses are forgotten.
 
@@ -31,15 +31,17 @@ class PassRateCurriculum:
     Args:
         dataset: all prompts.
         batch_size: different prompts of a batch.
-        half_life: in steps.
+        half_life: in epochs.
     """
 
     def __init__(self, dataset: RLHFDataset, batch_size: int, half_life: float, seed: int) -> None:
         self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
-        self._kept = 0.5 ** (1 / half_life)
+        self._kept = 0.5 ** (1 / (half_life * len(self)))
+        """Of what is known, after a step."""
         self._places = {row: place for place, row in enumerate(dataset.values("row_index"))}
         self._right, self._wrong = np.zeros(len(dataset)), np.zeros(len(dataset))
-        self._drawn = self._batch = 0
+        self._drawn = self._batch = self._step = 0
+        self._is_left_out = np.zeros(len(dataset), bool)
         # Rollouts of the next step may be drawn while those of this one are observed.
         self._observed: deque[Observation] = deque()
 
@@ -63,25 +65,33 @@ class PassRateCurriculum:
         """Before prompts are drawn for the policy of `step`: take up what was observed in the steps before it. What is
         observed meanwhile in `step` itself waits, so that a run does not depend on which comes first.
 
-        Returns metrics: the share of prompts of which anything is known, and the mean of what is thought of all.
+        Returns metrics: the share of prompts that have been tried, and their mean pass rate when they were.
         """
         right, wrong = np.zeros_like(self._right), np.zeros_like(self._wrong)
         while self._observed and self._observed[0][0] < step:
             _, places, were_right, were_wrong = self._observed.popleft()
             right[places] += were_right.numpy()
             wrong[places] += were_wrong.numpy()
-        self._right, self._wrong = self._right * self._kept + right, self._wrong * self._kept + wrong
+        kept, self._step = self._kept ** (step - self._step), step
+        self._right, self._wrong = self._right * kept + right, self._wrong * kept + wrong
         known = self._right + self._wrong
-        return {
-            "curriculum/prompts_tried": float(np.mean(known > 0)),
-            "curriculum/pass_rate": float(np.mean((1 + self._right) / (2 + known))),
-        }
+        tried = known > 0
+        metrics = {"curriculum/prompts_tried": float(np.mean(tried))}
+        if tried.any():
+            metrics["curriculum/pass_rate"] = float(np.mean(self._right[tried] / known[tried]))
+        return metrics
+
+    def leave_out(self, rows: Iterable[int]) -> None:
+        """From now on draw prompts with one of these `row_index` only where there are no others."""
+        self._is_left_out[:] = False
+        self._is_left_out[[self._places[row] for row in rows]] = True
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: tensors and plain values."""
         return {
             "drawn": self._drawn,
             "batch": self._batch,
+            "step": self._step,
             "right": torch.from_numpy(self._right),
             "wrong": torch.from_numpy(self._wrong),
             "observed": list(self._observed),
@@ -89,7 +99,7 @@ class PassRateCurriculum:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was."""
-        self._drawn, self._batch = state["drawn"], state["batch"]
+        self._drawn, self._batch, self._step = state["drawn"], state["batch"], state["step"]
         self._right, self._wrong = state["right"].numpy(), state["wrong"].numpy()
         self._observed = deque(state["observed"])
 
@@ -97,4 +107,4 @@ class PassRateCurriculum:
         self._drawn += 1
         generator = np.random.default_rng(derived_seed(self._seed, "curriculum", self._drawn))
         pass_rates = generator.beta(1 + self._right, 1 + self._wrong)
-        return np.argsort(np.abs(pass_rates - 0.5), kind="stable")[: self._batch_size]
+        return np.lexsort((np.abs(pass_rates - 0.5), self._is_left_out))[: self._batch_size]

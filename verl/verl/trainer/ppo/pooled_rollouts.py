@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from verl.protocol import DataProto
 from verl.trainer.config.schema import ROOT, PPOConfig
 from verl.trainer.ppo.curriculum import PassRateCurriculum
 from verl.trainer.ppo.metrics import timed
-from verl.trainer.ppo.rollout_pool import RolloutPool
+from verl.trainer.ppo.rollout_pool import Group, RolloutPool
 from verl.workers.batching.seqlen_balancing import balanced_partitions
 from verl.workers.reward_manager.manager import NaiveRewardManager
 from verl.workers.rollout_worker import SamplingWorkers
@@ -41,7 +41,7 @@ class PooledRollouts:
         config: the trainer's whole configuration.
         pool: what is in flight.
         reward_manager: grades the groups that may have no signal.
-        curriculum: chooses the prompts, where there is one, and is told of those without a signal.
+        curriculum: chooses the prompts, where there is one, and is told of those that are graded here.
     """
 
     def __init__(
@@ -76,11 +76,13 @@ class PooledRollouts:
             UserError: too few groups have a signal.
         """
         metrics: dict[str, float] = {}
-        ended = graded = dropped = 0
+        ended = graded = 0
+        dropped: list[Group] = []
         if self._curriculum is not None:
             metrics |= self._curriculum.advance(version)
         while True:
-            self._sample(batches, workers, version, metrics)
+            self._draw(batches, dropped)
+            self._sample(workers, version, metrics)
             if self._rollout.carries:
                 ended += self._pool.end_older_than(step - self._rollout.max_staleness + 1)
             if self._filter.enable:
@@ -94,7 +96,7 @@ class PooledRollouts:
             metrics["rollout/ended_by_staleness"] = float(ended)
         if self._filter.enable:
             metrics["rollout/gen_batches"] = graded / self._size
-            metrics["rollout/groups_without_signal"] = float(dropped)
+            metrics["rollout/groups_without_signal"] = float(len(dropped))
         self._pool.filled = step, metrics
 
     def take(self, step: int, metrics: dict[str, float]) -> Rollouts:
@@ -114,13 +116,21 @@ class PooledRollouts:
             return batch, None
         return batch, [grade for group in groups for grade in group.grades or ()]
 
-    def _sample(self, batches: Batches, workers: SamplingWorkers, version: int, metrics: dict[str, float]) -> None:
+    @property
+    def _most_in_flight(self) -> int:
+        return self._in_flight if self._rollout.carries else len(self._pool.finished) + self._size
+
+    def _draw(self, batches: Batches, dropped: Sequence[Group]) -> None:
+        """Have as many groups in flight as may be, of prompts that are not there yet, nor `dropped` in this step."""
+        while len(self._pool.groups) < self._most_in_flight:
+            if self._curriculum is not None:
+                self._curriculum.leave_out(group.prompt["row_index"] for group in (*self._pool.groups, *dropped))
+            self._pool.add(next(batches))
+
+    def _sample(self, workers: SamplingWorkers, version: int, metrics: dict[str, float]) -> None:
         """Go on with what is in flight until the groups are there that are missing."""
         pool, ready = self._pool, len(self._pool.finished)
-        in_flight = self._in_flight if self._rollout.carries else ready + self._size
-        while len(pool.groups) < in_flight:
-            pool.add(next(batches))
-        unfinished = [group for group in pool.groups[:in_flight] if group.unfinished]
+        unfinished = [group for group in pool.groups[: self._most_in_flight] if group.unfinished]
         wanted = max(1, self._size - ready) if self._rollout.carries else len(unfinished)
         work = [len(group.unfinished) for group in unfinished]
         shares = balanced_partitions(work, workers.proceed.shares, equally_many=False)
@@ -132,11 +142,11 @@ class PooledRollouts:
             pool.extend(part, answer, version)
         add_times(metrics, answers[0].meta_info["metrics"] | spent)
 
-    def _drop_without_signal(self, version: int, metrics: dict[str, float]) -> tuple[int, int]:
+    def _drop_without_signal(self, version: int, metrics: dict[str, float]) -> tuple[int, list[Group]]:
         """Grade the finished groups that have no grades, and drop those whose graded responses are all alike; says how
-        many were graded that had not been before, and how many were dropped."""
+        many were graded that had not been before, and which were dropped."""
         if not (groups := [group for group in self._pool.finished if group.grades is None]):
-            return 0, 0
+            return 0, []
         spent: dict[str, float] = {}
         with timed("filter_groups", spent):
             pending = self._reward_manager.launch(self._pool.batch(groups), "training")
@@ -146,16 +156,16 @@ class PooledRollouts:
         values = reward.correct if self._filter.metric == "acc" else reward.reward_tensor.sum(-1)
         found, without_signal = sum(not group.is_counted for group in groups), []
         for place, group in enumerate(groups):
-            group.is_counted = True
             rows = slice(place * n, (place + 1) * n)
+            if self._curriculum is not None and not group.is_counted:
+                prompts = [group.prompt["row_index"]] * n
+                self._curriculum.observe(version, prompts, reward.correct[rows], reward.graded[rows])
+            group.is_counted = True
             group.grades = grades[rows]
             if len(values[rows][reward.graded[rows]].unique()) < 2:
                 without_signal.append(group)
-                if self._curriculum is not None:
-                    prompts = [group.prompt["row_index"]] * n
-                    self._curriculum.observe(version, prompts, reward.correct[rows], reward.graded[rows])
         self._pool.remove(without_signal)
-        return found, len(without_signal)
+        return found, without_signal
 
     def _check_bound(self, graded: int, ready: int) -> None:
         most = self._filter.max_num_gen_batches

@@ -200,7 +200,8 @@ class RayPPOTrainer:
         reward = pending.result()
         metrics |= reward.metrics
         metrics |= add_reward(batch, reward, self.config.algorithm, self._kl_controller)
-        if self._curriculum is not None:
+        # Dynamic sampling has told it of these already, and of those that it left out.
+        if self._curriculum is not None and not self.config.algorithm.filter_groups.enable:
             rows = batch.non_tensor_batch["row_index"]
             self._curriculum.observe(self.step, rows, reward.correct, reward.graded)
         if baseline is not None:

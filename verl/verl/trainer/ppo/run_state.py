@@ -359,6 +359,8 @@ class RunState:
             check_base(saved, model.path)
 
     def _check_data(self, then: dict[str, Any]) -> None:
+        # Checkpoints were written before there were curricula.
+        then = then | {"settings": {"data.curriculum.enable": False} | then["settings"]}
         changes = differences(then, self._identity, OTHER_PROMPTS)
         self._keeps_place = not changes
         if not changes:
