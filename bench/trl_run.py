@@ -45,9 +45,9 @@ class Steps(TrainerCallback):
 
 
 def reward(completions: list[Any], ground_truth: list[str], **_: Any) -> list[float]:
-    """1 for a right answer and -1 for another, as the trainer here gives."""
+    """1 for a right answer and 0 for another, as the trainer here gives."""
     grade = answer_check("make10")
-    return [1.0 if grade(one[0]["content"], truth) else -1.0 for one, truth in zip(completions, ground_truth)]
+    return [1.0 if grade(one[0]["content"], truth) else 0.0 for one, truth in zip(completions, ground_truth)]
 
 
 def main(
