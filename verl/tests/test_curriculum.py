@@ -54,7 +54,7 @@ class Policy:
 
 def steps(curriculum: PassRateCurriculum, policy: Policy, count: int, first: int = 1) -> list[list[int]]:
     """The rows that each of so many steps trains on."""
-    drawn, epochs = [], (batch for _ in itertools.count() for batch in curriculum)
+    drawn, epochs = [], itertools.chain.from_iterable(itertools.repeat(curriculum))
     for step in range(first, first + count):
         curriculum.advance(step)
         rows = next(epochs)["row_index"].tolist()
@@ -99,16 +99,18 @@ def test_what_is_known_is_a_count_that_fades() -> None:
     for step in (4, 4):
         assert curriculum.advance(step)["curriculum/pass_rate"] == pytest.approx(2 / 3)
     state = curriculum.state_dict()
-    assert (state["right"].tolist(), state["wrong"].tolist()) == ([0, 1, 0, 0], [0, 0.5, 0, 0])
+    assert state["right"].tolist() == pytest.approx([0, 1, 0, 0])
+    assert state["wrong"].tolist() == pytest.approx([0, 0.5, 0, 0])
 
 
 def test_what_is_left_out_comes_last() -> None:
     curriculum = PassRateCurriculum(Prompts(6), 4, half_life=1, seed=0)
+    batches = itertools.chain.from_iterable(itertools.repeat(curriculum))
     curriculum.leave_out([1, 3, 5])
-    rows = next(iter(curriculum))["row_index"].tolist()
+    rows = next(batches)["row_index"].tolist()
     assert sorted(rows[:3]) == [7, 9, 11] and rows[3] in (1, 3, 5)
     curriculum.leave_out([])
-    assert {1, 3, 5} & {row for batch in curriculum for row in batch["row_index"]}
+    assert max(len({1, 3, 5} & {*next(batches)["row_index"]}) for _ in range(9)) > 1
 
 
 def test_what_is_observed_of_a_step_waits_for_the_next_one() -> None:
