@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,7 @@ class PassRateCurriculum:
             yield collate_fn([self._dataset[place] for place in self._draw()], self._dataset.tokenizer.pad_token_id)
         self._batch = 0
 
-    def observe(self, step: int, rows: Sequence[int], correct: Tensor, graded: Tensor) -> None:
+    def observe(self, step: int, rows: Iterable[int], correct: Tensor, graded: Tensor) -> None:
         """Keep which responses of a `step` were right, by the `row_index` of their prompts; all three [B]. A response
         without a grade says nothing."""
         found, prompts = torch.tensor([self._places[row] for row in rows]).unique(return_inverse=True)

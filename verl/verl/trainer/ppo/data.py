@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +17,7 @@ from xbai.grading import CustomGrader, GradeRequest
 from xbai.grading.dispatch import answer_check
 from xbai.seeds import derived_seed
 
-Loader = StatefulDataLoader | PassRateCurriculum
+Loader: TypeAlias = StatefulDataLoader | PassRateCurriculum
 """Gives an epoch's batches, and resumes at the very next one."""
 
 
