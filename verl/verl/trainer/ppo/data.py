@@ -48,7 +48,7 @@ class PromptData:
         self.curriculum: PassRateCurriculum | None = None
         if data.curriculum.enable:
             self.curriculum = PassRateCurriculum(self.train, size, data.curriculum.half_life, trainer.seed)
-        self.loader: Loader = self.curriculum or shuffled
+        self.loader: Loader = shuffled if self.curriculum is None else self.curriculum
         self.total_steps: int = trainer.total_training_steps or trainer.total_epochs * len(self.loader)
 
     def validation_batches(self, size: int | None) -> Iterator[DataProto]:
