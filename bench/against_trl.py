@@ -143,7 +143,7 @@ def main(
     found: dict[str, list[Step]] = {name: [] for name in arms}
     with tqdm(total=turns * len(arms), desc="runs") as progress:
         for turn in range(turns):
-            for name in arms if turn % 2 == 0 else reversed(list(arms)):
+            for name in arms if turn % 2 == 0 else reversed(arms):
                 found[name] += arms[name](turn)
                 progress.update()
     seconds = {f"{name}_seconds": median_seconds(of_arm) for name, of_arm in found.items()}

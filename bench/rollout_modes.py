@@ -5,8 +5,8 @@
 The base and the training problems are those of a finished quickstart. Of two processes both train and sample (`sync`,
 `partial`), or one trains and one samples ahead of it (`one_step_off`, `both`). The arms take turns, each time a run of
 its own. What a run costs before its first step is not counted, nor are the first ones, in which partial rollouts fill
-their pool. `tokens` are those that a step trains on; as arms train on other ones, `..._over_sync` is of the seconds
-a token. The last line is one JSON object.
+their pool, and the last one, in which nothing is sampled ahead. `tokens` are those of the responses that a step trains
+on; as arms train on other ones, `..._over_sync` is of the seconds a token. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -36,16 +36,14 @@ SHOWN = ("rollout", "rollout_wait", "weight_sync", "old_log_prob", "ref", "updat
 """Phases whose seconds are said; where engines have processes of their own, sampling goes on meanwhile."""
 
 
-def summary(rows: list[dict[str, float]]) -> dict[str, Any]:
-    """Of an arm's steps in all its turns: means, since a partial rollout's steps make up for each other."""
+def summary(rows: list[dict[str, float]], responses: int) -> dict[str, Any]:
+    """Of an arm's steps in all its turns, of so many responses: means, as steps of partial rollouts make up for each
+    other."""
 
     def mean(key: str) -> float:
         return statistics.fmean(row.get(key, 0.0) for row in rows)
 
-    seconds, tokens = (
-        mean("timing_s/step"),
-        statistics.fmean(row["perf/tokens_per_s"] * row["timing_s/step"] for row in rows),
-    )
+    seconds, tokens = mean("timing_s/step"), mean("response_length/mean") * responses
     return {
         "seconds": seconds,
         "median_seconds": statistics.median(row["timing_s/step"] for row in rows),
@@ -63,23 +61,27 @@ def main(
     / "outputs/quickstart",
     steps: Annotated[int, typer.Option(min=2, help="of each arm that are counted, in all turns")] = 12,
     turns: Annotated[int, typer.Option(min=1, help="runs of each arm, one after the other")] = 2,
+    response_tokens: Annotated[int, typer.Option(min=1, help="at most, of a response")] = 256,
     threads: Annotated[int, typer.Option(min=1, help="of each process")] = 1,
     out: Annotated[Path, typer.Option(help="the JSON file to write")] = ROOT / "bench/results/rollout_modes_cpu.json",
 ) -> None:
     """Compare the modes of sampling."""
-    task = ShortRun(quickstart, steps_of_a_turn(steps, turns), threads, warm_ups=WARM_UPS)
+    counted = steps_of_a_turn(steps, turns)
+    task = ShortRun(quickstart, counted, threads, WARM_UPS, last_ones=1, response_tokens=response_tokens)
     task.check()
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
     with tqdm(total=turns * len(ARMS), desc="runs") as progress:
         for turn in range(turns):
-            for name in ARMS if turn % 2 == 0 else reversed(list(ARMS)):
+            for name in ARMS if turn % 2 == 0 else reversed(ARMS):
                 rows[name] += task.run(turn, *ARMS[name])
                 progress.update()
-    arms = {name: summary(of_arm) for name, of_arm in rows.items()}
+    arms = {name: summary(of_arm, task.prompts * task.samples) for name, of_arm in rows.items()}
     speed = {name: arm["tokens_per_s"] for name, arm in arms.items()}
     ratios = {f"{name}_over_sync": speed["sync"] / speed[name] for name in ARMS if name != "sync"}
-    result = {"benchmark": "rollout_modes", "steps": steps, "arms": arms, **ratios, "machine": describe_machine()}
-    report(rounded(result), out)
+    sizes = {"prompts": task.prompts, "samples": task.samples, "steps": steps, "turns": turns}
+    # Of the runs, not of this process.
+    machine = describe_machine() | {"threads": threads}
+    report(rounded({"benchmark": "rollout_modes", **sizes, "arms": arms, **ratios, "machine": machine}), out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A few steps of this trainer on a finished quickstart's base and problems, in a process of its own."""
+"""A few steps of this trainer on a finished quickstart's base and problems, as a run of its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ PHASES = ("weight_sync", "generate", "old_log_prob", "ref", "update_actor")
 
 @dataclass(frozen=True)
 class ShortRun:
-    """What is trained, on what, and how long; one process, all settings that are not here at their defaults."""
+    """What is trained, on what, and how long; by one process unless it is told otherwise, all settings that are not
+    here at their defaults."""
 
     quickstart: Path
     steps: int
@@ -29,6 +30,8 @@ class ShortRun:
     threads: int
     warm_ups: int = 1
     """Steps before them, in which what is compiled or cached for later is."""
+    last_ones: int = 0
+    """Steps after them."""
     prompts: int = 32
     samples: int = 8
     response_tokens: int = 256
@@ -57,7 +60,7 @@ class ShortRun:
                 "trainer.device": "cpu",
                 "trainer.n_gpus_per_node": 1,
                 "trainer.seed": seed,
-                "trainer.total_training_steps": self.warm_ups + self.steps,
+                "trainer.total_training_steps": self.warm_ups + self.steps + self.last_ones,
                 "trainer.val_before_train": "false",
                 "trainer.save_freq": -1,
                 "trainer.logger": "[file]",
@@ -81,7 +84,7 @@ class ShortRun:
             given = [f"{key}={value}" for key, value in settings.items()]
             run_until_done([sys.executable, "-m", "verl.trainer.main_ppo", *given, *overrides], self.threads)
             lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines][self.warm_ups :]
+        return [json.loads(line) for line in lines[self.warm_ups :][: self.steps]]
 
 
 def steps_of_a_turn(steps: int, turns: int) -> int:

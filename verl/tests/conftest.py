@@ -13,7 +13,9 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 import torch.distributed as dist
+from transformers import AutoModelForCausalLM
 
 from verl.utils.tracking import METRICS_FILE
 
@@ -50,6 +52,17 @@ def training_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     datasets.Dataset.from_list(rows).to_parquet(folder / "train.parquet")
     datasets.Dataset.from_list(rows[:4]).to_parquet(folder / "val.parquet")
     (folder / "reward.py").write_text(PARITY_REWARD, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def uneven_model_dir(make_tiny_model: Callable[..., Path]) -> Path:
+    """A model that often ends its responses, at very different lengths."""
+    folder = make_tiny_model()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight[model.config.eos_token_id] *= 4
+    model.save_pretrained(folder)
     return folder
 
 

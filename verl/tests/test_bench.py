@@ -107,7 +107,9 @@ def test_the_trainer_is_compared_with_trl(quickstart: Path, tmp_path: Path):
 
 @pytest.mark.long
 def test_modes_of_sampling_are_compared(quickstart: Path, tmp_path: Path):
-    result = _run([BENCH / "rollout_modes.py", quickstart, "--steps", 2, "--turns", 1], tmp_path)
+    result = _run(
+        [BENCH / "rollout_modes.py", quickstart, "--steps", 2, "--turns", 1, "--response-tokens", 16], tmp_path
+    )
     for name, arm in result["arms"].items():
         assert arm["seconds"] > 0 and arm["tokens"] > 0
         assert (arm["phases"]["rollout_wait"] > 0) == (name in ("one_step_off", "both"))

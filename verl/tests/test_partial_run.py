@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tiny import lasting
-from transformers import AutoModelForCausalLM
 
 from verl.checkpoints.folder import read_state
 
@@ -17,16 +15,11 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def overrides(small_run: list[str], make_tiny_model: Callable[..., Path]) -> list[str]:
-    """Three steps of a model that often ends its responses, at very different lengths."""
-    folder = make_tiny_model()
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        model.lm_head.weight[model.config.eos_token_id] *= 4
-    model.save_pretrained(folder)
+def overrides(small_run: list[str], uneven_model_dir: Path) -> list[str]:
+    """Three steps."""
     return [
         *small_run,
-        f"actor_rollout_ref.model.path={folder}",
+        f"actor_rollout_ref.model.path={uneven_model_dir}",
         "data.val_files=null",
         "data.train_batch_size=2",
         "data.max_response_length=48",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -244,10 +244,11 @@ def test_a_run_goes_on_from_a_checkpoint_exactly(data, chosen, engines, before: 
 def test_the_curriculum_is_told_once_of_all_that_is_graded(data, mode: str) -> None:
     changes = {"algorithm.filter_groups.enable": True, f"{ROLLOUT}.n": 2, f"{ROLLOUT}.mode": mode}
     run = Run(with_values(data[0], changes), data[1], Engines(1, 9))
-    told = []
+    told, dropped = [], 0.0
     run.curriculum.observe = lambda step, rows, correct, graded: told.append((rows[0], correct[graded].tolist()))
-    while not run.metrics.get("rollout/groups_without_signal"):
+    while not dropped or (mode == "partial" and not run.pool.finished):
         run.next()
+        dropped += run.metrics["rollout/groups_without_signal"]
     # A checkpoint has no grades, so that what waits is graded again.
     resumed = run.resumed()
     resumed.curriculum.observe = run.curriculum.observe
@@ -260,17 +261,19 @@ def test_the_curriculum_is_told_once_of_all_that_is_graded(data, mode: str) -> N
 
 def test_a_prompt_is_in_flight_once_while_there_are_others(data) -> None:
     changes = {"algorithm.filter_groups.enable": True, "algorithm.filter_groups.max_num_gen_batches": 0}
-    run = Run(with_values(data[0], changes | {f"{ROLLOUT}.mode": "partial"}), data[1], Engines(2, 1))
-    left_out = []
-    run.curriculum.leave_out = lambda rows: left_out.append(list(rows))
-    dropped: set[int] = set()
-    for _ in range(4):
-        in_flight = [group.prompt["row_index"] for group in run.pool.groups]
-        seen = len(left_out)
+    run = Run(with_values(data[0], changes | {f"{ROLLOUT}.mode": "partial", f"{ROLLOUT}.n": 2}), data[1], Engines(2, 1))
+    dropped, before = [], 0
+
+    def leave_out(rows: Iterable[int]) -> None:
+        nonlocal dropped
+        in_step = list(run.graders.asked.items())[before:]
+        dropped = [int(uid.split("/")[1]) for uid, values in in_step if len({*values} - {None}) < 2]
+        assert list(rows) == [*(group.prompt["row_index"] for group in run.pool.groups), *dropped]
+
+    run.curriculum.leave_out = leave_out
+    while not dropped:
+        before = len(run.graders.asked)
         run.next()
-        assert len(left_out) == seen or left_out[seen] == in_flight
-        dropped |= {row for rows in left_out[seen:] for row in rows} - set(in_flight)
-    assert dropped
 
 
 def test_responses_of_another_shape_are_left_out(data, caplog: pytest.LogCaptureFixture) -> None:

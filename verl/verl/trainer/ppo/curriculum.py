@@ -31,7 +31,7 @@ class PassRateCurriculum:
     Args:
         dataset: all prompts.
         batch_size: different prompts of a batch.
-        half_life: in epochs.
+        half_life: in epochs, of as many steps as the data has batches.
     """
 
     def __init__(self, dataset: RLHFDataset, batch_size: int, half_life: float, seed: int) -> None:

@@ -44,11 +44,14 @@ class PromptData:
             columns = dataset.values(data.reward_fn_key), dataset.values("reward_model")
             check_gradable(zip(dataset.places(), *columns, strict=True), config.custom_reward_function)
         size, workers = data.train_batch_size, data.dataloader_num_workers
-        shuffled = create_dataloader(self.train, size, shuffle=data.shuffle, seed=trainer.seed, num_workers=workers)
+        self.loader: Loader = create_dataloader(
+            self.train, size, shuffle=data.shuffle, seed=trainer.seed, num_workers=workers
+        )
         self.curriculum: PassRateCurriculum | None = None
         if data.curriculum.enable:
-            self.curriculum = PassRateCurriculum(self.train, size, data.curriculum.half_life, trainer.seed)
-        self.loader: Loader = shuffled if self.curriculum is None else self.curriculum
+            self.loader = self.curriculum = PassRateCurriculum(
+                self.train, size, data.curriculum.half_life, trainer.seed
+            )
         self.total_steps: int = trainer.total_training_steps or trainer.total_epochs * len(self.loader)
 
     def validation_batches(self, size: int | None) -> Iterator[DataProto]:

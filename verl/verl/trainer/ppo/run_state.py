@@ -360,7 +360,7 @@ class RunState:
 
     def _check_data(self, then: dict[str, Any]) -> None:
         # Checkpoints were written before there were curricula.
-        then = then | {"settings": {"data.curriculum.enable": False} | then["settings"]}
+        then["settings"].setdefault("data.curriculum.enable", False)
         changes = differences(then, self._identity, OTHER_PROMPTS)
         self._keeps_place = not changes
         if not changes:
