@@ -29,6 +29,7 @@ import typer
 from machine import ROOT, describe_machine, report, rounded
 from short_run import ShortRun, run_until_done, steps_of_a_turn
 from tqdm import tqdm
+from turns import in_turns
 
 from xbai.errors import UserError, exit_on_user_error
 
@@ -141,11 +142,8 @@ def main(
         "ours_without_scores": lambda seed: steps_here(task, seed, "actor_rollout_ref.use_score=false"),
     }
     found: dict[str, list[Step]] = {name: [] for name in arms}
-    with tqdm(total=turns * len(arms), desc="runs") as progress:
-        for turn in range(turns):
-            for name in arms if turn % 2 == 0 else reversed(arms):
-                found[name] += arms[name](turn)
-                progress.update()
+    for turn, name in tqdm(list(in_turns(arms, turns)), desc="runs"):
+        found[name] += arms[name](turn)
     seconds = {f"{name}_seconds": median_seconds(of_arm) for name, of_arm in found.items()}
     result = {
         "benchmark": "against_trl",

@@ -19,6 +19,7 @@ import typer
 from machine import ROOT, describe_machine, report, rounded
 from short_run import ShortRun, steps_of_a_turn
 from tqdm import tqdm
+from turns import in_turns
 
 from xbai.errors import exit_on_user_error
 
@@ -70,11 +71,8 @@ def main(
     task = ShortRun(quickstart, counted, threads, WARM_UPS, last_ones=1, response_tokens=response_tokens)
     task.check()
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
-    with tqdm(total=turns * len(ARMS), desc="runs") as progress:
-        for turn in range(turns):
-            for name in ARMS if turn % 2 == 0 else reversed(ARMS):
-                rows[name] += task.run(turn, *ARMS[name])
-                progress.update()
+    for turn, name in tqdm(list(in_turns(ARMS, turns)), desc="runs"):
+        rows[name] += task.run(turn, *ARMS[name])
     arms = {name: summary(of_arm, task.prompts * task.samples) for name, of_arm in rows.items()}
     speed = {name: arm["tokens_per_s"] for name, arm in arms.items()}
     ratios = {f"{name}_over_sync": speed["sync"] / speed[name] for name in ARMS if name != "sync"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +10,16 @@ import numpy as np
 DRAWS = 10_000
 
 
+def in_turns(names: Iterable[str], turns: int) -> Iterator[tuple[int, str]]:
+    """Each turn's number, from 0, and its arms: forwards (ABC), backwards (CBA), and so on."""
+    forwards = list(names)
+    for turn in range(turns):
+        for name in forwards if turn % 2 == 0 else reversed(forwards):
+            yield turn, name
+
+
 def take_turns(arms: Mapping[str, Callable[[], float]], repeats: int, warm_ups: int) -> dict[str, list[float]]:
-    """The figures of each arm, `repeats` of them: forwards (ABC), backwards (CBA), and so on.
+    """The figures of each arm, `repeats` of them, in the order of `in_turns`.
 
     Args:
         arms: each runs once when called and returns its figure.
@@ -22,9 +30,8 @@ def take_turns(arms: Mapping[str, Callable[[], float]], repeats: int, warm_ups: 
     for name in names * warm_ups:
         arms[name]()
     figures: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(repeats):
-        for name in names if number % 2 == 0 else reversed(names):
-            figures[name].append(arms[name]())
+    for _, name in in_turns(names, repeats):
+        figures[name].append(arms[name]())
     return figures
 
 
